@@ -1,0 +1,178 @@
+"""What is scheduled and what a schedule is: the value types that the rest of the schedule room is written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from attncc.errors import InputError
+
+Kernel = Literal["forward", "dkdv", "dq"]
+Dtype = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["ieee", "tf32"]
+Origin = Literal["model", "tuned", "shipped", "user"]
+
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# The narrowest operand of a tensor-core matmul in Triton: narrower head dims are padded to it.
+MIN_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class LiveTiles:
+    """How a mask divides the tiles of one (batch, head) pair, all row blocks together.
+
+    `full` tiles need no mask arithmetic, `mixed` tiles pay it, and the remaining `total - full - mixed` are never visited.
+    """
+
+    full: int
+    mixed: int
+    total: int
+
+    @property
+    def live(self) -> int:
+        """The tiles that a kernel visits."""
+        return self.full + self.mixed
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """What the stages of a variant cost for one (query, key) pair, in operations beside the matmuls.
+
+    fma: float32 adds, multiplies, fused multiply-adds, comparisons, selects; sfu: exp2, log2, tanh, rcp, sqrt, sin
+    (the special-function unit); int: 32-bit integer and boolean operations; loads: elements read from inputs that are
+    indexed by both the query and the key (a dense bias), which no row or column vector can serve.
+    """
+
+    fma: float = 0.0
+    sfu: float = 0.0
+    int: float = 0.0
+    loads: float = 0.0
+
+
+@dataclass(frozen=True)
+class KernelCosts:
+    """The work of a variant: `forward` and `backward` (in each of dkdv and dq) on every live pair, `mask` on each pair of a
+    mixed tile only; `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths."""
+
+    forward: PairCosts
+    backward: PairCosts
+    mask: PairCosts
+    live: Callable[[int, int], LiveTiles]
+
+    def pair(self, kernel: Kernel) -> PairCosts:
+        """The cost of one unmasked pair in `kernel`."""
+        return self.forward if kernel == "forward" else self.backward
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call as the scheduler sees it: dtypes, sizes and the variant's work; raises InputError if they clash.
+
+    `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
+    """
+
+    dtype: Dtype
+    precision: Precision
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    d_qk: int
+    d_v: int
+    costs: KernelCosts
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise InputError(f"dtype {self.dtype!r} is not one of {', '.join(get_args(Dtype))}")
+        if self.precision not in get_args(Precision):
+            raise InputError(f"precision {self.precision!r} is not one of {', '.join(get_args(Precision))}")
+        for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "d_qk", "d_v"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise InputError(f"{self.heads} query heads are no multiple of {self.kv_heads} key/value heads")
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element of q, k, v and out."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class KernelSchedule:
+    """The tiling of one kernel: tile rows (queries) and columns (keys), warps a program, stages of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def to_json(self) -> dict[str, int]:
+        """A plain dict for cache files and tuned tables."""
+        return {
+            "block_m": self.block_m,
+            "block_n": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """The inverse of `to_json`; ValueError if `data` is not four positive integers under those names."""
+        names = ("block_m", "block_n", "num_warps", "num_stages")
+        if not isinstance(data, dict) or set(data) != set(names):
+            raise ValueError(f"a kernel schedule has exactly the fields {', '.join(names)}; got {data!r}")
+        if not all(type(data[name]) is int and data[name] > 0 for name in names):
+            raise ValueError(f"the fields of a kernel schedule are positive integers; got {data!r}")
+        return cls(**data)
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tilings of an op's three kernels, and where they come from: the model, a measurement, a shipped table or the user."""
+
+    forward: KernelSchedule
+    dkdv: KernelSchedule
+    dq: KernelSchedule
+    origin: Origin = "model"
+
+    def of(self, kernel: Kernel) -> KernelSchedule:
+        """The schedule of `kernel`."""
+        schedule: KernelSchedule = getattr(self, kernel)
+        return schedule
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for cache files and tuned tables."""
+        return {"origin": self.origin, **{kernel: self.of(kernel).to_json() for kernel in KERNELS}}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """The inverse of `to_json`; ValueError if `data` is something else."""
+        if not isinstance(data, dict) or set(data) != {"origin", *KERNELS}:
+            raise ValueError(f"a schedule has exactly the fields origin, {', '.join(KERNELS)}; got {data!r}")
+        if data["origin"] not in get_args(Origin):
+            raise ValueError(f"the origin of a schedule is one of {', '.join(get_args(Origin))}; got {data['origin']!r}")
+        return cls(origin=data["origin"], **{kernel: KernelSchedule.from_json(data[kernel]) for kernel in KERNELS})
+
+
+def head_chunks(dim: int) -> tuple[int, ...]:
+    """A head dimension as descending powers of two, each one tile in a kernel: 96 -> (64, 32), 80 -> (64, 16), 128 -> (128,).
+
+    What is no multiple of 16 is padded up to one: 72 -> (64, 16). InputError if `dim` is not positive.
+    """
+    if dim < 1:
+        raise InputError(f"a head dimension is {dim}; it must be at least 1")
+    padded = -(-dim // MIN_CHUNK) * MIN_CHUNK
+    return tuple(1 << bit for bit in range(padded.bit_length() - 1, -1, -1) if padded >> bit & 1)
