@@ -1,9 +1,9 @@
-"""What attncc raises. A message says what is wrong, where (file, line, a caret under the expression), why, and what to do.
+"""What attncc raises. A message says what is wrong, where (file, line, a caret), why, and what to do.
 
-    gemma.toml:4: mask: expected a boolean, got an index
-       mask = "q_idx - kv_idx"
-               ^^^^^^^^^^^^^^
-       did you mean a comparison, e.g. "q_idx - kv_idx < 4096"?
+gemma.toml:4: mask: expected a boolean, got an index
+   mask = "q_idx - kv_idx"
+           ^^^^^^^^^^^^^^
+   did you mean a comparison, e.g. "q_idx - kv_idx < 4096"?
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _INDENT = "   "
 
 @dataclass(frozen=True)
 class Span:
-    """A place in a source: columns `col` to `end_col` (0-based, end excluded) of line `line` (1-based), which reads `text`.
+    """A place in a source: columns `col` to `end_col` (0-based, end excluded) of line `line` (1-based).
 
-    `file` is what the user called the source: a path, or a name such as "<mask>" for a text given inline.
-    An expression that runs over several lines is pointed at on its first line; `end_col` may then lie past the text's end.
+    `text` is that whole line. `file` is what the user called the source: a path, or a name such as "<mask>".
+    An expression over several lines is pointed at on its first line; `end_col` may then lie past the text's end.
     """
 
     file: str
@@ -56,13 +56,13 @@ class AttnccError(Exception):
     def __str__(self) -> str:
         return self.reason if self.remedy is None else f"{self.reason}\n{_INDENT}{self.remedy}"
 
-    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
-        # Exception.__reduce__ passes positional arguments only; ours are keywords too, and errors cross process borders.
+    def __reduce__(self) -> tuple[Callable[..., AttnccError], tuple[Any, ...]]:
+        # Exception.__reduce__ passes positional arguments only; ours are keywords too, and errors cross processes.
         return _rebuild, (type(self), dict(self.__dict__))
 
 
 class Diagnostic(AttnccError):
-    """An error about a spec: it may know the stage (score, mask, normalizer, ...) and the place in the user's source."""
+    """An error about a spec: it may know the stage (score, mask, ...) and the place in the user's source."""
 
     def __init__(
         self, reason: str, *, stage: str | None = None, span: Span | None = None, remedy: str | None = None
@@ -72,7 +72,7 @@ class Diagnostic(AttnccError):
         self.span = span
 
     def at(self, span: Span | None = None, stage: str | None = None) -> Self:
-        """A copy that has `span` and `stage` wherever this one has None: a caller adds what the raiser could not know."""
+        """A copy with `span` and `stage` where this one has None: a caller adds what the raiser could not know."""
         return type(self)(
             self.reason,
             stage=stage if self.stage is None else self.stage,
@@ -102,7 +102,7 @@ class InputError(AttnccError):
 
 
 class ScheduleError(AttnccError):
-    """No tiling of a kernel fits the device. `kernel`, `buffer` and `bytes_over` say what was too large, and by how much."""
+    """No tiling of a kernel fits the device: `kernel`, `buffer`, `bytes_over` say what is too large, by how much."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class ScheduleError(AttnccError):
 
 
 class AttnccWarning(UserWarning):
-    """Something was put right that the user should know of: a cache entry that could not be read, a spec with a risk."""
+    """Something that the user should know of, and that went on: an unreadable cache entry, a spec with a risk."""
 
 
 def _rebuild(cls: type[AttnccError], attributes: dict[str, Any]) -> AttnccError:

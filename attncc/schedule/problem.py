@@ -24,7 +24,7 @@ MIN_CHUNK = 16
 class LiveTiles:
     """How a mask divides the tiles of one (batch, head) pair, all row blocks together.
 
-    `full` tiles need no mask arithmetic, `mixed` tiles pay it, and the remaining `total - full - mixed` are never visited.
+    `full` tiles need no mask arithmetic, `mixed` tiles pay it; the remaining `total - full - mixed` are never visited.
     """
 
     full: int
@@ -54,8 +54,10 @@ class PairCosts:
 
 @dataclass(frozen=True)
 class KernelCosts:
-    """The work of a variant: `forward` and `backward` (in each of dkdv and dq) on every live pair, `mask` on each pair of a
-    mixed tile only; `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths."""
+    """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
+
+    `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths.
+    """
 
     forward: PairCosts
     backward: PairCosts
@@ -69,7 +71,7 @@ class KernelCosts:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call as the scheduler sees it: dtypes, sizes and the variant's work; raises InputError if they clash.
+    """One attention call as the scheduler sees it: dtypes, sizes and the variant's work; InputError if they clash.
 
     `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
     """
@@ -109,7 +111,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class KernelSchedule:
-    """The tiling of one kernel: tile rows (queries) and columns (keys), warps a program, stages of the load pipeline."""
+    """The tiling of one kernel: tile rows (queries) and columns (keys), warps a program, stages of the load loop."""
 
     block_m: int
     block_n: int
@@ -141,7 +143,7 @@ class KernelSchedule:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tilings of an op's three kernels, and where they come from: the model, a measurement, a shipped table or the user."""
+    """The tilings of an op's three kernels, and where they come from."""
 
     forward: KernelSchedule
     dkdv: KernelSchedule
@@ -163,12 +165,14 @@ class Schedule:
         if not isinstance(data, dict) or set(data) != {"origin", *KERNELS}:
             raise ValueError(f"a schedule has exactly the fields origin, {', '.join(KERNELS)}; got {data!r}")
         if data["origin"] not in get_args(Origin):
-            raise ValueError(f"the origin of a schedule is one of {', '.join(get_args(Origin))}; got {data['origin']!r}")
+            raise ValueError(
+                f"the origin of a schedule is one of {', '.join(get_args(Origin))}; got {data['origin']!r}"
+            )
         return cls(origin=data["origin"], **{kernel: KernelSchedule.from_json(data[kernel]) for kernel in KERNELS})
 
 
 def head_chunks(dim: int) -> tuple[int, ...]:
-    """A head dimension as descending powers of two, each one tile in a kernel: 96 -> (64, 32), 80 -> (64, 16), 128 -> (128,).
+    """A head dimension as descending powers of two, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
 
     What is no multiple of 16 is padded up to one: 72 -> (64, 16). InputError if `dim` is not positive.
     """

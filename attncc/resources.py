@@ -1,0 +1,25 @@
+"""Where the data files are: kernel templates and schedules, in a checkout and in an installed wheel alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from attncc.errors import AttnccError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def path(name: Literal["templates", "schedules"]) -> Path:
+    """The folder `name`: at the top of the checkout, else inside the installed package; AttnccError if in neither."""
+    checkout = _PACKAGE.parent
+    candidates = [_PACKAGE / "_data" / name]
+    if (checkout / "pyproject.toml").is_file():  # without it, the package's parent is a site-packages folder
+        candidates.insert(0, checkout / name)
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    raise AttnccError(
+        f"attncc's {name} folder is missing from {_PACKAGE}",
+        remedy="the installation is incomplete: install attncc again",
+    )
