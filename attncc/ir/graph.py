@@ -1,0 +1,136 @@
+"""The IR: one typed graph of stages a variant. This page is its grammar.
+
+    graph  := inputs, scalars, stages
+    input  := name, pattern (b | h | h_kv | q_idx | kv_idx | a free dimension)*, float | int, grad
+    scalar := name, default (int | float)
+    stage  := name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
+            | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
+            | out  = row.sum(expr * v_vec)          the output row
+
+An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of earlier
+stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes make new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import sympy
+
+from attncc.errors import Span
+from attncc.ir.vocabulary import Read, type_of
+
+#: dimensions an input may be indexed by, besides free ones
+LOOP_DIMS = ("b", "h", "h_kv", "q_idx", "kv_idx")
+
+
+@dataclass(frozen=True)
+class InputDecl:
+    """A tensor that a formula reads. `pattern` names each dimension: a loop index (its size is checked) or a free name."""
+
+    name: str
+    pattern: tuple[str, ...]
+    dtype: str = "float"
+    grad: bool = False
+    default: Callable[[dict[str, int]], Any] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class ScalarDecl:
+    """A number bound at call time. An int default makes it an integer."""
+
+    name: str
+    default: int | float
+
+    @property
+    def is_int(self) -> bool:
+        return isinstance(self.default, int)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One named value. `op` is None for a pair stage, "max" or "sum" for a reduction over the visible keys of a row."""
+
+    name: str
+    expr: sympy.Basic
+    op: str | None = None
+    span: Span | None = field(default=None, compare=False)
+
+    @property
+    def type(self) -> str:
+        return "vector" if self.name == "out" else type_of(self.expr)
+
+
+class VariantGraph:
+    """An immutable variant: declarations plus a frozen networkx DiGraph whose nodes carry a `stage`."""
+
+    def __init__(
+        self,
+        name: str,
+        stages: Iterable[Stage],
+        inputs: Iterable[InputDecl] = (),
+        scalars: Iterable[ScalarDecl] = (),
+        cites: str = "",
+    ):
+        self.name = name
+        self.cites = cites
+        self.inputs = tuple(sorted(inputs, key=lambda d: d.name))
+        self.scalars = tuple(sorted(scalars, key=lambda d: d.name))
+        self.dag = nx.DiGraph()
+        stages = tuple(stages)
+        names = {s.name for s in stages}
+        for stage in stages:
+            self.dag.add_node(stage.name, stage=stage)
+        for stage in stages:
+            for used in sorted(sym.name for sym in stage.expr.free_symbols):
+                if used in names:
+                    self.dag.add_edge(used, stage.name)
+        nx.freeze(self.dag)
+
+    def __getitem__(self, name: str) -> Stage:
+        return self.dag.nodes[name]["stage"]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.dag
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """In an order in which every name is defined before it is used."""
+        order = {name: i for i, name in enumerate(self.dag.nodes)}
+        return tuple(self[n] for n in nx.lexicographical_topological_sort(self.dag, key=order.__getitem__))
+
+    @cached_property
+    def rows(self) -> tuple[Stage, ...]:
+        """The row reductions, without `out`."""
+        return tuple(s for s in self.stages if s.op is not None and s.name != "out")
+
+    def input(self, name: str) -> InputDecl:
+        return next(d for d in self.inputs if d.name == name)
+
+    @cached_property
+    def reads(self) -> tuple[Read, ...]:
+        """Every distinct element read of an input, in a fixed order."""
+        found: dict[Read, None] = {}
+        for stage in self.stages:
+            for read in sorted(stage.expr.atoms(Read), key=str):
+                found.setdefault(read)
+        return tuple(found)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the mathematics: equal for two forms of one variant, whatever they are called."""
+        import hashlib
+
+        from attncc.ir.text import to_text
+
+        return hashlib.sha256(to_text(self, header=False).encode()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VariantGraph) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)

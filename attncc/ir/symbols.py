@@ -1,0 +1,45 @@
+"""The names a formula may use, as sympy symbols. One place, so that every pass means the same symbol by the same name."""
+
+from __future__ import annotations
+
+import sympy
+
+
+def _index(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def _count(name: str) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+B, H, H_KV = _index("b"), _index("h"), _index("h_kv")
+Q_IDX, KV_IDX = _index("q_idx"), _index("kv_idx")
+Q_LEN, KV_LEN, NUM_HEADS = _count("q_len"), _count("kv_len"), _count("num_heads")
+
+SCALE = sympy.Symbol("scale", positive=True)
+#: dot(q_vec, k_vec), before any scale
+QK = sympy.Symbol("qk", real=True)
+#: the output of the similarity stage, which the score stage calls `score`
+RAW_SCORE = sympy.Symbol("raw_score", real=True)
+#: the output of the score stage, which the normalizer calls `score`
+SCORE = sympy.Symbol("score", real=True)
+WEIGHT = sympy.Symbol("weight", real=True)
+V_VEC = sympy.Symbol("v_vec", real=True)
+
+#: indices and lengths that every stage sees, by the user's names
+INDICES: dict[str, sympy.Symbol] = {s.name: s for s in (B, H, H_KV, Q_IDX, KV_IDX, Q_LEN, KV_LEN, NUM_HEADS)}
+
+
+def row_symbol(op: str, number: int) -> sympy.Symbol:
+    """The value of the `number`-th row reduction, e.g. `row_max_0`."""
+    return sympy.Symbol(f"row_{op}_{number}", real=True)
+
+
+def scalar_symbol(name: str, is_int: bool) -> sympy.Symbol:
+    return sympy.Symbol(name, integer=True) if is_int else sympy.Symbol(name, real=True)
+
+
+def input_symbol(name: str, is_int: bool) -> sympy.Symbol:
+    """The tensor itself; only ever the first argument of a Read."""
+    return scalar_symbol(name, is_int)

@@ -1,0 +1,88 @@
+"""The IR as text, for bug reports, `attncc show --ir`, and the digest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+from sympy.printing.str import StrPrinter
+
+from attncc.ir.graph import Stage, VariantGraph
+
+
+class FormulaPrinter(StrPrinter):
+    """Expressions in the words of the text form, so that what is printed can be pasted back into a spec."""
+
+    def _print_Read(self, expr: Any) -> str:
+        index = ", ".join(self._print(i) for i in expr.index)
+        return f"{expr.input}[{index}]" if index else expr.input
+
+    def _print_absolute(self, expr: Any) -> str:
+        return f"abs({self._print(expr.args[0])})"
+
+    def _print_to_int(self, expr: Any) -> str:
+        return f"int({self._print(expr.args[0])})"
+
+    def _print_to_float(self, expr: Any) -> str:
+        return f"float({self._print(expr.args[0])})"
+
+    def _print_floordiv(self, expr: Any) -> str:
+        return f"({self._print(expr.args[0])}) // ({self._print(expr.args[1])})"
+
+    def _print_mod(self, expr: Any) -> str:
+        return f"({self._print(expr.args[0])}) % ({self._print(expr.args[1])})"
+
+    def _print_And(self, expr: Any) -> str:
+        return " and ".join(self._nested(a) for a in sorted(expr.args, key=str))
+
+    def _print_Or(self, expr: Any) -> str:
+        return " or ".join(self._nested(a) for a in sorted(expr.args, key=str))
+
+    def _print_Not(self, expr: Any) -> str:
+        return f"not {self._nested(expr.args[0])}"
+
+    def _nested(self, expr: Any) -> str:
+        text = self._print(expr)
+        return f"({text})" if isinstance(expr, sympy.And | sympy.Or) else text
+
+    def _print_Relational(self, expr: Any) -> str:
+        return f"{self._print(expr.lhs)} {expr.rel_op} {self._print(expr.rhs)}"
+
+    def _print_Float(self, expr: Any) -> str:
+        return repr(float(expr))
+
+    def _print_BooleanTrue(self, expr: Any) -> str:
+        return "True"
+
+    def _print_BooleanFalse(self, expr: Any) -> str:
+        return "False"
+
+
+_printer = FormulaPrinter({"order": None})
+
+
+def formula(expr: Any) -> str:
+    """One expression in the words of the text form."""
+    return _printer.doprint(expr)
+
+
+def _definition(stage: Stage) -> str:
+    body = formula(stage.expr)
+    return f"row.{stage.op}({body})" if stage.op else body
+
+
+def to_text(graph: VariantGraph, header: bool = True) -> str:
+    """The whole graph, one definition a line, in topological order."""
+    lines = [f'variant "{graph.name}"  # digest {graph.digest}'] if header else []
+    for d in graph.inputs:
+        lines.append(f"  input  {d.name}[{', '.join(d.pattern)}] : {d.dtype}{' grad' if d.grad else ''}")
+    for s in graph.scalars:
+        # the default is a call-time convenience, no part of the mathematics
+        shown = f" = {s.default!r}" if header else ""
+        lines.append(f"  scalar {s.name} : {'int' if s.is_int else 'float'}{shown}")
+    lines.append("  input  qk = dot(q_vec, k_vec) : float")
+    kind = {None: "pair", "max": "row", "sum": "row"}
+    width = max(len(s.name) for s in graph.stages)
+    for s in graph.stages:
+        lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {kind[s.op]}")
+    return "\n".join(lines)

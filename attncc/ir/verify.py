@@ -1,0 +1,80 @@
+"""Is a graph well formed? Every pass may rely on what is checked here; a pass that breaks it has a bug."""
+
+from __future__ import annotations
+
+import networkx as nx
+import sympy
+
+from attncc.errors import SpecError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read, type_of
+
+_REQUIRED = ("raw_score", "score", "mask", "weight", "out")
+_EXPECTED = {"mask": "bool"}
+
+
+def verify(graph: VariantGraph) -> None:
+    """Raise SpecError unless the graph is acyclic, typed, closed over its declarations, and linear in v_vec."""
+    for name in _REQUIRED:
+        if name not in graph:
+            raise SpecError(f"the graph has no stage '{name}'")
+    if not nx.is_directed_acyclic_graph(graph.dag):
+        cycle = " -> ".join(edge[0] for edge in nx.find_cycle(graph.dag))
+        raise SpecError(f"the stages depend on each other in a circle: {cycle}")
+    declared = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
+    names = {s.name for s in graph.stages}
+    indices = set(sym.INDICES)
+    for stage in graph.stages:
+        allowed = declared | names | indices | _extra(stage)
+        unknown = sorted(s.name for s in stage.expr.free_symbols if s.name not in allowed)
+        if unknown:
+            raise SpecError(f"'{unknown[0]}' is not defined", stage=stage.name, span=stage.span)
+        expected = _EXPECTED.get(stage.name)
+        if expected and type_of(stage.expr) != expected:
+            raise SpecError(f"expected {expected}, got {type_of(stage.expr)}", stage=stage.name, span=stage.span)
+        _verify_reads(graph, stage)
+        if stage.op == "max" and type_of(stage.expr) == "bool":
+            raise SpecError("row.max of a boolean", stage=stage.name, span=stage.span)
+    _verify_output(graph["out"])
+
+
+def _extra(stage: Stage) -> set[str]:
+    if stage.name == "raw_score":
+        return {"qk", "scale"}
+    return {"v_vec"} if stage.name == "out" else set()
+
+
+def _verify_reads(graph: VariantGraph, stage: Stage) -> None:
+    bare = {s.name for s in stage.expr.replace(lambda e: isinstance(e, Read), lambda e: sympy.S.Zero).free_symbols}
+    for decl in graph.inputs:
+        if decl.name in bare:
+            raise SpecError(f"the input '{decl.name}' is used without an index", stage=stage.name, span=stage.span)
+    for read in stage.expr.atoms(Read):
+        decl = graph.input(read.input)
+        if len(read.index) != len(decl.pattern):
+            raise SpecError(
+                f"'{decl.name}' has {len(decl.pattern)} dimensions, read with {len(read.index)}",
+                stage=stage.name,
+                span=stage.span,
+            )
+        for dim, index in zip(decl.pattern, read.index, strict=True):
+            if any(s.name in ("score", "raw_score", "weight") for s in index.free_symbols) and decl.grad:
+                raise SpecError(
+                    f"'{decl.name}' is indexed by the score in dimension '{dim}', and wants a gradient",
+                    stage=stage.name,
+                    span=stage.span,
+                    remedy="an index has no derivative; declare the input without grad",
+                )
+
+
+def _verify_output(out: Stage) -> None:
+    factor = out.expr.coeff(sym.V_VEC)
+    if sympy.expand(out.expr - factor * sym.V_VEC) != 0 or factor == 0 or factor.has(sym.V_VEC):
+        raise SpecError(
+            f"the output '{formula(out.expr)}' is not linear in v_vec",
+            stage="reduction",
+            span=out.span,
+            remedy="write row.sum(weight * v_vec), or row.sum(weight * factor * v_vec)",
+        )

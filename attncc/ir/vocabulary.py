@@ -1,0 +1,337 @@
+"""The vocabulary of pure math: every function a formula may use, with its type rule and its derivative.
+
+Add, multiply, power, `exp`, `log` and comparisons are sympy's own. The rest are the classes below. They are opaque to
+sympy on purpose: `tanh` must stay one special-function instruction and `maximum` must not be case-split. Derivatives are
+the numerically stable rules written here, never those of an expanded form.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import BooleanAtom, BooleanFunction
+
+LN2 = math.log(2.0)
+LOG2E = 1.0 / LN2
+
+#: sympy's symbols are booleans too; these are not
+BOOLEANS = (Relational, BooleanFunction, BooleanAtom)
+
+
+class Op(sympy.Function):
+    """A function of the vocabulary. `result` says its type: "float", "int", or "join" (the wider of its value arguments)."""
+
+    result = "float"
+    value_args: slice = slice(None)
+    is_extended_real = True
+    is_commutative = True
+
+    def _eval_is_real(self) -> bool:
+        return True
+
+    def _eval_is_integer(self) -> bool | None:
+        if self.result == "int":
+            return True
+        if self.result == "join":
+            return True if all(a.is_integer for a in self.args[self.value_args]) else None
+        return None
+
+    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+        total = sympy.S.Zero
+        for i, arg in enumerate(self.args, start=1):
+            if isinstance(arg, BOOLEANS):
+                continue
+            inner = arg.diff(s)
+            if inner != 0:
+                total += self.fdiff(i) * inner
+        return total
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        raise NotImplementedError(f"{type(self).__name__} has no derivative rule")
+
+
+class tanh(Op):
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return 1 - self**2
+
+
+class sigmoid(Op):
+    nargs = 1
+
+    def _eval_is_positive(self) -> bool:
+        return True
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return self * (1 - self)
+
+
+class softplus(Op):
+    """log(1 + exp(x)), without overflow."""
+
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sigmoid(self.args[0])
+
+
+class step(Op):
+    """1 where x > 0, else 0: the derivative of relu (0 at 0, as PyTorch has it)."""
+
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class relu(Op):
+    nargs = 1
+    result = "join"
+
+    def _eval_is_nonnegative(self) -> bool:
+        return True
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return step(self.args[0])
+
+
+class erf(Op):
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.Float(2 / math.sqrt(math.pi)) * sympy.exp(-(self.args[0] ** 2))
+
+
+class gelu(Op):
+    """x * Phi(x), the exact (erf) form."""
+
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        x = self.args[0]
+        cdf = (1 + erf(sympy.Float(math.sqrt(0.5)) * x)) / 2
+        return cdf + x * sympy.Float(1 / math.sqrt(2 * math.pi)) * sympy.exp(-(x**2) / 2)
+
+
+class silu(Op):
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        s = sigmoid(self.args[0])
+        return s + self.args[0] * s * (1 - s)
+
+
+class sin(Op):
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return cos(self.args[0])
+
+
+class cos(Op):
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return -sin(self.args[0])
+
+
+class absolute(Op):
+    nargs = 1
+    result = "join"
+
+    def _eval_is_nonnegative(self) -> bool:
+        return True
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sign(self.args[0])
+
+
+class sign(Op):
+    """-1, 0 or 1; a constant for differentiation."""
+
+    nargs = 1
+    result = "join"
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class floor(Op):
+    nargs = 1
+    result = "int"
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class maximum(Op):
+    """The larger of two. At a tie the gradient goes to the second argument, so that maximum(x, 0) is relu(x)."""
+
+    nargs = 2
+    result = "join"
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        a, b = self.args
+        return where(a > b, 1, 0) if argindex == 1 else where(a > b, 0, 1)
+
+
+class minimum(Op):
+    """The smaller of two. At a tie the gradient goes to the second argument."""
+
+    nargs = 2
+    result = "join"
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        a, b = self.args
+        return where(a < b, 1, 0) if argindex == 1 else where(a < b, 0, 1)
+
+
+class where(Op):
+    """where(condition, a, b): a where the condition holds, else b."""
+
+    nargs = 3
+    result = "join"
+    value_args = slice(1, None)
+
+    @classmethod
+    def eval(cls, condition: Any, a: Any, b: Any) -> Any:
+        if condition is sympy.true:
+            return a
+        if condition is sympy.false:
+            return b
+        return a if a == b else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return where(self.args[0], 1, 0) if argindex == 2 else where(self.args[0], 0, 1)
+
+
+class floordiv(Op):
+    """Integer division that rounds towards minus infinity, as Python's // does."""
+
+    nargs = 2
+    result = "int"
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        if a.is_Integer and b.is_Integer and b != 0:
+            return sympy.Integer(int(a) // int(b))
+        return a if b == 1 else None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[0].is_nonnegative and self.args[1].is_positive else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class mod(Op):
+    """Integer remainder with the sign of the divisor, as Python's % has."""
+
+    nargs = 2
+    result = "int"
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        return sympy.Integer(int(a) % int(b)) if a.is_Integer and b.is_Integer and b != 0 else None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if self.args[1].is_positive else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class to_int(Op):
+    """Truncation towards zero; a boolean becomes 0 or 1."""
+
+    nargs = 1
+    result = "int"
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        return x if not isinstance(x, BOOLEANS) and x.is_integer else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class to_float(Op):
+    """An index, an integer or a boolean as a float."""
+
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.One
+
+
+class Read(sympy.Function):
+    """`Read(input, i, j, ...)`: one element of a user's input tensor. An index outside the tensor reads 0."""
+
+    is_extended_real = True
+    is_commutative = True
+
+    def _eval_is_real(self) -> bool:
+        return True
+
+    def _eval_is_integer(self) -> bool | None:
+        return True if self.args[0].is_integer else None
+
+    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+        return sympy.S.Zero
+
+    @property
+    def input(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def index(self) -> tuple[sympy.Expr, ...]:
+        return tuple(self.args[1:])
+
+
+#: name a user writes -> class, for one-to-one functions
+FUNCTIONS: dict[str, type[sympy.Function]] = {
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "softplus": softplus,
+    "relu": relu,
+    "gelu": gelu,
+    "silu": silu,
+    "erf": erf,
+    "sin": sin,
+    "cos": cos,
+    "abs": absolute,
+    "sign": sign,
+    "floor": floor,
+    "maximum": maximum,
+    "minimum": minimum,
+    "where": where,
+    "int": to_int,
+    "float": to_float,
+}
+
+#: pieces of the special-function unit that one evaluation costs, for the cost model
+SFU_COST: dict[type, int] = {
+    sympy.exp: 1,
+    sympy.log: 1,
+    tanh: 1,
+    sigmoid: 2,
+    softplus: 2,
+    silu: 2,
+    erf: 2,
+    gelu: 2,
+    sin: 1,
+    cos: 1,
+}
+
+
+def type_of(expr: Any) -> str:
+    """ "bool", "int" or "float"."""
+    if isinstance(expr, BOOLEANS):
+        return "bool"
+    return "int" if expr.is_integer else "float"

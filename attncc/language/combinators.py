@@ -1,0 +1,132 @@
+"""Masks and score modifiers as objects that compose: `causal & sliding_window(4096) | prefix(n)`, `alibi() >> softcap(30)`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attncc.ir.graph import InputDecl, ScalarDecl
+from attncc.language.values import Value, fail, lift
+
+Environment = Mapping[str, Any]
+
+
+def call_by_name(function: Callable[..., Any], env: Environment, stage: str) -> Any:
+    """Call `function` with the entries of `env` that its parameters name. Parameters with other names need a default."""
+    from attncc.language.stages import unknown_name
+
+    arguments = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            fail(f"the {stage} function takes *{name}; its parameters are bound by name", "name what it uses")
+        if name in env:
+            arguments[name] = env[name]
+        elif parameter.default is parameter.empty:
+            raise unknown_name(name, stage, env)
+    return function(**arguments)
+
+
+class _Piece:
+    """A stage function plus the inputs and scalars that it brings along."""
+
+    stage = ""
+
+    def __init__(
+        self,
+        run: Callable[[Environment], Any],
+        inputs: Mapping[str, InputDecl] | None = None,
+        scalars: Mapping[str, ScalarDecl] | None = None,
+        label: str = "",
+    ):
+        self.run = run
+        self.inputs = dict(inputs or {})
+        self.scalars = dict(scalars or {})
+        self.label = label
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.label}>"
+
+    def _merge(self, other: _Piece) -> tuple[dict[str, InputDecl], dict[str, ScalarDecl]]:
+        for name in self.inputs.keys() & other.inputs.keys():
+            if self.inputs[name] != other.inputs[name]:
+                fail(f"both sides declare the input '{name}', with different patterns", "rename one of them")
+        return {**self.inputs, **other.inputs}, {**self.scalars, **other.scalars}
+
+
+class Mask(_Piece):
+    """A boolean over (query, key): `&`, `|` and `~` compose. A plain function with the stage's names may stand on either side."""
+
+    stage = "mask"
+
+    @classmethod
+    def of(cls, x: Any) -> Mask:
+        """A Mask from a Mask, a boolean, or a function whose parameters are names that the mask stage sees."""
+        if isinstance(x, Mask):
+            return x
+        if isinstance(x, bool):
+            return cls(lambda env: lift(x), label=str(x))
+        if callable(x):
+            return cls(lambda env: call_by_name(x, env, "mask"), label=getattr(x, "__name__", "mask"))
+        fail(f"{type(x).__name__} is no mask", "a mask is a function of indices, or composed of ac.causal and its like")
+
+    def __and__(self, other: Any) -> Mask:
+        right = Mask.of(other)
+        return Mask(lambda e: lift(self.run(e)) & right.run(e), *self._merge(right), f"({self.label} & {right.label})")
+
+    def __or__(self, other: Any) -> Mask:
+        right = Mask.of(other)
+        return Mask(lambda e: lift(self.run(e)) | right.run(e), *self._merge(right), f"({self.label} | {right.label})")
+
+    def __rand__(self, other: Any) -> Mask:
+        return Mask.of(other) & self
+
+    def __ror__(self, other: Any) -> Mask:
+        return Mask.of(other) | self
+
+    def __invert__(self) -> Mask:
+        return Mask(lambda e: ~lift(self.run(e)), self.inputs, self.scalars, f"~{self.label}")
+
+
+class MaskFamily(Mask):
+    """A mask that is usable as it is, and callable for its options: `causal`, `causal(align="start")`."""
+
+    def __init__(self, build: Callable[..., Mask]):
+        default = build()
+        super().__init__(default.run, default.inputs, default.scalars, default.label)
+        self._build = build
+        self.__doc__ = build.__doc__
+
+    def __call__(self, **options: Any) -> Mask:
+        return self._build(**options)
+
+
+class ScoreMod(_Piece):
+    """A function of the score: `a >> b` applies a, then b."""
+
+    stage = "score"
+
+    @classmethod
+    def of(cls, x: Any) -> ScoreMod:
+        """A ScoreMod from a ScoreMod or a function whose parameters are names that the score stage sees."""
+        if isinstance(x, ScoreMod):
+            return x
+        if callable(x) and not isinstance(x, Mask):
+            return cls(lambda env: call_by_name(x, env, "score"), label=getattr(x, "__name__", "score"))
+        fail(
+            f"{type(x).__name__} is no score modifier", "it is a function of score, or made by ac.softcap and its like"
+        )
+
+    def __rshift__(self, other: Any) -> ScoreMod:
+        right = ScoreMod.of(other)
+        return ScoreMod(
+            lambda e: right.run({**e, "score": lift(self.run(e))}),
+            *self._merge(right),
+            f"{self.label} >> {right.label}",
+        )
+
+    def __rrshift__(self, other: Any) -> ScoreMod:
+        return ScoreMod.of(other) >> self
+
+
+__all__ = ["Mask", "MaskFamily", "ScoreMod", "Value", "call_by_name"]

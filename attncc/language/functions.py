@@ -1,0 +1,100 @@
+"""The functions of the vocabulary as a user calls them: `ac.exp(score - m)`. On plain numbers they are Python's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from attncc.language.values import Value, apply, constant
+
+_ON_NUMBERS: dict[str, Callable[..., Any]] = {
+    "exp": math.exp,
+    "log": math.log,
+    "tanh": math.tanh,
+    "sin": math.sin,
+    "cos": math.cos,
+    "erf": math.erf,
+    "floor": math.floor,
+    "abs": abs,
+    "maximum": max,
+    "minimum": min,
+    "int": int,
+    "float": float,
+}
+
+
+def _function(name: str, doc: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        if name in _ON_NUMBERS and args and all(constant(a) for a in args):
+            return _ON_NUMBERS[name](*args)
+        return apply(name, *args)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = doc
+    return call
+
+
+exp = _function("exp", "e to the power x.")
+log = _function("log", "The natural logarithm of x.")
+tanh = _function("tanh", "The hyperbolic tangent of x.")
+sigmoid = _function("sigmoid", "1 / (1 + exp(-x)).")
+softplus = _function("softplus", "log(1 + exp(x)), without overflow.")
+relu = _function("relu", "max(x, 0), with derivative 0 at 0.")
+gelu = _function("gelu", "x * Phi(x), the exact (erf) form.")
+silu = _function("silu", "x * sigmoid(x).")
+erf = _function("erf", "The error function of x.")
+sin = _function("sin", "The sine of x.")
+cos = _function("cos", "The cosine of x.")
+absolute = _function("abs", "The absolute value of x.")
+sign = _function("sign", "-1, 0 or 1; a constant for differentiation.")
+floor = _function("floor", "The largest integer not above x, as an integer.")
+maximum = _function("maximum", "The larger of two; at a tie the gradient goes to the second.")
+minimum = _function("minimum", "The smaller of two; at a tie the gradient goes to the second.")
+where = _function("where", "where(condition, a, b): a where the condition holds, else b.")
+to_int = _function("int", "Truncation towards zero; a boolean becomes 0 or 1.")
+to_float = _function("float", "An index or a boolean as a number.")
+
+
+def sqrt(x: Any) -> Any:
+    """The square root of x."""
+    return math.sqrt(x) if constant(x) else x**0.5
+
+
+def exp2(x: Any) -> Any:
+    """2 to the power x."""
+    return 2.0**x if constant(x) else exp(x * math.log(2.0))
+
+
+def log2(x: Any) -> Any:
+    """The logarithm of x to base 2."""
+    return math.log2(x) if constant(x) else log(x) * (1 / math.log(2.0))
+
+
+#: every function by the name it has in the text form
+TABLE: dict[str, Callable[..., Any]] = {
+    "exp": exp,
+    "exp2": exp2,
+    "log": log,
+    "log2": log2,
+    "sqrt": sqrt,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "softplus": softplus,
+    "relu": relu,
+    "gelu": gelu,
+    "silu": silu,
+    "erf": erf,
+    "sin": sin,
+    "cos": cos,
+    "abs": absolute,
+    "sign": sign,
+    "floor": floor,
+    "maximum": maximum,
+    "minimum": minimum,
+    "where": where,
+    "int": to_int,
+    "float": to_float,
+}
+
+__all__ = ["TABLE", "Value", "exp", "log"]

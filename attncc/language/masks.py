@@ -1,0 +1,93 @@
+"""The masks that ship. Each is a boolean over (q_idx, kv_idx); they compose with `&`, `|`, `~`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attncc.ir.graph import InputDecl
+from attncc.language.combinators import Mask, MaskFamily
+from attncc.language.values import fail
+
+
+def _position(env: Any) -> Any:
+    """The absolute position of the query row: the last row is the last key's (bottom-right alignment)."""
+    return env["q_idx"] + (env["kv_len"] - env["q_len"])
+
+
+def _causal(align: str = "end") -> Mask:
+    """Keys up to the query's own position.
+
+    `align="end"` (the default) puts the last query at the last key, so that one spec is right in prefill and in decode;
+    `align="start"` puts query 0 at key 0, as PyTorch's `is_causal` does. With equal lengths both agree.
+    """
+    if align == "end":
+        return Mask(lambda e: e["kv_idx"] <= _position(e), label="causal")
+    if align == "start":
+        return Mask(lambda e: e["kv_idx"] <= e["q_idx"], label="causal(align='start')")
+    fail(f"causal(align={align!r}): align is 'end' or 'start'")
+
+
+causal = MaskFamily(_causal)
+full = Mask.of(True)
+
+
+def sliding_window(size: int) -> Mask:
+    """Keys less than `size` behind the query, the query's own key counted: `q - k < size` (Mistral, gpt-oss, Gemma).
+
+    It does not look ahead of itself: combine it with `causal`. For flash-attn's distances see `window`.
+    """
+    return Mask(lambda e: _position(e) - e["kv_idx"] < size, label=f"sliding_window({size})")
+
+
+def window(left: int, right: int = 0) -> Mask:
+    """Keys at most `left` behind and `right` ahead of the query, both inclusive: flash-attn's `window_size=(left, right)`.
+
+    `window(left=W)` therefore shows W + 1 keys, where `causal & sliding_window(W)` shows W.
+    """
+    return Mask(
+        lambda e: (_position(e) - e["kv_idx"] <= left) & (e["kv_idx"] - _position(e) <= right),
+        label=f"window({left}, {right})",
+    )
+
+
+def prefix(length: int | str = "prefix") -> Mask:
+    """The first `length` keys: a number, or the name of an integer input with one length a sequence, `[b]`."""
+    if isinstance(length, str):
+        decl = InputDecl(length, ("b",), "int")
+        return Mask(lambda e: e["kv_idx"] < e[length][e["b"]], {length: decl}, label=f"prefix({length})")
+    return Mask(lambda e: e["kv_idx"] < length, label=f"prefix({length})")
+
+
+def document(doc: str = "doc") -> Mask:
+    """Only keys of the query's own document. `doc` names an integer input `[b, kv_idx]` with the document of each token."""
+    decl = InputDecl(doc, ("b", "kv_idx"), "int")
+    return Mask(lambda e: e[doc][e["b"], _position(e)] == e[doc][e["b"], e["kv_idx"]], {doc: decl}, label="document")
+
+
+def padding(lengths: str = "lengths") -> Mask:
+    """The first `lengths[b]` keys of each sequence; the rest is padding."""
+    return prefix(lengths)
+
+
+def dilated(step: int) -> Mask:
+    """Every `step`-th key, counted back from the query."""
+    return Mask(lambda e: (_position(e) - e["kv_idx"]) % step == 0, label=f"dilated({step})")
+
+
+def block_diagonal(size: int) -> Mask:
+    """Only keys of the query's own block of `size` positions."""
+    return Mask(lambda e: _position(e) // size == e["kv_idx"] // size, label=f"block_diagonal({size})")
+
+
+#: by the name they have in the text form
+TABLE: dict[str, Any] = {
+    "causal": causal,
+    "full": full,
+    "sliding_window": sliding_window,
+    "window": window,
+    "prefix": prefix,
+    "document": document,
+    "padding": padding,
+    "dilated": dilated,
+    "block_diagonal": block_diagonal,
+}

@@ -1,0 +1,55 @@
+"""The score modifiers that ship. They compose with `>>`, left first."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from attncc.ir.graph import InputDecl, ScalarDecl
+from attncc.language import functions as fn
+from attncc.language.combinators import ScoreMod
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """The published slopes: 2^(-8 (h+1) / H), with the paper's interpolation where H is no power of two (arXiv:2108.12409)."""
+
+    def geometric(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    power = 2 ** math.floor(math.log2(heads))
+    return geometric(power) + geometric(2 * power)[0::2][: heads - power]
+
+
+def default_slopes(sizes: dict[str, int]) -> list[float]:
+    """ALiBi's slopes for as many heads as the query has."""
+    return alibi_slopes(sizes["h"])
+
+
+def alibi(slopes: str = "slopes") -> ScoreMod:
+    """Subtract slope * distance. `slopes` names an input `[h]`, with the published slopes as its default."""
+    decl = InputDecl(slopes, ("h",), "float", grad=True, default=default_slopes)
+
+    def run(e: Any) -> Any:
+        return e["score"] + e[slopes][e["h"]] * (e["kv_idx"] - (e["q_idx"] + (e["kv_len"] - e["q_len"])))
+
+    return ScoreMod(run, {slopes: decl}, label="alibi")
+
+
+def softcap(cap: float | str = 50.0) -> ScoreMod:
+    """cap * tanh(score / cap). `cap` is a number, or the name of a scalar bound at call time."""
+    if isinstance(cap, str):
+        decl = ScalarDecl(cap, 50.0)
+        return ScoreMod(lambda e: e[cap] * fn.tanh(e["score"] / e[cap]), scalars={cap: decl}, label=f"softcap({cap})")
+    return ScoreMod(lambda e: cap * fn.tanh(e["score"] / cap), label=f"softcap({cap})")
+
+
+def bias(name: str = "bias") -> ScoreMod:
+    """Add a dense bias `[b, h, q_idx, kv_idx]`; a dimension of size 1 is broadcast. It receives a gradient."""
+    decl = InputDecl(name, ("b", "h", "q_idx", "kv_idx"), "float", grad=True)
+    return ScoreMod(
+        lambda e: e["score"] + e[name][e["b"], e["h"], e["q_idx"], e["kv_idx"]], {name: decl}, label=f"bias({name})"
+    )
+
+
+#: by the name they have in the text form
+TABLE: dict[str, Any] = {"alibi": alibi, "softcap": softcap, "bias": bias}

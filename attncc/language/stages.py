@@ -1,0 +1,154 @@
+"""What each stage sees, and the assembly of traced stages into the IR graph. Shared by the Python and the text form."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+
+from attncc.errors import SpecError, Span
+from attncc.ir import symbols as sym
+from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph
+from attncc.ir.verify import verify
+from attncc.language.values import InputTensor, Value, boolean, fail, number
+
+_PAIR = ("b", "h", "h_kv", "q_idx", "kv_idx", "q_len", "kv_len", "num_heads")
+#: names that each stage sees besides the inputs and scalars of the variant
+SEES: dict[str, tuple[str, ...]] = {
+    "score": ("score", *_PAIR),
+    "mask": _PAIR,
+    "normalizer": ("score", *_PAIR, "row"),
+    "reduction": ("weight", "v_vec", *_PAIR, "row"),
+}
+
+
+class Row:
+    """Reductions over the keys that one query sees. Equal reductions are computed once."""
+
+    def __init__(self, stages: list[Stage]):
+        self._stages = stages
+
+    def _reduce(self, op: str, x: Any) -> Value:
+        expr = number(x)
+        if expr.has(sym.V_VEC) and op != "sum":
+            fail(f"row.{op}(v_vec): only row.sum reduces the value vectors")
+        for stage in self._stages:
+            if stage.op == op and stage.expr == expr and not expr.has(sym.V_VEC):
+                return Value(sym.row_symbol(*_split(stage.name)))
+        count = sum(s.op == op for s in self._stages)
+        symbol = sym.row_symbol(op, count)
+        self._stages.append(Stage(symbol.name, expr, op))
+        return Value(symbol)
+
+    def max(self, x: Any) -> Value:
+        """The largest x over the visible keys."""
+        return self._reduce("max", x)
+
+    def min(self, x: Any) -> Value:
+        """The smallest x over the visible keys."""
+        return -self._reduce("max", -Value(number(x)))
+
+    def sum(self, x: Any) -> Value:
+        """The sum of x over the visible keys."""
+        return self._reduce("sum", x)
+
+    def count(self) -> Value:
+        """How many keys are visible."""
+        return self._reduce("sum", 1)
+
+    def mean(self, x: Any) -> Value:
+        """The mean of x over the visible keys."""
+        return self.sum(x) / self.count()
+
+
+def _split(name: str) -> tuple[str, int]:
+    _, op, index = name.split("_")
+    return op, int(index)
+
+
+def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDecl]) -> dict[str, Any]:
+    """The names that every stage of this variant sees."""
+    env: dict[str, Any] = {name: Value(symbol) for name, symbol in sym.INDICES.items()}
+    for name, scalar in scalars.items():
+        env[name] = Value(sym.scalar_symbol(name, scalar.is_int))
+    for name, decl in inputs.items():
+        tensor = InputTensor(decl)
+        env[name] = tensor if decl.pattern else tensor[()]
+    return env
+
+
+def unknown_name(name: str, stage: str, env: Mapping[str, Any], functions: Mapping[str, Any] = {}) -> SpecError:  # noqa: B006
+    """The error for a name that this stage does not see."""
+    special = {
+        "v_vec": "only the reduction stage sees the value vectors",
+        "weight": "only the reduction stage sees the weight",
+        "row": "only the normalizer and the reduction see row reductions",
+        "score": "the mask decides before any score is known; hide pairs by index or input",
+    }
+    visible = [n for n in SEES[stage]] + [n for n in env if n not in sym.INDICES]
+    near = difflib.get_close_matches(name, [*visible, *functions], n=1, cutoff=0.6)
+    if name in special:
+        remedy = special[name]
+    elif near:
+        remedy = f"did you mean '{near[0]}'?"
+    else:
+        remedy = f"it sees: {', '.join(dict.fromkeys(visible))}; declare a tensor in inputs, a number in scalars"
+    return SpecError(f"the {stage} stage does not see the name '{name}'", stage=stage, remedy=remedy)
+
+
+Evaluate = Callable[[str, dict[str, Any]], Any]
+
+
+def assemble(
+    name: str,
+    inputs: Mapping[str, InputDecl],
+    scalars: Mapping[str, ScalarDecl],
+    evaluate: Mapping[str, tuple[Callable[[dict[str, Any]], Any], Span | None]],
+    cites: str = "",
+) -> VariantGraph:
+    """Run each stage's evaluator on its names and build the verified graph.
+
+    `evaluate[stage]` is a function from the environment to the stage's result, with the place it came from.
+    """
+    base = environment(inputs, scalars)
+    stages = [Stage("raw_score", sym.SCALE * sym.QK)]
+
+    def run(stage: str, extra: dict[str, Any], check: Callable[[Any], Any]) -> tuple[Any, Span | None]:
+        function, span = evaluate[stage]
+        try:
+            return check(function({**base, **extra})), span
+        except SpecError as error:
+            raise error.at(span, stage) from None
+
+    score, span = run("score", {"score": Value(sym.RAW_SCORE)}, number)
+    stages.append(Stage("score", score, span=span))
+    mask, span = run("mask", {}, boolean)
+    stages.append(Stage("mask", mask, span=span))
+    rows: list[Stage] = []
+    weight, span = run("normalizer", {"score": Value(sym.SCORE), "row": Row(rows)}, number)
+    stages += [Stage(r.name, r.expr, r.op, span) for r in rows]
+    stages.append(Stage("weight", weight, span=span))
+    sums: list[Stage] = []
+    extra = {"weight": Value(sym.WEIGHT), "v_vec": Value(sym.V_VEC), "row": Row(sums)}
+    out, span = run("reduction", extra, number)
+    if len(sums) != 1 or out != sym.row_symbol("sum", 0) or not sums[0].expr.has(sym.V_VEC):
+        raise SpecError(
+            "the reduction must be one row.sum(... * v_vec)",
+            stage="reduction",
+            span=span,
+            remedy="write row.sum(weight * v_vec), or row.sum(weight * factor * v_vec)",
+        )
+    stages.append(Stage("out", sums[0].expr, "sum", span))
+    used: set[sympy.Symbol] = set().union(*(s.expr.free_symbols for s in stages))
+    names = {u.name for u in used}
+    for kind, decls in (("input", inputs), ("scalar", scalars)):
+        for unused in sorted(set(decls) - names):
+            raise SpecError(
+                f"the {kind} '{unused}' is declared but no stage reads it",
+                remedy=f"read it, or drop it from the {kind}s",
+            )
+    graph = VariantGraph(name, stages, inputs.values(), scalars.values(), cites)
+    verify(graph)
+    return graph

@@ -1,0 +1,217 @@
+"""The text form: a variant as TOML. Data, never executed.
+
+    name = "gemma2-local"
+    [stages]
+    score = "30 * tanh(score / 30)"
+    mask  = "kv_idx <= q_idx and q_idx - kv_idx < 4096"
+    [inputs]
+    slopes = { index = ["h"], grad = true }      # read as slopes[h]
+    [scalars]
+    cap = 50.0
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attncc.errors import Span, SpecError
+from attncc.ir.graph import InputDecl, ScalarDecl
+from attncc.language import masks, mods
+from attncc.language.combinators import Mask, ScoreMod
+from attncc.language.expression import Source, parse, stage_function
+from attncc.language.stages import SEES, assemble
+from attncc.language.variant import Input, Scalar, Variant, check_name
+
+_DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
+_TOP = ("name", "cites", "description", "stages", "inputs", "scalars")
+
+
+def load_toml(path: str | Path) -> Variant:
+    """Read a variant from a TOML file. Raises SpecError, with file and line, if it is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}: {error}") from None
+    return loads_toml(text, file=str(path))
+
+
+def loads_toml(text: str, file: str = "<spec>") -> Variant:
+    """Read a variant from TOML text."""
+    lines = text.splitlines()
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+), column (\d+)", str(error))
+        span = None
+        if found:
+            line, col = int(found[1]), int(found[2]) - 1
+            span = Span(file, line, col, col + 1, lines[line - 1] if line <= len(lines) else "")
+        raise SpecError(f"not valid TOML: {error}", span=span) from None
+    for key in data:
+        if key not in _TOP:
+            where = "stages" if key in SEES else None
+            raise SpecError(
+                f"unknown key '{key}'",
+                span=_key_span(lines, file, (), key),
+                remedy=f"move it under [{where}]" if where else f"the keys are: {', '.join(_TOP)}",
+            )
+    stages = _table(data, "stages", file, lines)
+    sources = {}
+    for stage, value in stages.items():
+        if stage not in SEES:
+            raise SpecError(
+                f"unknown stage '{stage}'",
+                span=_key_span(lines, file, ("stages",), stage),
+                remedy=f"the stages are: {', '.join(SEES)}",
+            )
+        if not isinstance(value, str):
+            raise SpecError(
+                f"the stage must be a string, got {type(value).__name__}",
+                stage=stage,
+                span=_key_span(lines, file, ("stages",), stage),
+            )
+        sources[stage] = _value_source(lines, file, stage, value)
+    return from_sources(
+        sources,
+        name=_string(data, "name", Path(file).stem if file.endswith(".toml") else "variant"),
+        cites=_string(data, "cites", ""),
+        inputs=_inputs(_table(data, "inputs", file, lines), file, lines),
+        scalars=_scalars(_table(data, "scalars", file, lines), file, lines),
+    )
+
+
+def from_texts(name: str = "inline", **stages: str) -> Variant:
+    """A variant from inline texts, one a stage, as the command line's --score, --mask and --normalizer give them."""
+    return from_sources({s: Source(t, f"<{s}>") for s, t in stages.items()}, name=name)
+
+
+def from_sources(
+    sources: Mapping[str, Source],
+    *,
+    name: str,
+    cites: str = "",
+    inputs: Mapping[str, InputDecl] | None = None,
+    scalars: Mapping[str, ScalarDecl] | None = None,
+) -> Variant:
+    """A variant from the texts of its stages."""
+    decls, numbers = dict(inputs or {}), dict(scalars or {})
+    evaluate: dict[str, Any] = {}
+    for stage, default in _DEFAULTS.items():
+        source = sources.get(stage) or Source(default, f"<default {stage}>")
+        for piece in _pieces(source, stage):
+            for key, decl in piece.inputs.items():
+                decls.setdefault(key, decl)
+            for key, scalar in piece.scalars.items():
+                numbers.setdefault(key, scalar)
+        first = source.text.splitlines()[0] if source.text.strip() else ""
+        evaluate[stage] = (stage_function(source, stage), source.span(1, 0, max(len(first), 1)))
+    graph = assemble(name, decls, numbers, evaluate, cites)
+    return Variant.from_graph(graph)
+
+
+def _pieces(source: Source, stage: str) -> list[Mask | ScoreMod]:
+    """The shipped masks or modifiers that a text calls, for the inputs they bring along."""
+    table: Mapping[str, Any] = {"mask": masks.TABLE, "score": mods.TABLE}.get(stage, {})
+    found: list[Mask | ScoreMod] = []
+    for node in ast.walk(parse(source, stage)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in table:
+            arguments = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            keywords = {k.arg: k.value.value for k in node.keywords if k.arg and isinstance(k.value, ast.Constant)}
+            if len(arguments) == len(node.args) and len(keywords) == len(node.keywords):
+                try:
+                    found.append(table[node.func.id](*arguments, **keywords))
+                except TypeError as error:
+                    raise SpecError(str(error), stage=stage, span=source.node_span(node)) from None
+    return found
+
+
+def _table(data: Mapping[str, Any], key: str, file: str, lines: list[str]) -> Mapping[str, Any]:
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise SpecError(f"'{key}' must be a table", span=_key_span(lines, file, (), key), remedy=f"write [{key}]")
+    return value
+
+
+def _string(data: Mapping[str, Any], key: str, default: str) -> str:
+    value = data.get(key, default)
+    if not isinstance(value, str):
+        raise SpecError(f"'{key}' must be a string, got {type(value).__name__}")
+    return value
+
+
+def _inputs(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, InputDecl]:
+    decls = {}
+    for name, entry in table.items():
+        span = _key_span(lines, file, ("inputs",), name)
+        try:
+            check_name(name)
+            if not isinstance(entry, dict) or not isinstance(entry.get("index", []), list):
+                raise SpecError(
+                    f"the input '{name}' must be a table", remedy=f'write {name} = {{ index = ["h"], grad = true }}'
+                )
+            unknown = sorted(set(entry) - {"index", "dtype", "grad"})
+            if unknown:
+                raise SpecError(f"the input '{name}' has no key '{unknown[0]}'", remedy="its keys: index, dtype, grad")
+            decls[name] = Input(
+                *entry.get("index", []), dtype=entry.get("dtype", "float"), grad=bool(entry.get("grad", False))
+            ).declare(name)
+        except SpecError as error:
+            raise error.at(span) from None
+    return decls
+
+
+def _scalars(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, ScalarDecl]:
+    numbers = {}
+    for name, value in table.items():
+        try:
+            check_name(name)
+            numbers[name] = Scalar(value).declare(name)
+        except SpecError as error:
+            raise error.at(_key_span(lines, file, ("scalars",), name)) from None
+    return numbers
+
+
+def _find_key(lines: list[str], table: tuple[str, ...], key: str) -> tuple[int, int] | None:
+    """Line (0-based) and column of a key, within its table's section."""
+    section: tuple[str, ...] = ()
+    for number, line in enumerate(lines):
+        header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$", line)
+        if header:
+            section = tuple(p.strip().strip("\"'") for p in header[1].split("."))
+            continue
+        if section == table:
+            found = re.match(rf"\s*(['\"]?){re.escape(key)}\1\s*=", line)
+            if found:
+                return number, len(line) - len(line.lstrip())
+    return None
+
+
+def _key_span(lines: list[str], file: str, table: tuple[str, ...], key: str) -> Span | None:
+    found = _find_key(lines, table, key)
+    if found is None:
+        return None
+    line, col = found
+    return Span(file, line + 1, col, col + len(key), lines[line])
+
+
+def _value_source(lines: list[str], file: str, stage: str, value: str) -> Source:
+    """A stage's text with its place in the file, so that carets stand under the user's own characters."""
+    found = _find_key(lines, ("stages",), stage)
+    if found is None:
+        return Source(value, file)
+    line, _ = found
+    opening = re.search(r"=\s*(\"\"\"|'''|\"|')", lines[line])
+    if opening is None:
+        return Source(value, file)
+    col = opening.end()
+    if len(opening[1]) == 3 and lines[line][col:].strip() == "":
+        return Source(value, file, line + 2, 0, lines)  # TOML drops a newline right after the opening quotes
+    return Source(value, file, line + 1, col, lines)
