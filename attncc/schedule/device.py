@@ -1,0 +1,200 @@
+"""What a GPU is, as far as a schedule depends on it, read from `schedules/devices/*.toml`: a GPU is a file."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attncc import resources
+from attncc.errors import AttnccError, UnsupportedError
+from attncc.schedule.problem import Dtype, Precision
+
+
+@dataclass(frozen=True)
+class Device:
+    """The figures of one GPU, all of the whole card unless the name says otherwise; `sms` are compute units on AMD.
+
+    Bytes for shared memory, GHz, dense TFLOP/s by operand type (`fp32` is the IEEE rate), operations a clock and SM,
+    GB/s, MiB, microseconds. `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
+    """
+
+    name: str
+    title: str
+    target: str
+    backend: str
+    cards: tuple[str, ...]
+    reference: bool
+    warp_size: int
+    sms: int
+    smem_per_block: int
+    smem_per_sm: int
+    regs_per_sm: int
+    regs_per_thread_max: int
+    clock_ghz: float
+    tensor_tflops: dict[str, float] = field(hash=False)
+    fma_per_clk_sm: float
+    int_per_clk_sm: float
+    sfu_per_clk_sm: float
+    dram_gbps: float
+    l2_mb: float
+    launch_us: float
+    tmem_columns: int = 0
+
+    def matmul_tflops(self, dtype: Dtype, precision: Precision) -> float:
+        """The matmul rate for operands of `dtype`; float32 operands run at the rate of `precision`."""
+        if dtype == "fp32":
+            return self.tensor_tflops["tf32" if precision == "tf32" else "fp32"]
+        return self.tensor_tflops[dtype]
+
+    @property
+    def is_interpreter(self) -> bool:
+        """Whether this stands for Triton's interpreter on a CPU, which has no limits worth counting."""
+        return self.backend == "cpu"
+
+
+# What a CPU tensor runs on. There is nothing to fit and nothing to predict: only `candidates` looks at it.
+INTERPRETER = Device(
+    name="interpreter",
+    title="Triton's interpreter on a CPU",
+    target="cpu",
+    backend="cpu",
+    cards=(),
+    reference=False,
+    warp_size=1,
+    sms=1,
+    smem_per_block=2**31,
+    smem_per_sm=2**31,
+    regs_per_sm=2**31,
+    regs_per_thread_max=2**31,
+    clock_ghz=1.0,
+    tensor_tflops=dict.fromkeys(("bf16", "fp16", "tf32", "fp32"), 0.001),
+    fma_per_clk_sm=1.0,
+    int_per_clk_sm=1.0,
+    sfu_per_clk_sm=1.0,
+    dram_gbps=10.0,
+    l2_mb=1.0,
+    launch_us=100.0,
+)
+
+
+def device_names() -> tuple[str, ...]:
+    """The names of the known devices, in alphabetical order."""
+    return tuple(sorted(path.stem for path in (resources.path("schedules") / "devices").glob("*.toml")))
+
+
+def targets() -> tuple[str, ...]:
+    """The architectures of the known devices, each once, in order."""
+    return tuple(sorted({load_device(name).target for name in device_names()}, key=lambda t: (len(t), t)))
+
+
+@cache
+def load_device(name: str) -> Device:
+    """The device described by `schedules/devices/<name>.toml`; UnsupportedError if there is none."""
+    if name not in device_names():
+        raise _unknown(name)
+    return parse_device(resources.path("schedules") / "devices" / f"{name}.toml")
+
+
+def parse_device(path: Path) -> Device:
+    """The device that the file `path` describes; AttnccError naming the file and the field if it is malformed."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise AttnccError(f"{path}: not a TOML file: {error}") from error
+    known = {entry.name: entry for entry in fields(Device) if entry.name != "name"}
+    optional = {"tmem_columns"}
+    wrong = [f"unknown field {key!r}" for key in sorted(set(data) - set(known))]
+    wrong += [f"missing field {key!r}" for key in sorted(set(known) - set(data) - optional)]
+    rates = data.get("tensor_tflops", {})
+    types = ("bf16", "fp16", "tf32", "fp32")
+    if not isinstance(rates, dict) or set(rates) != set(types):
+        wrong.append(f"tensor_tflops has exactly the entries {', '.join(types)}")
+    numbers = {"int": int, "float": (int, float)}
+    wrong += [
+        f"field {key!r} is {data[key]!r}, expected a positive number"
+        for key, entry in known.items()
+        if key in data and str(entry.type) in numbers and not _is_positive(data[key], numbers[str(entry.type)])
+    ]
+    if wrong:
+        raise AttnccError(f"{path}: {'; '.join(wrong)}")
+    return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"])})
+
+
+def device_for(target_or_name: str) -> Device:
+    """The device of that name ("h100"), or the reference card of that architecture ("sm_90"); else UnsupportedError."""
+    if target_or_name in device_names():
+        return load_device(target_or_name)
+    if target_or_name == INTERPRETER.target:
+        return INTERPRETER
+    for name in device_names():
+        device = load_device(name)
+        if device.target == target_or_name and device.reference:
+            return device
+    raise _unknown(target_or_name)
+
+
+def device_of(device: torch.device | str) -> Device:
+    """The device model of a torch device, with the SMs and shared memory that its driver reports.
+
+    Rates of an unlisted card are those of its architecture's reference card, scaled by the number of SMs.
+    A CPU is Triton's interpreter. UnsupportedError for an architecture without a device file or another kind of device.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return INTERPRETER
+    if device.type != "cuda":
+        raise UnsupportedError(
+            f"device {str(device)!r} is neither a GPU that torch calls cuda nor a cpu",
+            remedy="move q, k and v to a cuda device, or to the cpu to run through Triton's interpreter",
+        )
+    return _device_of_index(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _device_of_index(index: int) -> Device:
+    """The model of the `index`-th GPU of this process, read from its driver once."""
+    properties = torch.cuda.get_device_properties(index)
+    arch = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
+    target = arch.split(":")[0] if arch else f"sm_{properties.major}{properties.minor}"
+    return _with_real_figures(_listed(properties.name, target), properties)
+
+
+def _listed(card: str, target: str) -> Device:
+    """The device file that lists `card` by name, else the reference card of `target`."""
+    for name in device_names():
+        device = load_device(name)
+        if device.target == target and any(re.search(rf"\b{re.escape(part)}\b", card) for part in device.cards):
+            return device
+    try:
+        return device_for(target)
+    except UnsupportedError:
+        raise _unknown(f"{card} ({target})") from None
+
+
+def _with_real_figures(device: Device, properties: Any) -> Device:
+    """`device` with the name, SMs and shared memory of the real card, and matmul rates scaled by its SMs."""
+    sms = properties.multi_processor_count
+    per_block = getattr(properties, "shared_memory_per_block_optin", 0) or properties.shared_memory_per_block
+    per_sm = getattr(properties, "shared_memory_per_multiprocessor", 0) or device.smem_per_sm
+    rates = {dtype: rate * sms / device.sms for dtype, rate in device.tensor_tflops.items()}
+    return replace(
+        device, title=properties.name, sms=sms, smem_per_block=per_block, smem_per_sm=per_sm, tensor_tflops=rates
+    )
+
+
+def _is_positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
+
+
+def _unknown(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"no device or architecture {name!r}; known devices: {', '.join(device_names())}; "
+        f"known architectures: {', '.join(targets())}",
+        remedy="name one of these, or describe the GPU in a file of its own under schedules/devices/",
+    )
