@@ -1,0 +1,291 @@
+"""A call's tensors against the variant's declarations: sizes, types, devices. Every call comes here: success is cheap.
+
+    q (B, Hq, M, Dqk)   k (B, Hkv, N, Dqk)   v (B, Hkv, N, Dv)      Hq a multiple of Hkv, one dtype, one device
+
+B, M and N may be 0: with no queries there is nothing to compute, and with no keys every row sees nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from attncc.errors import InputError
+from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
+
+#: what the kernels compute in; the reference also takes float64
+KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+REFERENCE_DTYPES = KERNEL_DTYPES | {torch.float64}
+_INT_DTYPES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
+_DIMENSIONS = {
+    "q": "(batch, heads, queries, head dim)",
+    "k": "(batch, key/value heads, keys, head dim)",
+    "v": "(batch, key/value heads, keys, value dim)",
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a checked call binds the names of a variant to.
+
+    `sizes` has the loop sizes b, h, h_kv, q_idx, kv_idx and the head dims d_qk, d_v. `tensors` holds every declared
+    input as it was passed (a loop dimension of size 1 is not expanded), or its default; `scalars` every scalar.
+    """
+
+    sizes: dict[str, int]
+    scale: float
+    tensors: dict[str, Tensor]
+    scalars: dict[str, int | float]
+
+
+def bind(
+    graph: VariantGraph,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    inputs: Mapping[str, Any],
+    dtypes: Collection[torch.dtype] = KERNEL_DTYPES,
+) -> Bound:
+    """Check a call and bind its names. `scale=None` is 1/sqrt(Dqk). Raises InputError, naming what to change."""
+    try:
+        batch, heads, q_len, d_qk = q.shape
+        k_batch, kv_heads, kv_len, k_dim = k.shape
+        v_batch, v_heads, v_len, d_v = v.shape
+        dtype, device = q.dtype, q.device
+    except (AttributeError, ValueError):
+        _fail_dimensions(q=q, k=k, v=v)
+    if (
+        k_batch != batch
+        or v_batch != batch
+        or v_heads != kv_heads
+        or v_len != kv_len
+        or k_dim != d_qk
+        or kv_heads < 1
+        or heads % kv_heads
+        or d_qk < 1
+        or d_v < 1
+    ):
+        _fail_sizes(q, k, v)
+    if k.dtype != dtype or v.dtype != dtype or dtype not in dtypes:
+        _fail_dtype(q, k, v, dtypes)
+    if k.device != device or v.device != device:
+        _fail_device(device, {"k": k, "v": v})
+    if (q.stride(3) != 1 and d_qk > 1) or (k.stride(3) != 1 and d_qk > 1) or (v.stride(3) != 1 and d_v > 1):
+        _fail_strides(q=q, k=k, v=v)
+    if scale is None:
+        scale = d_qk**-0.5
+    else:
+        scale = _scale(scale)
+    sizes = {
+        "b": batch,
+        "h": heads,
+        "h_kv": kv_heads,
+        "q_idx": q_len,
+        "kv_idx": kv_len,
+        "d_qk": d_qk,
+        "d_v": d_v,
+    }
+    if not inputs and not graph.inputs and not graph.scalars:
+        return Bound(sizes, scale, {}, {})
+    return Bound(sizes, scale, *_bind_inputs(graph, inputs, sizes, device, dtypes))
+
+
+def _bind_inputs(
+    graph: VariantGraph,
+    inputs: Mapping[str, Any],
+    sizes: dict[str, int],
+    device: torch.device,
+    dtypes: Collection[torch.dtype],
+) -> tuple[dict[str, Tensor], dict[str, int | float]]:
+    """The variant's own inputs and scalars, each checked against its declaration."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, int | float] = {}
+    used = 0
+    for decl in graph.inputs:
+        value = inputs.get(decl.name)
+        if value is None:
+            value = _default(graph, decl, sizes, device)
+        used += decl.name in inputs
+        _check_input(decl, value, sizes, device, dtypes)
+        tensors[decl.name] = value
+    for scalar in graph.scalars:
+        if scalar.name in inputs:
+            used += 1
+            scalars[scalar.name] = _scalar(scalar, inputs[scalar.name])
+        else:
+            scalars[scalar.name] = scalar.default
+    if used != len(inputs):
+        _fail_unknown(graph, inputs)
+    return tensors, scalars
+
+
+def _default(graph: VariantGraph, decl: InputDecl, sizes: dict[str, int], device: torch.device) -> Tensor:
+    if decl.default is None:
+        others = ", ".join(f"{name}=..." for name in _required(graph))
+        raise InputError(f"'{graph.name}' needs the input '{decl.name}' {_pattern(decl)}", remedy=f"pass {others}")
+    dtype = torch.int32 if decl.dtype == "int" else torch.float32
+    return torch.as_tensor(decl.default(sizes), dtype=dtype, device=device)
+
+
+def _check_input(
+    decl: InputDecl, value: Any, sizes: dict[str, int], device: torch.device, dtypes: Collection[torch.dtype]
+) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(
+            f"the input '{decl.name}' {_pattern(decl)} is {_kind(value)}, not a tensor",
+            remedy=f"pass torch.tensor(...) of {_wanted(decl)} on {device}",
+        )
+    if value.dim() != len(decl.pattern):
+        raise InputError(
+            f"the input '{decl.name}' has shape {tuple(value.shape)}, "
+            f"expected {_dims(len(decl.pattern))}: {_pattern(decl)}"
+        )
+    for axis, (dim, size) in enumerate(zip(decl.pattern, value.shape, strict=True)):
+        if dim in LOOP_DIMS and size != sizes[dim] and size != 1:
+            raise InputError(
+                f"dimension {axis} of the input '{decl.name}' {_pattern(decl)} has size {size}, expected {sizes[dim]}, "
+                f"the size of {dim}, or 1"
+            )
+    if value.dtype not in (_INT_DTYPES if decl.dtype == "int" else dtypes):
+        raise InputError(
+            f"the input '{decl.name}' is {_name(value.dtype)}, declared as {decl.dtype}",
+            remedy=_cast(decl, value, dtypes),
+        )
+    if value.device != device:
+        _fail_device(device, {f"the input '{decl.name}'": value})
+    if value.requires_grad and not decl.grad and torch.is_grad_enabled():
+        raise InputError(
+            f"the input '{decl.name}' requires a gradient, but is declared without one",
+            remedy=f"declare it with ac.Input(..., grad=True), or pass {decl.name}.detach()",
+        )
+
+
+def _scalar(decl: ScalarDecl, value: Any) -> int | float:
+    """A Python number of the declared class."""
+    wanted = "an int" if decl.is_int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if decl.is_int else int | float):
+        remedy = f"pass a Python number, e.g. {decl.name}={decl.default!r}"
+        if isinstance(value, Tensor):
+            remedy += "; for a value that lives in a tensor, declare ac.Input() instead of ac.Scalar(...)"
+        raise InputError(f"the scalar '{decl.name}' is {_kind(value)}, expected {wanted}", remedy=remedy)
+    if not math.isfinite(value):
+        raise InputError(f"the scalar '{decl.name}' is {value}, expected a finite number")
+    return value if decl.is_int else float(value)
+
+
+def _scale(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(
+            f"scale is {_kind(value)}, expected a number", remedy="a learned scale belongs in the score stage"
+        )
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"scale is {value}, expected a positive, finite number")
+    return float(value)
+
+
+# Below here only failures are described: nothing of it runs in a call that succeeds.
+
+
+def _fail_dimensions(**tensors: Any) -> NoReturn:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name} is {_kind(tensor)}, not a tensor")
+        if tensor.dim() != 4:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {_dims(4)} {_DIMENSIONS[name]}")
+    raise AssertionError("q, k and v have 4 dimensions each")
+
+
+def _fail_sizes(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
+    sizes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    for axis, what in enumerate(("batch", "number of key/value heads", "number of keys")):
+        if k.shape[axis] != v.shape[axis]:
+            raise InputError(f"k and v differ in their {what}: {k.shape[axis]} and {v.shape[axis]}", remedy=sizes)
+    if q.shape[0] != k.shape[0]:
+        raise InputError(f"q and k differ in their batch: {q.shape[0]} and {k.shape[0]}", remedy=sizes)
+    if q.shape[3] != k.shape[3]:
+        raise InputError(f"q and k differ in their head dim: {q.shape[3]} and {k.shape[3]}", remedy=sizes)
+    if q.shape[3] < 1 or v.shape[3] < 1:
+        raise InputError("a head dim is 0", remedy=sizes)
+    if k.shape[1] < 1:
+        raise InputError("there is no key/value head", remedy=sizes)
+    layout = f"dimension 1 counts heads: {sizes}; a tensor (batch, length, heads, dim) is passed as x.transpose(1, 2)"
+    raise InputError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads", remedy=layout)
+
+
+def _fail_dtype(q: Tensor, k: Tensor, v: Tensor, dtypes: Collection[torch.dtype]) -> NoReturn:
+    if not all(isinstance(t, Tensor) for t in (q, k, v)):
+        _fail_dimensions(q=q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(
+            f"q, k and v differ in dtype: {_name(q.dtype)}, {_name(k.dtype)}, {_name(v.dtype)}",
+            remedy="cast them to one",
+        )
+    raise InputError(f"q, k and v are {_name(q.dtype)}", remedy=f"supported: {_names(dtypes)}")
+
+
+def _fail_device(device: torch.device, tensors: dict[str, Tensor]) -> NoReturn:
+    name, tensor = next((n, t) for n, t in tensors.items() if t.device != device)
+    raise InputError(f"{name} is on {tensor.device}, but q is on {device}", remedy=f"move it with .to('{device}')")
+
+
+def _fail_strides(**tensors: Tensor) -> NoReturn:
+    name, tensor = next((n, t) for n, t in tensors.items() if t.stride(3) != 1 and t.shape[3] > 1)
+    raise InputError(
+        f"the last dimension of {name} is not contiguous: strides {tuple(tensor.stride())}",
+        remedy=f"pass {name}.contiguous(), or permute so that the head dim stays last",
+    )
+
+
+def _fail_unknown(graph: VariantGraph, inputs: Mapping[str, Any]) -> NoReturn:
+    known = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
+    name = next(n for n in inputs if n not in known)
+    near = difflib.get_close_matches(name, known, n=1)
+    takes = f"it takes {', '.join(known)}" if known else "it takes none"
+    raise InputError(f"'{graph.name}' has no input '{name}'", remedy=f"did you mean '{near[0]}'?" if near else takes)
+
+
+def _required(graph: VariantGraph) -> list[str]:
+    return [d.name for d in graph.inputs if d.default is None]
+
+
+def _pattern(decl: InputDecl) -> str:
+    return f"[{', '.join(decl.pattern)}]"
+
+
+def _dims(count: int) -> str:
+    return f"{count} dimension{'s' * (count != 1)}"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _wanted(decl: InputDecl) -> str:
+    return "integers (torch.int32)" if decl.dtype == "int" else "floats (torch.float32)"
+
+
+def _cast(decl: InputDecl, value: Tensor, dtypes: Collection[torch.dtype]) -> str:
+    if decl.dtype == "int":
+        if value.is_floating_point():
+            return f"pass {decl.name}.to(torch.int32), or declare ac.Input(...) without dtype='int'"
+        return f"pass {decl.name}.to(torch.int32)"
+    if value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
+        return f"supported: {_names(dtypes)}"
+    return f"pass {decl.name}.float(), or declare ac.Input(..., dtype='int')"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: Collection[torch.dtype]) -> str:
+    return ", ".join(sorted(_name(d) for d in dtypes))
