@@ -1,0 +1,1 @@
+"""Speed, memory and compile time of attncc beside its peers: `python -m bench --list`."""

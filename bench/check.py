@@ -1,0 +1,125 @@
+"""Every case is checked before it is timed: the very call that will be timed, at full size, on fresh random data.
+
+Heads are independent, so one (batch, key/value head) slice of the full-size result is compared with the float64
+reference of that slice alone: the output, the gradients of q, k, v, and of the inputs that have one. Where
+FlexAttention says the same thing, all heads are compared with it besides. The rule for both is
+RMS(error) / RMS(expected); nothing may be NaN or unwritten.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import attncc as ac
+from bench.case import Case, Shape, Tensors
+
+#: RMS(error) / RMS(expected) that a result may have against the float64 reference
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5}
+#: against another 16-bit kernel, whose own error comes on top
+PEER_TOLERANCE = 1e-2
+
+
+class CheckFailedError(Exception):
+    """A result is wrong: no time may be reported for it."""
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS(actual - expected) / RMS(expected), in float64; NaN in either gives NaN. A zero `expected` asks for zeros."""
+    difference = (actual.double() - expected.double()).square().mean().sqrt()
+    scale = expected.double().square().mean().sqrt()
+    return float(difference / scale) if scale != 0 else float(difference)
+
+
+def require(errors: dict[str, float], limit: float, against: str) -> None:
+    """Raise CheckFailedError naming every entry over `limit`; NaN is over any limit."""
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    if wrong:
+        listed = ", ".join(f"{name} {error:.2e}" for name, error in wrong.items())
+        raise CheckFailedError(f"against {against}, RMS(error) / RMS(expected) is over {limit:.0e}: {listed}")
+
+
+def poison(*like: torch.Tensor) -> None:
+    """Leave NaN in the memory that the next allocations of these sizes will get, so that an unwritten output shows."""
+    held = [torch.full_like(t, float("nan")) for t in like]
+    del held
+
+
+def gradients(
+    out: torch.Tensor, grad: torch.Tensor, wanted: dict[str, torch.Tensor], **options: Any
+) -> dict[str, torch.Tensor]:
+    """Gradients by name."""
+    return dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad, **options), strict=True))
+
+
+def slice_inputs(variant: Any, inputs: Tensors, b: int, heads: slice, kv_head: int) -> Tensors:
+    """The inputs that one (batch, key/value head) slice of a call reads, cut by the declared index patterns."""
+    cuts = {"b": slice(b, b + 1), "h": heads, "h_kv": slice(kv_head, kv_head + 1)}
+    patterns = {decl.name: decl.pattern for decl in variant.graph.inputs}
+    sliced = {}
+    for name, tensor in inputs.items():
+        index = tuple(
+            cuts[dim] if dim in cuts and size > 1 else slice(None)
+            for dim, size in zip(patterns[name], tensor.shape, strict=True)
+        )
+        sliced[name] = tensor[index]
+    return sliced
+
+
+def against_reference(op: Any, case: Case, shape: Shape, device: str = "cuda", seed: int = 1) -> dict[str, float]:
+    """Errors of the last (batch, key/value head) slice of a full-size call against the float64 reference of that slice.
+
+    The cotangent is zero outside the slice: an input that all heads or batches share gets its gradient from it alone.
+    """
+    q, k, v = shape.tensors(device, seed)
+    inputs = case.inputs(shape, device)
+    for name in case.differentiable:
+        inputs[name].requires_grad_()
+    b, kv_head = shape.b - 1, shape.hkv - 1
+    heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
+    one, kv = slice(b, b + 1), slice(kv_head, kv_head + 1)
+
+    out_size = (shape.b, shape.h, shape.m, shape.dv)
+    grad = torch.zeros(out_size, device=device, dtype=shape.dtype)
+    grad[one, heads] = torch.randn_like(grad[one, heads])
+    poison(grad, *(t.detach() for t in (q, k, v)))
+    out = op(q, k, v, **inputs)
+    differentiable = {name: inputs[name] for name in case.differentiable}
+    actual = gradients(out, grad, {"dq": q, "dk": k, "dv": v} | {f"d{n}": t for n, t in differentiable.items()})
+
+    leaves = {
+        "dq": q[one, heads].detach().double().requires_grad_(),
+        "dk": k[one, kv].detach().double().requires_grad_(),
+        "dv": v[one, kv].detach().double().requires_grad_(),
+    }
+    own = slice_inputs(case.variant, inputs, b, heads, kv_head)
+    own = {name: t.detach().double() if t.is_floating_point() else t.detach() for name, t in own.items()}
+    for name in case.differentiable:
+        leaves[f"d{name}"] = own[name].requires_grad_()
+    want = ac.reference(case.variant, leaves["dq"], leaves["dk"], leaves["dv"], scale=shape.d**-0.5, **own)
+    expected = gradients(want, grad[one, heads].double(), leaves)
+
+    errors = {
+        "out": relative_rms(out[one, heads], want),
+        "dq": relative_rms(actual["dq"][one, heads], expected["dq"]),
+        "dk": relative_rms(actual["dk"][one, kv], expected["dk"]),
+        "dv": relative_rms(actual["dv"][one, kv], expected["dv"]),
+    }
+    shared = {name: actual[f"d{name}"] for name in case.differentiable}
+    for name, part in slice_inputs(case.variant, shared, b, heads, kv_head).items():
+        errors[f"d{name}"] = relative_rms(part, expected[f"d{name}"])
+    require(errors, TOLERANCE[shape.dtype], "the float64 reference")
+    return errors
+
+
+def against_peer(
+    ours: torch.Tensor, theirs: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
+) -> dict[str, float]:
+    """Errors of all heads against another kernel's output and gradients; both graphs are kept."""
+    leaves = {"dq": q, "dk": k, "dv": v}
+    actual, expected = (gradients(out, grad, leaves, retain_graph=True) for out in (ours, theirs))
+    errors = {"out": relative_rms(ours, theirs)}
+    errors |= {name: relative_rms(actual[name], expected[name]) for name in leaves}
+    require(errors, PEER_TOLERANCE, "FlexAttention")
+    return errors

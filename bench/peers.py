@@ -1,0 +1,67 @@
+"""What a user would call instead: FlexAttention, PyTorch's SDPA backends, plain PyTorch under torch.compile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from bench.case import Case, Shape, Tensors
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+SDPA = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    # One compiled function serves all cases; each case is a recompilation of it, so the limit must not end the run.
+    torch._dynamo.config.recompile_limit = 10_000
+    torch._dynamo.config.accumulated_recompile_limit = 100_000
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
+    return compiled
+
+
+def flex(case: Case, shape: Shape, inputs: Tensors, *, compile_mask: bool = False) -> Attend:
+    """FlexAttention for a case that has a flex form. `compile_mask` builds the block mask without an M x N tensor."""
+    assert case.flex is not None
+    form = case.flex
+    score_mod = form.score_mod(shape, inputs) if form.score_mod else None
+    block_mask = None
+    if form.mask_mod:
+        block_mask = create_block_mask(
+            form.mask_mod(shape, inputs), None, None, shape.m, shape.n, device="cuda", _compile=compile_mask
+        )
+    run = _compiled_flex()
+    gqa = shape.group > 1
+    return lambda q, k, v: run(q, k, v, score_mod=score_mod, block_mask=block_mask, enable_gqa=gqa)
+
+
+def sdpa(backend: str, case: Case, shape: Shape) -> Attend:
+    """One SDPA backend, "fa2" or "cudnn", for a case with an SDPA form."""
+    options = dict(case.sdpa or {}, enable_gqa=shape.group > 1)
+    kind = SDPA[backend]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v, **options)
+
+    return run
+
+
+def compiled_sigmoid(shape: Shape) -> Attend:
+    """Causal sigmoid attention as plain PyTorch under torch.compile: an M x N tensor a head."""
+    visible = torch.ones(shape.m, shape.n, dtype=torch.bool, device="cuda").tril()
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        score = (q @ k.transpose(-1, -2)) * shape.d**-0.5 - math.log(shape.n)
+        return torch.where(visible, torch.sigmoid(score), 0).to(q.dtype) @ v
+
+    compiled: Attend = torch.compile(run, dynamic=False)
+    return compiled

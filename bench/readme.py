@@ -1,0 +1,86 @@
+"""The README's measured tables, made from the committed result files and from nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS, ROOT, load
+
+README = ROOT / "README.md"
+#: the card whose figures the README shows, as its results folder is called
+SHOWN_GPU = "nvidia-h100-80gb-hbm3"
+
+TITLES = {
+    "full": "full",
+    "causal": "causal",
+    "alibi": "ALiBi + causal",
+    "softcap": "softcap + causal",
+    "window1024": "window of 1024",
+    "documents1024": "documents of 1024",
+}
+
+
+def results(folder: Path, suite: str) -> dict[str, Any]:
+    """The committed results of a suite on the shown card; ValueError for files that must not be published."""
+    data = load(folder / SHOWN_GPU / f"{suite}.json")
+    if data.get("quick"):
+        raise ValueError(f"{suite}.json comes from a --quick run")
+    broken = [row for row in data["rows"] if "error" in row]
+    if broken:
+        raise ValueError(f"{suite}.json has failed rows: {', '.join(str(row.get('case')) for row in broken)}")
+    return data
+
+
+def _provenance(data: dict[str, Any]) -> str:
+    commit = (data["commit"] or "unknown")[:12]
+    return (
+        f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, cuDNN {data['cudnn']}, "
+        f"{data['date'][:10]}, commit {commit}: `{data['command']}`."
+    )
+
+
+def _entry(entry: dict[str, Any] | None) -> str:
+    return "-" if entry is None or "tflops" not in entry else f"{entry['tflops']:.0f}"
+
+
+def dense_table(folder: Path) -> str:
+    """TFLOP/s forward / backward of the dense suite, beside each peer, and the ratio to FlexAttention."""
+    data = results(folder, "dense")
+    cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        cells.setdefault((row["case"], row["M"]), {})[row["mode"]] = row
+    lines = [
+        "| TFLOP/s forward / backward | S | attncc | FlexAttention | ratio | cuDNN | FlashAttention-2 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (case, length), modes in cells.items():
+        rows = [modes[mode] for mode in ("forward", "backward")]
+        ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
+        peers = {name: [_entry(row["peers"].get(name)) for row in rows] for name in ("flex", "cudnn", "fa2")}
+        shown = {name: "" if set(pair) == {"-"} else " / ".join(pair) for name, pair in peers.items()}
+        ratio = " / ".join(f"{row['ratio']['flex']:.2f}x" if "flex" in row["ratio"] else "-" for row in rows)
+        fields = (TITLES[case], f"{length // 1024}k", f"**{ours}**", shown["flex"], ratio, shown["cudnn"], shown["fa2"])
+        lines.append(f"| {' | '.join(fields)} |")
+    lines += ["", f"bf16, D=128, H=16, 32k tokens, exact mask area. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
+#: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`
+TABLES: dict[str, Callable[[Path], str]] = {"dense": dense_table}
+
+
+def refresh(text: str, folder: Path = RESULTS) -> str:
+    """`text` with every marked table made anew; ValueError for a marker that nothing fills or that does not end."""
+    for name in re.findall(r"<!-- bench:([\w-]+) -->", text):
+        if name not in TABLES:
+            raise ValueError(f"README.md marks a table bench:{name}; there are {', '.join(TABLES)}")
+        begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"README.md opens {begin} and does not close it")
+        text = f"{before}{begin}\n{TABLES[name](folder)}\n{end}{after}"
+    return text

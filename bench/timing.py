@@ -1,0 +1,61 @@
+"""How times are taken: the median of do_bench, contestants in turn, so that heat and clocks fall on all alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from triton.testing import do_bench
+
+
+@dataclass(frozen=True)
+class Timing:
+    """`ms`: the median over the rounds; `spread`: (slowest - fastest round) / median."""
+
+    ms: float
+    spread: float
+
+
+def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int = 3, rep_ms: int = 80) -> dict[str, Timing]:
+    """Time callables that queue GPU work. Each round times every contestant once, in the same order."""
+    medians: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            medians[name].append(do_bench(run, warmup=25, rep=rep_ms, return_mode="median"))
+    return {
+        name: Timing(statistics.median(ms), (max(ms) - min(ms)) / statistics.median(ms)) for name, ms in medians.items()
+    }
+
+
+def host_us(run: Callable[[], object], calls: int = 300, rounds: int = 5) -> float:
+    """Microseconds of host time a call, the GPU not waited for: the median over the rounds."""
+    for _ in range(20):
+        run()
+    taken = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        taken.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
+class Budget:
+    """Seconds that a run may take. `spent()` is asked between rows, so a row under way is finished."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self.start = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return time.monotonic() - self.start
+
+    def spent(self) -> bool:
+        """Whether the run should stop before its next row."""
+        return self.elapsed() > self.seconds

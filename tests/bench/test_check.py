@@ -1,0 +1,54 @@
+import math
+
+import pytest
+import torch
+
+import attncc as ac
+from bench import area
+from bench.case import Case, Shape
+from bench.check import CheckFailedError, relative_rms, require, slice_inputs
+
+
+def test_relative_rms():
+    expected = torch.tensor([3.0, 4.0])
+    assert relative_rms(expected, expected) == 0
+    assert math.isclose(relative_rms(expected + torch.tensor([0.0, 0.05]), expected), 0.01, rel_tol=1e-5)
+
+
+def test_nan_never_passes():
+    with pytest.raises(CheckFailedError, match="dq nan"):
+        require({"out": 0.0, "dq": relative_rms(torch.tensor([float("nan")]), torch.ones(1))}, 1.0, "anything")
+
+
+def test_zeros_are_expected_where_the_reference_is_zero():
+    assert relative_rms(torch.ones(3), torch.zeros(3)) == 1.0
+    assert relative_rms(torch.zeros(3), torch.zeros(3)) == 0.0
+
+
+def test_inputs_are_cut_by_their_patterns():
+    variant = ac.Variant(name="cut", score=ac.alibi() >> ac.bias(), mask=ac.causal & ac.document())
+    inputs = {
+        "slopes": torch.arange(8.0),
+        "doc": torch.arange(3)[:, None].expand(3, 10),
+        "bias": torch.arange(3 * 8 * 100.0).view(3, 8, 10, 10)[:1],  # the batch dimension is broadcast
+    }
+    cut = slice_inputs(variant, inputs, 2, slice(4, 6), 2)
+    assert cut["slopes"].tolist() == [4, 5]
+    assert cut["doc"].tolist() == [[2] * 10]
+    assert torch.equal(cut["bias"], inputs["bias"][:, 4:6])
+
+
+def test_flops_of_equal_head_dimensions():
+    shape = Shape(b=2, h=3, m=8, d=16)
+    assert shape.flops(10, "forward") == 4 * 2 * 3 * 10 * 16
+    assert shape.flops(10, "backward") == 2.5 * shape.flops(10, "forward")
+
+
+def test_a_shape_fills_in_what_is_equal():
+    shape = Shape(b=1, h=4, m=8, d=16)
+    assert (shape.hkv, shape.n, shape.dv, shape.group) == (4, 8, 16, 1)
+    assert Shape(b=1, h=4, m=8, d=16, hkv=2, n=9, dv=8).row()["N"] == 9
+
+
+def test_cases_default_to_no_inputs():
+    assert Case("full", ac.Variant(name="full"), area.full).inputs(Shape(b=1, h=1, m=1, d=16), "cpu") == {}

@@ -1,0 +1,106 @@
+import json
+
+import pytest
+
+from bench import readme
+from bench.readme import SHOWN_GPU, dense_table, refresh
+
+HEAD = {
+    "suite": "dense",
+    "gpu": "Some GPU",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "cudnn": 91900,
+    "date": "2026-11-22T10:00:00+00:00",
+    "commit": "0123456789abcdef",
+    "command": "python -m bench dense",
+}
+
+
+def row(case, mode, ours, flex, **peers):
+    entries = {"flex": {"ms": 1.0, "tflops": flex}, **{n: {"ms": 1.0, "tflops": t} for n, t in peers.items()}}
+    return {
+        "case": case,
+        "M": 8192,
+        "mode": mode,
+        "attncc": {"ms": 1.0, "tflops": ours, "schedule": "x"},
+        "peers": entries,
+        "ratio": {name: ours / entry["tflops"] for name, entry in entries.items()},
+    }
+
+
+ROWS = [
+    row("causal", "forward", 500.0, 400.0, cudnn=559.4, fa2=335.0),
+    row("causal", "backward", 300.0, 400.0, cudnn=504.0, fa2=291.0),
+    row("softcap", "forward", 300.0, 199.0),
+    row("softcap", "backward", 250.0, 197.0),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, {**HEAD, "rows": ROWS})
+    return tmp_path
+
+
+def write(folder, data):
+    path = folder / SHOWN_GPU / "dense.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def test_the_table_shows_figures_ratios_and_provenance(folder):
+    text = dense_table(folder)
+    assert "| causal | 8k | **500 / 300** | 400 / 400 | 1.25x / 0.75x | 559 / 504 | 335 / 291 |" in text
+    assert "| softcap + causal | 8k | **300 / 250** | 199 / 197 | 1.51x / 1.27x |  |  |" in text
+    assert "Some GPU, torch 2.11.0, triton 3.6.0, cuDNN 91900, 2026-11-22, commit 0123456789ab" in text
+
+
+def test_a_peer_that_failed_shows_no_figure(folder):
+    broken = [dict(r) for r in ROWS[:2]]
+    for r in broken:
+        r["peers"] = {**r["peers"], "cudnn": {"error": "RuntimeError"}}
+    write(folder, {**HEAD, "rows": broken})
+    assert "1.25x / 0.75x |  | 335 / 291 |" in dense_table(folder)
+
+
+def test_only_what_is_between_the_markers_changes(folder):
+    text = "before\n<!-- bench:dense -->\nold\n<!-- /bench:dense -->\nafter\n"
+    new = refresh(text, folder)
+    assert new.startswith("before\n<!-- bench:dense -->\n| TFLOP/s")
+    assert new.endswith("<!-- /bench:dense -->\nafter\n")
+    assert "old" not in new
+    assert refresh(new, folder) == new
+
+
+def test_text_without_markers_stays(folder):
+    assert refresh("nothing measured", folder) == "nothing measured"
+
+
+def test_an_unknown_marker_is_an_error(folder):
+    with pytest.raises(ValueError, match="bench:speed"):
+        refresh("<!-- bench:speed --><!-- /bench:speed -->", folder)
+
+
+def test_an_open_marker_is_an_error(folder):
+    with pytest.raises(ValueError, match="does not close"):
+        refresh("<!-- bench:dense -->\n", folder)
+
+
+def test_a_quick_run_is_not_published(folder):
+    write(folder, {**HEAD, "quick": True, "rows": ROWS})
+    with pytest.raises(ValueError, match="quick"):
+        dense_table(folder)
+
+
+def test_failed_rows_are_not_published(folder):
+    write(folder, {**HEAD, "rows": [*ROWS, {"case": "alibi", "error": "CheckFailedError: wrong"}]})
+    with pytest.raises(ValueError, match="alibi"):
+        dense_table(folder)
+
+
+def test_the_committed_readme_shows_the_committed_results():
+    if not readme.README.exists() or "<!-- bench:" not in readme.README.read_text():
+        pytest.skip("the README shows no measured table yet")
+    text = readme.README.read_text()
+    assert refresh(text) == text, "run `python -m bench readme`"
