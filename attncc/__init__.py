@@ -1,8 +1,13 @@
 """attncc: a compiler for attention kernels. Write the formula; forward, backward and merge are derived from it."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from attncc.errors import AttnccError, InputError, ScheduleError, SpecError, UnsupportedError
+from attncc.language.functions import absolute as abs
 from attncc.language.functions import (
-    absolute,
     cos,
     erf,
     exp,
@@ -13,6 +18,8 @@ from attncc.language.functions import (
     log2,
     maximum,
     minimum,
+    relu,
+    sigmoid,
     sign,
     silu,
     sin,
@@ -23,7 +30,6 @@ from attncc.language.functions import (
     to_int,
     where,
 )
-from attncc.language.functions import absolute as abs
 from attncc.language.masks import (
     block_diagonal,
     causal,
@@ -39,3 +45,74 @@ from attncc.language.mods import alibi, alibi_slopes, bias, softcap
 from attncc.language.normalizers import cog, softmax, softmax1, taylor
 from attncc.language.textform import load_toml, loads_toml
 from attncc.language.variant import Input, Scalar, Variant
+
+if TYPE_CHECKING:
+    from attncc import variants
+    from attncc.runtime.reference import reference
+
+#: public names whose modules import torch: loaded when first used, since reading a spec needs none of it
+_LAZY = {"reference": ("attncc.runtime.reference", "reference"), "variants": ("attncc.variants", None)}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'attncc' has no attribute '{name}'")
+    module, attribute = _LAZY[name]
+    loaded = importlib.import_module(module)
+    globals()[name] = loaded if attribute is None else getattr(loaded, attribute)
+    return globals()[name]
+
+
+__all__ = [
+    "AttnccError",
+    "Input",
+    "InputError",
+    "Scalar",
+    "ScheduleError",
+    "SpecError",
+    "UnsupportedError",
+    "Variant",
+    "abs",
+    "alibi",
+    "alibi_slopes",
+    "bias",
+    "block_diagonal",
+    "causal",
+    "cog",
+    "cos",
+    "dilated",
+    "document",
+    "erf",
+    "exp",
+    "exp2",
+    "floor",
+    "full",
+    "gelu",
+    "load_toml",
+    "loads_toml",
+    "log",
+    "log2",
+    "maximum",
+    "minimum",
+    "padding",
+    "prefix",
+    "reference",
+    "relu",
+    "sigmoid",
+    "sign",
+    "silu",
+    "sin",
+    "sliding_window",
+    "softcap",
+    "softmax",
+    "softmax1",
+    "softplus",
+    "sqrt",
+    "tanh",
+    "taylor",
+    "to_float",
+    "to_int",
+    "variants",
+    "where",
+    "window",
+]

@@ -7,8 +7,9 @@
             | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
             | out  = row.sum(expr * v_vec)          the output row
 
-An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of earlier
-stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes make new ones.
+An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of
+earlier stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes
+make new ones.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LOOP_DIMS = ("b", "h", "h_kv", "q_idx", "kv_idx")
 
 @dataclass(frozen=True)
 class InputDecl:
-    """A tensor that a formula reads. `pattern` names each dimension: a loop index (its size is checked) or a free name."""
+    """A tensor that a formula reads. `pattern` names its dimensions: loop indices (sizes are checked) or free names."""
 
     name: str
     pattern: tuple[str, ...]

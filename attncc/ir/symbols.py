@@ -1,4 +1,4 @@
-"""The names a formula may use, as sympy symbols. One place, so that every pass means the same symbol by the same name."""
+"""The names a formula may use, as sympy symbols: one place, so that every pass means the same symbol by a name."""
 
 from __future__ import annotations
 

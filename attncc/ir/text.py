@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 from attncc.ir.graph import Stage, VariantGraph
@@ -27,10 +28,14 @@ class FormulaPrinter(StrPrinter):
         return f"float({self._print(expr.args[0])})"
 
     def _print_floordiv(self, expr: Any) -> str:
-        return f"({self._print(expr.args[0])}) // ({self._print(expr.args[1])})"
+        return self._infix(expr, "//")
 
     def _print_mod(self, expr: Any) -> str:
-        return f"({self._print(expr.args[0])}) % ({self._print(expr.args[1])})"
+        return self._infix(expr, "%")
+
+    def _infix(self, expr: Any, operator: str) -> str:
+        left, right = (self.parenthesize(a, PRECEDENCE["Mul"], strict=False) for a in expr.args)
+        return f"{left} {operator} {right}"
 
     def _print_And(self, expr: Any) -> str:
         return " and ".join(self._nested(a) for a in sorted(expr.args, key=str))
@@ -76,10 +81,10 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
     lines = [f'variant "{graph.name}"  # digest {graph.digest}'] if header else []
     for d in graph.inputs:
         lines.append(f"  input  {d.name}[{', '.join(d.pattern)}] : {d.dtype}{' grad' if d.grad else ''}")
-    for s in graph.scalars:
+    for scalar in graph.scalars:
         # the default is a call-time convenience, no part of the mathematics
-        shown = f" = {s.default!r}" if header else ""
-        lines.append(f"  scalar {s.name} : {'int' if s.is_int else 'float'}{shown}")
+        shown = f" = {scalar.default!r}" if header else ""
+        lines.append(f"  scalar {scalar.name} : {'int' if scalar.is_int else 'float'}{shown}")
     lines.append("  input  qk = dot(q_vec, k_vec) : float")
     kind = {None: "pair", "max": "row", "sum": "row"}
     width = max(len(s.name) for s in graph.stages)

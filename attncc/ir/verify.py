@@ -9,7 +9,7 @@ from attncc.errors import SpecError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, type_of
+from attncc.ir.vocabulary import NODES, Read, type_of
 
 _REQUIRED = ("raw_score", "score", "mask", "weight", "out")
 _EXPECTED = {"mask": "bool"}
@@ -34,6 +34,7 @@ def verify(graph: VariantGraph) -> None:
         expected = _EXPECTED.get(stage.name)
         if expected and type_of(stage.expr) != expected:
             raise SpecError(f"expected {expected}, got {type_of(stage.expr)}", stage=stage.name, span=stage.span)
+        _verify_vocabulary(stage)
         _verify_reads(graph, stage)
         if stage.op == "max" and type_of(stage.expr) == "bool":
             raise SpecError("row.max of a boolean", stage=stage.name, span=stage.span)
@@ -44,6 +45,12 @@ def _extra(stage: Stage) -> set[str]:
     if stage.name == "raw_score":
         return {"qk", "scale"}
     return {"v_vec"} if stage.name == "out" else set()
+
+
+def _verify_vocabulary(stage: Stage) -> None:
+    for node in sympy.preorder_traversal(stage.expr):
+        if not isinstance(node, NODES):
+            raise SpecError(f"'{formula(node)}' is not part of the vocabulary", stage=stage.name, span=stage.span)
 
 
 def _verify_reads(graph: VariantGraph, stage: Stage) -> None:

@@ -1,8 +1,8 @@
 """The vocabulary of pure math: every function a formula may use, with its type rule and its derivative.
 
 Add, multiply, power, `exp`, `log` and comparisons are sympy's own. The rest are the classes below. They are opaque to
-sympy on purpose: `tanh` must stay one special-function instruction and `maximum` must not be case-split. Derivatives are
-the numerically stable rules written here, never those of an expanded form.
+sympy on purpose: `tanh` must stay one special-function instruction and `maximum` must not be case-split. Derivatives
+are the numerically stable rules written here, never those of an expanded form.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
+from sympy.printing.precedence import PRECEDENCE
 
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
@@ -22,7 +23,7 @@ BOOLEANS = (Relational, BooleanFunction, BooleanAtom)
 
 
 class Op(sympy.Function):
-    """A function of the vocabulary. `result` says its type: "float", "int", or "join" (the wider of its value arguments)."""
+    """A function of the vocabulary. `result` is its type: "float", "int", or "join" (that of its value arguments)."""
 
     result = "float"
     value_args: slice = slice(None)
@@ -212,6 +213,7 @@ class where(Op):
 class floordiv(Op):
     """Integer division that rounds towards minus infinity, as Python's // does."""
 
+    precedence = PRECEDENCE["Mul"]  # it prints as an operator
     nargs = 2
     result = "int"
 
@@ -231,6 +233,7 @@ class floordiv(Op):
 class mod(Op):
     """Integer remainder with the sign of the divisor, as Python's % has."""
 
+    precedence = PRECEDENCE["Mul"]
     nargs = 2
     result = "int"
 
@@ -328,6 +331,13 @@ SFU_COST: dict[type, int] = {
     sin: 1,
     cos: 1,
 }
+
+#: every node that an expression of the IR may consist of
+NODES = (
+    *(sympy.Symbol, sympy.Rational, sympy.Float, sympy.Add, sympy.Mul, sympy.Pow, sympy.exp, sympy.log),
+    *(sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge, sympy.And, sympy.Or, sympy.Not, BooleanAtom),
+    *(Op, Read),
+)
 
 
 def type_of(expr: Any) -> str:

@@ -1,4 +1,4 @@
-"""Masks and score modifiers as objects that compose: `causal & sliding_window(4096) | prefix(n)`, `alibi() >> softcap(30)`."""
+"""Masks and score modifiers as objects that compose: `causal & window(64) | prefix(n)`, `alibi() >> softcap(30)`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from attncc.ir.graph import InputDecl, ScalarDecl
-from attncc.language.values import Value, fail, lift
+from attncc.language.places import use_span
+from attncc.language.values import fail, lift
 
 Environment = Mapping[str, Any]
 
 
 def call_by_name(function: Callable[..., Any], env: Environment, stage: str) -> Any:
-    """Call `function` with the entries of `env` that its parameters name. Parameters with other names need a default."""
+    """Call `function` with the entries of `env` that its parameters name; another parameter needs a default."""
     from attncc.language.stages import unknown_name
 
     arguments = {}
@@ -23,7 +24,7 @@ def call_by_name(function: Callable[..., Any], env: Environment, stage: str) -> 
         if name in env:
             arguments[name] = env[name]
         elif parameter.default is parameter.empty:
-            raise unknown_name(name, stage, env)
+            raise unknown_name(name, stage, env).at(use_span(function, name))
     return function(**arguments)
 
 
@@ -51,11 +52,14 @@ class _Piece:
         for name in self.inputs.keys() & other.inputs.keys():
             if self.inputs[name] != other.inputs[name]:
                 fail(f"both sides declare the input '{name}', with different patterns", "rename one of them")
+        for name in self.scalars.keys() & other.scalars.keys():
+            if self.scalars[name] != other.scalars[name]:
+                fail(f"both sides declare the scalar '{name}', with different defaults", "rename one of them")
         return {**self.inputs, **other.inputs}, {**self.scalars, **other.scalars}
 
 
 class Mask(_Piece):
-    """A boolean over (query, key): `&`, `|` and `~` compose. A plain function with the stage's names may stand on either side."""
+    """A boolean over (query, key): `&`, `|`, `~` compose. A plain function of the stage's names may stand beside it."""
 
     stage = "mask"
 
@@ -127,6 +131,3 @@ class ScoreMod(_Piece):
 
     def __rrshift__(self, other: Any) -> ScoreMod:
         return ScoreMod.of(other) >> self
-
-
-__all__ = ["Mask", "MaskFamily", "ScoreMod", "Value", "call_by_name"]

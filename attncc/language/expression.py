@@ -1,16 +1,19 @@
-"""The text form's expressions: parsed by Python's own grammar, then read node by node against a whitelist. Never executed."""
+"""The text form's expressions: parsed by Python's own grammar, read by a whitelist of its nodes, never executed."""
 
 from __future__ import annotations
 
 import ast
+import difflib
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from attncc.errors import AttnccError, Span, SpecError
 from attncc.language import functions, masks, mods, normalizers
 from attncc.language.combinators import Mask, ScoreMod, call_by_name
+from attncc.language.places import char_offset
 from attncc.language.stages import unknown_name
-from attncc.language.values import Value, lift
+from attncc.language.values import Value, constant, constant_power, lift
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
@@ -38,51 +41,75 @@ _PIECES: dict[str, Mapping[str, Any]] = {"mask": masks.TABLE, "score": mods.TABL
 
 
 class Source:
-    """A text with its place: errors point into the file it came from."""
+    """A text with its place: errors point into the file it came from.
+
+    `line` (1-based) and `col` say where the text starts in that file, `lines` are the file's. Common indentation is
+    taken off, so that a text of several lines may be indented as its surroundings are.
+    """
 
     def __init__(self, text: str, file: str, line: int = 1, col: int = 0, lines: list[str] | None = None):
         self.text, self.file, self.line, self.col = text, file, line, col
-        self._lines = lines if lines is not None else text.splitlines() or [""]
+        own = re.split("\r\n|\r|\n", text)
+        self._lines = own if lines is None else lines
+        margin = min((_indent(row) for row in own[1:] if row.strip()), default=0)
+        self._margins = [_indent(own[0]), *(margin for _ in own[1:])]
+        self._rows = [row[cut:] for row, cut in zip(own, self._margins, strict=True)]
+
+    @property
+    def code(self) -> str:
+        """The text without its common indentation."""
+        return "\n".join(self._rows)
 
     def span(self, line: int, col: int, end_col: int) -> Span:
-        """The place of a node, `line` counted from 1 within the text."""
+        """The place of columns `col` to `end_col` of line `line` (from 1) of the code."""
         row = self.line + line - 1
-        shift = self.col if line == 1 else 0
+        known = 1 <= line <= len(self._rows)
+        shift = (self._margins[line - 1] if known else 0) + (self.col if line == 1 else 0)
         text = self._lines[row - 1] if row <= len(self._lines) else ""
         return Span(self.file, row, col + shift, end_col + shift, text)
 
     def node_span(self, node: ast.AST) -> Span:
-        """The place of a syntax node."""
-        line, end = node.lineno, node.end_col_offset  # type: ignore[attr-defined]
-        if node.end_lineno != line:  # type: ignore[attr-defined]
-            end = len(self.text.splitlines()[line - 1])
-        return self.span(line, node.col_offset, end)  # type: ignore[attr-defined]
+        """The place of a syntax node: its first line."""
+        line: int = node.lineno  # type: ignore[attr-defined]
+        row = self._rows[line - 1]
+        end = char_offset(row, node.end_col_offset) if node.end_lineno == line else len(row)  # type: ignore[attr-defined]
+        return self.span(line, char_offset(row, node.col_offset), end)  # type: ignore[attr-defined]
+
+    def whole(self) -> Span:
+        """The place of the first line that says something."""
+        line = next((n for n, row in enumerate(self._rows, start=1) if row.strip()), 1)
+        return self.span(line, 0, max(len(self._rows[line - 1].rstrip()), 1))
+
+
+def _indent(row: str) -> int:
+    return len(row) - len(row.lstrip())
 
 
 def parse(source: Source, stage: str) -> ast.Module:
     """The syntax tree of a stage, or SpecError at the fault."""
-    text = source.text
-    stripped = text.lstrip()
     try:
-        # leading blanks of a multi-line string would be an indentation error; blank lines keep the line numbers right
-        return ast.parse("\n" * (text.count("\n", 0, len(text) - len(stripped))) + stripped)
+        return ast.parse(source.code)
     except SyntaxError as error:
         line, col = error.lineno or 1, max((error.offset or 1) - 1, 0)
-        end = max((error.end_offset or 0) - 1, col + 1)
+        same_line = error.end_lineno in (None, line)
+        end = max((error.end_offset or 0) - 1, col + 1) if same_line else col + 1
         remedy = "a stage is one expression, after any number of lines 'name = expression'"
         raise SpecError(error.msg, stage=stage, span=source.span(line, col, end), remedy=remedy) from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise SpecError(f"the text cannot be parsed: {error}", stage=stage, span=source.span(1, 0, 1)) from None
+        raise SpecError(f"the text cannot be parsed: {error}", stage=stage, span=source.whole()) from None
 
 
 def stage_function(source: Source, stage: str) -> Callable[[dict[str, Any]], Any]:
     """A stage's text as a function from the names it sees to its value."""
     tree = parse(source, stage)
     if not tree.body:
-        raise SpecError("the stage is empty", stage=stage, span=source.span(1, 0, 1))
+        raise SpecError("the stage is empty", stage=stage, span=source.whole())
 
     def run(env: dict[str, Any]) -> Any:
-        return _Reader(source, stage, env).module(tree)
+        try:
+            return _Reader(source, stage, env).module(tree)
+        except RecursionError:
+            raise SpecError("the text is nested too deeply", stage=stage, span=source.whole()) from None
 
     return run
 
@@ -92,6 +119,7 @@ class _Reader:
 
     def __init__(self, source: Source, stage: str, env: dict[str, Any]):
         self.source, self.stage, self.env = source, stage, dict(env)
+        self.pieces = _PIECES.get(stage, {})
 
     def module(self, tree: ast.Module) -> Any:
         *lets, last = tree.body
@@ -103,19 +131,20 @@ class _Reader:
             ):
                 self.refuse(statement, "only lines 'name = expression' may come before the result")
             name = statement.targets[0].id
-            if name in self.env:
+            if name in self.env or name in functions.TABLE or name in self.pieces:
                 self.refuse(statement.targets[0], f"'{name}' already has a meaning here", "choose another name")
             self.env[name] = self.eval(statement.value)
         if not isinstance(last, ast.Expr):
-            self.refuse(last, "the stage must end with an expression, its result")
-        return self._finish(self.eval(last.value), last)
+            if isinstance(last, ast.Assign):
+                self.refuse(last, "the stage must end with an expression, its result")
+            self.refuse(last, f"{_describe(last)} is not part of the language")
+        if self.stage == "normalizer" and isinstance(last.value, ast.Name) and last.value.id in normalizers.TABLE:
+            return call_by_name(normalizers.TABLE[last.value.id], self.env, self.stage)
+        return self._run(self.eval(last.value))
 
-    def _finish(self, value: Any, node: ast.AST) -> Any:
-        if self.stage == "normalizer" and isinstance(value, _Named):
-            return call_by_name(normalizers.TABLE[value.name], self.env, self.stage)
-        if isinstance(value, Mask | ScoreMod):
-            return value.run(self.env)
-        return value
+    def _run(self, value: Any) -> Any:
+        """What a shipped piece means here; any other value as it is."""
+        return value.run(self.env) if isinstance(value, Mask | ScoreMod) else value
 
     def eval(self, node: ast.AST) -> Any:
         method = getattr(self, f"_{type(node).__name__}", None)
@@ -127,53 +156,57 @@ class _Reader:
             raise error.at(self.source.node_span(node), self.stage) from None
         except AttnccError:
             raise
-        except (TypeError, OverflowError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise SpecError(str(error), stage=self.stage, span=self.source.node_span(node)) from None
 
-    def refuse(self, node: ast.AST, reason: str, remedy: str | None = None) -> Any:
+    def refuse(self, node: ast.AST, reason: str, remedy: str | None = None) -> NoReturn:
         raise SpecError(reason, stage=self.stage, span=self.source.node_span(node), remedy=remedy)
 
     def value(self, node: ast.AST) -> Value:
-        result = self.eval(node)
-        if isinstance(result, Mask | ScoreMod):
-            result = result.run(self.env)
-        return lift(result)
+        return lift(self._run(self.eval(node)))
 
     def _Constant(self, node: ast.Constant) -> Any:
-        if isinstance(node.value, bool | int | float):
+        if isinstance(node.value, bool):
+            return lift(node.value)
+        if isinstance(node.value, int | float):
             return node.value
-        return self.refuse(node, f"{type(node.value).__name__} is not part of the language", "numbers and names are")
+        self.refuse(node, f"{type(node.value).__name__} is not part of the language", "numbers and names are")
 
     def _Name(self, node: ast.Name) -> Any:
         if node.id in self.env:
             if node.id == "row":
                 self.refuse(node, "'row' must be followed by a reduction", f"one of: row.{', row.'.join(_ROW)}")
             return self.env[node.id]
-        pieces = _PIECES.get(self.stage, {})
-        if node.id in pieces:
-            piece = pieces[node.id]
-            return piece if isinstance(piece, Mask) else self.refuse(node, f"'{node.id}' needs arguments: {node.id}(...)")
-        if self.stage == "normalizer" and node.id in normalizers.TABLE:
-            return _Named(node.id)
+        if node.id in self.pieces:
+            if isinstance(self.pieces[node.id], Mask):
+                return self.pieces[node.id]
+            self.refuse(node, f"'{node.id}' needs arguments: {node.id}(...)")
         if node.id in functions.TABLE:
             self.refuse(node, f"'{node.id}' is a function", f"write {node.id}(...)")
-        raise unknown_name(node.id, self.stage, self.env, {**functions.TABLE, **pieces})
+        if self.stage == "normalizer" and node.id in normalizers.TABLE:
+            self.refuse(node, f"the normalizer '{node.id}' stands alone", "write its formula to build on it")
+        raise unknown_name(node.id, self.stage, self.env, [*functions.TABLE, *self.pieces])
 
     def _BinOp(self, node: ast.BinOp) -> Any:
         operator = _BINARY.get(type(node.op))
         if operator is None:
             self.refuse(node, f"the operator {type(node.op).__name__} is not part of the language")
         left, right = self.eval(node.left), self.eval(node.right)
-        pieces = isinstance(left, Mask | ScoreMod) + isinstance(right, Mask | ScoreMod)
-        if pieces == 1 or (not pieces and not isinstance(left, int | float)):
-            left, right = self.value(node.left), self.value(node.right)
+        if isinstance(left, Mask | ScoreMod) != isinstance(right, Mask | ScoreMod):
+            left, right = self._run(left), self._run(right)
+        if constant(left) and constant(right):
+            if isinstance(node.op, ast.Pow):
+                return constant_power(left, right)
+            if isinstance(node.op, ast.BitAnd | ast.BitOr | ast.RShift):
+                left = lift(left)
         return operator(left, right)
 
     def _UnaryOp(self, node: ast.UnaryOp) -> Any:
         if isinstance(node.op, ast.Not | ast.Invert):
-            return ~self.value(node.operand)
-        operand = self.eval(node.operand)
-        return -operand if isinstance(node.op, ast.USub) else operand
+            operand = self.eval(node.operand)
+            return ~operand if isinstance(operand, Mask) else ~lift(self._run(operand))
+        operand = self._run(self.eval(node.operand))
+        return -operand if isinstance(node.op, ast.USub) else +operand
 
     def _BoolOp(self, node: ast.BoolOp) -> Value:
         result = self.value(node.values[0])
@@ -214,27 +247,30 @@ class _Reader:
         if not isinstance(node.func, ast.Name):
             self.refuse(node, "only functions of the vocabulary can be called")
         name = node.func.id
-        pieces = _PIECES.get(self.stage, {})
-        if name in pieces:
-            return self._piece(node, pieces[name])
+        if name in self.pieces:
+            return self._piece(node, self.pieces[name])
         if name not in functions.TABLE:
-            known = ", ".join([*functions.TABLE, *pieces])
-            self.refuse(node.func, f"no function is called '{name}'", f"the vocabulary: {known}")
+            known = [*functions.TABLE, *self.pieces]
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean '{near[0]}'?" if near else f"the vocabulary: {', '.join(known)}"
+            self.refuse(node.func, f"no function is called '{name}'", remedy)
         if node.keywords:
             self.refuse(node, f"{name} takes no keyword arguments")
-        arguments = [self.eval(a) for a in node.args]
-        return functions.TABLE[name](*arguments)
+        return functions.TABLE[name](*(self._run(self.eval(a)) for a in node.args))
 
     def _piece(self, node: ast.Call, build: Any) -> Any:
         arguments = [self._literal(a) for a in node.args]
-        keywords = {k.arg: self._literal(k.value) for k in node.keywords if k.arg}
+        keywords = {}
+        for keyword in node.keywords:
+            if keyword.arg is None:
+                self.refuse(node, "** is not part of the language")
+            keywords[keyword.arg] = self._literal(keyword.value)
         return build(*arguments, **keywords)
 
     def _literal(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float | str):
             return node.value
-        value = self.eval(node)
-        return value
+        return self.eval(node)
 
     def _row(self, node: ast.Call) -> Value:
         func = node.func
@@ -251,19 +287,18 @@ class _Reader:
         return getattr(self.env["row"], func.attr)(*arguments)
 
 
-class _Named:
-    """A shipped normalizer, named in the text."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
 def _describe(node: ast.AST) -> str:
     names = {
         "Attribute": "an attribute",
         "Lambda": "a lambda",
         "ListComp": "a comprehension",
+        "GeneratorExp": "a comprehension",
+        "SetComp": "a comprehension",
+        "DictComp": "a comprehension",
         "Import": "an import",
+        "ImportFrom": "an import",
+        "FunctionDef": "def",
+        "ClassDef": "class",
         "Await": "await",
         "JoinedStr": "an f-string",
         "NamedExpr": "':='",

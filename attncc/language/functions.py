@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from attncc.language.values import Value, apply, constant
+from attncc.language.values import apply, arity, constant, fail, lift
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "exp": math.exp,
@@ -24,10 +24,17 @@ _ON_NUMBERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _on_numbers(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except (ValueError, ArithmeticError):
+        fail(f"{name}({', '.join(map(str, args))}) has no finite real value")
+
+
 def _function(name: str, doc: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        if name in _ON_NUMBERS and args and all(constant(a) for a in args):
-            return _ON_NUMBERS[name](*args)
+        if name in _ON_NUMBERS and len(args) == arity(name) and all(constant(a) for a in args):
+            return _on_numbers(name, _ON_NUMBERS[name], *args)
         return apply(name, *args)
 
     call.__name__ = call.__qualname__ = name
@@ -58,17 +65,17 @@ to_float = _function("float", "An index or a boolean as a number.")
 
 def sqrt(x: Any) -> Any:
     """The square root of x."""
-    return math.sqrt(x) if constant(x) else x**0.5
+    return _on_numbers("sqrt", math.sqrt, x) if constant(x) else lift(x) ** 0.5
 
 
 def exp2(x: Any) -> Any:
     """2 to the power x."""
-    return 2.0**x if constant(x) else exp(x * math.log(2.0))
+    return _on_numbers("exp2", math.exp2, x) if constant(x) else exp(lift(x) * math.log(2.0))
 
 
 def log2(x: Any) -> Any:
     """The logarithm of x to base 2."""
-    return math.log2(x) if constant(x) else log(x) * (1 / math.log(2.0))
+    return _on_numbers("log2", math.log2, x) if constant(x) else log(x) * (1 / math.log(2.0))
 
 
 #: every function by the name it has in the text form
@@ -96,5 +103,3 @@ TABLE: dict[str, Callable[..., Any]] = {
     "int": to_int,
     "float": to_float,
 }
-
-__all__ = ["TABLE", "Value", "exp", "log"]

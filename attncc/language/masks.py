@@ -40,7 +40,7 @@ def sliding_window(size: int) -> Mask:
 
 
 def window(left: int, right: int = 0) -> Mask:
-    """Keys at most `left` behind and `right` ahead of the query, both inclusive: flash-attn's `window_size=(left, right)`.
+    """Keys at most `left` behind and `right` ahead of the query, inclusive: flash-attn's `window_size=(left, right)`.
 
     `window(left=W)` therefore shows W + 1 keys, where `causal & sliding_window(W)` shows W.
     """
@@ -59,7 +59,7 @@ def prefix(length: int | str = "prefix") -> Mask:
 
 
 def document(doc: str = "doc") -> Mask:
-    """Only keys of the query's own document. `doc` names an integer input `[b, kv_idx]` with the document of each token."""
+    """Only keys of the query's own document. `doc` names an integer input `[b, kv_idx]`: the document of each token."""
     decl = InputDecl(doc, ("b", "kv_idx"), "int")
     return Mask(lambda e: e[doc][e["b"], _position(e)] == e[doc][e["b"], e["kv_idx"]], {doc: decl}, label="document")
 

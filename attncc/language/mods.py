@@ -11,7 +11,7 @@ from attncc.language.combinators import ScoreMod
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """The published slopes: 2^(-8 (h+1) / H), with the paper's interpolation where H is no power of two (arXiv:2108.12409)."""
+    """The published slopes 2^(-8 (h+1) / H); the paper's interpolation if H is no power of two (arXiv:2108.12409)."""
 
     def geometric(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]

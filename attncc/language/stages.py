@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+import keyword
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
 
-from attncc.errors import SpecError, Span
+from attncc.errors import Span, SpecError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph
 from attncc.ir.verify import verify
+from attncc.language import functions
 from attncc.language.values import InputTensor, Value, boolean, fail, number
 
 _PAIR = ("b", "h", "h_kv", "q_idx", "kv_idx", "q_len", "kv_len", "num_heads")
@@ -22,6 +25,9 @@ SEES: dict[str, tuple[str, ...]] = {
     "normalizer": ("score", *_PAIR, "row"),
     "reduction": ("weight", "v_vec", *_PAIR, "row"),
 }
+_STAGE_NAME = r"row_(max|sum)_\d+(_new)?|raw_score|out|mask|lse|acc|delta"
+#: names that a user's input or scalar cannot have
+_RESERVED = {*sym.INDICES, *(n for names in SEES.values() for n in names), "scale", "q", "k", "v", "outputs", "qk"}
 
 
 class Row:
@@ -68,8 +74,20 @@ def _split(name: str) -> tuple[str, int]:
     return op, int(index)
 
 
+def check_name(name: str) -> None:
+    """Raise SpecError unless `name` can name an input or a scalar."""
+    if name in _RESERVED or name in functions.TABLE:
+        raise SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
+    if not name.isidentifier() or keyword.iskeyword(name) or re.fullmatch(_STAGE_NAME, name):
+        raise SpecError(f"'{name}' cannot name an input", remedy="use an identifier that no stage defines")
+
+
 def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDecl]) -> dict[str, Any]:
     """The names that every stage of this variant sees."""
+    for name in (*scalars, *inputs):
+        check_name(name)
+    for name in sorted(scalars.keys() & inputs.keys()):
+        raise SpecError(f"'{name}' is declared as an input and as a scalar", remedy="rename one of them")
     env: dict[str, Any] = {name: Value(symbol) for name, symbol in sym.INDICES.items()}
     for name, scalar in scalars.items():
         env[name] = Value(sym.scalar_symbol(name, scalar.is_int))
@@ -79,16 +97,16 @@ def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDec
     return env
 
 
-def unknown_name(name: str, stage: str, env: Mapping[str, Any], functions: Mapping[str, Any] = {}) -> SpecError:  # noqa: B006
-    """The error for a name that this stage does not see."""
+def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Iterable[str] = ()) -> SpecError:
+    """The error for a name that this stage does not see. `callables` are functions that it could have meant."""
     special = {
         "v_vec": "only the reduction stage sees the value vectors",
         "weight": "only the reduction stage sees the weight",
         "row": "only the normalizer and the reduction see row reductions",
         "score": "the mask decides before any score is known; hide pairs by index or input",
     }
-    visible = [n for n in SEES[stage]] + [n for n in env if n not in sym.INDICES]
-    near = difflib.get_close_matches(name, [*visible, *functions], n=1, cutoff=0.6)
+    visible = list(SEES[stage]) + [n for n in env if n not in sym.INDICES]
+    near = difflib.get_close_matches(name, [*visible, *callables], n=1, cutoff=0.6)
     if name in special:
         remedy = special[name]
     elif near:
@@ -120,6 +138,10 @@ def assemble(
         try:
             return check(function({**base, **extra})), span
         except SpecError as error:
+            if stage == "score":  # the user's name for what enters the stage
+                error = SpecError(
+                    error.reason.replace("raw_score", "score"), stage=stage, span=error.span, remedy=error.remedy
+                )
             raise error.at(span, stage) from None
 
     score, span = run("score", {"score": Value(sym.RAW_SCORE)}, number)

@@ -1,13 +1,15 @@
-"""The text form: a variant as TOML. Data, never executed.
+"""The text form: a variant as TOML. Data, never executed. An example:
 
     name = "gemma2-local"
     [stages]
-    score = "30 * tanh(score / 30)"
+    score = "cap * tanh(score / cap) + slopes[h] * (kv_idx - q_idx)"
     mask  = "kv_idx <= q_idx and q_idx - kv_idx < 4096"
     [inputs]
-    slopes = { index = ["h"], grad = true }      # read as slopes[h]
+    slopes = { index = ["h"], grad = true }
     [scalars]
     cap = 50.0
+
+A stage may span lines in a triple-quoted string: any number of lines `name = expression`, then the result.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language import masks, mods
 from attncc.language.combinators import Mask, ScoreMod
 from attncc.language.expression import Source, parse, stage_function
-from attncc.language.stages import SEES, assemble
-from attncc.language.variant import Input, Scalar, Variant, check_name
+from attncc.language.stages import SEES, assemble, check_name
+from attncc.language.variant import Input, Scalar, Variant
 
 _DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
 _TOP = ("name", "cites", "description", "stages", "inputs", "scalars")
@@ -45,16 +47,11 @@ def load_toml(path: str | Path) -> Variant:
 
 def loads_toml(text: str, file: str = "<spec>") -> Variant:
     """Read a variant from TOML text."""
-    lines = text.splitlines()
+    lines = re.split("\r\n|\n", text)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        found = re.search(r"line (\d+), column (\d+)", str(error))
-        span = None
-        if found:
-            line, col = int(found[1]), int(found[2]) - 1
-            span = Span(file, line, col, col + 1, lines[line - 1] if line <= len(lines) else "")
-        raise SpecError(f"not valid TOML: {error}", span=span) from None
+        raise SpecError(f"not valid TOML: {error}", span=_syntax_span(str(error), lines, file)) from None
     for key in data:
         if key not in _TOP:
             where = "stages" if key in SEES else None
@@ -81,8 +78,8 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         sources[stage] = _value_source(lines, file, stage, value)
     return from_sources(
         sources,
-        name=_string(data, "name", Path(file).stem if file.endswith(".toml") else "variant"),
-        cites=_string(data, "cites", ""),
+        name=_string(data, "name", Path(file).stem if file.endswith(".toml") else "variant", file, lines),
+        cites=_string(data, "cites", "", file, lines),
         inputs=_inputs(_table(data, "inputs", file, lines), file, lines),
         scalars=_scalars(_table(data, "scalars", file, lines), file, lines),
     )
@@ -111,8 +108,7 @@ def from_sources(
                 decls.setdefault(key, decl)
             for key, scalar in piece.scalars.items():
                 numbers.setdefault(key, scalar)
-        first = source.text.splitlines()[0] if source.text.strip() else ""
-        evaluate[stage] = (stage_function(source, stage), source.span(1, 0, max(len(first), 1)))
+        evaluate[stage] = (stage_function(source, stage), source.whole())
     graph = assemble(name, decls, numbers, evaluate, cites)
     return Variant.from_graph(graph)
 
@@ -127,9 +123,14 @@ def _pieces(source: Source, stage: str) -> list[Mask | ScoreMod]:
             keywords = {k.arg: k.value.value for k in node.keywords if k.arg and isinstance(k.value, ast.Constant)}
             if len(arguments) == len(node.args) and len(keywords) == len(node.keywords):
                 try:
-                    found.append(table[node.func.id](*arguments, **keywords))
+                    piece = table[node.func.id](*arguments, **keywords)
+                    for name in (*piece.inputs, *piece.scalars):
+                        check_name(name)
                 except TypeError as error:
                     raise SpecError(str(error), stage=stage, span=source.node_span(node)) from None
+                except SpecError as error:
+                    raise error.at(source.node_span(node), stage) from None
+                found.append(piece)
     return found
 
 
@@ -140,10 +141,10 @@ def _table(data: Mapping[str, Any], key: str, file: str, lines: list[str]) -> Ma
     return value
 
 
-def _string(data: Mapping[str, Any], key: str, default: str) -> str:
+def _string(data: Mapping[str, Any], key: str, default: str, file: str, lines: list[str]) -> str:
     value = data.get(key, default)
     if not isinstance(value, str):
-        raise SpecError(f"'{key}' must be a string, got {type(value).__name__}")
+        raise SpecError(f"'{key}' must be a string, got {type(value).__name__}", span=_key_span(lines, file, (), key))
     return value
 
 
@@ -160,9 +161,10 @@ def _inputs(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, 
             unknown = sorted(set(entry) - {"index", "dtype", "grad"})
             if unknown:
                 raise SpecError(f"the input '{name}' has no key '{unknown[0]}'", remedy="its keys: index, dtype, grad")
-            decls[name] = Input(
-                *entry.get("index", []), dtype=entry.get("dtype", "float"), grad=bool(entry.get("grad", False))
-            ).declare(name)
+            grad = entry.get("grad", False)
+            if not isinstance(grad, bool):
+                raise SpecError(f"the input '{name}': grad is true or false, got {grad!r}")
+            decls[name] = Input(*entry.get("index", []), dtype=entry.get("dtype", "float"), grad=grad).declare(name)
         except SpecError as error:
             raise error.at(span) from None
     return decls
@@ -179,18 +181,31 @@ def _scalars(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str,
     return numbers
 
 
+def _syntax_span(message: str, lines: list[str], file: str) -> Span | None:
+    """The place that TOML's parser names: a line and a column, or the end of the document."""
+    found = re.search(r"line (\d+), column (\d+)", message)
+    if found:
+        line, col = int(found[1]), int(found[2]) - 1
+    elif "end of document" in message:
+        line = max((n for n, row in enumerate(lines, start=1) if row.strip()), default=1)
+        col = len(lines[line - 1].rstrip())
+    else:
+        return None
+    return Span(file, line, col, col + 1, lines[line - 1] if line <= len(lines) else "")
+
+
 def _find_key(lines: list[str], table: tuple[str, ...], key: str) -> tuple[int, int] | None:
-    """Line (0-based) and column of a key, within its table's section."""
+    """Line (0-based) and column of a key: in its table's section, or dotted at the top (`stages.score = ...`)."""
+    dotted = r"\s*\.\s*".join(map(re.escape, (*table, key)))
     section: tuple[str, ...] = ()
     for number, line in enumerate(lines):
         header = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$", line)
         if header:
             section = tuple(p.strip().strip("\"'") for p in header[1].split("."))
             continue
-        if section == table:
-            found = re.match(rf"\s*(['\"]?){re.escape(key)}\1\s*=", line)
-            if found:
-                return number, len(line) - len(line.lstrip())
+        names = {table: rf"(['\"]?){re.escape(key)}\1", (): rf"()({dotted})"}.get(section)
+        if names and re.match(rf"\s*{names}\s*=", line):
+            return number, len(line) - len(line.lstrip())
     return None
 
 
@@ -199,19 +214,21 @@ def _key_span(lines: list[str], file: str, table: tuple[str, ...], key: str) -> 
     if found is None:
         return None
     line, col = found
-    return Span(file, line + 1, col, col + len(key), lines[line])
+    end = len(lines[line].split("=", 1)[0].rstrip())
+    return Span(file, line + 1, col, end, lines[line])
 
 
 def _value_source(lines: list[str], file: str, stage: str, value: str) -> Source:
     """A stage's text with its place in the file, so that carets stand under the user's own characters."""
     found = _find_key(lines, ("stages",), stage)
-    if found is None:
-        return Source(value, file)
-    line, _ = found
-    opening = re.search(r"=\s*(\"\"\"|'''|\"|')", lines[line])
-    if opening is None:
-        return Source(value, file)
-    col = opening.end()
-    if len(opening[1]) == 3 and lines[line][col:].strip() == "":
-        return Source(value, file, line + 2, 0, lines)  # TOML drops a newline right after the opening quotes
-    return Source(value, file, line + 1, col, lines)
+    opening = re.search(r"=\s*(\"\"\"|'''|\"|')", lines[found[0]]) if found else None
+    if found is None or opening is None:
+        return Source(value, f"{file}: {stage}")  # an inline table: positions count within the text itself
+    line, col = found[0] + 1, opening.end()
+    if len(opening[1]) == 3 and lines[line - 1][col:].strip() == "":
+        line, col = line + 1, 0  # TOML drops a newline right after the opening quotes
+    own = value.split("\n")
+    there = [lines[line - 1][col:], *lines[line : line + len(own) - 1]] if line <= len(lines) else []
+    if not all(row.startswith(text) for row, text in zip(there, own, strict=False)):
+        return Source(value, f"{file}:{line}: {stage}")  # escapes: the file's characters are not the text's
+    return Source(value, file, line, col, lines)

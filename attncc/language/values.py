@@ -1,7 +1,7 @@
 """Values: what the variables of a formula are while it is read, whether it came as Python or as text.
 
-Every operation checks the types of its operands and says what is wrong in the user's terms; the caller (the tracer, or the
-text parser) knows where in the source it happened and adds the place.
+Every operation checks the types of its operands and says what is wrong in the user's terms; the caller (the tracer, or
+the text parser) knows where in the source it happened and adds the place.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from attncc.ir.symbols import V_VEC, input_symbol
 from attncc.ir.text import formula
 
 _ARTICLE = {"bool": "a boolean", "int": "an index (integer)", "float": "a number"}
+#: what algebra may leave behind where a constant part of a formula has no value: 1/0, log(0), sqrt(-1)
+_NO_VALUE = (sympy.zoo, sympy.nan, sympy.oo, -sympy.oo, sympy.I)
+#: an integer constant must fit an index
+_LARGEST = 2**63
+#: a constant raised to a larger power is a mistake, or an attack on whoever reads the text
+_LARGEST_POWER = 64
 
 
 def fail(reason: str, remedy: str | None = None) -> NoReturn:
@@ -31,6 +37,8 @@ class Value:
     __array_priority__ = 1000
 
     def __init__(self, expr: Any):
+        if expr.has(*_NO_VALUE):
+            fail(f"the formula has no finite real value here: '{formula(expr)}'")
         self.expr = expr
 
     @property
@@ -42,19 +50,22 @@ class Value:
 
     # arithmetic
     def __add__(self, other: Any) -> Value:
-        return Value(number(self) + number(other))
+        a, b = _operands(self, other)
+        return Value(a + b)
 
     def __sub__(self, other: Any) -> Value:
-        return Value(number(self) - number(other))
+        a, b = _operands(self, other)
+        return Value(a - b)
 
     def __mul__(self, other: Any) -> Value:
-        return Value(number(self) * number(other))
+        a, b = _operands(self, other)
+        return Value(_product(a, b))
 
     def __truediv__(self, other: Any) -> Value:
-        divisor = number(other)
-        if divisor == 0:
+        a, b = _operands(self, other)
+        if b == 0:
             fail("division by zero")
-        return Value(number(self) / divisor)
+        return Value(_product(a, 1 / b))
 
     def __floordiv__(self, other: Any) -> Value:
         a, b = number(self), number(other)
@@ -74,16 +85,23 @@ class Value:
 
     def __pow__(self, other: Any) -> Value:
         base, exponent = number(self), number(other)
-        return Value(base**exponent)
+        if base == 0 and exponent.is_negative:
+            fail("division by zero")
+        if base.is_number and exponent.is_number and abs(exponent) > _LARGEST_POWER:
+            fail(f"the constant power {formula(base)} ** {formula(exponent)} is too large")
+        if exponent.is_Float:  # so that algebra and printing know a square root when they see one
+            exact = sympy.Rational(float(exponent))
+            exponent = exact if exact.q <= 4 else exponent
+        return Value((base**exponent).replace(sympy.Abs, voc.absolute))
 
     def __radd__(self, other: Any) -> Value:
-        return lift(other) + self
+        return self + other
 
     def __rsub__(self, other: Any) -> Value:
-        return lift(other) - self
+        return -self + other
 
     def __rmul__(self, other: Any) -> Value:
-        return lift(other) * self
+        return self * other
 
     def __rtruediv__(self, other: Any) -> Value:
         return lift(other) / self
@@ -146,7 +164,8 @@ class Value:
     def __bool__(self) -> bool:
         fail(
             f"'{formula(self.expr)}' has no truth value while the formula is read",
-            "write where(condition, a, b) for a choice, and & | ~ for and, or, not (each comparison in parentheses)",
+            "write where(condition, a, b) for a choice, maximum and minimum for max and min, "
+            "and & | ~ for and, or, not (each comparison in parentheses)",
         )
 
     def __float__(self) -> float:
@@ -191,7 +210,12 @@ class InputTensor:
         fail(f"the input '{name}' is a tensor and must be indexed", f"write {name}[{pattern}]")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _unindexed
-    __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = __pow__ = __rpow__ = __floordiv__ = __mod__ = _unindexed
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _unindexed
+    __neg__ = __pos__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _unindexed
+    __eq__ = __ne__ = _unindexed
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = _unindexed
+    __bool__ = __float__ = __int__ = __index__ = __iter__ = __len__ = _unindexed
+    __hash__ = None  # type: ignore[assignment]
 
 
 def lift(x: Any) -> Value:
@@ -203,6 +227,8 @@ def lift(x: Any) -> Value:
     if isinstance(x, bool):
         return Value(sympy.true if x else sympy.false)
     if isinstance(x, int):
+        if abs(x) >= _LARGEST:
+            fail("the integer constant does not fit 64 bits", "write it as a number: 1e30")
         return Value(sympy.Integer(x))
     if isinstance(x, float):
         if not math.isfinite(x):
@@ -214,6 +240,23 @@ def lift(x: Any) -> Value:
             "declare it: inputs={'name': ac.Input(...)}, and read it as name[...]",
         )
     fail(f"{type(x).__name__} is not a value of a formula", "numbers, booleans, indices and inputs are")
+
+
+def _operands(a: Value, b: Any) -> tuple[Any, Any]:
+    """Two operands of arithmetic. A float constant makes a number of an index, as it does in Python: 1.0 * kv_idx."""
+    left, right = number(a), number(b)
+    if isinstance(b, float) and left.is_integer and right.is_integer:
+        left = voc.to_float(left)
+    return left, right
+
+
+def _product(a: Any, b: Any) -> Any:
+    """a * b with its exponentials gathered in one: exp(x) * exp(-m) is exp(x - m), which does not overflow."""
+    product = a * b
+    powers = [f for f in sympy.Mul.make_args(product) if isinstance(f, sympy.exp)]
+    if len(powers) < 2:
+        return product
+    return product / sympy.Mul(*powers) * sympy.exp(sympy.Add(*(p.args[0] for p in powers)))
 
 
 def number(x: Any) -> Any:
@@ -235,6 +278,18 @@ def boolean(x: Any) -> Any:
     return value.expr
 
 
+def constant_power(base: int | float, exponent: int | float) -> int | float:
+    """base ** exponent of two plain numbers, refused where it would be huge."""
+    if abs(exponent) > _LARGEST_POWER or abs(base) >= _LARGEST:
+        fail(f"the constant power {base} ** {exponent} is too large")
+    return base**exponent
+
+
+def arity(name: str) -> int:
+    """How many arguments a function of the vocabulary takes."""
+    return {"maximum": 2, "minimum": 2, "where": 3}.get(name, 1)
+
+
 def apply(name: str, *args: Any) -> Value:
     """One function of the vocabulary, by the name a user writes."""
     cls = voc.FUNCTIONS[name]
@@ -242,16 +297,19 @@ def apply(name: str, *args: Any) -> Value:
         if len(args) != 3:
             fail(f"where takes 3 arguments (condition, a, b), got {len(args)}")
         return Value(cls(boolean(args[0]), number(args[1]), number(args[2])))
-    arity = 2 if name in ("maximum", "minimum") else 1
-    if len(args) != arity:
-        fail(f"{name} takes {arity} argument{'s' * (arity > 1)}, got {len(args)}")
+    expected = arity(name)
+    if len(args) != expected:
+        fail(f"{name} takes {expected} argument{'s' * (expected > 1)}, got {len(args)}")
     if name in ("int", "float"):
         return Value(cls(lift(args[0]).expr))
     exprs = [number(a) for a in args]
     if any(e.has(V_VEC) for e in exprs):
         fail(f"{name}(v_vec): the output must be linear in v_vec", "write row.sum(weight * v_vec)")
-    return Value(cls(*exprs))
+    result = cls(*exprs)
+    # exp(1) and log(3) are numbers; algebra would keep them as E and log(3)
+    return Value(sympy.Float(float(result)) if name in ("exp", "log") and result.is_number else result)
 
 
 def constant(x: Any) -> bool:
+    """Whether x is a plain Python number."""
     return isinstance(x, int | float) and not isinstance(x, bool)

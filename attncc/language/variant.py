@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
-import linecache
-import re
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from attncc.errors import AttnccError, Span, SpecError
 from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
-from attncc.ir.symbols import INDICES
 from attncc.language import normalizers
 from attncc.language.combinators import Mask, ScoreMod, call_by_name
-from attncc.language.stages import SEES, assemble
-
-_RESERVED = {*INDICES, *(n for names in SEES.values() for n in names), "scale", "q", "k", "v", "outputs", "qk"}
+from attncc.language.places import return_span, traceback_span
+from attncc.language.stages import assemble
 
 
 class Input:
@@ -63,6 +59,8 @@ class Scalar:
     def __init__(self, default: int | float):
         if isinstance(default, bool) or not isinstance(default, int | float):
             raise SpecError(f"Scalar({default!r}): the default is an int or a float")
+        if not math.isfinite(default):
+            raise SpecError(f"Scalar({default!r}): the default is a finite number")
         self.default = default
 
     def declare(self, name: str) -> ScalarDecl:
@@ -71,7 +69,8 @@ class Scalar:
 
 
 class Variant:
-    """An attention variant. Stages not given are plain attention's: score as it is, all pairs visible, softmax, sum of w * v.
+    """An attention variant. A stage that is not given is plain attention's: the score as it is, every pair visible,
+    softmax, the sum of weight * v.
 
     `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`.
     Raises SpecError, with file, line and a caret, when a stage is wrong.
@@ -105,12 +104,8 @@ class Variant:
         stages: dict[str, tuple[Callable[[dict[str, Any]], Any], Span | None]] = {}
         functions = {"score": score, "mask": mask, "normalizer": normalizer, "reduction": reduction}
         for stage, function in functions.items():
-            code = getattr(function, "__code__", None)
-            if stage in pieces:
-                run = pieces[stage].run
-            else:
-                run = _runner(function, stage)
-            stages[stage] = (_located(run, stage), _return_span(code))
+            run = pieces[stage].run if stage in pieces else _runner(function, stage)
+            stages[stage] = (_located(run, stage), return_span(function))
         self.name = name
         self.graph = assemble(name, decls, scalars, stages, cites)
 
@@ -140,7 +135,6 @@ def _declarations(
     decls: dict[str, InputDecl] = {}
     scalars: dict[str, ScalarDecl] = {}
     for name, declared in inputs.items():
-        check_name(name)
         if isinstance(declared, Scalar):
             scalars[name] = declared.declare(name)
         elif isinstance(declared, Input):
@@ -152,17 +146,7 @@ def _declarations(
     return decls, scalars
 
 
-def check_name(name: str) -> None:
-    """Raise SpecError unless `name` can name an input."""
-    from attncc.language.functions import TABLE
-
-    if name in _RESERVED or name in TABLE:
-        raise SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
-    if not name.isidentifier() or re.fullmatch(r"row_(max|sum)_\d+|raw_score|out|mask|lse", name):
-        raise SpecError(f"'{name}' cannot name an input", remedy="use an identifier that no stage defines")
-
-
-def _runner(function: Callable[..., Any], stage: str) -> Callable[[dict[str, Any]], Any]:
+def _runner(function: Any, stage: str) -> Callable[[dict[str, Any]], Any]:
     if not callable(function):
         raise SpecError(f"the {stage} is {type(function).__name__}, not a function", stage=stage)
     return lambda env: call_by_name(function, env, stage)
@@ -176,50 +160,17 @@ def _located(run: Callable[[dict[str, Any]], Any], stage: str) -> Callable[[dict
             return run(env)
         except AttnccError as error:
             if isinstance(error, SpecError):
-                raise error.at(_traceback_span(error), stage) from None
+                raise error.at(traceback_span(error), stage) from None
             raise
         except Exception as error:  # a user's function may raise anything; the finding is where and why
             raise SpecError(
                 f"the {stage} function raised {type(error).__name__}: {error}",
                 stage=stage,
-                span=_traceback_span(error),
+                span=traceback_span(error),
+                remedy="a formula uses Python's operators and attncc's functions (ac.exp, ...); tensors are inputs",
             ) from error
 
     return located
-
-
-def _traceback_span(error: BaseException) -> Span | None:
-    """The innermost place of the traceback that lies outside this package: the user's own expression."""
-    found = None
-    tb = error.__traceback__
-    while tb is not None:
-        if not tb.tb_frame.f_globals.get("__name__", "").startswith(("attncc.", "sympy.")):
-            found = tb
-        tb = tb.tb_next
-    if found is None:
-        return None
-    code = found.tb_frame.f_code
-    positions = list(code.co_positions())[found.tb_lasti // 2]
-    return _span(code.co_filename, positions)
-
-
-def _return_span(code: Any) -> Span | None:
-    """Where a function's result is: the expression whose value its last instruction returns."""
-    if code is None:
-        return None
-    last = [i for i in dis.get_instructions(code) if i.opname not in ("RETURN_VALUE", "RETURN_CONST", "CACHE")]
-    position = last[-1].positions if last else None
-    if position is None:
-        return None
-    return _span(code.co_filename, (position.lineno, position.end_lineno, position.col_offset, position.end_col_offset))
-
-
-def _span(filename: str, positions: tuple[int | None, int | None, int | None, int | None]) -> Span | None:
-    line, end_line, col, end_col = positions
-    if line is None or col is None or end_col is None:
-        return None
-    text = linecache.getline(filename, line).rstrip("\n")
-    return Span(filename, line, col, end_col if end_line == line else len(text), text)
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
