@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -22,6 +22,8 @@ from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
 #: what the kernels compute in; the reference also takes float64
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 REFERENCE_DTYPES = KERNEL_DTYPES | {torch.float64}
+#: what a call may ask for
+OUTPUTS = frozenset({"out", "lse"})
 _INT_DTYPES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
 _DIMENSIONS = {
     "q": "(batch, heads, queries, head dim)",
@@ -95,6 +97,16 @@ def bind(
     if not inputs and not graph.inputs and not graph.scalars:
         return Bound(sizes, scale, {}, {})
     return Bound(sizes, scale, *_bind_inputs(graph, inputs, sizes, device, dtypes))
+
+
+def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the outputs that a call asks for. Raises InputError for one that does not exist."""
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    if not names or not OUTPUTS.issuperset(names):
+        wrong = [repr(n) for n in names if n not in OUTPUTS]
+        reason = f"there is no output {', '.join(wrong)}" if wrong else "no output is asked for"
+        raise InputError(reason, remedy=f"the outputs are: {', '.join(sorted(OUTPUTS, reverse=True))}")
+    return names
 
 
 def _bind_inputs(

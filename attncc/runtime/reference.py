@@ -1,0 +1,188 @@
+"""The reference: what a variant means, in float64 and plain PyTorch. Quadratic, differentiable, the one oracle.
+
+A hidden pair does not exist here: the stages are evaluated on the list of visible pairs alone, so that nothing which a
+formula does elsewhere (log of a negative distance, an infinite bias) can reach a result or a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import LOOP_DIMS, InputDecl, Stage, VariantGraph
+from attncc.ir.text import formula
+from attncc.language.variant import Variant
+from attncc.runtime.evaluate import evaluate
+from attncc.runtime.shapes import REFERENCE_DTYPES, Bound, bind, output_names
+
+_BY_KEY = {s.name for s in (sym.KV_IDX, sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)}
+
+
+def reference(
+    variant: Variant | VariantGraph,
+    /,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    outputs: str | Sequence[str] = ("out",),
+    **inputs: Any,
+) -> Any:
+    """The variant's outputs in float64, with autograd to q, k, v and every float input: a tensor, or a tuple of them.
+
+    q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) of any float dtype; `out` is (B, Hq, M, Dv), `lse` is
+    (B, Hq, M). A row that sees no key gives 0, lse = -inf, and zero gradients. Raises InputError for tensors that do
+    not fit, UnsupportedError for the lse of a normalizer that has none.
+    """
+    graph = variant.graph if isinstance(variant, Variant) else variant
+    names = output_names(outputs)
+    bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
+    run = Dense(graph, q.double(), k.double(), v.double(), bound, torch.float64)
+    results = tuple(getattr(run, name)() for name in names)
+    return results[0] if len(results) == 1 else results
+
+
+class Dense:
+    """A variant evaluated on every visible pair, in the dtype of q, k, v. `number` is the dtype of index arithmetic.
+
+    Float inputs are cast to `number` where that is wider than what they have.
+    """
+
+    def __init__(self, graph: VariantGraph, q: Tensor, k: Tensor, v: Tensor, bound: Bound, number: torch.dtype):
+        self.graph, self.number, self.device = graph, number, q.device
+        self.v = v
+        sizes = bound.sizes
+        b, h, m, n = self.shape = tuple(sizes[d] for d in ("b", "h", "q_idx", "kv_idx"))
+        self.h_kv, self.group = sizes["h_kv"], h // sizes["h_kv"]
+        self.constants: dict[str, Any] = {
+            "scale": bound.scale,
+            "q_len": m,
+            "kv_len": n,
+            "num_heads": h,
+            **bound.scalars,
+            **{d.name: self._input(d, bound.tensors[d.name], sizes) for d in graph.inputs},
+        }
+        self.used = {s.name for stage in graph.stages for s in stage.expr.free_symbols}
+        mask = self._mask()
+        #: flat positions: in (B, H, M, N) of the pairs that the mask shows, in (B, H, M) of the rows that see a key
+        self.visible = mask.reshape(-1).nonzero().squeeze(1)
+        self.live = mask.any(-1).reshape(-1).nonzero().squeeze(1)
+        self.row_of_pair = self.visible // max(n, 1)
+        grouped = q.reshape(b, self.h_kv, self.group, m, q.shape[3])
+        qk = (grouped @ k.unsqueeze(2).mT).reshape(-1)[self.visible]
+        self.pairs: dict[str, Any] = {**self.constants, **self._indices(self.visible, n), "qk": qk}
+        #: (B * H * M) values of each row reduction; those of rows that see no key are never read
+        self.rows: dict[str, Tensor] = {}
+        for stage in graph.stages:
+            if stage.op is None and stage.name != "mask":
+                self.pairs[stage.name] = self._on_pairs(stage.expr)
+            elif stage.name not in ("mask", "out"):
+                self.rows[stage.name] = self._reduce(stage)
+                self.pairs[stage.name] = self.rows[stage.name][self.row_of_pair]
+
+    def out(self) -> Tensor:
+        """(B, Hq, M, Dv): the sum over the keys of the pair's factor times v."""
+        b, h, m, n = self.shape
+        factor = self._on_pairs(self.graph["out"].expr.coeff(sym.V_VEC))
+        dense = self._spread(factor, 0.0).to(self.v.dtype).reshape(b, self.h_kv, self.group, m, n)
+        return (dense @ self.v.unsqueeze(2)).reshape(b, h, m, self.v.shape[3])
+
+    def lse(self) -> Tensor:
+        """(B, Hq, M): the log of the denominator, -inf where a row sees no key."""
+        b, h, m, n = self.shape
+        values = {name: value[self.live] for name, value in self.rows.items()}
+        env = {**self.constants, **self._indices(self.live * n, n), **values}
+        value = evaluate(log_denominator(self.graph), env, self.number, self.device).expand(self.live.shape)
+        empty = torch.full((b * h * m,), -torch.inf, dtype=value.dtype, device=self.device)
+        return empty.index_put((self.live,), value).reshape(b, h, m)
+
+    def _input(self, decl: InputDecl, tensor: Tensor, sizes: dict[str, int]) -> Tensor:
+        """An input with its loop dimensions expanded: a dimension of size 1 is the same at every index."""
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.promote_types(tensor.dtype, self.number))
+        return tensor.expand([sizes[d] if d in LOOP_DIMS else -1 for d in decl.pattern])
+
+    def _mask(self) -> Tensor:
+        """The mask over all pairs: (B, H, M, N), boolean."""
+        env = dict(self.constants)
+        for axis, name in enumerate(("b", "h", "q_idx", "kv_idx")):
+            size = self.shape[axis]
+            env[name] = torch.arange(size, device=self.device).reshape([size if a == axis else 1 for a in range(4)])
+        env["h_kv"] = env["h"] // max(self.group, 1)
+        return evaluate(self.graph["mask"].expr, env, self.number, self.device).expand(self.shape)
+
+    def _indices(self, flat: Tensor, n: int) -> dict[str, Tensor]:
+        """What those of b, h, h_kv, q_idx and kv_idx that a stage uses are at flat positions of (B, H, M, N)."""
+        h, m, n, group = (max(size, 1) for size in (self.shape[1], self.shape[2], n, self.group))
+        formulas = {
+            "b": lambda: flat // (n * m * h),
+            "h": lambda: flat // (n * m) % h,
+            "h_kv": lambda: flat // (n * m) % h // group,
+            "q_idx": lambda: flat // n % m,
+            "kv_idx": lambda: flat % n,
+        }
+        return {name: compute() for name, compute in formulas.items() if name in self.used}
+
+    def _on_pairs(self, expr: Any) -> Tensor:
+        return evaluate(expr, self.pairs, self.number, self.device).expand(self.visible.shape)
+
+    def _spread(self, values: Tensor, fill: float) -> Tensor:
+        """Values of the visible pairs as rows of N keys, with `fill` in place of hidden ones: (B * H * M, N)."""
+        b, h, m, n = self.shape
+        if not values.is_floating_point():
+            values = values.to(self.number)
+        dense = torch.full((b * h * m * n,), fill, dtype=values.dtype, device=self.device)
+        return dense.index_put((self.visible,), values).reshape(b * h * m, n)
+
+    def _reduce(self, stage: Stage) -> Tensor:
+        values = self._on_pairs(stage.expr)
+        if stage.op == "sum":
+            return self._spread(values, 0.0).sum(-1)
+        dense = self._spread(values, -torch.inf)
+        return dense.amax(-1) if dense.shape[1] else dense.sum(-1)
+
+
+def log_denominator(graph: VariantGraph) -> sympy.Expr:
+    """lse as an expression of row values: log Z, where the weight is a(pair) * exp(x(pair)) / Z.
+
+    With the weight as a product, its factors that are the same for a whole row are G, and the exponent is x minus M,
+    which is the same for a whole row: Z = exp(M) / G.
+    """
+    stage = graph["weight"]
+    sums = {s.name for s in graph.rows if s.op == "sum"}
+    for weight in (stage.expr, sympy.factor_terms(stage.expr), sympy.factor(stage.expr)):
+        factors = sympy.Mul.make_args(weight)
+        row_factors = [f for f in factors if not _varies(f)]
+        pair_factors = [f for f in factors if _varies(f)]
+        exponents = [sympy.expand(f.args[0]) for f in pair_factors if isinstance(f, sympy.exp)]
+        terms = [t for e in exponents for t in sympy.Add.make_args(e)]
+        shift = -sympy.Add(*(t for t in terms if not _varies(t)))
+        rest = [f for f in pair_factors if not isinstance(f, sympy.exp)] + [t for t in terms if _varies(t)]
+        if any(_names(f) & {s.name for s in graph.rows} for f in rest):
+            continue  # a row reduction is tied to the pair in another way than as a factor or a shift
+        if exponents or any(_names(f) & sums for f in row_factors):
+            # the sign of a constant is the weight's own
+            return shift - sympy.Add(*(sympy.log(abs(f) if f.is_number else f) for f in row_factors))
+        break
+    raise UnsupportedError(
+        "this normalizer has no row statistic, and so no lse",
+        stage="normalizer",
+        span=stage.span,
+        remedy=f"lse is the log of a row's denominator; the weight is {formula(stage.expr)}",
+    )
+
+
+def _names(expr: Any) -> set[str]:
+    return {s.name for s in expr.free_symbols}
+
+
+def _varies(expr: Any) -> bool:
+    """Whether the value differs between the keys of one row."""
+    return bool(_names(expr) & _BY_KEY)
