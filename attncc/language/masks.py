@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attncc.ir.graph import InputDecl
+from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language.combinators import Mask, MaskFamily
 from attncc.language.values import fail
 
@@ -31,23 +31,36 @@ causal = MaskFamily(_causal)
 full = Mask.of(True)
 
 
-def sliding_window(size: int) -> Mask:
+def sliding_window(size: int | str) -> Mask:
     """Keys less than `size` behind the query, the query's own key counted: `q - k < size` (Mistral, gpt-oss, Gemma).
 
-    It does not look ahead of itself: combine it with `causal`. For flash-attn's distances see `window`.
-    """
-    return Mask(lambda e: _position(e) - e["kv_idx"] < size, label=f"sliding_window({size})")
-
-
-def window(left: int, right: int = 0) -> Mask:
-    """Keys at most `left` behind and `right` ahead of the query, inclusive: flash-attn's `window_size=(left, right)`.
-
-    `window(left=W)` therefore shows W + 1 keys, where `causal & sliding_window(W)` shows W.
+    `size` is a number, or the name of a scalar bound at call time. It does not look ahead of itself: combine it with
+    `causal`. For flash-attn's distances see `window`.
     """
     return Mask(
-        lambda e: (_position(e) - e["kv_idx"] <= left) & (e["kv_idx"] - _position(e) <= right),
+        lambda e: _position(e) - e["kv_idx"] < _named(e, size), scalars=_scalars(size), label=f"sliding_window({size})"
+    )
+
+
+def window(left: int | str, right: int | str = 0) -> Mask:
+    """Keys at most `left` behind and `right` ahead of the query, inclusive: flash-attn's `window_size=(left, right)`.
+
+    Each is a number, or the name of a scalar. `window(left=W)` shows W + 1 keys, where `causal & sliding_window(W)`
+    shows W.
+    """
+    return Mask(
+        lambda e: (_position(e) - e["kv_idx"] <= _named(e, left)) & (e["kv_idx"] - _position(e) <= _named(e, right)),
+        scalars={**_scalars(left), **_scalars(right, 0)},
         label=f"window({left}, {right})",
     )
+
+
+def _named(env: Any, number: int | str) -> Any:
+    return env[number] if isinstance(number, str) else number
+
+
+def _scalars(number: int | str, default: int = 1024) -> dict[str, ScalarDecl]:
+    return {number: ScalarDecl(number, default)} if isinstance(number, str) else {}
 
 
 def prefix(length: int | str = "prefix") -> Mask:

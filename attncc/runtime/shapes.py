@@ -70,6 +70,7 @@ def bind(
         or v_len != kv_len
         or k_dim != d_qk
         or kv_heads < 1
+        or heads < 1
         or heads % kv_heads
         or d_qk < 1
         or d_v < 1
@@ -225,8 +226,8 @@ def _fail_sizes(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
         raise InputError(f"q and k differ in their head dim: {q.shape[3]} and {k.shape[3]}", remedy=sizes)
     if q.shape[3] < 1 or v.shape[3] < 1:
         raise InputError("a head dim is 0", remedy=sizes)
-    if k.shape[1] < 1:
-        raise InputError("there is no key/value head", remedy=sizes)
+    if q.shape[1] < 1 or k.shape[1] < 1:
+        raise InputError("there is no head", remedy=sizes)
     layout = f"dimension 1 counts heads: {sizes}; a tensor (batch, length, heads, dim) is passed as x.transpose(1, 2)"
     raise InputError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads", remedy=layout)
 
