@@ -1,0 +1,127 @@
+"""Random tensors for any variant: what its inputs are is read off their declarations and the formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from attncc.ir.graph import LOOP_DIMS, InputDecl, VariantGraph
+from attncc.ir.vocabulary import Read
+
+#: the size that a free dimension gets
+FREE_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a call. `strided` makes q, k, v transposed views of (batch, length, heads, dim) tensors.
+
+    The loop dimensions in `broadcast` have size 1 in the inputs.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    d_qk: int
+    d_v: int
+    strided: bool = False
+    broadcast: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The loop sizes by their names in a formula."""
+        return {
+            "b": self.batch,
+            "h": self.heads,
+            "h_kv": self.kv_heads,
+            "q_idx": self.q_len,
+            "kv_idx": self.kv_len,
+        }
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}/{self.kv_heads}" if self.heads != self.kv_heads else f"{self.heads}"
+        dims = f"{self.d_qk}/{self.d_v}" if self.d_qk != self.d_v else f"{self.d_qk}"
+        notes = " strided" * self.strided + f" {','.join(self.broadcast)}=1" * bool(self.broadcast)
+        return f"B{self.batch} H{heads} M{self.q_len} N{self.kv_len} D{dims}{notes}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The arguments of one call: q, k, v, and every input and scalar of the variant by name."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+def sample_inputs(
+    graph: VariantGraph, shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> Sample:
+    """Arguments for `graph`, the same on every device. No tensor requires a gradient.
+
+    q, k, v are normal. An input with a default has it; another float input is normal, or within [0.5, 1.5] where the
+    formula divides by it, takes its logarithm or a root of it; integers along the sequence are sorted ids, as documents
+    have them, and others are lengths up to the number of keys. An int scalar whose default is longer than the sequence
+    is a third of it, so that a window hides something.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    def sequence(heads: int, length: int, dim: int) -> Tensor:
+        size = (shape.batch, length, heads, dim) if shape.strided else (shape.batch, heads, length, dim)
+        tensor = normal(*size).to(device, dtype)
+        return tensor.transpose(1, 2) if shape.strided else tensor
+
+    q = sequence(shape.heads, shape.q_len, shape.d_qk)
+    k = sequence(shape.kv_heads, shape.kv_len, shape.d_qk)
+    v = sequence(shape.kv_heads, shape.kv_len, shape.d_v)
+    positive = _positive(graph)
+    inputs: dict[str, Any] = {}
+    for decl in graph.inputs:
+        if decl.default is not None:
+            value = torch.as_tensor(decl.default(shape.sizes))
+        elif decl.dtype == "int":
+            value = _integers(decl, shape, generator)
+        elif decl.name in positive:
+            value = 0.5 + torch.rand(_size(decl, shape), generator=generator)
+        else:
+            value = 0.5 * normal(*_size(decl, shape))
+        # what is as large as the scores is stored like them; small parameters are float32
+        dense = {"q_idx", "kv_idx"} <= set(decl.pattern)
+        kind = torch.int32 if decl.dtype == "int" else dtype if dense else torch.promote_types(dtype, torch.float32)
+        inputs[decl.name] = value.to(device, kind)
+    for scalar in graph.scalars:
+        third = max(shape.kv_len // 3, 1)
+        inputs[scalar.name] = third if scalar.is_int and scalar.default > shape.kv_len else scalar.default
+    return Sample(q, k, v, inputs)
+
+
+def _size(decl: InputDecl, shape: Shape) -> list[int]:
+    sizes = {**shape.sizes, **dict.fromkeys(shape.broadcast, 1)}
+    return [sizes[d] if d in LOOP_DIMS else FREE_SIZE for d in decl.pattern]
+
+
+def _integers(decl: InputDecl, shape: Shape, generator: torch.Generator) -> Tensor:
+    size = _size(decl, shape)
+    if decl.pattern and decl.pattern[-1] in ("q_idx", "kv_idx"):
+        return torch.randint(0, 2 + size[-1] // 24, size, generator=generator).sort(-1).values
+    return torch.randint(0, shape.kv_len + 1, size, generator=generator)
+
+
+def _positive(graph: VariantGraph) -> set[str]:
+    """The inputs that the formula divides by, or takes a logarithm or a root of."""
+    found: set[str] = set()
+    for stage in graph.stages:
+        for node in stage.expr.atoms(sympy.Pow, sympy.log):
+            if isinstance(node, sympy.log) or not (node.exp.is_Integer and node.exp > 0):
+                found |= {read.input for read in node.args[0].atoms(Read)}
+    return found

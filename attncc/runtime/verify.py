@@ -1,0 +1,195 @@
+"""Is a kernel right? Two rules, both of which must hold, against the float64 reference and plain PyTorch in one dtype.
+
+1. No element is further from the reference than plain PyTorch in the same dtype is, times 2 (gradients: times 3), plus
+   what rounding the exact result would cost.
+2. RMS(error) / RMS(reference) is at most 5e-3 in 16 bits and tf32, 1e-5 in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from attncc.errors import UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.language.variant import Variant
+from attncc.runtime.reference import Dense, log_denominator, reference
+from attncc.runtime.samples import Sample, Shape, sample_inputs
+from attncc.runtime.shapes import REFERENCE_DTYPES, bind, output_names
+
+__all__ = ["Check", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
+
+Kind = Literal["forward", "gradient"]
+_FACTOR: dict[str, float] = {"forward": 2.0, "gradient": 3.0}
+_RMS_16_BIT, _RMS_32_BIT = 5e-3, 1e-5
+#: the noise of float32 accumulation at unit scale: where the exact result is 0, nothing can be measured relative to it
+_FLOOR = 4 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far one result is from the reference, and how far it may be."""
+
+    name: str
+    ok: bool
+    max_err: float
+    max_allowed: float
+    rms: float
+    rms_allowed: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result of one verified call. `repeatable`: a second call gave the same bits."""
+
+    shape: Shape
+    check: Check
+    repeatable: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result is right, and the same each time."""
+        return self.check.ok and self.repeatable
+
+
+def check(
+    name: str,
+    got: Tensor,
+    reference: Tensor,
+    eager: Tensor,
+    kind: Kind = "forward",
+    *,
+    dtype: torch.dtype | None = None,
+    tf32: bool = False,
+) -> Check:
+    """Hold one result against both rules. `dtype` is that of the computation, if not that of `got` (lse is float32).
+
+    Infinities (the lse of a row that sees no key) must agree exactly; a NaN is always wrong. A gradient may have the
+    RMS error of `eager`: a sum that nearly cancels, as a bias' gradient may, has no small relative error in 16 bits.
+    """
+    dtype = got.dtype if dtype is None else dtype
+    exact = reference.double()
+    finite = exact.isfinite()
+    agree = bool((got.double()[~finite] == exact[~finite]).all())
+    exact = exact[finite]
+    error = (got.double()[finite] - exact).abs()
+    plain = (eager.double()[finite] - exact).abs().nan_to_num(nan=0.0, posinf=0.0)
+    max_err, rms = _largest(error) if agree else torch.inf, _rms(error)
+    max_allowed = _FACTOR[kind] * _largest(plain) + torch.finfo(dtype).eps * _largest(exact.abs()) + _FLOOR
+    limit = _RMS_16_BIT if tf32 or torch.finfo(dtype).bits == 16 else _RMS_32_BIT
+    rms_allowed = max(limit * _rms(exact), _rms(plain) if kind == "gradient" else 0.0) + _FLOOR
+    return Check(name, max_err <= max_allowed and rms <= rms_allowed, max_err, max_allowed, rms, rms_allowed)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+
+
+def eager(
+    variant: Variant | VariantGraph,
+    /,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    outputs: str | Sequence[str] = ("out",),
+    **inputs: Any,
+) -> Any:
+    """The reference's own steps in the dtype of q, k, v, with index arithmetic in float32: what plain PyTorch gives."""
+    graph = variant.graph if isinstance(variant, Variant) else variant
+    bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
+    run = Dense(graph, q, k, v, bound, torch.promote_types(q.dtype, torch.float32))
+    results = tuple(getattr(run, name)() for name in output_names(outputs))
+    return results[0] if len(results) == 1 else results
+
+
+def shapes_for(device: torch.device | str) -> tuple[Shape, ...]:
+    """What a variant is verified at: odd lengths, M != N both ways (rows that see no key), GQA, Dqk != Dv, views."""
+    if torch.device(device).type == "cpu":  # the interpreter is slow
+        return (
+            Shape(1, 2, 2, 64, 64, 32, 32),
+            Shape(2, 4, 2, 37, 53, 16, 24, strided=True),
+            Shape(1, 2, 1, 50, 19, 24, 16, broadcast=("b", "h")),
+        )
+    return (
+        Shape(2, 4, 4, 512, 512, 64, 64),
+        Shape(1, 8, 2, 333, 517, 128, 64, strided=True),
+        Shape(2, 4, 1, 300, 77, 96, 128, broadcast=("b", "q_idx")),
+        Shape(2, 4, 2, 1, 700, 80, 80),
+        Shape(1, 2, 2, 1024, 1024, 192, 128, strided=True, broadcast=("h",)),
+    )
+
+
+def verify_variant(
+    variant: Variant,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shapes: Sequence[Shape] | None = None,
+    op: Callable[..., Any] | None = None,
+    *,
+    tf32: bool = False,
+) -> list[Row]:
+    """Compile `variant` (unless `op` is given), hold outputs and all gradients against the reference at each shape.
+
+    Every call is made twice and compared bit for bit. lse is checked where the normalizer has one.
+    """
+    import attncc
+
+    op = attncc.compile(variant) if op is None else op
+    outputs = ("out", "lse") if _has_lse(variant.graph) else ("out",)
+    rows: list[Row] = []
+    for seed, shape in enumerate(shapes_for(device) if shapes is None else shapes):
+        sample = sample_inputs(variant.graph, shape, dtype, device, seed)
+        differentiable = tuple(d.name for d in variant.graph.inputs if d.grad)
+        got, again = (_results(op, sample, outputs, differentiable) for _ in range(2))
+        exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(sample), outputs, differentiable)
+        plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, outputs, differentiable)
+        for name, value in got.items():
+            kind: Kind = "forward" if name in outputs else "gradient"
+            found = check(name, value, exact[name], plain[name], kind, dtype=dtype, tf32=tf32)
+            rows.append(Row(shape, found, torch.equal(value, again[name])))
+    return rows
+
+
+def _has_lse(graph: VariantGraph) -> bool:
+    try:
+        log_denominator(graph)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _results(
+    function: Callable[..., Any], sample: Sample, outputs: tuple[str, ...], differentiable: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The outputs of a call by name, and the gradients dq, dk, dv, d<input> under random cotangents."""
+    leaves = {name: getattr(sample, name).detach().requires_grad_() for name in ("q", "k", "v")}
+    inputs = {
+        name: value.detach().requires_grad_() if name in differentiable else value
+        for name, value in sample.inputs.items()
+    }
+    results = function(leaves["q"], leaves["k"], leaves["v"], outputs=outputs, **inputs)
+    results = (results,) if isinstance(results, Tensor) else results
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(r.shape, generator=generator).to(sample.q.dtype).to(r) for r in results]
+    leaves |= {name: inputs[name] for name in differentiable}
+    gradients = torch.autograd.grad(results, tuple(leaves.values()), cotangents, materialize_grads=True)
+    named = dict(zip(outputs, (r.detach() for r in results), strict=True))
+    return named | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def _double(sample: Sample) -> Sample:
+    inputs = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in sample.inputs.items()
+    }
+    return Sample(sample.q.double(), sample.k.double(), sample.v.double(), inputs)
