@@ -8,12 +8,13 @@ from typing import Any, Literal, Self, get_args
 
 from attncc.errors import InputError
 
-Kernel = Literal["forward", "dkdv", "dq"]
+Kernel = Literal["forward", "dkdv", "dq", "pair"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["ieee", "tf32"]
 Origin = Literal["model", "tuned", "shipped", "user"]
 
-KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+# What every op with a backward runs; "pair" is the kernel of gradients that have an entry a pair, such as a bias's.
+KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq")
 DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # The narrowest operand of a tensor-core matmul in Triton: narrower head dims are padded to it.
@@ -74,6 +75,7 @@ class Problem:
     """One attention call as the scheduler sees it: dtypes, sizes and the variant's work; InputError if they clash.
 
     `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
+    `digest` is the variant's IR digest; with none, no tuned schedule is looked up.
     """
 
     dtype: Dtype
@@ -86,6 +88,7 @@ class Problem:
     d_qk: int
     d_v: int
     costs: KernelCosts
+    digest: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -143,40 +146,50 @@ class KernelSchedule:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tilings of an op's three kernels, and where they come from."""
+    """The tilings of an op's kernels, and where they come from; `pair` is None where no input has a gradient a pair."""
 
     forward: KernelSchedule
     dkdv: KernelSchedule
     dq: KernelSchedule
     origin: Origin = "model"
+    pair: KernelSchedule | None = None
 
     def of(self, kernel: Kernel) -> KernelSchedule:
-        """The schedule of `kernel`."""
-        schedule: KernelSchedule = getattr(self, kernel)
+        """The schedule of `kernel`; KeyError for a pair kernel that is not there."""
+        schedule: KernelSchedule | None = getattr(self, kernel)
+        if schedule is None:
+            raise KeyError(kernel)
         return schedule
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for cache files and tuned tables."""
-        return {"origin": self.origin, **{kernel: self.of(kernel).to_json() for kernel in KERNELS}}
+        pair = None if self.pair is None else self.pair.to_json()
+        return {"origin": self.origin, **{kernel: self.of(kernel).to_json() for kernel in KERNELS}, "pair": pair}
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
         """The inverse of `to_json`; ValueError if `data` is something else."""
-        if not isinstance(data, dict) or set(data) != {"origin", *KERNELS}:
-            raise ValueError(f"a schedule has exactly the fields origin, {', '.join(KERNELS)}; got {data!r}")
+        if not isinstance(data, dict) or set(data) != {"origin", *KERNELS, "pair"}:
+            raise ValueError(f"a schedule has exactly the fields origin, {', '.join(KERNELS)}, pair; got {data!r}")
         if data["origin"] not in get_args(Origin):
             raise ValueError(
                 f"the origin of a schedule is one of {', '.join(get_args(Origin))}; got {data['origin']!r}"
             )
-        return cls(origin=data["origin"], **{kernel: KernelSchedule.from_json(data[kernel]) for kernel in KERNELS})
+        pair = None if data["pair"] is None else KernelSchedule.from_json(data["pair"])
+        kernels = {kernel: KernelSchedule.from_json(data[kernel]) for kernel in KERNELS}
+        return cls(origin=data["origin"], pair=pair, **kernels)
 
 
 def head_chunks(dim: int) -> tuple[int, ...]:
-    """A head dimension as descending powers of two, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
+    """A head dimension as powers of two of at least 16, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
 
-    What is no multiple of 16 is padded up to one: 72 -> (64, 16). InputError if `dim` is not positive.
+    The last one is padded where that wastes at most a quarter of it: 112 -> (128,), 72 -> (64, 16). InputError below 1.
     """
     if dim < 1:
         raise InputError(f"a head dimension is {dim}; it must be at least 1")
-    padded = -(-dim // MIN_CHUNK) * MIN_CHUNK
-    return tuple(1 << bit for bit in range(padded.bit_length() - 1, -1, -1) if padded >> bit & 1)
+    chunks: list[int] = []
+    while dim > 0:
+        padded = max(MIN_CHUNK, 1 << (dim - 1).bit_length())
+        chunks.append(padded if padded - dim <= dim // 4 or dim < MIN_CHUNK else padded // 2)
+        dim -= chunks[-1]
+    return tuple(chunks)

@@ -1,0 +1,87 @@
+"""The tilings worth trying for a kernel: every one of them fits the device, by computation, and there is always one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from attncc.errors import ScheduleError
+from attncc.schedule.device import Device
+from attncc.schedule.memory import buffers, shared_memory, tensor_memory
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem
+from attncc.schedule.registers import registers
+
+BLOCKS = (16, 32, 64, 128)
+WARPS = (1, 2, 4, 8)
+STAGES = {"cuda": (2, 3, 4), "hip": (1, 2)}
+# Pairs of a tile for each warp: fewer leave lanes without work, more cannot stay in registers.
+PAIRS_A_WARP = (256, 4096)
+# A few spilled registers cost less than a smaller tile may: the cost model weighs them.
+SPILL_TOLERANCE = 1.15
+
+
+def candidates(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
+    """Tilings of `kernel` that fit `device` in shared memory, tensor memory and registers.
+
+    Where none does in the usual sizes, the one that wants the fewest registers among all that fit in memory, down to
+    16 x 16 in one stage. ScheduleError, naming the largest buffer and the bytes over, if not even that fits.
+    """
+    if device.is_interpreter:
+        return (_interpreted(problem),)
+    usual = tuple(
+        ks
+        for ks in _tilings(kernel, problem, device, STAGES[device.backend])
+        if _fits_memory(kernel, ks, problem, device)
+        and registers(kernel, ks, problem, device) <= SPILL_TOLERANCE * device.regs_per_thread_max
+    )
+    if usual:
+        return usual
+    small = [ks for ks in _tilings(kernel, problem, device, (1, 2)) if _fits_memory(kernel, ks, problem, device)]
+    if small:
+        return (min(small, key=lambda ks: (registers(kernel, ks, problem, device), -ks.block_m * ks.block_n)),)
+    raise _too_large(kernel, problem, device)
+
+
+def _tilings(kernel: Kernel, problem: Problem, device: Device, stages: tuple[int, ...]) -> Iterator[KernelSchedule]:
+    """All combinations of sizes in which every warp has work and no block is far longer than its sequence."""
+    low, high = PAIRS_A_WARP
+    for block_m, block_n, num_warps, num_stages in product(BLOCKS, BLOCKS, WARPS, stages):
+        if block_m > _covering(problem.q_len) or block_n > _covering(problem.kv_len):
+            continue
+        if low <= block_m * block_n / num_warps <= high * device.warp_size / 32:
+            yield KernelSchedule(block_m, block_n, num_warps, num_stages)
+
+
+def _covering(length: int) -> int:
+    """The smallest block that covers `length`."""
+    return max(BLOCKS[0], 1 << (length - 1).bit_length())
+
+
+def _fits_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+    return (
+        shared_memory(kernel, ks, problem, device) <= device.smem_per_block
+        and tensor_memory(kernel, ks, problem, device) <= device.tmem_columns
+    )
+
+
+def _interpreted(problem: Problem) -> KernelSchedule:
+    """Small enough that a short sequence has tiles of every class, large enough that each is worth its overhead."""
+    block_m, block_n = (min(max(_covering(length) // 4, 32), 64) for length in (problem.q_len, problem.kv_len))
+    return KernelSchedule(block_m, block_n, num_warps=1, num_stages=1)
+
+
+def _too_large(kernel: Kernel, problem: Problem, device: Device) -> ScheduleError:
+    """The error for the smallest tiling, which does not fit either."""
+    smallest = KernelSchedule(BLOCKS[0], BLOCKS[0], 1, 1)
+    needed = buffers(kernel, smallest, problem, device)
+    total = sum(buffer.bytes for buffer in needed)
+    over = total - device.smem_per_block
+    parts = ", ".join(f"{buffer.name} {buffer.bytes:,}" for buffer in needed)
+    return ScheduleError(
+        f"the {kernel} kernel does not fit {device.title}: its smallest tile, {smallest}, takes {total:,} bytes of "
+        f"shared memory ({parts}), {over:,} more than the {device.smem_per_block:,} that a program may have",
+        kernel=kernel,
+        buffer=needed[0].name,
+        bytes_over=over,
+        remedy=f"use smaller head dimensions (now {problem.d_qk} and {problem.d_v}) or, for {problem.dtype}, 16 bits",
+    )

@@ -1,0 +1,127 @@
+"""Which schedule an op runs with: what was measured, else what was shipped, else the model's first choice."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from attncc import resources
+from attncc.errors import AttnccWarning
+from attncc.schedule.cache import Cache, bucket, cache_key
+from attncc.schedule.cost import ranked
+from attncc.schedule.device import Device
+from attncc.schedule.memory import shared_memory
+from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Problem, Schedule
+
+# What a row of a shipped table may ask of a problem; what it leaves out fits every problem.
+MATCHED = ("digest", "dtype", "precision", "d_qk", "d_v", "group", "q_bucket", "kv_bucket")
+
+
+def choose(problem: Problem, device: Device, cache: Cache | None = None) -> Schedule:
+    """The schedule for `problem` on `device`, with its origin: "tuned" from `cache`, "shipped", or "model".
+
+    Nothing is measured and nothing compiled. ScheduleError if no tiling of a kernel fits.
+    """
+    for found in (_tuned(problem, device, cache), _shipped(problem, device)):
+        if found is not None:
+            return found
+    return Schedule(
+        forward=first_choice("forward", problem, device),
+        dkdv=first_choice("dkdv", problem, device),
+        dq=first_choice("dq", problem, device),
+        pair=first_choice("pair", problem, device),
+        origin="model",
+    )
+
+
+def first_choice(kernel: Kernel, problem: Problem, device: Device) -> KernelSchedule:
+    """The candidate that the model predicts to be the fastest."""
+    return ranked(kernel, problem, device)[0][0]
+
+
+def schedule_key(problem: Problem, device: Device) -> str:
+    """The cache key of the schedule tuned for `problem` on `device`; lengths of one bucket share it."""
+    return cache_key(kind="schedule", device=f"{device.name}/{device.target}/{device.sms}", **_facts(problem))
+
+
+def _tuned(problem: Problem, device: Device, cache: Cache | None) -> Schedule | None:
+    """The measured schedule in `cache`, if there is one for this very variant."""
+    if cache is None or not problem.digest:
+        return None
+    value = cache.get(schedule_key(problem, device))
+    if value is None:
+        return None
+    return _usable(value.get("schedule"), problem, device, f"the cached schedule of {problem.digest[:12]}", "tuned")
+
+
+def _shipped(problem: Problem, device: Device) -> Schedule | None:
+    """The row of the shipped tables that fits `problem` most narrowly, if any does."""
+    facts = _facts(problem)
+    fitting = [
+        (sum(name in row["match"] for name in MATCHED), number, row)
+        for number, row in enumerate(_table(device.name))
+        if all(facts[name] == wanted for name, wanted in row["match"].items())
+    ]
+    if not fitting:
+        return None
+    row = max(fitting, key=lambda entry: entry[:2])[2]
+    return _usable(row["schedule"], problem, device, f"a shipped schedule of {device.name}", "shipped")
+
+
+def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any) -> Schedule | None:
+    """The schedule in `data`, or None with a warning if it is malformed or would not fit the device."""
+    try:
+        found = replace(Schedule.from_json(data), origin=origin)
+    except ValueError as error:
+        warnings.warn(f"{what} is ignored: {error}", AttnccWarning, stacklevel=4)
+        return None
+    for kernel in KERNELS:
+        needed = shared_memory(kernel, found.of(kernel), problem, device)
+        if needed > device.smem_per_block:
+            warnings.warn(
+                f"{what} is ignored: its {kernel} kernel ({found.of(kernel)}) takes {needed:,} bytes of shared memory, "
+                f"and {device.title} has {device.smem_per_block:,}",
+                AttnccWarning,
+                stacklevel=4,
+            )
+            return None
+    if found.pair is None:
+        found = replace(found, pair=first_choice("pair", problem, device))
+    return found
+
+
+def _facts(problem: Problem) -> dict[str, str | int]:
+    """What keys and tables know of a problem."""
+    return {
+        "digest": problem.digest,
+        "dtype": problem.dtype,
+        "precision": problem.precision,
+        "d_qk": problem.d_qk,
+        "d_v": problem.d_v,
+        "group": problem.group,
+        "q_bucket": bucket(problem.q_len),
+        "kv_bucket": bucket(problem.kv_len),
+    }
+
+
+@cache
+def _table(device: str) -> tuple[dict[str, Any], ...]:
+    """The rows of `schedules/tuned/<device>/*.json`, each {"match": {fact: value}, "schedule": {...}}."""
+    rows: list[dict[str, Any]] = []
+    for path in sorted((resources.path("schedules") / "tuned" / device).glob("*.json")):
+        rows += read_table(path)
+    return tuple(rows)
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of one shipped table; ValueError naming the file if a row is malformed."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        if not isinstance(row, dict) or set(row) != {"match", "schedule"} or not set(row["match"]) <= set(MATCHED):
+            raise ValueError(f"{path}: a row is {{match, schedule}}, matching on {', '.join(MATCHED)}; got {row!r}")
+        Schedule.from_json(row["schedule"])
+    return list(rows)

@@ -1,0 +1,183 @@
+"""How long a kernel takes, from the device's figures and the work of the variant over the real mask's live tiles.
+
+One SM is the unit. For every tile the model counts what each of its units has to do, in clocks, and how much of it can
+overlap; the tiles of all programs are then spread over the SMs. It is a model for ranking: its absolute times are those
+of a kernel at the clock of the device file that never waits for anything not counted here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from attncc.schedule.candidates import candidates
+from attncc.schedule.device import Device
+from attncc.schedule.memory import Tiling, instruction, shared_memory, tiling
+from attncc.schedule.problem import Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
+from attncc.schedule.registers import registers
+
+Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
+
+SMEM_BYTES_PER_CLK = 128
+# What an SM gets from the level-two cache when all of them read.
+L2_BYTES_PER_CLK_SM = 32
+# Clocks from a load to its data. A pipeline of n stages hides all but 4^(1-n) of it.
+LOAD_LATENCY = 800
+# Clocks to start a program, load what is resident and write its output.
+PROGRAM_OVERHEAD = 2500
+# The share of its peak that a matmul instruction reaches in the best loop of plain Triton.
+TENSOR_EFFICIENCY = 0.8
+MAX_THREADS_PER_SM = 2048
+# Shared memory that the driver keeps for each program.
+RESERVED_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted time of a kernel in microseconds, the unit that limits it, and each unit's own time."""
+
+    us: float
+    limit: Limit
+    terms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _TileClocks:
+    """What one tile costs each unit of an SM, in clocks."""
+
+    tensor: float
+    sfu: float
+    alu: float
+    memory: float
+
+
+def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> Prediction:
+    """The time of one launch of `kernel` with the tiling `ks`."""
+    live = problem.costs.live(ks.block_m, ks.block_n)
+    tiles_total = live.live * problem.batch * problem.heads
+    programs = _programs(kernel, ks, problem)
+    resident = _programs_per_sm(kernel, ks, problem, device)
+    clocks = _tile_clocks(kernel, ks, problem, device, live)
+    clocks_per_us = device.clock_ghz * 1e3
+    waves = programs / (device.sms * resident)
+    imbalance = ceil(waves) / waves
+
+    def spread(clocks_a_tile: float) -> float:
+        return clocks_a_tile * tiles_total / device.sms * imbalance / clocks_per_us
+
+    # Units of one SM work side by side only as far as there are other warps, ready, to feed them.
+    warps_per_scheduler = max(ks.num_warps * resident * device.warp_size / 32 / 4, 1.0)
+    compute = (clocks.tensor, clocks.sfu, clocks.alu)
+    in_turn = max(compute) + (sum(compute) - max(compute)) / warps_per_scheduler
+    waiting = LOAD_LATENCY * 0.25 ** (ks.num_stages - 1) / resident
+    start = PROGRAM_OVERHEAD * ceil(waves) / clocks_per_us
+    launch = device.launch_us + start
+    us = spread(max(in_turn, clocks.memory) + waiting) + launch
+    terms = {
+        "tensor": spread(clocks.tensor),
+        "sfu": spread(clocks.sfu),
+        "alu": spread(clocks.alu),
+        "memory": max(spread(clocks.memory), _dram_us(kernel, problem, device)),
+        "launch": launch,
+    }
+    us = max(us, terms["memory"] + launch)
+    limits: tuple[Limit, ...] = ("tensor", "sfu", "alu", "memory", "launch")
+    return Prediction(us, max(limits, key=lambda name: terms[name]), terms)
+
+
+def ranked(kernel: Kernel, problem: Problem, device: Device) -> tuple[tuple[KernelSchedule, Prediction], ...]:
+    """Every candidate with its prediction, the fastest first; ScheduleError if nothing fits."""
+    found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device)]
+    return tuple(sorted(found, key=lambda entry: entry[1].us))
+
+
+def _programs(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
+    """Programs in the grid: blocks of what stays, for every head that has its own."""
+    if kernel == "dkdv":
+        return ceil(problem.kv_len / ks.block_n) * problem.batch * problem.kv_heads
+    rows = ceil(problem.q_len / ks.block_m) * problem.batch * problem.heads
+    return rows * ceil(problem.kv_len / ks.block_n) if kernel == "pair" else rows
+
+
+def _programs_per_sm(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
+    """How many programs of this tiling an SM holds at once, by shared memory, registers and threads."""
+    threads = ks.num_warps * device.warp_size
+    by_memory = device.smem_per_sm // (shared_memory(kernel, ks, problem, device) + RESERVED_BYTES)
+    wanted = min(registers(kernel, ks, problem, device), device.regs_per_thread_max)
+    by_registers = int(device.regs_per_sm // (wanted * threads))
+    return max(1, min(by_memory, by_registers, MAX_THREADS_PER_SM // threads))
+
+
+def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device, live: LiveTiles) -> _TileClocks:
+    """The clocks of an average live tile: a mixed one pays for the mask, too."""
+    tiles = tiling(kernel, ks, problem)
+    pairs = tiles.rows * tiles.cols
+    work = _pair_work(kernel, problem.costs.pair(kernel), problem.costs.mask, live)
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    depth = {"forward": qk + v, "dkdv": 2 * (qk + v), "dq": 2 * qk + v, "pair": qk + v}[kernel]
+    flops_per_clk_sm = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
+    # The running sum of the forward is rescaled once a tile.
+    rescale = tiles.rows * v if kernel == "forward" else 0
+    alu = (work.fma * pairs + rescale) / device.fma_per_clk_sm + work.int * pairs / device.int_per_clk_sm
+    return _TileClocks(
+        tensor=2 * pairs * depth / (flops_per_clk_sm * TENSOR_EFFICIENCY),
+        sfu=work.sfu * pairs / device.sfu_per_clk_sm,
+        alu=alu,
+        memory=max(
+            _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
+            _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
+        ),
+    )
+
+
+def _pair_work(kernel: Kernel, pair: PairCosts, mask: PairCosts, live: LiveTiles) -> PairCosts:
+    """The operations of an average pair: the stages' and, in the share of tiles that are mixed, the mask's.
+
+    Each kernel also converts the weights to the matmul's dtype, and the backward ones multiply them by a difference.
+    """
+    share = live.mixed / live.live if live.live else 0.0
+    convert = 1.0 if kernel == "forward" else 2.0
+    return PairCosts(
+        fma=pair.fma + share * mask.fma + convert,
+        sfu=pair.sfu + share * mask.sfu,
+        int=pair.int + share * mask.int,
+        loads=pair.loads + share * mask.loads,
+    )
+
+
+def _loaded_bytes(tiles: Tiling, work: PairCosts, problem: Problem) -> float:
+    """Bytes that a tile brings from the cache: the streamed tiles, and inputs that have an entry a pair."""
+    streamed = sum(tile.rows * tile.dim for tile in tiles.streamed) * problem.dtype_bytes
+    return streamed + work.loads * tiles.rows * tiles.cols * 4
+
+
+def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> float:
+    """Bytes that the matmuls of a tile read from shared memory, plus what registers spill over.
+
+    Every group of rows that works as one reads the right operand for itself: a warp's, or a warp group's 64 rows.
+    """
+    op = instruction(kernel, ks, problem, device)
+    matrices = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}[kernel]
+    if op == "tcgen05":
+        readers = max(tiles.rows // 128, 1)
+    elif op == "wgmma":
+        readers = max(tiles.rows // 64, 1)
+    else:
+        readers = min(ks.num_warps, max(tiles.rows // 16, 1))
+    depth = sum(tile.dim for tile in tiles.streamed) / len(tiles.streamed)
+    right = readers * tiles.cols * depth * matrices
+    left = tiles.rows * sum(tile.dim for tile in tiles.resident)
+    excess = max(registers(kernel, ks, problem, device) - device.regs_per_thread_max, 0)
+    spilled = 2 * 4 * excess * ks.num_warps * device.warp_size
+    return (right + left) * problem.dtype_bytes + spilled
+
+
+def _dram_us(kernel: Kernel, problem: Problem, device: Device) -> float:
+    """The time to read each operand and write each result once."""
+    rows_q = problem.batch * problem.heads * problem.q_len
+    rows_kv = problem.batch * problem.kv_heads * problem.kv_len
+    q, out = rows_q * problem.d_qk, rows_q * problem.d_v
+    k, v = rows_kv * problem.d_qk, rows_kv * problem.d_v
+    elements = {"forward": q + k + v + out, "dkdv": q + 2 * k + 2 * v + out, "dq": 2 * q + k + v + out}
+    return elements.get(kernel, q + k + v + out) * problem.dtype_bytes / (device.dram_gbps * 1e3)

@@ -1,0 +1,204 @@
+"""How much shared memory a kernel takes, before it is compiled: every buffer that Triton allocates, by name and bytes.
+
+All kernels have one shape. Some tiles are *resident* for the whole program, others are *streamed* through a pipelined
+loop, and matmuls with `rows` rows make tiles of scores, `rows x cols`, most of which feed another matmul:
+
+    kernel    resident   streamed       rows      cols
+    forward   q          k, v           block_m   block_n
+    dkdv      k, v       q, do          block_n   block_m
+    dq        q, do      k, v           block_m   block_n
+    pair                 q, k, v, do    block_m   block_n
+
+What is kept where depends on the matmul instruction. The laws below were read from Triton's lowered IR and are checked
+against it, kernel by kernel, in the tests: never below what is allocated, and close above it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attncc.schedule.device import Device
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
+
+Instruction = Literal["fma", "mma", "wgmma", "tcgen05", "mfma"]
+
+# An input of the stages with an entry a pair (a dense bias) is taken to be float32.
+PAIR_BYTES = 4
+# Two row vectors travel with each streamed tile: lse and delta, or a variant's own.
+VECTOR_BYTES = 2 * 4
+# Without a pipeline, tiles change their layout through a scratch area as wide as this for each warp.
+EXCHANGE_BYTES = 512
+# Swizzled buffers start at multiples of this.
+ALIGNMENT = 1024
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One allocation in shared memory."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of q, k, v or do: `rows` of a head dimension that takes `dim` columns in the kernel."""
+
+    name: str
+    rows: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of one kernel: those that stay, those that stream, the scores' shape, the widest chunk of a head.
+
+    `chained` says whether the scores feed another matmul.
+    """
+
+    rows: int
+    cols: int
+    resident: tuple[Tile, ...]
+    streamed: tuple[Tile, ...]
+    chunk: int
+    chained: bool
+
+
+def tiling(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Tiling:
+    """What `kernel` keeps and what it streams; head dimensions are padded as the kernel pads them."""
+    qk, v = head_chunks(problem.d_qk), head_chunks(problem.d_v)
+    tiles = {
+        "q": Tile("q", ks.block_m, sum(qk)),
+        "do": Tile("do", ks.block_m, sum(v)),
+        "k": Tile("k", ks.block_n, sum(qk)),
+        "v": Tile("v", ks.block_n, sum(v)),
+    }
+    resident = {"forward": ("q",), "dkdv": ("k", "v"), "dq": ("q", "do"), "pair": ()}[kernel]
+    streamed = {"forward": ("k", "v"), "dkdv": ("q", "do"), "dq": ("k", "v"), "pair": ("q", "k", "v", "do")}[kernel]
+    rows, cols = (ks.block_n, ks.block_m) if kernel == "dkdv" else (ks.block_m, ks.block_n)
+    return Tiling(
+        rows,
+        cols,
+        tuple(tiles[name] for name in resident),
+        tuple(tiles[name] for name in streamed),
+        max(*qk, *v),
+        chained=kernel != "pair",
+    )
+
+
+def instruction(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> Instruction:
+    """The matmul instruction that Triton picks: the newest one that the device has and the tile is large enough for."""
+    if device.backend == "hip":
+        return "mfma"
+    if problem.dtype == "fp32" and problem.precision == "ieee":
+        return "fma"
+    rows = ks.block_n if kernel == "dkdv" else ks.block_m
+    if rows >= 64 and ks.num_warps % 4 == 0:
+        if device.target.startswith("sm_9"):
+            return "wgmma"
+        if device.tmem_columns:
+            return "tcgen05"
+    return "mma"
+
+
+def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
+    """Bytes of shared memory that one program of `kernel` takes: an upper bound, and close to the fact."""
+    return sum(buffer.bytes for buffer in buffers(kernel, ks, problem, device))
+
+
+def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> tuple[Buffer, ...]:
+    """The allocations of `kernel` that live at once where it needs most, largest first."""
+    if device.is_interpreter:
+        return ()
+    tiles = tiling(kernel, ks, problem)
+    op = instruction(kernel, ks, problem, device)
+    live = {tile.name: (1 if op != "mfma" else 0) * _bytes(tile, problem) for tile in tiles.resident}
+    for tile, copies in zip(tiles.streamed, _copies(kernel, tiles, op, ks.num_stages, problem), strict=True):
+        live[tile.name] = int(copies * _bytes(tile, problem))
+    live["scores"] = _scores(kernel, tiles, op, ks, problem)
+    live["row vectors"] = _row_vectors(tiles, op, ks.num_stages)
+    live["barriers"] = ALIGNMENT if op == "tcgen05" else 0
+    live["exchange"] = EXCHANGE_BYTES * ks.num_warps if ks.num_stages == 1 and op in ("mma", "tcgen05") else 0
+    live["pair inputs"] = _pair_inputs(kernel, tiles, ks.num_stages, problem)
+    # What a tile needs on its way in or out, when nothing of the loop is live.
+    transit = max(_bytes(tile, problem) for tile in (*tiles.resident, *tiles.streamed))
+    if transit > sum(live.values()):
+        live = {"a tile between layouts": transit}
+    found = [Buffer(name, count) for name, count in live.items() if count]
+    return tuple(sorted(found, key=lambda buffer: -buffer.bytes))
+
+
+def _bytes(tile: Tile, problem: Problem) -> int:
+    return tile.rows * tile.dim * problem.dtype_bytes
+
+
+def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem: Problem) -> tuple[float, ...]:
+    """How many times each streamed tile is held.
+
+    Loads run `stages - 1` tiles ahead, or one more where the matmul, being asynchronous, still reads its operands from
+    shared memory; one more again on Blackwell for a tile that two matmuls read.
+    """
+    count = len(tiles.streamed)
+    twice = {"forward": (), "dkdv": ("q", "do"), "dq": ("k",), "pair": ()}[kernel]  # read by two matmuls
+    # 32-bit operands cannot be read transposed: a tile that is read both ways is not pipelined but held in both orders.
+    tf32 = problem.dtype == "fp32" and op != "fma"
+    in_both_orders = tf32 and (op in ("mma", "wgmma") or stages == 1)
+    if kernel == "dkdv" and in_both_orders:
+        return (1.5, 1.5)
+    if stages == 1:
+        if op == "mfma":
+            return (0.0,) * count
+        if kernel == "forward":  # k is dead when v comes
+            return (0.0, 1.0)
+        if kernel == "dkdv" and op == "mma" and tiles.rows < tiles.chunk:
+            return (1.5, 1.5)
+        return (1.0,) * count
+    if in_both_orders and twice:
+        return tuple(2.0 if tile.name in twice else float(stages) for tile in tiles.streamed)
+    ahead = {"wgmma": stages, "tcgen05": stages}.get(op, stages - 1)
+    return tuple(float(ahead + (op == "tcgen05" and tile.name in twice)) for tile in tiles.streamed)
+
+
+def _scores(kernel: Kernel, tiles: Tiling, op: Instruction, ks: KernelSchedule, problem: Problem) -> int:
+    """A tile of weights goes through shared memory where its layout as a result is not the one it has as an operand."""
+    if not tiles.chained:
+        return 0
+    tile = tiles.rows * tiles.cols * problem.dtype_bytes
+    split = {
+        "fma": True,
+        "mma": tiles.rows < tiles.chunk,  # the warps of the second matmul lie side by side along the head dimension
+        "mfma": tiles.rows < 32 * ks.num_warps,
+        "wgmma": False,
+        "tcgen05": False,
+    }[op]
+    return tile if split else 0
+
+
+def _row_vectors(tiles: Tiling, op: Instruction, stages: int) -> int:
+    if op == "mfma":
+        return 0
+    bytes_ahead = max(stages - 1, 1) * tiles.cols * VECTOR_BYTES
+    return -(-bytes_ahead // ALIGNMENT) * ALIGNMENT
+
+
+def _pair_inputs(kernel: Kernel, tiles: Tiling, stages: int, problem: Problem) -> int:
+    loads = problem.costs.pair(kernel).loads
+    return int(loads * max(stages - 1, 0) * tiles.rows * tiles.cols * PAIR_BYTES)
+
+
+def tensor_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
+    """Columns of Blackwell's tensor memory that one program of `kernel` takes; 0 where the matmuls do not use it.
+
+    Accumulators and scores lie there as float32, weights on their way to the next matmul as 16-bit values.
+    """
+    if not device.tmem_columns or instruction(kernel, ks, problem, device) != "tcgen05":
+        return 0
+    tiles = tiling(kernel, ks, problem)
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    accumulators = {"forward": v, "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
+    scores = {"forward": 1, "dkdv": 2, "dq": 2, "pair": 2}[kernel] * tiles.cols
+    weights = {"forward": 1, "dkdv": 2, "dq": 1, "pair": 0}[kernel] * tiles.cols * problem.dtype_bytes // 4
+    columns = accumulators + scores + weights
+    # Tiles of 64 rows use half of the lanes, and two accumulators share their columns.
+    return columns // 2 if kernel == "dkdv" and tiles.rows == 64 else columns

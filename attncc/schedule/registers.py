@@ -1,0 +1,43 @@
+"""How many registers a kernel wants: an estimate, for a compiler's allocation cannot be computed from outside.
+
+What is certain is the float32 tiles that live through the loop, spread over the threads of a program. The rest are
+allowances that were fitted to what ptxas reports for the kernels of `templates/triton`.
+"""
+
+from __future__ import annotations
+
+from attncc.schedule.device import Device
+from attncc.schedule.memory import instruction, tiling
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
+
+# Loop counters, bases, strides, bounds and row statistics.
+BASE = 40
+# Wider accumulators also cost moves around asynchronous matmuls, and those moves cost registers.
+ACCUMULATOR_WEIGHT = 1.25
+# Where operands pass through registers (all but wgmma and tcgen05).
+OPERANDS = 32
+
+
+def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
+    """32-bit registers that a thread of `kernel` would like to have; what exceeds the device's limit is spilled."""
+    tiles = tiling(kernel, ks, problem)
+    op = instruction(kernel, ks, problem, device)
+    threads = ks.num_warps * device.warp_size
+    pairs = tiles.rows * tiles.cols
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    columns = {"forward": v, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel]
+    score_tiles = 1 if kernel == "forward" else 2
+    wanted = BASE + score_tiles * pairs / threads
+    if op == "tcgen05":  # the accumulators are in tensor memory; one is rescaled at a time
+        wanted += tiles.rows * v / threads if kernel == "forward" else 0
+    else:
+        wanted += ACCUMULATOR_WEIGHT * tiles.rows * columns / threads
+    # A pointer of two registers for each 16 bytes of a streamed tile that a thread copies.
+    wanted += sum(2 * tile.rows * tile.dim * problem.dtype_bytes / 16 / threads for tile in tiles.streamed)
+    if op == "fma":
+        # Each thread computes a small square of the result, and holds its operands along the head dimension.
+        side = (pairs / threads) ** 0.5
+        wanted += 2 * side * tiles.chunk / 3
+    elif op in ("mma", "mfma"):
+        wanted += OPERANDS
+    return round(wanted)
