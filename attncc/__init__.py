@@ -48,10 +48,19 @@ from attncc.language.variant import Input, Scalar, Variant
 
 if TYPE_CHECKING:
     from attncc import variants
+    from attncc.runtime.op import AttentionOp, compile
     from attncc.runtime.reference import reference
+    from attncc.schedule.problem import KernelSchedule, Schedule
 
 #: public names whose modules import torch: loaded when first used, since reading a spec needs none of it
-_LAZY = {"reference": ("attncc.runtime.reference", "reference"), "variants": ("attncc.variants", None)}
+_LAZY = {
+    "AttentionOp": ("attncc.runtime.op", "AttentionOp"),
+    "compile": ("attncc.runtime.op", "compile"),
+    "KernelSchedule": ("attncc.schedule.problem", "KernelSchedule"),
+    "Schedule": ("attncc.schedule.problem", "Schedule"),
+    "reference": ("attncc.runtime.reference", "reference"),
+    "variants": ("attncc.variants", None),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -64,10 +73,13 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AttentionOp",
     "AttnccError",
     "Input",
     "InputError",
+    "KernelSchedule",
     "Scalar",
+    "Schedule",
     "ScheduleError",
     "SpecError",
     "UnsupportedError",
@@ -79,6 +91,7 @@ __all__ = [
     "block_diagonal",
     "causal",
     "cog",
+    "compile",
     "cos",
     "dilated",
     "document",

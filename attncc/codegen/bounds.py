@@ -1,0 +1,198 @@
+"""The loop bounds of a block as lines of Triton: which tiles to visit, and which of them the mask leaves whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from attncc.codegen.lower import Leaf, Lowering
+from attncc.ir import symbols as sym
+from attncc.ir.levels import Level
+from attncc.passes.tiles import (
+    INNER_HI,
+    INNER_LO,
+    OUTER_HI,
+    OUTER_LO,
+    BlockMax,
+    BlockMin,
+    Segment,
+    TilePlan,
+)
+
+_FAR = 2147483647
+
+
+@dataclass(frozen=True)
+class BoundLines:
+    """`setup` computes mixed_tiles and full_tiles; `mixed` and `full` turn the loop counter `i` into `tile`."""
+
+    setup: tuple[str, ...]
+    mixed: tuple[str, ...]
+    full: tuple[str, ...]
+
+
+def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str) -> BoundLines:
+    """Lines for one kernel. `block` is the constexpr of the inner block; `inside` masks the outer block's real rows."""
+    lines: list[str] = []
+    stand_ins: dict[Any, sympy.Symbol] = {}
+    leaves = dict(kernel.leaves)
+    leaves[OUTER_LO.name] = Leaf("block_lo", Level.PROGRAM)
+    leaves[OUTER_HI.name] = Leaf("block_hi", Level.PROGRAM)
+    for i, read in enumerate(plan.outer_reads):
+        values = kernel.emit(read)
+        for function, op, far in ((BlockMin, "min", _FAR), (BlockMax, "max", -_FAR)):
+            name = f"own_{op}_{i}"
+            lines.append(f"{name} = tl.{op}(tl.where({inside}, {values}, {far}), 0)")
+            stand_ins[function(read)] = sympy.Symbol(name, integer=True)
+            leaves[name] = Leaf(name, Level.PROGRAM)
+    for i, _ in enumerate(plan.summaries):
+        for op in ("min", "max"):
+            leaves[f"tile_{op}_{i}"] = Leaf(f"tile_{op}_{i}", Level.PAIR)
+    leaves[INNER_LO.name] = Leaf("tile_lo", Level.PAIR)
+    leaves[INNER_HI.name] = Leaf("tile_hi", Level.PAIR)
+    scope = Lowering(kernel.graph, leaves, helpers=kernel.helpers)
+    length = "kv_len" if plan.inner == sym.KV_IDX else "q_len"
+    many = len(plan.segments) > 1
+    for i, segment in enumerate(plan.segments):
+        lines += _segment_lines(segment, scope, stand_ins, f"_{i}" if many else "", block)
+    if plan.scan is not None:
+        lines += _scan_lines(plan, scope, stand_ins, block, length)
+    if many:
+        lines += _order_lines(len(plan.segments))
+    return _loop_lines(lines, len(plan.segments))
+
+
+def _flush(scope: Lowering, lines: list[str]) -> None:
+    lines += scope.outer
+    scope.outer.clear()
+
+
+def _segment_lines(
+    segment: Segment, scope: Lowering, stand_ins: dict[Any, sympy.Symbol], tag: str, block: str
+) -> list[str]:
+    lines: list[str] = []
+
+    def text(e: Any) -> str:
+        result = scope.emit(e.xreplace(stand_ins))
+        _flush(scope, lines)
+        return result
+
+    lo, hi = text(segment.live.lo), text(segment.live.hi)
+    lines.append(f"live_begin{tag} = tl.maximum({lo}, 0) // {block}")
+    lines.append(f"live_end{tag} = tl.maximum((tl.maximum({hi}, -1) + {block}) // {block}, live_begin{tag})")
+    if segment.may is not sympy.true:
+        lines.append(f"live_end{tag} = tl.where({text(segment.may)}, live_end{tag}, live_begin{tag})")
+    if segment.full is None:
+        lines += [f"full_begin{tag} = live_end{tag}", f"full_end{tag} = live_end{tag}"]
+        return lines
+    lo, hi = text(segment.full.lo), text(segment.full.hi)
+    lines.append(f"full_begin{tag} = (tl.maximum({lo}, 0) + {block} - 1) // {block}")
+    lines.append(f"full_end{tag} = tl.maximum({hi} + 1, 0) // {block}")
+    if segment.must is not sympy.true:
+        lines.append(f"full_end{tag} = tl.where({text(segment.must)}, full_end{tag}, full_begin{tag})")
+    lines.append(f"full_begin{tag} = tl.minimum(tl.maximum(full_begin{tag}, live_begin{tag}), live_end{tag})")
+    lines.append(f"full_end{tag} = tl.maximum(tl.minimum(full_end{tag}, live_end{tag}), full_begin{tag})")
+    return lines
+
+
+def _scan_lines(
+    plan: TilePlan, scope: Lowering, stand_ins: dict[Any, sympy.Symbol], block: str, length: str
+) -> list[str]:
+    """Narrow the range to the tiles whose block minima and maxima let the mask hold."""
+    assert plan.scan is not None
+    loop: list[str] = ["tile_id = chunk + tl.arange(0, 128)", "known = tile_id < live_end"]
+    loop.append(f"tile_lo = tile_id * {block}")
+    loop.append(f"tile_hi = tl.minimum(tile_lo + {block}, {length}) - 1")
+    for i, read in enumerate(plan.summaries):
+        base = summary_offset(read)
+        for op, function in (("min", BlockMin), ("max", BlockMax)):
+            loop.append(
+                f"tile_{op}_{i} = tl.load(SUMMARY_{i}_{op.upper()} + {base} * tl.cdiv({length}, {block}) + tile_id, "
+                f"mask=known, other=0)"
+            )
+            stand_ins[function(read)] = sympy.Symbol(f"tile_{op}_{i}", integer=True)
+    may = scope.emit(plan.scan.may.xreplace(stand_ins), Level.PAIR)
+    must = scope.emit(plan.scan.must.xreplace(stand_ins), Level.PAIR)
+    before = list(scope.outer)
+    scope.outer.clear()
+    loop += scope.body
+    scope.body.clear()
+    loop += [
+        f"may = known & {may}",
+        f"must = known & (tile_lo + {block} <= {length}) & {must}",
+        "first_live = tl.minimum(first_live, tl.min(tl.where(may, tile_id, 2147483647), 0))",
+        "last_live = tl.maximum(last_live, tl.max(tl.where(may, tile_id, -1), 0))",
+        "first_full = tl.minimum(first_full, tl.min(tl.where(must, tile_id, 2147483647), 0))",
+        "last_full = tl.maximum(last_full, tl.max(tl.where(must, tile_id, -1), 0))",
+        "full_count += tl.sum(must.to(tl.int32), 0)",
+    ]
+    return [
+        *before,
+        "first_live = live_end",
+        "last_live = live_begin - 1",
+        "first_full = live_end",
+        "last_full = live_begin - 1",
+        "full_count = live_end * 0",
+        "for chunk in range(live_begin, live_end, 128):",
+        *(f"    {line}" for line in loop),
+        "live_begin = first_live",
+        "live_end = tl.maximum(last_live + 1, live_begin)",
+        "# whole tiles are skipped over as one range, so only an unbroken run of them counts",
+        "unbroken = (full_count > 0) & (last_full + 1 - first_full == full_count)",
+        "full_begin = tl.where(unbroken, first_full, live_end)",
+        "full_end = tl.where(unbroken, last_full + 1, live_end)",
+    ]
+
+
+def summary_offset(read: Any) -> str:
+    """Which line of a summary a program reads: one a sequence, or one a (sequence, head)."""
+    by_head = {sym.H, sym.H_KV} & read.free_symbols
+    return "(b * heads + h)" if by_head else "b"
+
+
+def _order_lines(count: int) -> list[str]:
+    """Sort the ranges by their first tile, then cut each where the ones before it end: no tile is visited twice."""
+    lines = []
+    for upper in range(count - 1, 0, -1):
+        for i in range(upper):
+            j = i + 1
+            lines.append(f"swap = live_begin_{j} < live_begin_{i}")
+            for name in ("live_begin", "live_end", "full_begin", "full_end"):
+                lines.append(
+                    f"{name}_{i}, {name}_{j} = "
+                    f"tl.where(swap, {name}_{j}, {name}_{i}), tl.where(swap, {name}_{i}, {name}_{j})"
+                )
+    for i in range(1, count):
+        reach = f"live_end_{i - 1}"
+        lines.append(f"live_begin_{i} = tl.maximum(live_begin_{i}, {reach})")
+        lines.append(f"live_end_{i} = tl.maximum(live_end_{i}, live_begin_{i})")
+        lines.append(f"full_begin_{i} = tl.minimum(tl.maximum(full_begin_{i}, live_begin_{i}), live_end_{i})")
+        lines.append(f"full_end_{i} = tl.minimum(tl.maximum(full_end_{i}, full_begin_{i}), live_end_{i})")
+    return lines
+
+
+def _loop_lines(setup: list[str], count: int) -> BoundLines:
+    if count == 1:
+        setup += [
+            "head_tiles = full_begin - live_begin",
+            "mixed_tiles = head_tiles + live_end - full_end",
+            "full_tiles = full_end - full_begin",
+        ]
+        mixed = ("tile = i + tl.where(i < head_tiles, live_begin, full_end - head_tiles)",)
+        return BoundLines(tuple(setup), mixed, ("tile = i + full_begin",))
+    mixed_lines, full_lines = ["tile = i + live_begin_0"], ["tile = i + full_begin_0"]
+    setup.append("mixed_0 = full_begin_0 - live_begin_0")
+    setup.append("full_0 = full_end_0 - full_begin_0")
+    for i in range(count):
+        last = f"mixed_{2 * i}"
+        setup.append(f"mixed_{2 * i + 1} = {last} + live_end_{i} - full_end_{i}")
+        mixed_lines.append(f"tile = tl.where(i >= {last}, i - {last} + full_end_{i}, tile)")
+        if i + 1 < count:
+            setup.append(f"mixed_{2 * i + 2} = mixed_{2 * i + 1} + full_begin_{i + 1} - live_begin_{i + 1}")
+            setup.append(f"full_{i + 1} = full_{i} + full_end_{i + 1} - full_begin_{i + 1}")
+            mixed_lines.append(f"tile = tl.where(i >= mixed_{2 * i + 1}, i - mixed_{2 * i + 1} + live_begin_{i + 1}, tile)")
+            full_lines.append(f"tile = tl.where(i >= full_{i}, i - full_{i} + full_begin_{i + 1}, tile)")
+    setup += [f"mixed_tiles = mixed_{2 * count - 1}", f"full_tiles = full_{count - 1}"]
+    return BoundLines(tuple(setup), tuple(mixed_lines), tuple(full_lines))

@@ -1,0 +1,147 @@
+"""Index expressions as PyTorch, for the host's part of a gradient: where each reduced value belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sympy.printing.str import StrPrinter
+
+from attncc.codegen.plan import InputGradient, Plan
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import LOOP_DIMS
+
+
+class TorchIndexPrinter(StrPrinter):
+    """Integer expressions over broadcastable int64 tensors."""
+
+    def _print_floordiv(self, expr: Any) -> str:
+        return f"(({self._print(expr.args[0])}) // ({self._print(expr.args[1])}))"
+
+    def _print_mod(self, expr: Any) -> str:
+        return f"(({self._print(expr.args[0])}) % ({self._print(expr.args[1])}))"
+
+    def _tensor(self, expr: Any) -> str:
+        return f"torch.as_tensor({self._print(expr)})"
+
+    def _print_maximum(self, expr: Any) -> str:
+        return f"torch.maximum({self._tensor(expr.args[0])}, {self._tensor(expr.args[1])})"
+
+    def _print_minimum(self, expr: Any) -> str:
+        return f"torch.minimum({self._tensor(expr.args[0])}, {self._tensor(expr.args[1])})"
+
+    def _print_absolute(self, expr: Any) -> str:
+        return f"abs({self._print(expr.args[0])})"
+
+    def _print_relu(self, expr: Any) -> str:
+        return f"torch.relu({self._tensor(expr.args[0])})"
+
+    def _print_where(self, expr: Any) -> str:
+        condition, a, b = expr.args
+        return f"torch.where({self._print(condition)}, {self._tensor(a)}, {self._tensor(b)})"
+
+    def _print_to_int(self, expr: Any) -> str:
+        return f"torch.as_tensor({self._print(expr.args[0])}).long()"
+
+    def _print_to_float(self, expr: Any) -> str:
+        return f"torch.as_tensor({self._print(expr.args[0])}).double()"
+
+    def _print_floor(self, expr: Any) -> str:
+        return f"torch.as_tensor({self._print(expr.args[0])}).floor().long()"
+
+    def _print_log(self, expr: Any) -> str:
+        return f"torch.as_tensor({self._print(expr.args[0])}).double().log()"
+
+    def _print_Relational(self, expr: Any) -> str:
+        return f"(({self._print(expr.lhs)}) {expr.rel_op} ({self._print(expr.rhs)}))"
+
+    def _print_And(self, expr: Any) -> str:
+        return "(" + " & ".join(self._print(a) for a in sorted(expr.args, key=str)) + ")"
+
+    def _print_Or(self, expr: Any) -> str:
+        return "(" + " | ".join(self._print(a) for a in sorted(expr.args, key=str)) + ")"
+
+    def _print_Read(self, expr: Any) -> str:
+        index = ", ".join(self._print(i) for i in expr.index)
+        return f"{expr.input}[{index}]"
+
+    def emptyPrinter(self, expr: Any) -> str:
+        raise UnsupportedError(f"{type(expr).__name__} in an index whose input wants a gradient: not derived yet")
+
+    def _print_Function(self, expr: Any) -> str:
+        return self.emptyPrinter(expr)
+
+
+_printer = TorchIndexPrinter({"order": None})
+
+#: dimensions of the reduced values, by the kind of reduction
+_DIMS = {
+    "program": ("b", "h"),
+    "row": ("b", "h", "q_idx"),
+    "col": ("b", "h", "kv_idx"),
+    "tile": ("b", "h", "q_idx", "kv_idx"),
+    "band": ("b", "h", "distance"),
+}
+
+
+def collect_lines(plan: Plan) -> list[str]:
+    """Host statements that turn each kernel's partial sums into `grad_<input>`."""
+    lines = []
+    for decl in plan.graph.inputs:
+        if not decl.grad:
+            continue
+        terms = [g for g in plan.gradients if g.read.input == decl.name]
+        if not terms:
+            lines.append(f"    grad_{decl.name} = torch.zeros_like({decl.name})")
+        for i, gradient in enumerate(terms):
+            lines += _collect(plan, gradient, first=i == 0)
+    return lines
+
+
+def _collect(plan: Plan, gradient: InputGradient, first: bool) -> list[str]:
+    name, kind, read = gradient.name, gradient.kind, gradient.read
+    dims = _DIMS[kind]
+    lines: list[str] = []
+    if kind == "program":
+        lines.append(f"    {name} = {name}.sum(-1)")
+    elif kind == "tile":
+        lines.append(f"    {name} = {name}.view(batch if keep_b else 1, heads if keep_h else 1, q_len, kv_len)")
+    elif kind == "band":
+        lines.append(f"    {name} = _diagonals({name}, q_len, kv_len)")
+        lines.append(f"    {name} = {name}.view(batch if keep_b else 1, heads if keep_h else 1, -1)")
+    names = []
+    for index in read.index:
+        plain = index.name if index.is_Symbol and index.name in LOOP_DIMS and index.name in dims else None
+        names.append(plain)
+    lines.append(f"    dims = {dims!r}")
+    if not all(names) or len(set(names)) != len(names):
+        lines += _index_tensors(read, dims)
+    index_text = ", ".join(_printer.doprint(i) for i in read.index)
+    comma = "," if len(read.index) == 1 else ""
+    index = f"lambda: ({index_text}{comma})" if not all(names) or len(set(names)) != len(names) else "None"
+    call = f"_collect({name}, dims, {read.input}, {tuple(names)!r}, {index})"
+    target = f"grad_{read.input}"
+    lines.append(f"    {target} = {call}" if first else f"    {target} = {target} + {call}")
+    return lines
+
+
+def _index_tensors(read: Any, dims: tuple[str, ...]) -> list[str]:
+    """b, h, ... as int64 tensors that broadcast over the values."""
+    sizes = {"b": "{0}.shape[0]", "h": "{0}.shape[1]", "q_idx": "q_len", "kv_idx": "kv_len"}
+    used = {s.name for i in read.index for s in i.free_symbols}
+    lines = []
+    rank = len(dims)
+    for axis, dim in enumerate(dims):
+        shape = ", ".join("-1" if a == axis else "1" for a in range(rank))
+        if dim == "distance":
+            lines.append("    # the index knows q_idx and kv_idx by their difference alone")
+            lines.append(f"    kv_idx = torch.arange(1 - q_len, kv_len, device=q.device).view({shape})")
+            lines.append("    q_idx = 0")
+        elif dim in used or (dim == "h" and "h_kv" in used):
+            size = {"b": "batch", "h": "heads"}.get(dim, sizes[dim])
+            lines.append(f"    {dim} = torch.arange({size}, device=q.device).view({shape})")
+    if sym.H_KV.name in used:
+        lines.append("    h_kv = h // group")
+    if sym.NUM_HEADS.name in used:
+        lines.append("    num_heads = heads")
+    return lines

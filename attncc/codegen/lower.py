@@ -1,0 +1,498 @@
+"""Expressions to lines of Triton: one statement a shared value, each placed at the level (program, row, column, pair) at which
+it changes, so that a template only has to say where each level's lines go."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, join
+from attncc.ir.vocabulary import Read, type_of
+from attncc.passes.fold import LN2, exp2, lower_exp, per_ln2
+
+_INLINE = 48
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value that the template has computed: its name in the kernel and its level."""
+
+    name: str
+    level: Level
+
+
+#: one-argument functions that print as one call
+_CALLS = {
+    exp2: "tl.exp2",
+    sympy.log: "tl.log",
+    voc.absolute: "tl.abs",
+    voc.erf: "tl.erf",
+    voc.sin: "tl.sin",
+    voc.cos: "tl.cos",
+    voc.gelu: "_gelu",
+    voc.softplus: "_softplus",
+    voc.sign: "_sign",
+}
+
+
+@dataclass
+class Lowering:
+    """Builds the statements of one kernel.
+
+    leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV kernel
+    holds them); running: names of row values that change inside the loop. Statements go to `outer` (before the loop: what is
+    the same for the whole program, or for a row of a row-block kernel) or to `body`, each in an order in which it can run.
+    """
+
+    graph: VariantGraph
+    leaves: Mapping[str, Leaf]
+    rows_first: bool = True
+    running: frozenset[str] = frozenset()
+    outer: list[str] = field(default_factory=list)
+    body: list[str] = field(default_factory=list)
+    helpers: set[str] = field(default_factory=set)
+    _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
+    _names: Counter[str] = field(default_factory=Counter)
+    _uses: Counter[Any] = field(default_factory=Counter)
+
+    def count(self, exprs: Iterable[Any]) -> None:
+        """Announce expressions before they are emitted: what occurs twice becomes a named value."""
+        for expr in exprs:
+            stack = [expr]
+            while stack:
+                e = stack.pop()
+                self._uses[e] += 1
+                if self._uses[e] == 1:
+                    stack.extend(e.args)
+
+    def branch(self) -> Lowering:
+        """A scope inside the loop whose statements are its own, such as the body of an `if`."""
+        return replace(self, body=[], _memo=dict(self._memo))
+
+    def after_loop(self) -> Lowering:
+        """The scope behind the loop: only what was computed before the loop still stands."""
+        kept = {e: v for e, v in self._memo.items() if self._is_outer(e, v[1])}
+        return replace(self, body=[], _memo=kept)
+
+    def emit(self, expr: Any, at: Level | None = None) -> str:
+        """The text of an expression, as an operand of level `at` (its own level by default)."""
+        text, own = self._visit(expr)
+        return self._raise(text, own, own if at is None else join(own, at))
+
+    def assign(self, name: str, expr: Any, at: Level) -> None:
+        """A statement `name = expr` in the body, and from then on `name` stands for the expression."""
+        if expr in self._memo:
+            text = self._raise(*self._memo[expr], at)
+        else:
+            text = self._raise(self._text(expr, self.level_of(expr)), self.level_of(expr), at)
+        self.body.append(f"{name} = {_unwrap(text)}")
+        self._memo[expr] = (name, at)
+
+    def hoisted(self, expr: Any) -> str:
+        """The text of a value that loops must not compute again: a name, or a number."""
+        return self._hoist(expr)
+
+    def level_of(self, expr: Any) -> Level:
+        """The level of an expression, given what the leaves are."""
+        result = Level.PROGRAM
+        for s in expr.free_symbols:
+            if s.name in self.leaves:
+                result = join(result, self.leaves[s.name].level)
+        return result
+
+    def _is_outer(self, expr: Any, level: Level) -> bool:
+        outer = Level.ROW if self.rows_first else Level.COL
+        return level in (Level.PROGRAM, outer) and not any(s.name in self.running for s in expr.free_symbols)
+
+    def _lines(self, expr: Any, level: Level) -> list[str]:
+        return self.outer if self._is_outer(expr, level) else self.body
+
+    def emit(self, expr: Any, at: Level | None = None) -> str:
+        """The text of an expression, as an operand of level `at` (its own level by default)."""
+        text, own = self._visit(expr)
+        return self._raise(text, own, own if at is None else join(own, at))
+
+    # the tree walk
+
+    def _visit(self, expr: Any) -> tuple[str, Level]:
+        if expr in self._memo:
+            return self._memo[expr]
+        level = self.level_of(expr)
+        text = self._text(expr, level)
+        atom = text.isidentifier() or _is_number(text)
+        shared = self._uses[expr] > 1 and not atom
+        if shared or isinstance(expr, Read) or (len(text) > _INLINE and not atom and level != Level.PROGRAM):
+            text = self._name(expr, text, level)
+        self._memo[expr] = (text, level)
+        return self._memo[expr]
+
+    def _name(self, expr: Any, text: str, level: Level) -> str:
+        name = self._fresh(_hint(expr))
+        self._lines(expr, level).append(f"{name} = {_unwrap(text)}")
+        return name
+
+    def _fresh(self, hint: str) -> str:
+        taken = {leaf.name for leaf in self.leaves.values()}
+        while True:
+            number = self._names[hint]
+            self._names[hint] += 1
+            name = hint if number == 0 and hint not in taken else f"{hint}_{number}"
+            if name not in taken:
+                return name
+
+    def _hoist(self, expr: Any) -> str:
+        """A lower-level operand as a named value, so that it is computed once and not inside the loop."""
+        if expr in self._memo:
+            return self._memo[expr][0]
+        level = self.level_of(expr)
+        text = self._text(expr, level)
+        if not (text.isidentifier() or _is_number(text)):
+            text = self._name(expr, text, level)
+        self._memo[expr] = (text, level)
+        return text
+
+    def _operand(self, expr: Any, at: Level, to_float: bool) -> str:
+        """An operand of an expression of level `at`; a lower level is hoisted and broadcast."""
+        own = self.level_of(expr)
+        if to_float and type_of(expr) == "int" and not expr.is_number:
+            return self._float(expr, at)
+        if own != at and not expr.is_number:
+            return self._raise(self._hoist(expr), own, at)
+        text, own = self._visit(expr)
+        return self._raise(text, own, at)
+
+    def _raise(self, text: str, own: Level, at: Level) -> str:
+        if at != Level.PAIR or own not in (Level.ROW, Level.COL):
+            return text
+        along_first = (own == Level.ROW) == self.rows_first
+        suffix = "[:, None]" if along_first else "[None, :]"
+        return f"{text}{suffix}" if text.isidentifier() else f"({text}){suffix}"
+
+    def _float(self, expr: Any, at: Level) -> str:
+        """An integer expression as a float. Sums are converted term by term, which is exact below 2^24 and costs no
+        conversion a pair: a row's and a column's index are converted once each."""
+        key = voc.to_float(expr)
+        own = self.level_of(expr)
+        if key not in self._memo:
+            if expr.is_Add:
+                text = self._sum(expr, own, to_float=True)
+            elif expr.is_Mul and expr.args[0].is_number:
+                text = f"{_number(expr.args[0], True)} * {_wrap(self._float(sympy.Mul(*expr.args[1:]), own))}"
+            elif own == Level.PROGRAM:
+                text = f"({self._visit(expr)[0]} * 1.0)"
+            else:
+                text = f"{_wrap(self._visit(expr)[0])}.to(tl.float32)"
+            if own != Level.PAIR or isinstance(expr, sympy.Symbol):
+                hint = f"{_hint(expr)}_f"
+                name = self._fresh(hint)
+                self._lines(expr, own).append(f"{name} = {_unwrap(text)}")
+                text = name
+            self._memo[key] = (_wrap(text) if own == Level.PAIR else text, own)
+        return self._raise(*self._memo[key], at)
+
+    # one method a kind of expression
+
+    def _text(self, expr: Any, level: Level) -> str:
+        if expr.is_number:
+            return _number(expr, type_of(expr) == "float")
+        if isinstance(expr, sympy.Symbol):
+            return repr(voc.LN2) if expr == LN2 else self.leaves[expr.name].name
+        if expr.is_Add:
+            return f"({self._sum(expr, level, type_of(expr) == 'float')})"
+        if expr.is_Mul:
+            return self._product(expr, level)
+        if expr.is_Pow:
+            return self._power(expr, level)
+        if isinstance(expr, Read):
+            return self._read(expr, level)
+        if isinstance(expr, sympy.exp):
+            return self._text(lower_exp(expr), level)
+        if type(expr) in _CALLS:
+            call = _CALLS[type(expr)]
+            self._helper(call)
+            return f"{call}({self._operand(expr.args[0], level, True)})"
+        method = getattr(self, f"_{type(expr).__name__}", None)
+        if method is None:
+            raise UnsupportedError(f"the Triton backend has no form for {type(expr).__name__}")
+        return method(expr, level)
+
+    def _helper(self, call: str) -> None:
+        if call.startswith("_"):
+            self.helpers.add(call)
+
+    def _groups(self, args: Iterable[Any], level: Level) -> list[list[Any]]:
+        """Arguments by level, the expression's own level first; the lower ones are hoisted together."""
+        by: dict[Level, list[Any]] = {}
+        for a in args:
+            by.setdefault(self.level_of(a), []).append(a)
+        return [by[lv] for lv in sorted(by, reverse=True)]
+
+    def _sum(self, expr: Any, level: Level, to_float: bool) -> str:
+        groups = self._groups(expr.args, level)
+        text = ""
+        for group in groups:
+            joined = sympy.Add(*group)
+            if len(groups) > 1 and len(group) > 1 and self.level_of(joined) != level:
+                parts = [joined]
+            else:
+                parts = sorted(group, key=lambda t: t.could_extract_minus_sign())
+            for part in parts:
+                negative = bool(text) and part.could_extract_minus_sign()
+                operand = self._operand(-part if negative else part, level, to_float)
+                text += (f" - {operand}" if negative else f" + {operand}") if text else operand
+        return text
+
+    def _product(self, expr: Any, level: Level) -> str:
+        is_float = type_of(expr) == "float"
+        number, rest = expr.as_coeff_Mul()
+        over = [f for f in sympy.Mul.make_args(rest) if not _is_reciprocal(f)]
+        under = [1 / f for f in sympy.Mul.make_args(rest) if _is_reciprocal(f)]
+        if under and not is_float:
+            raise UnsupportedError("an integer quotient must be written with //")
+        # what is the same at a lower level is multiplied there, once
+        lower_over = [f for f in over if self.level_of(f) != level]
+        lower_under = [f for f in under if self.level_of(f) != level]
+        own_over = [f for f in over if self.level_of(f) == level]
+        own_under = [f for f in under if self.level_of(f) == level]
+        if LN2 in own_under:  # a constant multiplies; it is no division
+            own_under.remove(LN2)
+            number = sympy.Float(float(number) * voc.LOG2E)
+        factors = [self._operand(f, level, is_float) for f in own_over]
+        split_levels = sorted({self.level_of(f) for f in (*lower_over, *lower_under)}, reverse=True)
+        for i, lv in enumerate(split_levels):
+            part = sympy.Mul(
+                *(f for f in lower_over if self.level_of(f) == lv),
+                *(1 / f for f in lower_under if self.level_of(f) == lv),
+            )
+            if i == len(split_levels) - 1 and number != 1 and number != -1:
+                part, number = sympy.Mul(number, part), sympy.S.One
+            factors.append(self._operand(part, level, is_float))
+        if number not in (1, -1) or not factors:
+            factors.insert(0, _number(number, is_float))
+            sign = ""
+        else:
+            sign = "-" if number == -1 else ""
+        text = sign + " * ".join(factors)
+        if own_under:
+            divisor = self._operand(sympy.Mul(*own_under), level, is_float)
+            text = f"{text} / {divisor}"
+        return f"({text})"
+
+    def _power(self, expr: Any, level: Level) -> str:
+        base, power = expr.base, expr.exp
+        if base == LN2 and power == -1:
+            return repr(voc.LOG2E)
+        if power.is_number:
+            value = float(power)
+            operand = self._operand(base, level, True)
+            if value == 0.5:
+                return f"tl.sqrt({operand})"
+            if value == -0.5:
+                return f"tl.rsqrt({operand})"
+            if value == -1:
+                return f"(1.0 / {operand})"
+            if value.is_integer() and 2 <= abs(value) <= 8:
+                name = operand if operand.isidentifier() else self._hoist_own(base, level)
+                product = " * ".join([name] * int(abs(value)))
+                return f"({product})" if value > 0 else f"(1.0 / ({product}))"
+        log2 = f"tl.log2({self._operand(base, level, True)})"
+        return f"tl.exp2({_wrap(self._operand(power, level, True))} * {log2})"
+
+    def _hoist_own(self, expr: Any, level: Level) -> str:
+        text = self._hoist(expr)
+        return self._raise(text, self.level_of(expr), level)
+
+    def _tanh(self, expr: Any, level: Level) -> str:
+        self.helpers.add("_tanh")
+        return f"_tanh({self._operand(expr.args[0], level, True)}, FAST_MATH)"
+
+    def _sigmoid(self, expr: Any, level: Level) -> str:
+        power = exp2(per_ln2(lower_exp(sympy.expand(-expr.args[0]))))
+        return f"(1.0 / (1.0 + {self._operand(power, level, True)}))"
+
+    def _silu(self, expr: Any, level: Level) -> str:
+        x = expr.args[0]
+        return self._product_of(x, voc.sigmoid(x), level)
+
+    def _product_of(self, a: Any, b: Any, level: Level) -> str:
+        return f"({self._operand(a, level, True)} * {self._operand(b, level, True)})"
+
+    def _relu(self, expr: Any, level: Level) -> str:
+        return f"tl.maximum({self._operand(expr.args[0], level, True)}, 0.0)"
+
+    def _step(self, expr: Any, level: Level) -> str:
+        return f"tl.where({self._operand(expr.args[0], level, True)} > 0.0, 1.0, 0.0)"
+
+    def _maximum(self, expr: Any, level: Level) -> str:
+        is_float = type_of(expr) == "float"
+        a, b = (self._operand(x, level, is_float) for x in expr.args)
+        return f"tl.{type(expr).__name__}({a}, {b})"
+
+    _minimum = _maximum
+
+    def _where(self, expr: Any, level: Level) -> str:
+        is_float = type_of(expr) == "float"
+        condition = self._operand(expr.args[0], level, False)
+        a, b = (self._operand(x, level, is_float) for x in expr.args[1:])
+        return f"tl.where({condition}, {a}, {b})"
+
+    def _floor(self, expr: Any, level: Level) -> str:
+        return f"tl.floor({self._operand(expr.args[0], level, True)}).to(tl.int32)"
+
+    def _to_int(self, expr: Any, level: Level) -> str:
+        return f"{_wrap(self._operand(expr.args[0], level, False))}.to(tl.int32)"
+
+    def _to_float(self, expr: Any, level: Level) -> str:
+        if type_of(expr.args[0]) == "bool":
+            return f"tl.where({self._operand(expr.args[0], level, False)}, 1.0, 0.0)"
+        return self._operand(expr.args[0], level, True)
+
+    def _floordiv(self, expr: Any, level: Level) -> str:
+        return self._integer("//", "_floor_div", expr, level)
+
+    def _mod(self, expr: Any, level: Level) -> str:
+        return self._integer("%", "_floor_mod", expr, level)
+
+    def _integer(self, operator: str, helper: str, expr: Any, level: Level) -> str:
+        """Triton's // and % truncate; they are Python's only where nothing is negative."""
+        a, b = expr.args
+        left, right = self._operand(a, level, False), self._operand(b, level, False)
+        if a.is_nonnegative and b.is_positive:
+            return f"({left} {operator} {right})"
+        self.helpers.add(helper)
+        return f"{helper}({left}, {right})"
+
+    def _read(self, expr: Read, level: Level) -> str:
+        """A load. Block edges and indices outside the tensor read 0."""
+        decl = self.graph.input(expr.input)
+        offsets, guards = [], []
+        for dim, (pattern, index) in enumerate(zip(decl.pattern, expr.index, strict=True)):
+            at = self.level_of(index)
+            text = self._operand(index, level, False)
+            plain = isinstance(index, sympy.Symbol) and index.name == pattern
+            if plain and pattern in ("q_idx", "kv_idx"):
+                guards.append(f"({text} < {'q_len' if pattern == 'q_idx' else 'kv_len'})")
+            elif not plain:
+                guards.append(f"({text} >= 0) & ({text} < size_{decl.name}_{dim})")
+            if at == Level.PROGRAM:
+                offsets.append(f"{_wrap(text)} * stride_{decl.name}_{dim}")
+            else:
+                self.helpers.add("_offset")
+                offsets.append(f"_offset({text}, stride_{decl.name}_{dim}, WIDE)")
+        pointer = " + ".join([decl.name.upper() + "_PTR", *offsets])
+        mask = f", mask={' & '.join(guards)}, other=0" if guards else ""
+        load = f"tl.load({pointer}{mask})"
+        return load if decl.dtype == "int" else f"{load}.to(tl.float32)"
+
+    def _And(self, expr: Any, level: Level) -> str:
+        return "(" + " & ".join(self._condition(a, level) for a in sorted(expr.args, key=str)) + ")"
+
+    def _Or(self, expr: Any, level: Level) -> str:
+        return "(" + " | ".join(self._condition(a, level) for a in sorted(expr.args, key=str)) + ")"
+
+    def _Not(self, expr: Any, level: Level) -> str:
+        return f"(not {self._condition(expr.args[0], level)})" if level == Level.PROGRAM else f"~{self._condition(expr.args[0], level)}"
+
+    def _condition(self, expr: Any, level: Level) -> str:
+        return self._operand(expr, level, False)
+
+    def _relation(self, expr: Any, level: Level) -> str:
+        is_float = "float" in (type_of(expr.lhs), type_of(expr.rhs))
+        left, right = (self._operand(x, level, is_float) for x in (expr.lhs, expr.rhs))
+        return f"({left} {expr.rel_op} {right})"
+
+    _StrictLessThan = _LessThan = _StrictGreaterThan = _GreaterThan = _Equality = _Unequality = _relation
+
+    def _BooleanTrue(self, expr: Any, level: Level) -> str:
+        return "True"
+
+    def _BooleanFalse(self, expr: Any, level: Level) -> str:
+        return "False"
+
+
+def _is_reciprocal(f: Any) -> bool:
+    return bool(f.is_Pow and f.exp.is_number and f.exp.could_extract_minus_sign() and float(f.exp) == -1)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(expr: Any, is_float: bool) -> str:
+    if expr in (sympy.true, sympy.false):
+        return str(bool(expr))
+    value = float(expr)
+    if not is_float and value.is_integer():
+        return str(int(expr))
+    if not math.isfinite(value):
+        raise UnsupportedError(f"the constant {expr} is not finite")
+    return repr(value)
+
+
+def _wrap(text: str) -> str:
+    return text if text.isidentifier() or text.endswith(")") and text.startswith(("(", "tl.", "_")) and _balanced(text) else f"({text})"
+
+
+def _unwrap(text: str) -> str:
+    """Without parentheses around the whole, for the right side of an assignment."""
+    return text[1:-1] if text.startswith("(") and _balanced(text) else text
+
+
+def _balanced(text: str) -> bool:
+    """Is the text one parenthesized unit, so that a method can be called on it?"""
+    start = text.index("(")
+    depth = 0
+    for i, c in enumerate(text[start:], start):
+        depth += (c == "(") - (c == ")")
+        if depth == 0:
+            return i == len(text) - 1
+    return False
+
+
+_HINTS = {
+    exp2: "power",
+    voc.tanh: "tanh",
+    voc.sigmoid: "sigmoid",
+    voc.absolute: "magnitude",
+    voc.sign: "sign",
+    voc.relu: "relu",
+    voc.maximum: "larger",
+    voc.minimum: "smaller",
+    voc.where: "choice",
+    voc.floordiv: "quotient",
+    voc.mod: "remainder",
+    sympy.log: "log",
+}
+
+
+def _hint(expr: Any) -> str:
+    """A name that says what a value is."""
+    if isinstance(expr, Read):
+        return f"{expr.input}_value"
+    if isinstance(expr, sympy.Symbol):
+        return expr.name
+    if type(expr) in _HINTS:
+        return _HINTS[type(expr)]
+    if type_of(expr) == "bool":
+        return "holds"
+    names = {s.name for s in expr.free_symbols}
+    if expr.is_Mul and names == {"scale", "ln2"}:
+        return "scale_log2"
+    if names and names <= {sym.Q_IDX.name, sym.KV_LEN.name, sym.Q_LEN.name} and sym.Q_IDX.name in names:
+        return "q_pos"
+    if expr.is_Mul:
+        return "product"
+    return "shifted" if expr.is_Add else "value"

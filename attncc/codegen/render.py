@@ -1,0 +1,140 @@
+"""A plan and its head dimensions to the source of a module: kernels, and the host code that launches them."""
+
+from __future__ import annotations
+
+import functools
+import re
+import textwrap
+from typing import Any
+
+import jinja2
+
+from attncc.codegen.indices import collect_lines
+from attncc.codegen.kernels import chunks, dkdv_slots, dq_slots, forward_slots, pair_slots, summary_slots
+from attncc.codegen.plan import Plan
+from attncc.ir import symbols as sym
+from attncc.ir.text import formula, to_text
+from attncc.resources import path
+from attncc.version import __version__
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The Triton templates. An undefined slot is an error, never an empty string."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(str(path("templates") / "triton")),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
+    """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions."""
+    graph = plan.graph
+    context: dict[str, Any] = {
+        "graph": graph,
+        "d_qk": d_qk,
+        "d_v": d_v,
+        "qk_chunks": chunks(d_qk),
+        "v_chunks": chunks(d_v),
+        "stored": plan.stored,
+        "backward": backward,
+        "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
+        "call_params": "".join(f"{d.name}, " for d in (*graph.inputs, *graph.scalars)),
+        "call_args": "".join(f"{d.name}, " for d in (*graph.inputs, *graph.scalars)),
+        "input_args": "".join(f"*_addressing({d.name}), " for d in graph.inputs)
+        + "".join(f"{s.name}, " for s in graph.scalars),
+        "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
+        "text": {k: formula(graph[k].expr) for k in ("score", "mask", "weight")},
+    }
+    f = forward_slots(plan)
+    helpers = set(f["helpers"])
+    summaries = _summaries(plan, "kv", plan.over_keys, sym.KV_IDX)
+    kernels = [("forward.py.j2", {"f": f})]
+    host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "needs_delta": False}
+    if backward:
+        kv, dq = dkdv_slots(plan), dq_slots(plan)
+        pair = {g.number: pair_slots(plan, g) for g in plan.gradients if g.kind in ("tile", "band")}
+        for slots in (kv, dq, *pair.values()):
+            helpers |= slots["helpers"]
+        for g in plan.gradients:
+            if g.number in pair:
+                pair[g.number].update(_kept(plan, g))
+        summaries += _summaries(plan, "q", plan.over_queries, sym.Q_IDX)
+        if kv["needs_delta"]:
+            kernels.append(("delta.py.j2", {}))
+        kernels += [("dkdv.py.j2", {"k": kv}), ("dq.py.j2", {"k": dq})]
+        for p in pair.values():
+            text = {**context["text"], "gradient": formula(p["gradient"].read)}
+            kernels.append(("pair_grad.py.j2", {"k": p, "text": text}))
+        host.update(
+            kv=kv,
+            dq=dq,
+            pair=pair,
+            gradients=plan.gradients,
+            saved=plan.saved_names,
+            needs_delta=kv["needs_delta"],
+            collects=collect_lines(plan),
+        )
+    for s in summaries:
+        helpers |= s["slots"]["helpers"]
+        kernels.insert(0, ("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
+    parts = [_header(plan, d_qk, d_v), _render("helpers.py.j2", context, helpers=helpers)]
+    parts += [_render(name, context, **slots) for name, slots in kernels]
+    parts.append(_render("host.py.j2", context, summaries=summaries, **host))
+    return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
+
+
+def _render(name: str, context: dict[str, Any], **slots: Any) -> str:
+    return environment().get_template(name).render({**context, **slots})
+
+
+def _kept(plan: Plan, gradient: Any) -> dict[str, str]:
+    """Whether the input tells batches (heads) apart: known from the index, and at run time from a size of 1."""
+    read, result = gradient.read, {}
+    for key, symbols in (("keep_b", {sym.B}), ("keep_h", {sym.H, sym.H_KV})):
+        dims = [i for i, e in enumerate(read.index) if e.free_symbols & symbols]
+        if not dims:
+            result[key] = "False"
+        elif all(read.index[i].is_Symbol for i in dims):
+            result[key] = " and ".join(f"{read.input}.shape[{i}] > 1" for i in dims)
+        else:
+            result[key] = "True"
+    return result
+
+
+def _summaries(plan: Plan, axis: str, tile: Any, symbol: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": f"summary_{axis}_{i}", "slots": summary_slots(plan, read, symbol)}
+        for i, read in enumerate(tile.summaries)
+    ]
+
+
+def _header(plan: Plan, d_qk: int, d_v: int) -> str:
+    body = textwrap.indent(to_text(plan.graph), "    ")
+    proof = "\n".join(f"    {line}" for line in plan.online.proof)
+    quotes = '"""'
+    return (
+        f"{quotes}Attention kernels for '{plan.graph.name}', head dimensions {d_qk} and {d_v}. "
+        f"Generated by attncc {__version__}.\n\n{body}\n\nThe online form, as derived:\n\n{proof}\n{quotes}\n\n"
+        "import torch\nimport triton\nimport triton.language as tl"
+    )
+
+
+def _tidy(source: str) -> str:
+    """No trailing blanks, and a blank line in a function only before a comment that opens a step."""
+    lines = [line.rstrip() for line in source.split("\n")]
+    kept: list[str] = []
+    in_docstring = True
+    for i, line in enumerate(lines):
+        if not line and not in_docstring:
+            following = next((x for x in lines[i + 1 :] if x), "")
+            opens_step = following.startswith(("    #", "    meta =", "    keep_b"))
+            if following.startswith(" ") and not opens_step or (opens_step and not kept[-1]):
+                continue
+        if in_docstring and line == "import torch":
+            in_docstring = False
+        kept.append(line)
+    return re.sub(r"\n{4,}", "\n\n\n", "\n".join(kept))

@@ -1,0 +1,49 @@
+"""How often a value changes inside a kernel: once a program, a row, a column, or a pair. What a loop can hoist follows from it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+from attncc.ir import symbols as sym
+
+
+class Level(IntEnum):
+    """A lattice: PROGRAM below ROW and COL, both below PAIR."""
+
+    PROGRAM = 0
+    ROW = 1
+    COL = 2
+    PAIR = 3
+
+
+_PAIR_NAMES = {s.name for s in (sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)}
+
+
+def join(a: Level, b: Level) -> Level:
+    """The least level that holds both."""
+    return Level(a | b)
+
+
+def level_of_name(name: str) -> Level:
+    """The level of one symbol. Names of row reductions and of stored row statistics are rows."""
+    if name in _PAIR_NAMES:
+        return Level.PAIR
+    if name == sym.Q_IDX.name or name.startswith("row_") or name in ("lse", "delta"):
+        return Level.ROW
+    if name == sym.KV_IDX.name:
+        return Level.COL
+    return Level.PROGRAM
+
+
+def level(expr: Any) -> Level:
+    """The level of an expression of the IR."""
+    result = Level.PROGRAM
+    for symbol in expr.free_symbols:
+        result = join(result, level_of_name(symbol.name))
+    return result
+
+
+def varies_by_key(expr: Any) -> bool:
+    """Does the value differ between the keys of one row?"""
+    return level(expr) in (Level.COL, Level.PAIR)

@@ -1,0 +1,126 @@
+"""How much work a variant is, from its own expressions: operations a pair, and the tiles that its mask leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import sympy
+
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, level
+from attncc.ir.vocabulary import Read
+from attncc.passes.fold import exp2
+from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
+from attncc.schedule.problem import LiveTiles, PairCosts
+
+_BOOLEAN_OPERATIONS = (sympy.And, sympy.Or, sympy.Not)
+
+
+def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
+    """Operations a pair, each shared value counted once. `pair_names`: symbols that vary by pair besides the IR's own."""
+    seen: set[Any] = set()
+    fma = sfu = integer = loads = 0.0
+    stack = list(exprs)
+    while stack:
+        e = stack.pop()
+        if e in seen or not e.args:
+            continue
+        seen.add(e)
+        stack.extend(e.args)
+        if not _by_pair(e, pair_names):
+            continue
+        if isinstance(e, Read):
+            loads += 1
+            integer += 2 * len(e.index)
+        elif isinstance(e, sympy.core.relational.Relational | sympy.And | sympy.Or | sympy.Not) or (
+            not isinstance(e, voc.where) and e.is_integer
+        ):
+            integer += max(len(e.args) - 1, 1)
+        elif e.is_Add or e.is_Mul:
+            fma += len(e.args) - 1
+        elif e.is_Pow:
+            fma += 1 if e.exp.is_Integer and e.exp > 0 else 0
+            sfu += 0 if e.exp.is_Integer and e.exp > 0 else 1
+        elif isinstance(e, exp2):
+            sfu += 1
+        elif type(e) in voc.SFU_COST:
+            sfu += voc.SFU_COST[type(e)]
+        else:
+            fma += 1
+    return PairCosts(fma=fma, sfu=sfu, int=integer, loads=loads)
+
+
+def _by_pair(expr: Any, pair_names: frozenset[str]) -> bool:
+    return level(expr) == Level.PAIR or any(s.name in pair_names for s in expr.free_symbols)
+
+
+_NUMPY = {
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "floordiv": np.floor_divide,
+    "mod": np.mod,
+    "absolute": np.abs,
+    "where": np.where,
+    "relu": lambda x: np.maximum(x, 0),
+    "to_int": lambda x: np.trunc(x).astype(np.int64),
+    "to_float": lambda x: x,
+    "sign": np.sign,
+    "floor": lambda x: np.floor(x).astype(np.int64),
+}
+
+
+def live_tiles(
+    plan: TilePlan, graph: VariantGraph, heads: int, q_len: int, kv_len: int, scalars: Mapping[str, Any]
+) -> Callable[[int, int], LiveTiles]:
+    """A function from (block_m, block_n) to the tiles of one head, over the blocks of the plan's outer axis.
+
+    What only the data knows is estimated: an input read once a program counts as half the keys, and a scanned mask as its
+    closed-form hull.
+    """
+    known: dict[Any, Any] = {
+        sym.Q_LEN: q_len,
+        sym.KV_LEN: kv_len,
+        sym.NUM_HEADS: heads,
+        sym.H: heads // 2,
+        sym.H_KV: 0,
+        sym.B: 0,
+        **{sym.scalar_symbol(s.name, s.is_int): scalars.get(s.name, s.default) for s in graph.scalars},
+    }
+
+    def evaluate(expr: Any, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+        unknown = expr.atoms(Read, BlockMin, BlockMax)
+        expr = expr.xreplace({u: sympy.Integer(kv_len // 2) for u in unknown}).xreplace(known)
+        function = sympy.lambdify((OUTER_LO, OUTER_HI), expr, [_NUMPY, "numpy"])
+        return np.broadcast_to(np.asarray(function(lo, hi)), lo.shape)
+
+    def count(block_m: int, block_n: int) -> LiveTiles:
+        by_rows = plan.inner == sym.KV_IDX
+        outer, inner = (block_m, block_n) if by_rows else (block_n, block_m)
+        outer_len, inner_len = (q_len, kv_len) if by_rows else (kv_len, q_len)
+        lo = np.arange(0, outer_len, outer, dtype=np.int64)
+        hi = np.minimum(lo + outer, outer_len) - 1
+        tiles = -(-inner_len // inner)
+        live = np.zeros((lo.size, tiles), dtype=bool)
+        full = np.zeros_like(live)
+        at = np.arange(tiles)[None, :]
+
+        def inside(r: Range, whole: bool) -> np.ndarray:
+            first = np.maximum(evaluate(r.lo, lo, hi), 0)[:, None]
+            last = np.minimum(evaluate(r.hi, lo, hi), inner_len - 1)[:, None]
+            if whole:
+                return (at * inner >= first) & (at * inner + inner - 1 <= last)
+            return (at * inner <= last) & (at * inner + inner - 1 >= first)
+
+        for segment in plan.segments:
+            may = evaluate(segment.may, lo, hi).astype(bool)[:, None]
+            live |= inside(segment.live, False) & may
+            if segment.full is not None:
+                full |= inside(segment.full, True) & evaluate(segment.must, lo, hi).astype(bool)[:, None]
+        full &= live
+        return LiveTiles(int(full.sum()), int((live & ~full).sum()), live.size)
+
+    return count

@@ -1,0 +1,222 @@
+"""The backward, derived from the one-pass form. Nobody writes one.
+
+With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j), write dp_j = do . v_j and delta = do . o.
+Then for whatever y a pair depends on (the score, or an element read from an input)
+
+    dy_j = G * dA/dy * dp_j  +  (delta - dlse) * sum_k (d log G / d L_k) * dB_k/dy
+
+because lse = M - log G, so that a cotangent of lse is one more term of delta. The running maximum counts as a constant:
+`_shift_invariant` proves that the weight does not change when it moves. Where the weight has an exponential, the proof lets
+us put the maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the
+forward stores the sums themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, level, varies_by_key
+from attncc.ir.vocabulary import Read
+from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
+
+#: do . v, one value a pair
+DP = sympy.Symbol("dp", real=True)
+#: do . o - dlse, one value a row
+DELTA = sympy.Symbol("delta", real=True)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The backward of a graph, as expressions.
+
+    saved: the row statistics that the forward stores, as (symbol, expression at the end of the forward);
+    weight: the final weight of a pair, in terms of the score and the saved rows;
+    dqk: the cotangent of dot(q, k) without `dqk_scale`, its factor that is the same for the whole program;
+    dreads: for each element read whose input wants a gradient, its cotangent (a pair expression, over DP and DELTA);
+    row_dreads: the same for reads in row expressions such as a sink: one value a row;
+    needs_delta: whether DELTA occurs anywhere.
+    """
+
+    saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    weight: sympy.Expr
+    dqk: sympy.Expr
+    dqk_scale: sympy.Expr
+    dreads: tuple[tuple[Read, sympy.Expr], ...]
+    row_dreads: tuple[tuple[Read, sympy.Expr], ...]
+
+    @property
+    def needs_delta(self) -> bool:
+        used = [self.dqk, *(e for _, e in self.dreads), *(e for _, e in self.row_dreads)]
+        return any(DELTA in e.free_symbols for e in used)
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """The plan with the maximum moved to where only `saved` rows are needed."""
+
+    saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    numerator: sympy.Expr
+    scale: sympy.Expr
+    sums: tuple[tuple[sympy.Expr, sympy.Expr], ...]  # (term, d log G / d sum)
+    row_reads: tuple[tuple[Read, sympy.Expr], ...]  # (read, d log G / d read)
+
+
+def differentiate(graph: VariantGraph, online: Online) -> Backward:
+    """Derive the backward, or raise UnsupportedError where the weight depends on the row maximum itself."""
+    if online.maxes and not _shift_invariant(online):
+        raise UnsupportedError(
+            "the weight changes when the row maximum alone moves, so a gradient flows through the maximum: not derived yet",
+            stage="normalizer",
+            span=graph["weight"].span,
+            remedy="divide by a sum that scales with it, as softmax does, or call the op without gradients",
+        )
+    normal = _at_lse(online) or _with_sums(online)
+    wanted = {d.name for d in graph.inputs if d.grad}
+    dscore = _cotangent(normal, sym.SCORE)
+    score = graph["score"].expr
+    raw = sympy.Dummy("raw", real=True)
+    draw = _diff(score, sym.RAW_SCORE) * _diff(graph["raw_score"].expr.subs(sym.QK, raw), raw)
+    scale, local = _program_factor(draw)
+    dreads: dict[Read, sympy.Expr] = {}
+    for read in reads_of(score):
+        if read.input in wanted:
+            dreads[read] = dreads.get(read, sympy.S.Zero) + dscore * _diff(score, read)
+    terms = (normal.numerator, *(t for t, _ in normal.sums))
+    for read in sorted(set().union(*(t.atoms(Read) for t in terms)), key=str):
+        if read.input in wanted:
+            dreads[read] = dreads.get(read, sympy.S.Zero) + _cotangent(normal, read)
+    weight = normal.numerator * normal.scale
+    row_dreads = tuple((r, DELTA * e) for r, e in normal.row_reads if r.input in wanted and e != 0)
+    return Backward(
+        normal.saved,
+        weight,
+        sympy.factor_terms(dscore * local),
+        scale,
+        tuple((r, sympy.factor_terms(e)) for r, e in dreads.items() if e != 0),
+        row_dreads,
+    )
+
+
+def _diff(expr: sympy.Expr, wrt: sympy.Expr) -> sympy.Expr:
+    """The derivative by a symbol or by an element read."""
+    if isinstance(wrt, sympy.Symbol):
+        return expr.diff(wrt)
+    stand_in = sympy.Dummy("read", real=True)
+    return expr.xreplace({wrt: stand_in}).diff(stand_in).xreplace({stand_in: wrt})
+
+
+def _cotangent(normal: _Normal, wrt: sympy.Expr) -> sympy.Expr:
+    total = DP * normal.scale * _diff(normal.numerator, wrt)
+    for term, dlog in normal.sums:
+        total += DELTA * dlog * _diff(term, wrt)
+    return sympy.factor_terms(total)
+
+
+def _program_factor(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(factors that are the same for the whole program, the rest)."""
+    scale, rest = sympy.S.One, sympy.S.One
+    for f in sympy.Mul.make_args(expr):
+        if level(f) == Level.PROGRAM and not f.atoms(Read):
+            scale *= f
+        else:
+            rest *= f
+    return scale, rest
+
+
+def _positive(online: Online) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Stand-ins for the sums that sympy may take as positive, so that powers of products split."""
+    return {r.symbol: sympy.Symbol(r.symbol.name, positive=True) for r in online.sums}
+
+
+def _shift_invariant(online: Online) -> bool:
+    """Does A(s, m') G(L', m') = A(s, m) G(L, m), where L' is L rescaled from m to m'?"""
+    positive = _positive(online)
+    move = {m: renamed(m) for m in online.max_symbols}
+    scale = online.scale.xreplace(positive)
+    rescaled = {positive[r.symbol]: positive[r.symbol] * r.rescale for r in online.sums}
+    moved = scale.xreplace(move).subs(rescaled, simultaneous=True)
+    ratio = moved * online.numerator.rescale / scale
+    for simplify in (sympy.powsimp, sympy.expand_power_base, _exp_cancel, sympy.simplify):
+        ratio = simplify(ratio)
+        if ratio == 1 or (ratio.is_number and abs(float(ratio) - 1) < 1e-12):
+            return True
+    return False
+
+
+def _exp_cancel(ratio: sympy.Expr) -> sympy.Expr:
+    return sympy.cancel(sympy.expand(ratio, power_exp=True, power_base=True))
+
+
+def _at_lse(online: Online) -> _Normal | None:
+    """The plan with M := lse, where G = 1. Possible with one sum, if every maximum sits in a multiple of M."""
+    if online.shift is None or online.lse is None or len(online.sums) > 1 or not online.max_symbols:
+        return None
+    terms = (online.numerator.term, *(r.term for r in online.sums))
+    moved = [_move_exponent(t, online) for t in terms]
+    scale = online.scale.subs(online.shift, LSE)
+    if any(t is None for t in moved) or scale.free_symbols & set(online.max_symbols):
+        return None
+    numerator, *sums = moved
+    assert numerator is not None
+    at_one: dict[sympy.Symbol, sympy.Expr] = {}
+    for r in online.sums:
+        solution = _solve_for_one(scale, r.symbol)
+        if solution is None:
+            return None
+        at_one[r.symbol] = solution
+
+    def settle(e: sympy.Expr) -> sympy.Expr:
+        # powsimp: exp(-lse) * exp(sink) would overflow where exp(sink - lse) does not
+        return sympy.powsimp(sympy.cancel(e.subs(at_one))) if at_one else e
+
+    pairs = tuple(
+        (t, settle(sympy.log(scale).diff(r.symbol))) for t, r in zip(sums, online.sums, strict=True) if t is not None
+    )
+    reads = tuple((r, settle(_diff(sympy.log(scale), r))) for r in reads_of(scale))
+    return _Normal(((LSE, online.lse),), numerator, sympy.S.One, pairs, reads)
+
+
+def _move_exponent(term: sympy.Expr, online: Online) -> sympy.Expr | None:
+    """The term with its maxima replaced by what they are when M is lse; None if some maximum is not part of M."""
+    if not term.free_symbols & set(online.max_symbols):
+        return term
+    e = exponent(term)
+    if e is None or online.shift is None:
+        return None
+    pair = sympy.Add(*(t for t in sympy.Add.make_args(e) if varies_by_key(t)))
+    ratio = sympy.cancel((pair - e) / online.shift)
+    if not ratio.is_number:
+        return None
+    rest = sympy.Mul(*(f for f in sympy.Mul.make_args(term) if not (isinstance(f, sympy.exp) and varies_by_key(f))))
+    if rest.free_symbols & set(online.max_symbols):
+        return None
+    return rest * sympy.exp(pair - ratio * LSE)
+
+
+def _solve_for_one(scale: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None:
+    """The sum at which G is 1, if there is exactly one such positive value."""
+    inverse = 1 / scale
+    slope = inverse.diff(symbol)
+    if symbol not in slope.free_symbols:
+        return (1 - inverse.subs(symbol, 0)) / slope
+    unknown = sympy.Symbol("L", positive=True)
+    solutions = sympy.solve(sympy.nsimplify(inverse.subs(symbol, unknown)) - 1, unknown)
+    return solutions[0] if len(solutions) == 1 else None
+
+
+def _with_sums(online: Online) -> _Normal:
+    """The plan as it is: the forward stores the maxima and the sums that the weight needs."""
+    symbols = [*online.max_symbols, *(r.symbol for r in online.sums)]
+    used = set().union(
+        online.numerator.term.free_symbols, online.scale.free_symbols, *(r.term.free_symbols for r in online.sums)
+    )
+    saved = tuple((s, s) for s in symbols if s in used)
+    log_scale = sympy.log(online.scale)
+    pairs = tuple((r.term, sympy.cancel(log_scale.diff(r.symbol))) for r in online.sums)
+    reads = tuple((r, sympy.cancel(_diff(log_scale, r))) for r in reads_of(online.scale))
+    return _Normal(saved, online.numerator.term, online.scale, pairs, reads)

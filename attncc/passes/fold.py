@@ -1,0 +1,110 @@
+"""Strength reduction: scores in units of log2, so that exp becomes exp2 and its constant melts into the scale.
+
+With score = ln2 * t and every running maximum in the same unit, exp(score - m) is exp2(t - m): the 1/ln2 joins `scale` in one
+multiply a pair. Where t is a positive factor of the whole program times something, the row maximum is taken of that something,
+and the multiply joins the subtraction in one fused multiply-add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, level
+from attncc.passes.differentiate import Backward
+from attncc.passes.stream import Online
+
+LN2 = sympy.Symbol("ln2", positive=True)
+#: the score in the unit that kernels work in, without the positive factor `Folded.unit`
+S = sympy.Symbol("s", real=True)
+
+
+class exp2(voc.Op):
+    """2 to the power x; only kernels see it."""
+
+    nargs = 1
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The score of a kernel: score = unit * S, with S computed by `score` and `unit` > 0 the same for the whole program."""
+
+    score: sympy.Expr
+    unit: sympy.Expr
+    log2: bool
+
+    def apply(self, expr: sympy.Basic) -> sympy.Basic:
+        """A formula over SCORE in terms of S, with exp as exp2."""
+        result = expr.xreplace({sym.SCORE: (LN2 if self.log2 else 1) * self.unit * S})
+        return lower_exp(result)
+
+    def apply_online(self, expr: sympy.Basic, maxima: tuple[sympy.Symbol, ...]) -> sympy.Basic:
+        """The same for a formula over running maxima, which the forward keeps in the score's unit."""
+        if not self.log2:
+            return lower_exp(expr.xreplace({sym.SCORE: self.unit * S}))
+        units: dict[sympy.Basic, sympy.Basic] = {}
+        for m in maxima:
+            units[m] = LN2 * m
+            new = sympy.Symbol(f"{m.name}_new", real=True)
+            units[new] = LN2 * new
+        return lower_exp(expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S}))
+
+    def maximum_of(self, expr: sympy.Expr) -> sympy.Expr:
+        """The operand of a running maximum, in the unit the forward keeps it in."""
+        operand = self.apply(expr)
+        return per_ln2(operand) if self.log2 else operand
+
+
+def fold(graph: VariantGraph, online: Online, backward: Backward | None = None) -> Folded:
+    """Choose the unit of the score."""
+    terms = [online.numerator.term, *(r.term for r in online.sums)]
+    log2 = any(t.has(sympy.exp) for t in terms)
+    score = graph["score"].expr.xreplace({sym.RAW_SCORE: graph["raw_score"].expr})
+    score = lower_exp(score)
+    if log2:
+        score = per_ln2(score)
+    unit, rest = _positive_factor(score)
+    return Folded(rest, unit, log2)
+
+
+def _positive_factor(score: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    unit, rest = sympy.S.One, sympy.S.One
+    for f in sympy.Mul.make_args(score):
+        if level(f) == Level.PROGRAM and f.is_positive:
+            unit *= f
+        else:
+            rest *= f
+    return unit, rest
+
+
+def per_ln2(expr: sympy.Expr) -> sympy.Expr:
+    """expr / ln2, with the division pushed to where it costs least."""
+    if expr.is_Add:
+        return sympy.Add(*(per_ln2(a) for a in expr.args))
+    if isinstance(expr, voc.maximum | voc.minimum):
+        return type(expr)(*(per_ln2(a) for a in expr.args))
+    if isinstance(expr, voc.absolute | voc.relu):
+        return type(expr)(per_ln2(expr.args[0]))
+    if isinstance(expr, voc.where):
+        return voc.where(expr.args[0], per_ln2(expr.args[1]), per_ln2(expr.args[2]))
+    if expr.is_Mul and LN2 not in expr.args:
+        for i, f in enumerate(expr.args):
+            if isinstance(f, voc.absolute | voc.relu) and f.has(LN2):
+                return sympy.Mul(*expr.args[:i], per_ln2(f), *expr.args[i + 1 :])
+    return expr / LN2
+
+
+def lower_exp(expr: sympy.Basic) -> sympy.Basic:
+    """Every exp as exp2, innermost first."""
+    if not expr.has(sympy.exp):
+        return expr
+    args = [lower_exp(a) for a in expr.args]
+    if isinstance(expr, sympy.exp):
+        return exp2(per_ln2(sympy.expand(args[0], deep=False, mul=True)))
+    if expr.is_Pow and expr.base is sympy.E:
+        return exp2(per_ln2(args[1]))
+    return expr.func(*args)

@@ -1,0 +1,127 @@
+"""Interval arithmetic on index expressions: what a value, or a condition, can be over a whole box of pairs.
+
+Sound, not complete: an interval holds every value that occurs, and maybe more. Bounds are expressions again, so that the
+same result serves the compiler (with numbers) and the kernel (with the box of its own tile).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from attncc.ir import vocabulary as voc
+from attncc.ir.vocabulary import Read
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every value of an expression lies in [lo, hi], both ends included."""
+
+    lo: sympy.Expr
+    hi: sympy.Expr
+
+    @property
+    def exact(self) -> bool:
+        return self.lo == self.hi
+
+
+Box = Mapping[sympy.Symbol, Interval]
+ReadBounds = Callable[[Read], Interval | None]
+
+
+def interval(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
+    """The interval of an integer expression, or None where it is unknown. Symbols that are not in the box are fixed."""
+    if not expr.free_symbols & set(box):
+        return Interval(expr, expr)
+    if isinstance(expr, sympy.Symbol):
+        return box[expr]
+    if isinstance(expr, Read):
+        return reads(expr)
+    if expr.is_Add:
+        parts = [interval(a, box, reads) for a in sympy.expand(expr).args] if sympy.expand(expr).is_Add else []
+        if not parts or any(p is None for p in parts):
+            return None
+        return Interval(sympy.Add(*(p.lo for p in parts if p)), sympy.Add(*(p.hi for p in parts if p)))
+    if expr.is_Mul:
+        number, rest = expr.as_coeff_Mul()
+        if number == 1:
+            return None
+        inner = interval(rest, box, reads)
+        if inner is None:
+            return None
+        lo, hi = number * inner.lo, number * inner.hi
+        return Interval(lo, hi) if number > 0 else Interval(hi, lo)
+    if isinstance(expr, voc.floordiv | voc.mod):
+        inner = interval(expr.args[0], box, reads)
+        divisor = expr.args[1]
+        if inner is None or not divisor.is_positive or divisor.free_symbols & set(box):
+            return None
+        if isinstance(expr, voc.mod):
+            return Interval(sympy.S.Zero, divisor - 1)
+        return Interval(voc.floordiv(inner.lo, divisor), voc.floordiv(inner.hi, divisor))
+    if isinstance(expr, voc.maximum | voc.minimum):
+        a, b = (interval(x, box, reads) for x in expr.args)
+        if a is None or b is None:
+            return None
+        return Interval(type(expr)(a.lo, b.lo), type(expr)(a.hi, b.hi))
+    if isinstance(expr, voc.where):
+        a, b = (interval(x, box, reads) for x in expr.args[1:])
+        if a is None or b is None:
+            return None
+        return Interval(voc.minimum(a.lo, b.lo), voc.maximum(a.hi, b.hi))
+    if isinstance(expr, voc.absolute):
+        inner = interval(expr.args[0], box, reads)
+        if inner is None:
+            return None
+        return Interval(sympy.S.Zero, voc.maximum(-inner.lo, inner.hi))
+    return None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Over a box, a condition holds for all pairs if `must`, and for some only if `may`."""
+
+    may: sympy.Basic
+    must: sympy.Basic
+
+    @property
+    def informative(self) -> bool:
+        """Does it say anything at all?"""
+        return not (self.may is sympy.true and self.must is sympy.false)
+
+
+def truth(condition: sympy.Basic, box: Box, reads: ReadBounds) -> Truth:
+    """What a boolean expression can be over a box."""
+    if condition in (sympy.true, sympy.false):
+        return Truth(condition, condition)
+    if isinstance(condition, sympy.And | sympy.Or):
+        parts = [truth(a, box, reads) for a in condition.args]
+        return Truth(condition.func(*(p.may for p in parts)), condition.func(*(p.must for p in parts)))
+    if isinstance(condition, sympy.Not):
+        inner = truth(condition.args[0], box, reads)
+        return Truth(sympy.Not(inner.must), sympy.Not(inner.may))
+    if isinstance(condition, sympy.core.relational.Relational):
+        return _relation(condition, box, reads)
+    return Truth(sympy.true, sympy.false)
+
+
+def _relation(condition: sympy.core.relational.Relational, box: Box, reads: ReadBounds) -> Truth:
+    difference = condition.lhs - condition.rhs
+    if not condition.free_symbols & set(box):
+        return Truth(condition, condition)
+    d = interval(difference, box, reads) if difference.is_integer else None
+    if d is None:
+        return Truth(sympy.true, sympy.false)
+    lo, hi = d.lo, d.hi
+    table = {
+        sympy.StrictLessThan: (lo < 0, hi < 0),
+        sympy.LessThan: (lo <= 0, hi <= 0),
+        sympy.StrictGreaterThan: (hi > 0, lo > 0),
+        sympy.GreaterThan: (hi >= 0, lo >= 0),
+        sympy.Equality: (sympy.And(lo <= 0, hi >= 0), sympy.And(sympy.Eq(lo, 0), sympy.Eq(hi, 0))),
+        sympy.Unequality: (sympy.Not(sympy.And(sympy.Eq(lo, 0), sympy.Eq(hi, 0))), sympy.Or(lo > 0, hi < 0)),
+    }
+    may, must = table[type(condition)]
+    return Truth(may, must)

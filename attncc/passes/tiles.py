@@ -1,0 +1,254 @@
+"""Which tiles a mask leaves whole, cuts, or empties, as closed forms in the box of a block of rows (or of keys).
+
+For a block of the outer axis the pairs that the mask shows lie in a few ranges of the inner axis. A mask in indices and
+scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D integer
+inputs (documents, token types) is scanned: the same interval arithmetic, on each block's minimum and maximum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+from attncc.ir.levels import Level, level
+from attncc.ir.vocabulary import Read
+from attncc.passes.intervals import Box, Interval, Truth, interval, truth
+
+#: first and last index of the block, on the outer and on the inner axis; both ends included
+OUTER_LO, OUTER_HI = sympy.Symbol("outer_lo", integer=True), sympy.Symbol("outer_hi", integer=True)
+INNER_LO, INNER_HI = sympy.Symbol("inner_lo", integer=True), sympy.Symbol("inner_hi", integer=True)
+
+_MAX_TERMS = 4
+
+
+class BlockMin(sympy.Function):
+    """The smallest value of a 1-D integer read over a block."""
+
+    is_integer = True
+    is_extended_real = True
+
+
+class BlockMax(sympy.Function):
+    """The largest value of a 1-D integer read over a block."""
+
+    is_integer = True
+    is_extended_real = True
+
+
+@dataclass(frozen=True)
+class Range:
+    """A range of the inner axis, both ends included. It is empty where hi < lo."""
+
+    lo: sympy.Expr
+    hi: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Inner indices that may be visible to some of the block (`live`), and those visible to all of it (`full`, or None)."""
+
+    live: Range
+    full: Range | None
+    may: sympy.Basic
+    must: sympy.Basic
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The tiles of one block of the outer axis.
+
+    segments: at most a few ranges, whose union holds every visible pair; scan: conditions on one tile's box, over the block
+    minima and maxima of `summaries` (reads along the inner axis) and of `outer_reads`; exact: no segment is a mere hull.
+    """
+
+    inner: sympy.Symbol
+    outer: sympy.Symbol
+    segments: tuple[Segment, ...]
+    scan: Truth | None
+    summaries: tuple[Read, ...]
+    outer_reads: tuple[Read, ...]
+
+
+def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
+    """Bounds on `inner` (q_idx or kv_idx) for a block of the other axis."""
+    outer = sym.Q_IDX if inner == sym.KV_IDX else sym.KV_IDX
+    length = sym.KV_LEN if inner == sym.KV_IDX else sym.Q_LEN
+    terms = _disjunction(mask)
+    box: dict[sympy.Symbol, Interval] = {outer: Interval(OUTER_LO, OUTER_HI)}
+    segments = tuple(_segment(term, inner, outer, length, box) for term in terms)
+    full_box = {**box, inner: Interval(INNER_LO, INNER_HI)}
+    scan: Truth | None = truth(mask, full_box, _block_bounds(outer, inner))
+    summaries = _reads_along(scan, inner) if scan else ()
+    if not summaries:
+        scan = None  # closed forms say all that interval arithmetic could
+    if scan is not None and len(segments) > 1:
+        segments = (_hull(segments, length),)
+    outer_reads: dict[Read, None] = {}
+    for expr in [*(e for s in segments for e in _expressions(s)), *((scan.may, scan.must) if scan else ())]:
+        for function in sorted(expr.atoms(BlockMin, BlockMax), key=str):
+            if outer in function.args[0].free_symbols:
+                outer_reads.setdefault(function.args[0])
+    return TilePlan(inner, outer, segments, scan, summaries, tuple(outer_reads))
+
+
+def _expressions(segment: Segment) -> list[sympy.Basic]:
+    full = [segment.full.lo, segment.full.hi] if segment.full else []
+    return [segment.live.lo, segment.live.hi, *full, segment.may, segment.must]
+
+
+def _hull(segments: tuple[Segment, ...], length: sympy.Expr) -> Segment:
+    lo, hi = segments[0].live.lo, segments[0].live.hi
+    for s in segments[1:]:
+        lo, hi = voc.minimum(lo, s.live.lo), voc.maximum(hi, s.live.hi)
+    return Segment(Range(lo, hi), None, sympy.true, sympy.false)
+
+
+def _reads_along(scan: Truth, axis: sympy.Symbol) -> tuple[Read, ...]:
+    found: dict[Read, None] = {}
+    for expr in (scan.may, scan.must):
+        for function in sorted(expr.atoms(BlockMin, BlockMax), key=str):
+            if axis in function.args[0].free_symbols:
+                found.setdefault(function.args[0])
+    return tuple(found)
+
+
+def _block_bounds(*axes: sympy.Symbol) -> Callable[[Read], Interval | None]:
+    """Bounds of a read that runs along one axis: its block minimum and maximum."""
+
+    def bounds(read: Read) -> Interval | None:
+        along = read.free_symbols & {sym.Q_IDX, sym.KV_IDX}
+        if not read.is_integer or len(along) != 1 or not along <= set(axes) or level(read) == Level.PAIR:
+            return None
+        return Interval(BlockMin(read), BlockMax(read))
+
+    return bounds
+
+
+def _disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]]:
+    """The mask as an OR of ANDs of atoms; one empty AND (nothing known) where that would take too many terms."""
+    expanded = _distribute(sympy.to_nnf(mask, simplify=False))
+    if expanded is None:
+        return [()]
+    return expanded or [(sympy.false,)]
+
+
+def _distribute(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
+    if mask is sympy.true:
+        return [()]
+    if mask is sympy.false:
+        return []
+    if isinstance(mask, sympy.Or):
+        parts = [_distribute(a) for a in sorted(mask.args, key=str)]
+        if any(p is None for p in parts):
+            return None
+        result = [term for p in parts for term in p or []]
+    elif isinstance(mask, sympy.And):
+        result = [()]
+        for a in sorted(mask.args, key=str):
+            part = _distribute(a)
+            if part is None:
+                return None
+            result = [x + y for x in result for y in part]
+            if len(result) > _MAX_TERMS:
+                return None
+    else:
+        return [(mask,)]
+    return result if len(result) <= _MAX_TERMS else None
+
+
+def _segment(
+    atoms: tuple[sympy.Basic, ...], inner: sympy.Symbol, outer: sympy.Symbol, length: sympy.Expr, box: Box
+) -> Segment:
+    live_lo: list[sympy.Expr] = []
+    live_hi: list[sympy.Expr] = []
+    full_lo: list[sympy.Expr] = [sympy.S.Zero]
+    full_hi: list[sympy.Expr] = [length - 1]
+    may: list[sympy.Basic] = []
+    must: list[sympy.Basic] = []
+    whole = True
+    reads = _block_bounds(outer)
+    for atom in atoms:
+        if inner not in atom.free_symbols:
+            known = truth(atom, box, reads)
+            may.append(known.may)
+            must.append(known.must)
+            continue
+        solved = solve(atom, inner)
+        if solved is None:
+            whole = False
+            continue
+        for side, bound in solved:
+            b = interval(bound, box, reads)
+            if b is None:
+                whole = False
+            elif side == "lo":
+                live_lo.append(b.lo)
+                full_lo.append(b.hi)
+            else:
+                live_hi.append(b.hi)
+                full_hi.append(b.lo)
+    live = Range(_fold(voc.maximum, live_lo, sympy.S.Zero), _fold(voc.minimum, live_hi, length - 1))
+    full = Range(_fold(voc.maximum, full_lo[1:], sympy.S.Zero), _fold(voc.minimum, full_hi[1:], length - 1))
+    return Segment(live, full if whole else None, sympy.And(*may), sympy.And(*must))
+
+
+def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr) -> sympy.Expr:
+    """The bounds together, kept inside the axis."""
+    result = limit
+    for b in dict.fromkeys(bounds):
+        result = op(result, b)
+    return result
+
+
+def solve(atom: sympy.Basic, inner: sympy.Symbol) -> list[tuple[str, sympy.Expr]] | None:
+    """An integer comparison as bounds on `inner`: ("lo" | "hi", expression), both inclusive. None if it is not of that form."""
+    if not isinstance(atom, sympy.core.relational.Relational) or isinstance(atom, sympy.Unequality):
+        return None
+    difference = sympy.expand(atom.lhs - atom.rhs)
+    if not difference.is_integer:
+        return None
+    if isinstance(atom, sympy.Equality):
+        lo = _solve_le(difference, inner)
+        hi = _solve_le(-difference, inner)
+        return lo + hi if lo is not None and hi is not None else None
+    sign, slack = {
+        sympy.LessThan: (1, 0),
+        sympy.StrictLessThan: (1, 1),
+        sympy.GreaterThan: (-1, 0),
+        sympy.StrictGreaterThan: (-1, 1),
+    }[type(atom)]
+    return _solve_le(sign * difference + slack, inner)
+
+
+def _solve_le(difference: sympy.Expr, inner: sympy.Symbol) -> list[tuple[str, sympy.Expr]] | None:
+    """Solve difference <= 0 for `inner`."""
+    with_inner = [t for t in sympy.Add.make_args(difference) if inner in t.free_symbols]
+    if len(with_inner) != 1:
+        return None
+    rest = sympy.expand(difference - with_inner[0])
+    number, core = with_inner[0].as_coeff_Mul()
+    if not number.is_Integer:
+        return None
+    # number * core <= -rest
+    divisor = abs(number)
+    if number > 0:
+        side, bound = "hi", voc.floordiv(-rest, divisor)
+    else:
+        side, bound = "lo", -voc.floordiv(-rest, divisor)  # the ceiling of rest / divisor
+    while core != inner:
+        if isinstance(core, voc.floordiv) and core.args[1].is_Integer and core.args[1] > 0:
+            block = core.args[1]
+            bound = block * bound + (block - 1 if side == "hi" else 0)
+            inside = sympy.expand(core.args[0])
+            terms = [t for t in sympy.Add.make_args(inside) if inner in t.free_symbols]
+            if len(terms) != 1:
+                return None
+            core = terms[0]
+            bound = bound - (inside - core)
+        else:
+            return None
+    return [(side, sympy.expand(bound))]

@@ -1,0 +1,205 @@
+"""Runs one variant: generates and loads its module for the head dimensions of a call, chooses a schedule, launches.
+
+Everything is made on first use and kept; the second call of the same kind finds it in a dictionary.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from attncc.codegen.module import load_source
+from attncc.codegen.plan import Plan
+from attncc.codegen.problem import problem_of
+from attncc.codegen.render import render
+from attncc.errors import UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.runtime import interpreter
+from attncc.runtime.shapes import Bound
+from attncc.schedule.cache import Cache
+from attncc.schedule.candidates import candidates
+from attncc.schedule.choose import choose
+from attncc.schedule.device import Device, device_of
+from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Problem, Schedule
+
+_DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
+    torch.float16: ("fp16", tl.float16),
+    torch.bfloat16: ("bf16", tl.bfloat16),
+    torch.float32: ("fp32", tl.float32),
+}
+
+
+def launch_meta(schedule: KernelSchedule) -> dict[str, int]:
+    """A kernel's schedule in the words of a Triton launch."""
+    return {
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": schedule.block_n,
+        "num_warps": schedule.num_warps,
+        "num_stages": schedule.num_stages,
+    }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a kind of call needs: the module, the schedule in launch words, and the constants of the kernels."""
+
+    module: ModuleType
+    schedule: Schedule
+    meta: dict[str, dict[str, int]]
+    options: dict[str, Any]
+    interpreted: bool
+
+
+class Engine:
+    """The generated kernels of one variant, for every device, dtype and size that calls bring."""
+
+    def __init__(self, graph: VariantGraph, schedule: Schedule | None = None, precision: Precision | None = None):
+        self.graph = graph
+        self.plan = Plan(graph)
+        self._fixed = schedule
+        self._precision = precision
+        self._cache = Cache()
+        self._sources: dict[tuple[int, int], str] = {}
+        self._modules: dict[tuple[int, int, bool], ModuleType] = {}
+        self._prepared: dict[Any, Prepared] = {}
+        self._lock = threading.RLock()
+
+    def source(self, d_qk: int, d_v: int) -> str:
+        """The generated module's text for these head dimensions."""
+        with self._lock:
+            key = (d_qk, d_v)
+            if key not in self._sources:
+                self._sources[key] = render(self.plan, d_qk, d_v, self.plan.has_backward is None)
+            return self._sources[key]
+
+    def module(self, d_qk: int, d_v: int, interpreted: bool = False) -> ModuleType:
+        """The generated module, loaded for the compiler or for the interpreter."""
+        with self._lock:
+            key = (d_qk, d_v, interpreted)
+            if key not in self._modules:
+                source = self.source(d_qk, d_v)
+                if interpreted:
+                    with interpreter.decorating():
+                        module = load_source(source, f"{self.graph.name} (interpreted)")
+                    module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
+                else:
+                    module = load_source(source, self.graph.name)
+                self._modules[key] = module
+            return self._modules[key]
+
+    def problem(self, sizes: Mapping[str, int], dtype: torch.dtype, scalars: Mapping[str, Any]) -> Problem:
+        """The scheduler's view of a call."""
+        return problem_of(self.plan, sizes, _DTYPES[dtype][0], self.precision(), scalars)
+
+    def precision(self) -> Precision:
+        """How float32 operands meet in a matmul: as asked for, else as PyTorch's own matmuls do."""
+        if self._precision is not None:
+            return self._precision
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    def prepare(self, bound: Bound, dtype: torch.dtype, device: torch.device) -> Prepared:
+        """The module, schedule and options for calls like this one."""
+        sizes = bound.sizes
+        precision = self.precision()
+        key = (tuple(sizes.values()), dtype, device, precision, tuple(bound.scalars.values()))
+        found = self._prepared.get(key)
+        if found is None:
+            with self._lock:
+                found = self._prepared[key] = self._prepare(bound, dtype, device, precision)
+        return found
+
+    def _prepare(self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision) -> Prepared:
+        if device.type not in ("cuda", "cpu"):
+            raise UnsupportedError(
+                f"there are no kernels for the device '{device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
+            )
+        target = device_of(device)
+        problem = self.problem(bound.sizes, dtype, bound.scalars)
+        schedule = self._fixed or choose(problem, target, self._cache)
+        interpreted = device.type == "cpu"
+        module = self.module(bound.sizes["d_qk"], bound.sizes["d_v"], interpreted)
+        return Prepared(module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted)
+
+    def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """out, then the stored row statistics in the plan's order."""
+        prepared = self.prepare(bound, q.dtype, q.device)
+        with _on(q.device):
+            return cast(
+                tuple[Tensor, ...],
+                prepared.module.forward(
+                    q, k, v, *bound.tensors.values(), *bound.scalars.values(), bound.scale, prepared.meta, prepared.options
+                ),
+            )
+
+    def backward(
+        self,
+        bound: Bound,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        saved: tuple[Tensor, ...],
+        dout: Tensor,
+        dlse: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """dq, dk, dv, then the gradient of each differentiable input in the graph's order."""
+        if self.plan.has_backward is not None:
+            raise self.plan.has_backward
+        prepared = self.prepare(bound, q.dtype, q.device)
+        with _on(q.device):
+            return cast(
+                tuple[Tensor, ...],
+                prepared.module.backward(
+                    *(q, k, v, *bound.tensors.values(), *bound.scalars.values(), bound.scale),
+                    *(out, saved, dout, dlse, prepared.meta, prepared.options),
+                ),
+            )
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device; the tensors say which one that must be."""
+    return torch.cuda.device(device) if device.type == "cuda" else _nothing
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_nothing = _Nothing()
+
+
+def _interpreted_launch(launch: Callable[..., None]) -> Callable[..., None]:
+    def interpreted(*args: Any) -> None:
+        with interpreter.interpreting():
+            launch(*args)
+
+    return interpreted
+
+
+def _meta(schedule: Schedule, problem: Problem, device: Device) -> dict[str, dict[str, int]]:
+    meta = {name: launch_meta(schedule.of(name)) for name in ("forward", "dkdv", "dq")}
+    pair = schedule.pair or candidates("pair", problem, device)[0]
+    # the bands of a pair kernel are diagonals of square tiles
+    side = min(pair.block_m, pair.block_n)
+    meta["pair"] = launch_meta(replace(pair, block_m=side, block_n=side))
+    return meta
+
+
+def _options(dtype: torch.dtype, precision: Precision, device: Device) -> dict[str, Any]:
+    """The constants that every kernel takes besides its tiling."""
+    dot = _DTYPES[dtype][1]
+    if device.is_interpreter and dtype == torch.bfloat16:
+        dot = tl.float32  # Triton's interpreter computes bfloat16 dots wrong
+    fast = dtype != torch.float32 and device.backend == "cuda" and not device.is_interpreter
+    return {"DOT": dot, "PRECISION": precision if dtype == torch.float32 else "ieee", "FAST_MATH": fast}

@@ -1,0 +1,86 @@
+"""Triton's interpreter for kernels on CPU tensors, beside compiled kernels in the same process and with no environment set.
+
+Triton chooses between compiler and interpreter when a kernel is decorated, from an environment variable, and the interpreter
+rewrites `triton.language` while it runs. Here the choice is made a module at a time, the standard library of the language is
+wrapped for the interpreter while a kernel runs, and every change is undone behind it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import triton
+import triton.experimental.gluon  # imported before the language is patched: it refuses to be imported while it is
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+# The patches are global, so one kernel is interpreted at a time, and none is compiled meanwhile (`compiling`).
+_lock = threading.RLock()
+
+_MODULES = (tl, tl.core, tl.standard, tl.math)
+_OWNERS = (*_MODULES, tl.core.tensor, tl.core.tensor_descriptor_base)
+
+
+@contextlib.contextmanager
+def decorating() -> Iterator[None]:
+    """While this is open, `triton.jit` makes interpreted kernels."""
+    with _lock, triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        yield
+
+
+@contextlib.contextmanager
+def interpreting() -> Iterator[None]:
+    """While this is open, interpreted kernels run."""
+    with _lock:
+        before = [(owner, dict(vars(owner))) for owner in _OWNERS]
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patched(tensor: Any, scope: Any) -> None:
+            patch_tensor(tensor, scope)
+            # the interpreter's own forms convert one-element arrays, which NumPy no longer does
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+            scope.set_attr(tensor, "__bool__", _truth)
+
+        for module in _MODULES:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    setattr(module, name, InterpretedFunction(value.fn))
+        interpreter._patch_lang_tensor = patched
+        try:
+            # hidden pairs and padding may divide by zero on the way to being selected away, as on a GPU
+            with np.errstate(all="ignore"):
+                yield
+        finally:
+            interpreter._patch_lang_tensor = patch_tensor
+            for owner, attributes in before:
+                _restore(owner, attributes)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """While this is open, no kernel is interpreted: the compiler reads the language that the interpreter patches."""
+    with _lock:
+        yield
+
+
+def _truth(tensor: Any) -> bool:
+    data = tensor.handle.data
+    # every scalar is a tensor here; a block has no truth, and the interpreter never asks for it
+    return bool(data.item()) if data.size == 1 else True
+
+
+def _restore(owner: Any, attributes: dict[str, Any]) -> None:
+    for name, value in list(vars(owner).items()):
+        if name not in attributes:
+            # rewritten functions keep looking their helpers up in the module's globals; a class must be as it was
+            if isinstance(owner, type):
+                delattr(owner, name)
+        elif attributes[name] is not value:
+            setattr(owner, name, attributes[name])

@@ -1,0 +1,140 @@
+"""`attncc.compile`: a variant as a PyTorch operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.errors import InputError, UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.language.textform import load_toml
+from attncc.language.variant import Variant
+from attncc.runtime import library
+from attncc.runtime.engine import Engine
+from attncc.runtime.shapes import bind, output_names
+from attncc.schedule.problem import Precision, Schedule
+
+
+class AttentionOp:
+    """A compiled variant. Call it with q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) and the variant's inputs.
+
+    Gradients flow to q, k, v and every input declared with grad, also through `lse`. CUDA tensors run the generated Triton
+    kernels; CPU tensors run the same kernels through Triton's interpreter, which is for checking, not for speed.
+    """
+
+    def __init__(self, graph: VariantGraph, schedule: Schedule | None = None, precision: Precision | None = None):
+        self.graph = graph
+        self.engine = Engine(graph, schedule, precision)
+        self.plan = self.engine.plan
+        self.plan.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
+        token = "" if schedule is None and precision is None else f":{schedule}:{precision}"
+        self._key = library.register(f"{graph.digest}{token}", self.engine)
+        self._stored = [name for name, _ in self.plan.stored]
+
+    def __repr__(self) -> str:
+        return f"<AttentionOp {self.graph.name} {self.graph.digest}>"
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        outputs: str | Sequence[str] = "out",
+        **inputs: Any,
+    ) -> Any:
+        """out (B, Hq, M, Dv) in q's dtype; with `outputs=("out", "lse")` also lse (B, Hq, M), float32, natural log.
+
+        `scale` is 1/sqrt(Dqk) unless given. Under autocast q, k, v are cast as PyTorch's own attention does.
+        Raises InputError where tensors do not match the variant, UnsupportedError for a device or output that it has not.
+        """
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = _autocast(q, k, v)
+        bound = bind(self.graph, q, k, v, scale, inputs)
+        if torch.compiler.is_compiling() or type(q) is not Tensor and type(q) is not torch.nn.Parameter or _in_mode():
+            tensors = list(bound.tensors.values())
+            scalars = [float(x) for x in bound.scalars.values()]
+            results: Any = library.forward_op(q, k, v, tensors, scalars, bound.scale, self._key)
+        elif torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or any(t.requires_grad for t in bound.tensors.values())
+        ):
+            results = library.EagerAttention.apply(self.engine, bound, q, k, v, *bound.tensors.values())
+        else:
+            results = self.engine.forward(bound, q, k, v)
+        if outputs == "out":
+            return results[0]
+        return self._pick(results, outputs)
+
+    def _pick(self, results: Any, outputs: str | Sequence[str]) -> Any:
+        picked = []
+        for name in output_names(outputs):
+            if name == "out":
+                picked.append(results[0])
+            elif name in self._stored:
+                picked.append(results[1 + self._stored.index(name)])
+            else:
+                raise UnsupportedError(
+                    f"the normalizer of '{self.graph.name}' has no row statistic, so there is no output '{name}'"
+                )
+        return picked[0] if len(picked) == 1 else tuple(picked)
+
+    def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
+        """The generated Triton module for these head dimensions."""
+        return self.engine.source(d_qk, d_qk if d_v is None else d_v)
+
+    def torch_op(self) -> Any:
+        """The registered operator, for `torch.library.opcheck`."""
+        return torch.ops.attncc.forward.default
+
+    def torch_args(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Any) -> tuple[Any, ...]:
+        """The arguments with which a call reaches the registered operator."""
+        bound = bind(self.graph, q, k, v, scale, inputs)
+        scalars = [float(x) for x in bound.scalars.values()]
+        return (q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
+
+
+def _in_mode() -> bool:
+    """Is a dispatch mode active, such as FakeTensorMode? Its tensors never reach a kernel."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def compile(
+    variant: Variant | VariantGraph | str | Path,
+    *,
+    backend: str = "triton",
+    schedule: Schedule | None = None,
+    precision: Precision | None = None,
+) -> AttentionOp:
+    """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file.
+
+    `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands meet in
+    a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). Kernels are generated and compiled
+    at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if it cannot be compiled yet.
+    """
+    if backend != "triton":
+        raise UnsupportedError(f"there is no backend '{backend}'", remedy="backends: triton")
+    if precision not in (None, "ieee", "tf32"):
+        raise InputError(f"precision is {precision!r}", remedy="one of 'ieee', 'tf32'")
+    if isinstance(variant, str | Path):
+        variant = _named(variant)
+    graph = variant.graph if isinstance(variant, Variant) else variant
+    return AttentionOp(graph, schedule, precision)
+
+
+def _named(spec: str | Path) -> Variant:
+    from attncc import variants
+
+    return load_toml(spec) if str(spec).endswith(".toml") else variants.get(str(spec))
