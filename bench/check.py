@@ -1,23 +1,22 @@
 """Every case is checked before it is timed: the very call that will be timed, at full size, on fresh random data.
 
-Heads are independent, so one (batch, key/value head) slice of the full-size result is compared with the float64
-reference of that slice alone: the output, the gradients of q, k, v, and of the inputs that have one. Where
-FlexAttention says the same thing, all heads are compared with it besides. The rule for both is
-RMS(error) / RMS(expected); nothing may be NaN or unwritten.
+Heads are independent, so one (batch, key/value head) slice of the full-size result is held against the float64
+reference of that slice alone, by the project's own two rules (attncc.runtime.verify): the output, the gradients of
+q, k, v, and of the inputs that have one. Where FlexAttention says the same thing, all heads are compared with it too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import attncc as ac
+from attncc.runtime.verify import Kind, check, eager
 from bench.case import Case, Shape, Tensors
 
-#: RMS(error) / RMS(expected) that a result may have against the float64 reference
-TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-5}
-#: against another 16-bit kernel, whose own error comes on top
+#: RMS(error) / RMS(expected) against another 16-bit kernel, whose own error comes on top of ours
 PEER_TOLERANCE = 1e-2
 
 
@@ -68,48 +67,60 @@ def slice_inputs(variant: Any, inputs: Tensors, b: int, heads: slice, kv_head: i
 
 
 def against_reference(op: Any, case: Case, shape: Shape, device: str = "cuda", seed: int = 1) -> dict[str, float]:
-    """Errors of the last (batch, key/value head) slice of a full-size call against the float64 reference of that slice.
+    """Hold the last (batch, key/value head) slice of a full-size call against the reference.
 
     The cotangent is zero outside the slice: an input that all heads or batches share gets its gradient from it alone.
+    Returns relative RMS errors by name, for the record; raises CheckFailedError.
     """
+    b, kv_head = shape.b - 1, shape.hkv - 1
+    heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
+    one, kv = slice(b, b + 1), slice(kv_head, kv_head + 1)
     q, k, v = shape.tensors(device, seed)
     inputs = case.inputs(shape, device)
     for name in case.differentiable:
         inputs[name].requires_grad_()
-    b, kv_head = shape.b - 1, shape.hkv - 1
-    heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
-    one, kv = slice(b, b + 1), slice(kv_head, kv_head + 1)
-
-    out_size = (shape.b, shape.h, shape.m, shape.dv)
-    grad = torch.zeros(out_size, device=device, dtype=shape.dtype)
+    grad = torch.zeros((shape.b, shape.h, shape.m, shape.dv), device=device, dtype=shape.dtype)
     grad[one, heads] = torch.randn_like(grad[one, heads])
+
     poison(grad, *(t.detach() for t in (q, k, v)))
     out = op(q, k, v, **inputs)
-    differentiable = {name: inputs[name] for name in case.differentiable}
-    actual = gradients(out, grad, {"dq": q, "dk": k, "dv": v} | {f"d{n}": t for n, t in differentiable.items()})
-
-    leaves = {
-        "dq": q[one, heads].detach().double().requires_grad_(),
-        "dk": k[one, kv].detach().double().requires_grad_(),
-        "dv": v[one, kv].detach().double().requires_grad_(),
+    named = {f"d{name}": inputs[name] for name in case.differentiable}
+    got = gradients(out, grad, {"dq": q, "dk": k, "dv": v, **named})
+    shared = {name: got[f"d{name}"] for name in case.differentiable}
+    parts = {
+        "out": out.detach()[one, heads],
+        "dq": got["dq"][one, heads],
+        "dk": got["dk"][one, kv],
+        "dv": got["dv"][one, kv],
+        **{f"d{n}": part for n, part in slice_inputs(case.variant, shared, b, heads, kv_head).items()},
     }
+
     own = slice_inputs(case.variant, inputs, b, heads, kv_head)
-    own = {name: t.detach().double() if t.is_floating_point() else t.detach() for name, t in own.items()}
-    for name in case.differentiable:
-        leaves[f"d{name}"] = own[name].requires_grad_()
-    want = ac.reference(case.variant, leaves["dq"], leaves["dk"], leaves["dv"], scale=shape.d**-0.5, **own)
-    expected = gradients(want, grad[one, heads].double(), leaves)
 
-    errors = {
-        "out": relative_rms(out[one, heads], want),
-        "dq": relative_rms(actual["dq"][one, heads], expected["dq"]),
-        "dk": relative_rms(actual["dk"][one, kv], expected["dk"]),
-        "dv": relative_rms(actual["dv"][one, kv], expected["dv"]),
-    }
-    shared = {name: actual[f"d{name}"] for name in case.differentiable}
-    for name, part in slice_inputs(case.variant, shared, b, heads, kv_head).items():
-        errors[f"d{name}"] = relative_rms(part, expected[f"d{name}"])
-    require(errors, TOLERANCE[shape.dtype], "the float64 reference")
+    def dense(attend: Callable[..., Any], wide: bool) -> Tensors:
+        """The slice through a quadratic implementation, in float64 or in the dtypes of the call."""
+
+        def leaf(t: torch.Tensor) -> torch.Tensor:
+            t = t.detach()
+            return (t.double() if wide else t).requires_grad_() if t.is_floating_point() else t
+
+        ends = {"dq": leaf(q[one, heads]), "dk": leaf(k[one, kv]), "dv": leaf(v[one, kv])}
+        read: dict[str, Any] = {name: leaf(t) for name, t in own.items()}
+        ends |= {f"d{name}": read[name] for name in case.differentiable}
+        result = attend(case.variant, ends["dq"], ends["dk"], ends["dv"], **read)
+        return {"out": result.detach(), **gradients(result, grad[one, heads].to(result), ends)}
+
+    exact, plain = dense(ac.reference, wide=True), dense(eager, wide=False)
+    errors = {}
+    for name, part in parts.items():
+        kind: Kind = "forward" if name == "out" else "gradient"
+        found = check(name, part, exact[name], plain[name], kind, dtype=shape.dtype)
+        if not found.ok:
+            raise CheckFailedError(
+                f"against the float64 reference, {name}: largest error {found.max_err:.2e} (at most "
+                f"{found.max_allowed:.2e}), RMS {found.rms:.2e} (at most {found.rms_allowed:.2e})"
+            )
+        errors[name] = relative_rms(part, exact[name])
     return errors
 
 
@@ -119,7 +130,7 @@ def against_peer(
     """Errors of all heads against another kernel's output and gradients; both graphs are kept."""
     leaves = {"dq": q, "dk": k, "dv": v}
     actual, expected = (gradients(out, grad, leaves, retain_graph=True) for out in (ours, theirs))
-    errors = {"out": relative_rms(ours, theirs)}
+    errors = {"out": relative_rms(ours.detach(), theirs.detach())}
     errors |= {name: relative_rms(actual[name], expected[name]) for name in leaves}
     require(errors, PEER_TOLERANCE, "FlexAttention")
     return errors

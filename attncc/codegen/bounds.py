@@ -52,7 +52,7 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str) -> Bo
             leaves[f"tile_{op}_{i}"] = Leaf(f"tile_{op}_{i}", Level.PAIR)
     leaves[INNER_LO.name] = Leaf("tile_lo", Level.PAIR)
     leaves[INNER_HI.name] = Leaf("tile_hi", Level.PAIR)
-    scope = Lowering(kernel.graph, leaves, helpers=kernel.helpers)
+    scope = Lowering(kernel.graph, leaves, helpers=kernel.helpers, _names=kernel._names)
     length = "kv_len" if plan.inner == sym.KV_IDX else "q_len"
     many = len(plan.segments) > 1
     for i, segment in enumerate(plan.segments):

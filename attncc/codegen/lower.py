@@ -219,7 +219,7 @@ class Lowering:
         if type(expr) in _CALLS:
             call = _CALLS[type(expr)]
             self._helper(call)
-            return f"{call}({self._operand(expr.args[0], level, True)})"
+            return f"{call}({self._operand(expr.args[0], level, type_of(expr) == 'float')})"
         method = getattr(self, f"_{type(expr).__name__}", None)
         if method is None:
             raise UnsupportedError(f"the Triton backend has no form for {type(expr).__name__}")

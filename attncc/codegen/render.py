@@ -82,13 +82,13 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
         helpers |= s["slots"]["helpers"]
         kernels.insert(0, ("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
     parts = [_header(plan, d_qk, d_v), _render("helpers.py.j2", context, helpers=helpers)]
-    parts += [_render(name, context, **slots) for name, slots in kernels]
+    parts += [_render(template, context, **slots) for template, slots in kernels]
     parts.append(_render("host.py.j2", context, summaries=summaries, **host))
     return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
-def _render(name: str, context: dict[str, Any], **slots: Any) -> str:
-    return environment().get_template(name).render({**context, **slots})
+def _render(template: str, context: dict[str, Any], **slots: Any) -> str:
+    return environment().get_template(template).render({**context, **slots})
 
 
 def _kept(plan: Plan, gradient: Any) -> dict[str, str]:

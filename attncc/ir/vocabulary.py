@@ -213,7 +213,7 @@ class where(Op):
 class floordiv(Op):
     """Integer division that rounds towards minus infinity, as Python's // does."""
 
-    precedence = PRECEDENCE["Mul"]  # it prints as an operator
+    precedence = PRECEDENCE["Add"]  # it prints as an operator, in parentheses within any product
     nargs = 2
     result = "int"
 
@@ -233,7 +233,7 @@ class floordiv(Op):
 class mod(Op):
     """Integer remainder with the sign of the divisor, as Python's % has."""
 
-    precedence = PRECEDENCE["Mul"]
+    precedence = PRECEDENCE["Add"]
     nargs = 2
     result = "int"
 

@@ -13,6 +13,7 @@ import sympy
 from attncc.errors import Span, SpecError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph
+from attncc.ir.text import formula
 from attncc.ir.verify import verify
 from attncc.language import functions
 from attncc.language.values import InputTensor, Value, boolean, fail, number
@@ -80,6 +81,27 @@ def check_name(name: str) -> None:
         raise SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
     if not name.isidentifier() or keyword.iskeyword(name) or re.fullmatch(_STAGE_NAME, name):
         raise SpecError(f"'{name}' cannot name an input", remedy="use an identifier that no stage defines")
+
+
+def _canonical(rows: list[Stage], weight: sympy.Expr) -> tuple[list[Stage], sympy.Expr]:
+    """The reductions that the weight uses, numbered by what they are and not by when the formula mentioned them."""
+    by_symbol = {sym.row_symbol(*_split(r.name)): r for r in rows}
+    pending = {s for s in weight.free_symbols if s in by_symbol}
+    for _ in rows:  # what they use in turn
+        pending |= {s for p in pending for s in by_symbol[p].expr.free_symbols if s in by_symbol}
+    renamed: dict[sympy.Symbol, sympy.Symbol] = {}
+    ordered: list[Stage] = []
+    while pending:
+        ready = [
+            (by_symbol[s].op or "", by_symbol[s].expr.xreplace(renamed), s)
+            for s in pending
+            if not by_symbol[s].expr.free_symbols & pending
+        ]
+        op, expr, symbol = min(ready, key=lambda r: (r[0], formula(r[1])))
+        renamed[symbol] = sym.row_symbol(op, sum(r.op == op for r in ordered))
+        ordered.append(Stage(renamed[symbol].name, expr, op))
+        pending.remove(symbol)
+    return ordered, weight.xreplace(renamed)
 
 
 def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDecl]) -> dict[str, Any]:
@@ -150,6 +172,7 @@ def assemble(
     stages.append(Stage("mask", mask, span=span))
     rows: list[Stage] = []
     weight, span = run("normalizer", {"score": Value(sym.SCORE), "row": Row(rows)}, number)
+    rows, weight = _canonical(rows, weight)
     stages += [Stage(r.name, r.expr, r.op, span) for r in rows]
     stages.append(Stage("weight", weight, span=span))
     sums: list[Stage] = []

@@ -10,6 +10,7 @@ import math
 from typing import Any, NoReturn
 
 import sympy
+from sympy.core.relational import Relational
 
 from attncc.errors import SpecError
 from attncc.ir import vocabulary as voc
@@ -126,22 +127,22 @@ class Value:
 
     # comparisons
     def __lt__(self, other: Any) -> Value:
-        return Value(sympy.Lt(number(self), number(other)))
+        return _compare(sympy.Lt, self, other)
 
     def __le__(self, other: Any) -> Value:
-        return Value(sympy.Le(number(self), number(other)))
+        return _compare(sympy.Le, self, other)
 
     def __gt__(self, other: Any) -> Value:
-        return Value(sympy.Gt(number(self), number(other)))
+        return _compare(sympy.Gt, self, other)
 
     def __ge__(self, other: Any) -> Value:
-        return Value(sympy.Ge(number(self), number(other)))
+        return _compare(sympy.Ge, self, other)
 
     def __eq__(self, other: Any) -> Value:  # type: ignore[override]
-        return Value(sympy.Eq(number(self), number(other)))
+        return _compare(sympy.Eq, self, other)
 
     def __ne__(self, other: Any) -> Value:  # type: ignore[override]
-        return Value(sympy.Ne(number(self), number(other)))
+        return _compare(sympy.Ne, self, other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -248,6 +249,14 @@ def _operands(a: Value, b: Any) -> tuple[Any, Any]:
     if isinstance(b, float) and left.is_integer and right.is_integer:
         left = voc.to_float(left)
     return left, right
+
+
+def _compare(relation: Any, a: Value, b: Any) -> Value:
+    """A comparison with a constant on its right, where Python puts it too: 0 <= x is x >= 0."""
+    left, right = number(a), number(b)
+    result = relation(left, right)
+    flip = left.is_number and not right.is_number and isinstance(result, Relational)
+    return Value(result.reversed if flip else result)
 
 
 def _product(a: Any, b: Any) -> Any:

@@ -13,9 +13,9 @@ from typing import Literal
 
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
-from attncc.schedule.memory import Tiling, instruction, shared_memory, tiling
+from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling
 from attncc.schedule.problem import Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
-from attncc.schedule.registers import registers
+from attncc.schedule.registers import registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
 
@@ -24,10 +24,15 @@ SMEM_BYTES_PER_CLK = 128
 L2_BYTES_PER_CLK_SM = 32
 # Clocks from a load to its data. A pipeline of n stages hides all but 4^(1-n) of it.
 LOAD_LATENCY = 800
+# Clocks of a tile in which a warp issues no work: waits of a matmul for its operands and for its result.
+MATMUL_GAP = 60
+# Float32 operations for each row of a tile: the reduction across lanes, and the running statistics.
+ROW_WORK = 16
 # Clocks to start a program, load what is resident and write its output.
 PROGRAM_OVERHEAD = 2500
 # The share of its peak that a matmul instruction reaches in the best loop of plain Triton.
 TENSOR_EFFICIENCY = 0.8
+MATMULS = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}
 MAX_THREADS_PER_SM = 2048
 # Shared memory that the driver keeps for each program.
 RESERVED_BYTES = 1024
@@ -50,6 +55,7 @@ class _TileClocks:
     sfu: float
     alu: float
     memory: float
+    gaps: float
 
 
 def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> Prediction:
@@ -69,7 +75,7 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     # Units of one SM work side by side only as far as there are other warps, ready, to feed them.
     warps_per_scheduler = max(ks.num_warps * resident * device.warp_size / 32 / 4, 1.0)
     compute = (clocks.tensor, clocks.sfu, clocks.alu)
-    in_turn = max(compute) + (sum(compute) - max(compute)) / warps_per_scheduler
+    in_turn = max(compute) + (sum(compute) - max(compute) + clocks.gaps) / warps_per_scheduler
     waiting = LOAD_LATENCY * 0.25 ** (ks.num_stages - 1) / resident
     start = PROGRAM_OVERHEAD * ceil(waves) / clocks_per_us
     launch = device.launch_us + start
@@ -113,13 +119,15 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     """The clocks of an average live tile: a mixed one pays for the mask, too."""
     tiles = tiling(kernel, ks, problem)
     pairs = tiles.rows * tiles.cols
-    work = _pair_work(kernel, problem.costs.pair(kernel), problem.costs.mask, live)
+    work = _pair_work(problem.costs.pair(kernel), problem.costs.mask, live)
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     depth = {"forward": qk + v, "dkdv": 2 * (qk + v), "dq": 2 * qk + v, "pair": qk + v}[kernel]
     flops_per_clk_sm = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     # The running sum of the forward is rescaled once a tile.
-    rescale = tiles.rows * v if kernel == "forward" else 0
-    alu = (work.fma * pairs + rescale) / device.fma_per_clk_sm + work.int * pairs / device.int_per_clk_sm
+    rows_work = tiles.rows * (v + ROW_WORK) if kernel == "forward" else 0
+    alu = (work.fma * pairs + rows_work) / device.fma_per_clk_sm + work.int * pairs / device.int_per_clk_sm
+    # Spilled registers are stored and loaded once a tile, by the warps that compute.
+    alu += 2 * 4 * spilled_registers(kernel, ks, problem, device) * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
     return _TileClocks(
         tensor=2 * pairs * depth / (flops_per_clk_sm * TENSOR_EFFICIENCY),
         sfu=work.sfu * pairs / device.sfu_per_clk_sm,
@@ -128,18 +136,15 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
             _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
             _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
         ),
+        gaps=MATMULS[kernel] * MATMUL_GAP,
     )
 
 
-def _pair_work(kernel: Kernel, pair: PairCosts, mask: PairCosts, live: LiveTiles) -> PairCosts:
-    """The operations of an average pair: the stages' and, in the share of tiles that are mixed, the mask's.
-
-    Each kernel also converts the weights to the matmul's dtype, and the backward ones multiply them by a difference.
-    """
+def _pair_work(pair: PairCosts, mask: PairCosts, live: LiveTiles) -> PairCosts:
+    """The operations of an average pair: the stages' and, in the share of tiles that are mixed, the mask's."""
     share = live.mixed / live.live if live.live else 0.0
-    convert = 1.0 if kernel == "forward" else 2.0
     return PairCosts(
-        fma=pair.fma + share * mask.fma + convert,
+        fma=pair.fma + share * mask.fma,
         sfu=pair.sfu + share * mask.sfu,
         int=pair.int + share * mask.int,
         loads=pair.loads + share * mask.loads,
@@ -153,24 +158,22 @@ def _loaded_bytes(tiles: Tiling, work: PairCosts, problem: Problem) -> float:
 
 
 def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> float:
-    """Bytes that the matmuls of a tile read from shared memory, plus what registers spill over.
+    """Bytes that the matmuls of a tile move through shared memory.
 
-    Every group of rows that works as one reads the right operand for itself: a warp's, or a warp group's 64 rows.
+    The warps of a program, or on Hopper its warp groups, form a grid over the result: each column of the grid reads the
+    left operand for itself, and each block of rows the right one. Left operands are the resident tiles; the weights are
+    one too, and come from registers unless their layout must change on the way.
     """
     op = instruction(kernel, ks, problem, device)
-    matrices = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}[kernel]
-    if op == "tcgen05":
-        readers = max(tiles.rows // 128, 1)
-    elif op == "wgmma":
-        readers = max(tiles.rows // 64, 1)
-    else:
-        readers = min(ks.num_warps, max(tiles.rows // 16, 1))
+    workers, rows_each = {"wgmma": (ks.num_warps // 4, 64), "tcgen05": (1, 128)}.get(op, (ks.num_warps, 16))
+    blocks = max(tiles.rows // rows_each, 1)
+    down = min(workers, blocks)
+    across = workers // down
     depth = sum(tile.dim for tile in tiles.streamed) / len(tiles.streamed)
-    right = readers * tiles.cols * depth * matrices
-    left = tiles.rows * sum(tile.dim for tile in tiles.resident)
-    excess = max(registers(kernel, ks, problem, device) - device.regs_per_thread_max, 0)
-    spilled = 2 * 4 * excess * ks.num_warps * device.warp_size
-    return (right + left) * problem.dtype_bytes + spilled
+    right = (blocks if op in ("wgmma", "tcgen05") else down) * tiles.cols * depth * MATMULS[kernel]
+    left = across * tiles.rows * sum(tile.dim for tile in tiles.resident)
+    weights = max(MATMULS[kernel] - 2, 1) * (1 + across) * scores_bytes(kernel, ks, problem, device)
+    return (right + left) * problem.dtype_bytes + weights
 
 
 def _dram_us(kernel: Kernel, problem: Problem, device: Device) -> float:

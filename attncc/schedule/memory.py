@@ -116,7 +116,7 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     live = {tile.name: (1 if op != "mfma" else 0) * _bytes(tile, problem) for tile in tiles.resident}
     for tile, copies in zip(tiles.streamed, _copies(kernel, tiles, op, ks.num_stages, problem), strict=True):
         live[tile.name] = int(copies * _bytes(tile, problem))
-    live["scores"] = _scores(kernel, tiles, op, ks, problem)
+    live["scores"] = scores_bytes(kernel, ks, problem, device)
     live["row vectors"] = _row_vectors(tiles, op, ks.num_stages)
     live["barriers"] = ALIGNMENT if op == "tcgen05" else 0
     live["exchange"] = EXCHANGE_BYTES * ks.num_warps if ks.num_stages == 1 and op in ("mma", "tcgen05") else 0
@@ -160,8 +160,9 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
     return tuple(float(ahead + (op == "tcgen05" and tile.name in twice)) for tile in tiles.streamed)
 
 
-def _scores(kernel: Kernel, tiles: Tiling, op: Instruction, ks: KernelSchedule, problem: Problem) -> int:
+def scores_bytes(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """A tile of weights goes through shared memory where its layout as a result is not the one it has as an operand."""
+    tiles = tiling(kernel, ks, problem)
     if not tiles.chained:
         return 0
     tile = tiles.rows * tiles.cols * problem.dtype_bytes
@@ -171,7 +172,7 @@ def _scores(kernel: Kernel, tiles: Tiling, op: Instruction, ks: KernelSchedule, 
         "mfma": tiles.rows < 32 * ks.num_warps,
         "wgmma": False,
         "tcgen05": False,
-    }[op]
+    }[instruction(kernel, ks, problem, device)]
     return tile if split else 0
 
 

@@ -45,6 +45,7 @@ class PairCosts:
     fma: float32 adds, multiplies, fused multiply-adds, comparisons, selects; sfu: exp2, log2, tanh, rcp, sqrt, sin
     (the special-function unit); int: 32-bit integer and boolean operations; loads: elements read from inputs that are
     indexed by both the query and the key (a dense bias), which no row or column vector can serve.
+    The conversion of a weight to the matmul's dtype is among them; the rescaling of the accumulator is not.
     """
 
     fma: float = 0.0

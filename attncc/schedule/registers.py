@@ -41,3 +41,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     elif op in ("mma", "mfma"):
         wanted += OPERANDS
     return round(wanted)
+
+
+def spilled_registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
+    """How many of the wanted registers a thread does not get."""
+    return max(registers(kernel, ks, problem, device) - device.regs_per_thread_max, 0)

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 import attncc as ac
+from attncc.runtime.verify import eager
 from bench import area
 from bench.case import Case, Shape
-from bench.check import CheckFailedError, relative_rms, require, slice_inputs
+from bench.check import CheckFailedError, against_reference, relative_rms, require, slice_inputs
+from bench.dense_cases import ALIBI, DENSE
+from bench.suites import variants
 
 
 def test_relative_rms():
@@ -52,3 +55,51 @@ def test_a_shape_fills_in_what_is_equal():
 
 def test_cases_default_to_no_inputs():
     assert Case("full", ac.Variant(name="full"), area.full).inputs(Shape(b=1, h=1, m=1, d=16), "cpu") == {}
+
+
+SMALL = Shape(b=2, h=4, hkv=2, m=40, d=16, dtype=torch.float32)
+
+
+def plain(case):
+    """Plain PyTorch in the place of an op."""
+    return lambda q, k, v, **inputs: eager(case.variant, q, k, v, **inputs)
+
+
+@pytest.mark.parametrize("case", [*DENSE, *map(variants.case, ac.variants.names())], ids=lambda case: case.name)
+def test_a_right_op_passes(case):
+    errors = against_reference(plain(case), case, SMALL, "cpu")
+    assert set(errors) == {"out", "dq", "dk", "dv", *(f"d{name}" for name in case.differentiable)}
+
+
+def test_a_wrong_output_is_caught():
+    with pytest.raises(CheckFailedError, match="out: largest error"):
+        against_reference(lambda *qkv, **inputs: plain(ALIBI)(*qkv, **inputs) * 1.001, ALIBI, SMALL, "cpu")
+
+
+@pytest.mark.parametrize("name", ["dq", "dk", "dv", "dslopes"])
+def test_a_wrong_gradient_is_caught(name):
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.001
+
+    def op(q, k, v, slopes):
+        given = {"dq": q, "dk": k, "dv": v, "dslopes": slopes}
+        given[name] = Off.apply(given[name])
+        return plain(ALIBI)(given["dq"], given["dk"], given["dv"], slopes=given["dslopes"])
+
+    with pytest.raises(CheckFailedError, match=f"{name}: largest error"):
+        against_reference(op, ALIBI, SMALL, "cpu")
+
+
+def test_nan_in_one_element_is_caught():
+    def op(*qkv, **inputs):
+        out = plain(ALIBI)(*qkv, **inputs)
+        return out.masked_fill(torch.arange(out.numel()).view_as(out) == out.numel() - 1, float("nan"))
+
+    with pytest.raises(CheckFailedError, match="out"):
+        against_reference(op, ALIBI, SMALL, "cpu")
