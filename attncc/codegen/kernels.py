@@ -106,20 +106,17 @@ def forward_slots(plan: Plan) -> dict[str, Any]:
     visible = _visible(lowering, plan.graph["mask"].expr, [_edge("kv_idx", True)])
     score_lines = _take(lowering)
     max_lines = []
-    for (m, _), operand in zip(online.maxes, operands, strict=True):
-        new = renamed(m).name
-        if operand == scaled and folded.unit != 1:
-            unit = lowering.hoisted(folded.unit)
-            max_lines += _take(lowering)
-            max_lines.append(f"{new} = tl.maximum({m.name}, tl.max(s, 1) * {unit})")
-            continue
-        text = lowering.emit(operand, Level.PAIR)
+    for number, ((m, _), operand) in enumerate(zip(online.maxes, operands, strict=True)):
+        # unit is positive, so it can multiply the row's maximum and not every pair
+        by_unit = operand == scaled and folded.unit != 1
+        text = "s" if operand == scaled else lowering.emit(operand, Level.PAIR)
+        unit = f" * {lowering.hoisted(folded.unit)}" if by_unit else ""
         max_lines += _take(lowering)
         if not vanishes:
-            max_lines += ["if phase == 0:", f"    hidden_low = tl.where(visible, {text}, {NEGATIVE})", "else:"]
-            max_lines += [f"    hidden_low = {text}"]
-            text = "hidden_low"
-        max_lines.append(f"{new} = tl.maximum({m.name}, tl.max({text}, 1))")
+            max_lines += [f"shown_{number} = {text}", "if phase == 0:"]
+            max_lines.append(f'    shown_{number} = tl.where(visible, {text}, float("-inf"))')
+            text = f"shown_{number}"
+        max_lines.append(f"{renamed(m).name} = tl.maximum({m.name}, tl.max({text}, 1){unit})")
     lowering.assign("p", terms[0], Level.PAIR)
     weight_lines = _take(lowering)
     names = {terms[0]: "p"}

@@ -98,9 +98,8 @@ def stream(graph: VariantGraph) -> Online:
     running = tuple(_running(sympy.Symbol(s.name, real=True), s.expr, symbols, s, proof) for s in sums)
     shift = _shift(pair)
     sums_used = any(sympy.Symbol(s.name, real=True) in scale.free_symbols for s in sums)
-    lse = None
-    if shift is not None or (sums_used and not pair.free_symbols & set(symbols)):
-        lse = (shift if shift is not None else sympy.S.Zero) - _log(scale)
+    lse = _log_denominator(pair, scale, shift, symbols) if shift is not None or sums_used else None
+    if lse is not None:
         proof.append(f"lse = {formula(lse)}")
     proof.append(f"weight = ({formula(pair)}) * ({formula(scale)}): one pass over the keys")
     return Online(
@@ -187,6 +186,19 @@ def _shift(pair: sympy.Expr) -> sympy.Expr | None:
     if e is None:
         return None
     return -sympy.Add(*(t for t in sympy.Add.make_args(e) if not varies_by_key(t)))
+
+
+def _log_denominator(
+    pair: sympy.Expr, scale: sympy.Expr, shift: sympy.Expr | None, maxes: tuple[sympy.Symbol, ...]
+) -> sympy.Expr | None:
+    """log Z, where the weight is a(pair) exp(x(pair)) / Z; None where a maximum is tied to the pair in another way."""
+    result = (shift if shift is not None else sympy.S.Zero) - _log(scale)
+    for f in sympy.Mul.make_args(pair):
+        if not varies_by_key(f):
+            result -= _log(f)
+        elif not isinstance(f, sympy.exp) and f.free_symbols & set(maxes):
+            return None
+    return result
 
 
 def _log(scale: sympy.Expr) -> sympy.Expr:
