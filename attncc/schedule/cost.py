@@ -35,6 +35,9 @@ TENSOR_EFFICIENCY = 0.8
 # Loads run beside the arithmetic, but two streams that each need all of the time get in each other's way: a p-norm.
 OVERLAP = 4
 MATMULS = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}
+SCHEDULERS = 4
+# What shared memory leaves free is cache: a tiling that takes all of it loses this share of its speed.
+CACHE_SHARE = 0.02
 MAX_THREADS_PER_SM = 2048
 # Shared memory that the driver keeps for each program.
 RESERVED_BYTES = 1024
@@ -75,14 +78,15 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         return clocks_a_tile * tiles_total / device.sms * imbalance / clocks_per_us
 
     # Units of one SM work side by side only as far as there are other warps, ready, to feed them.
-    warps_per_scheduler = max(ks.num_warps * resident * device.warp_size / 32 / 4, 1.0)
+    warps_per_scheduler = max(ks.num_warps * resident / SCHEDULERS, 1.0)
     compute = (clocks.tensor, clocks.sfu, clocks.alu)
     in_turn = max(compute) + (sum(compute) - max(compute) + clocks.gaps) / warps_per_scheduler
     waiting = LOAD_LATENCY * 0.25 ** (ks.num_stages - 1) / resident
     start = PROGRAM_OVERHEAD * ceil(waves) / clocks_per_us
     launch = device.launch_us + start
     busy = (in_turn**OVERLAP + clocks.memory**OVERLAP) ** (1 / OVERLAP)
-    us = spread(busy + waiting) + launch
+    taken = shared_memory(kernel, ks, problem, device) / device.smem_per_block
+    us = spread(busy + waiting) * (1 + CACHE_SHARE * taken) + launch
     terms = {
         "tensor": spread(clocks.tensor),
         "sfu": spread(clocks.sfu),

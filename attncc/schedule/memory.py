@@ -137,7 +137,7 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
     """How many times each streamed tile is held.
 
     Loads run `stages - 1` tiles ahead, or one more where the matmul, being asynchronous, still reads its operands from
-    shared memory; one more again on Blackwell for a tile that two matmuls read.
+    shared memory; one more again on Blackwell for a tile that two matmuls read, or that comes in chunks.
     """
     count = len(tiles.streamed)
     twice = {"forward": (), "dkdv": ("q", "do"), "dq": ("k",), "pair": ()}[kernel]  # read by two matmuls
@@ -151,12 +151,15 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
             return (0.0,) * count
         if kernel == "forward":  # k is dead when v comes
             return (0.0, 1.0)
+        if kernel == "dq" and in_both_orders:
+            return (2.0, 1.0)
         if kernel == "dkdv" and op == "mma" and tiles.rows < tiles.chunk:
             return (1.5, 1.5)
         return (1.0,) * count
     if in_both_orders and twice:
         return tuple(2.0 if tile.name in twice else float(stages) for tile in tiles.streamed)
-    ahead = {"wgmma": stages, "tcgen05": stages}.get(op, stages - 1)
+    chunked = len(head_chunks(problem.d_qk)) > 1 or len(head_chunks(problem.d_v)) > 1
+    ahead = {"wgmma": stages, "tcgen05": stages + chunked}.get(op, stages - 1)
     return tuple(float(ahead + (op == "tcgen05" and tile.name in twice)) for tile in tiles.streamed)
 
 

@@ -14,13 +14,13 @@ from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 BASE = 40
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
-# For each 16 bytes of a streamed tile that a thread copies: a pointer and an offset, of two registers each.
-COPY = 4
+# For each 16 bytes of a streamed tile that a thread copies: pointers and offsets.
+COPY = {"forward": 4, "dkdv": 3, "dq": 4, "pair": 4}
 # Operations of a pair, in those of a plain softmax, that can be done in place; each of the rest keeps a part of a tile.
 IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
-# A deeper pipeline counts its buffers.
-STAGE = 8
+# Each stage beyond the second, where the loop streams row vectors beside its tiles.
+STAGE = {"forward": 0, "dkdv": 32, "dq": 0, "pair": 32}
 # Where operands pass through registers (all but wgmma and tcgen05).
 OPERANDS = 32
 
@@ -37,12 +37,12 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, 1.0)
-    wanted = BASE + STAGE * max(ks.num_stages - 2, 0) + (score_tiles + temporaries) * pairs / threads
+    wanted = BASE + STAGE[kernel] * max(ks.num_stages - 2, 0) + (score_tiles + temporaries) * pairs / threads
     if op == "tcgen05":  # the accumulators are in tensor memory; one is rescaled at a time
         wanted += tiles.rows * v / threads if kernel == "forward" else 0
     else:
         wanted += (RESCALED if kernel == "forward" else 1.0) * tiles.rows * columns / threads
-    wanted += sum(COPY * tile.rows * tile.dim * problem.dtype_bytes / 16 / threads for tile in tiles.streamed)
+    wanted += sum(COPY[kernel] * tile.rows * tile.dim * problem.dtype_bytes / 16 / threads for tile in tiles.streamed)
     if op == "fma":
         # Each thread computes a small square of the result, and holds its operands along the head dimension.
         side = (pairs / threads) ** 0.5
