@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dis
 import linecache
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import CodeType
 from typing import Any
 
@@ -47,9 +49,18 @@ def use_span(function: Callable[..., Any], name: str) -> Span | None:
     if not isinstance(code, CodeType):
         return None
     for instruction in dis.get_instructions(code):
-        if instruction.opname.startswith("LOAD") and instruction.argval == name:
-            return _instruction_span(code, instruction)
+        used = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+        if instruction.opname.startswith("LOAD") and name in used:
+            return _narrowed(_instruction_span(code, instruction), name)
     return None
+
+
+def _narrowed(span: Span | None, name: str) -> Span | None:
+    """The name itself: from Python 3.13 one instruction may load two names, with the place of one of them."""
+    found = re.search(rf"\b{name}\b", span.text[span.col :]) if span else None
+    if span is None or found is None:
+        return span
+    return replace(span, col=span.col + found.start(), end_col=span.col + found.end())
 
 
 def _instruction_span(code: CodeType, instruction: dis.Instruction) -> Span | None:
