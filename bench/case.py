@@ -53,6 +53,10 @@ class Shape:
         per_pair = 2 * (self.d + self.dv) if mode == "forward" else 2 * (3 * self.d + 2 * self.dv)
         return self.b * self.h * area * per_pair
 
+    def __str__(self) -> str:
+        sizes = {"B": self.b, "Hq": self.h, "Hkv": self.hkv, "M": self.m, "N": self.n, "Dqk": self.d, "Dv": self.dv}
+        return " ".join(f"{name}{size}" for name, size in sizes.items())
+
     def row(self) -> dict[str, Any]:
         """The sizes as they stand in a result row."""
         return {

@@ -120,7 +120,7 @@ def against_reference(op: Any, case: Case, shape: Shape, device: str = "cuda", s
                 f"against the float64 reference, {name}: largest error {found.max_err:.2e} (at most "
                 f"{found.max_allowed:.2e}), RMS {found.rms:.2e} (at most {found.rms_allowed:.2e})"
             )
-        errors[name] = relative_rms(part, exact[name])
+        errors[name] = float(f"{relative_rms(part, exact[name]):.3g}")
     return errors
 
 
@@ -133,4 +133,4 @@ def against_peer(
     errors = {"out": relative_rms(ours.detach(), theirs.detach())}
     errors |= {name: relative_rms(actual[name], expected[name]) for name in leaves}
     require(errors, PEER_TOLERANCE, "FlexAttention")
-    return errors
+    return {name: float(f"{error:.3g}") for name, error in errors.items()}

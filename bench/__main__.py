@@ -1,0 +1,110 @@
+"""`python -m bench SUITE...` measures; `plot` and `readme` make pictures and tables from the committed results."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from bench import suites
+from bench.record import RESULTS
+from bench.run import Run
+from bench.timing import Budget
+
+
+class _SuitesByDefault(TyperGroup):
+    """`python -m bench dense` means `python -m bench run dense`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_SuitesByDefault, no_args_is_help=True, help=__doc__, add_completion=False)
+
+
+@app.command()
+def run(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="SUITE...", help="Suites by name; --list shows them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the JSON files; default bench/results/<gpu>.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the suites and stop.")] = False,
+    quick: Annotated[bool, typer.Option(help="A few cases only, to try the machine; marked so in the file.")] = False,
+    budget_s: Annotated[float, typer.Option(help="Seconds after which no new row is started.")] = math.inf,
+    variant: Annotated[list[str] | None, typer.Option(help="sweep: case names, e.g. causal.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="sweep: head dimensions.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="sweep: sequence lengths.")] = None,
+    workers: Annotated[int, typer.Option(help="sweep: processes that compile candidates.")] = 12,
+) -> None:
+    """Run suites on this machine's GPU: every case is checked against the reference, then timed."""
+    if listed or not names:
+        for name in suites.NAMES:
+            Console().print(f"[bold]{name:<12}[/] {suites.summary(name)}", highlight=False)
+        return
+    for name in names:
+        if name not in suites.NAMES:
+            raise typer.BadParameter(f"no suite is called '{name}'; there are {', '.join(suites.NAMES)}")
+    import torch
+
+    if not torch.cuda.is_available():
+        typer.echo("bench measures a GPU, and torch sees none here", err=True)
+        raise typer.Exit(2)
+    options = {"variant": variant, "head_dim": head_dim, "length": length, "workers": workers}
+    session = Run(out, quick, Budget(budget_s), options)
+    for name in names:
+        suites.load(name)(session)
+    for failure in session.failures:
+        session.console.print(f"[red]FAILED {failure}[/]")
+    if session.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plot(results: Annotated[Path, typer.Option(help="Folder with one folder of JSON files a GPU.")] = RESULTS) -> None:
+    """Draw each GPU's plots beside its JSON files."""
+    from bench.plot import draw_all
+
+    for path in draw_all(results):
+        typer.echo(path)
+
+
+@app.command()
+def readme(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the README is stale.")] = False,
+) -> None:
+    """Write the measured tables into README.md, between their markers."""
+    from bench.readme import README, refresh
+
+    old = README.read_text()
+    new = refresh(old, RESULTS)
+    if check and new != old:
+        typer.echo("README.md does not show the committed results: run `python -m bench readme`", err=True)
+        raise typer.Exit(1)
+    if not check:
+        README.write_text(new)
+
+
+@app.command()
+def tuned(
+    sweep: Annotated[Path, typer.Argument(help="The sweep suite's JSON file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="E.g. schedules/tuned/h100/causal.json.")],
+    any_variant: Annotated[
+        bool, typer.Option(help="Let the rows match every formula, not the swept one only.")
+    ] = False,
+) -> None:
+    """Write a sweep's best schedules as a table that attncc ships."""
+    from bench.record import load
+    from bench.tuned import table, text
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text(table(load(sweep), any_variant=any_variant)))
+
+
+if __name__ == "__main__":
+    app()

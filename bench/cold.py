@@ -1,0 +1,84 @@
+"""A fresh process that compiles one attention and calls it once: `python -m bench.cold attncc|flex` prints seconds.
+
+The clock starts when everything is imported, the GPU context exists and the tensors are there. Both contestants get
+causal attention with a linear bias, forward and backward, at the size of a unit test: what is timed is compilation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+SLOPE = 0.01
+SIZE = (1, 8, 1024, 128)
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def variant() -> Any:
+    """The formula in attncc's language."""
+    import attncc as ac
+
+    return ac.Variant(name="cold", score=lambda score, q_idx, kv_idx: score + SLOPE * (kv_idx - q_idx), mask=ac.causal)
+
+
+def attncc() -> Attend:
+    """attncc, from formula to op."""
+    import attncc as ac
+
+    op: Attend = ac.compile(variant())
+    return op
+
+
+def flex() -> Attend:
+    """FlexAttention, its block mask included."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    length = SIZE[2]
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
+    return lambda q, k, v: compiled(q, k, v, score_mod=lambda s, b, h, i, j: s + SLOPE * (j - i), block_mask=mask)
+
+
+BUILDERS = {"attncc": attncc, "flex": flex}
+#: what a program that uses the contestant has imported anyway
+IMPORTS = {"attncc": ("triton", "attncc"), "flex": ("triton", "torch.nn.attention.flex_attention")}
+
+
+def main(name: str) -> None:
+    """Time one contestant and print its row."""
+    started = time.perf_counter()
+    for module in IMPORTS[name]:
+        import_module(module)
+    imported = time.perf_counter()
+    q, k, v = (torch.randn(SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    grad = torch.randn_like(q)
+    torch.cuda.synchronize()
+
+    start = time.perf_counter()
+    out = BUILDERS[name]()(q, k, v)
+    torch.cuda.synchronize()
+    middle = time.perf_counter()
+    out.backward(grad)
+    torch.cuda.synchronize()
+    end = time.perf_counter()
+    assert all(bool(t.grad.isfinite().all()) for t in (q, k, v) if t.grad is not None)
+    print(
+        json.dumps(
+            {
+                "import_s": imported - started,
+                "forward_s": middle - start,
+                "backward_s": end - middle,
+                "total_s": end - start,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,136 @@
+"""The heart of the speed suites: one case at one shape, checked, then timed beside its peers in the same process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+import attncc as ac
+from bench.case import Case, Shape, Tensors
+from bench.check import against_peer, against_reference
+from bench.ours import brief, schedule_of, tilings
+from bench.peers import Attend, flex, sdpa
+from bench.record import Results
+from bench.run import Run
+from bench.timing import Timing, race
+
+MODES = ("forward", "backward")
+Builder = Callable[[Case, Shape, Tensors], Attend]
+
+
+def standard_peers(case: Case) -> dict[str, Builder]:
+    """FlexAttention and the SDPA backends, as far as they can say what the case says."""
+    peers: dict[str, Builder] = {}
+    if case.flex is not None:
+        peers["flex"] = flex
+    if case.sdpa is not None:
+        peers["fa2"] = lambda case, shape, inputs: sdpa("fa2", case, shape)
+        peers["cudnn"] = lambda case, shape, inputs: sdpa("cudnn", case, shape)
+    return peers
+
+
+def figures(shape: Shape, area: int, mode: str, timing: Timing) -> dict[str, float]:
+    """One contestant's entry in a row."""
+    tflops = shape.flops(area, mode) / timing.ms / 1e9
+    return {"ms": float(f"{timing.ms:.5g}"), "tflops": float(f"{tflops:.4g}"), "spread": round(timing.spread, 4)}
+
+
+def compare(
+    run: Run,
+    results: Results,
+    case: Case,
+    shape: Shape,
+    *,
+    peers: Mapping[str, Builder] | None = None,
+    label: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Check a case, then time forward and backward of attncc and its peers; one row a mode.
+
+    A peer that cannot run the case (unsupported shape, out of memory) gets an "error" entry. Gradients are on in the
+    forward too, as in training. Ratios are of TFLOP/s, so they also hold where a peer's shape had to be smaller.
+    """
+    head = {"case": case.name, **shape.row(), **(label or {})}
+    try:
+        op = ac.compile(case.variant)
+        check = against_reference(op, case, shape)
+        return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check)
+    except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
+        run.fail(results, f"{case.name} {shape}", error, **head)
+        return []
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _timed(
+    results: Results,
+    op: Any,
+    case: Case,
+    shape: Shape,
+    peers: Mapping[str, Builder],
+    head: dict[str, Any],
+    check: dict[str, float],
+) -> list[dict[str, Any]]:
+    q, k, v = shape.tensors()
+    inputs = case.inputs(shape, "cuda")
+    attend: dict[str, Attend] = {"attncc": lambda q, k, v: op(q, k, v, **inputs)}
+    broken: dict[str, str] = {}
+    outs = {"attncc": attend["attncc"](q, k, v)}
+    grad = torch.randn_like(outs["attncc"])
+    for name, build in peers.items():
+        try:
+            attend[name] = build(case, shape, inputs)
+            outs[name] = attend[name](q, k, v)
+            torch.autograd.grad(outs[name], (q, k, v), grad, retain_graph=True)
+        except Exception as error:
+            outs.pop(name, None)
+            broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    errors = {"reference": check}
+    if "flex" in outs:
+        errors["flex"] = against_peer(outs["attncc"], outs["flex"], q, k, v, grad)
+
+    forward = {name: partial(attend[name], q, k, v) for name in outs}
+    backward = {
+        name: partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True) for name, out in outs.items()
+    }
+    area = case.area(shape.m, shape.n)
+    schedule = schedule_of(op, q, k, v, inputs)
+    rows = []
+    for mode, timings in zip(MODES, (race(forward), race(backward)), strict=True):
+        entries: dict[str, dict[str, Any]] = {n: figures(shape, area, mode, t) for n, t in timings.items()}
+        ours = entries.pop("attncc")
+        ratio = {n: round(ours["tflops"] / e["tflops"], 3) for n, e in entries.items()}
+        entries |= {name: {"error": error} for name, error in broken.items()}
+        ours["schedule"] = tilings(schedule, mode)
+        row = {**head, "mode": mode, "area": area, "attncc": ours, "peers": entries, "ratio": ratio, "check": errors}
+        rows.append(results.add(**row))
+    return rows
+
+
+def table(run: Run, title: str, rows: list[dict[str, Any]], sizes: tuple[str, ...] = ("M", "Dqk")) -> None:
+    """Print comparison rows: TFLOP/s of each contestant, and ours over each peer's."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    columns = ["case", *sizes, "mode", "attncc", *names, *(f"/{name}" for name in names), "schedule"]
+
+    def tflops(entry: dict[str, Any] | None) -> str:
+        return "" if entry is None else f"{entry['tflops']:.0f}" if "tflops" in entry else "cannot"
+
+    lines = []
+    for row in rows:
+        ratios = [f"{row['ratio'][name]:.2f}" if name in row["ratio"] else "" for name in names]
+        values = [tflops(row["attncc"]), *(tflops(row["peers"].get(name)) for name in names)]
+        lines.append(
+            [
+                row["case"],
+                *(str(row[s]) for s in sizes),
+                row["mode"],
+                *values,
+                *ratios,
+                brief(row["attncc"]["schedule"]),
+            ]
+        )
+    run.show(title, columns, lines)

@@ -1,0 +1,44 @@
+"""What the bench asks of an attncc op besides calling it: the schedule that it uses, and the other candidates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from attncc.runtime.shapes import bind
+from attncc.schedule.candidates import candidates
+from attncc.schedule.device import device_of
+from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
+from bench.case import Tensors
+
+#: the kernels that a mode's time is spent in
+USED: dict[str, tuple[Kernel, ...]] = {"forward": ("forward",), "backward": ("dkdv", "dq")}
+
+
+def schedule_of(op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Tensors) -> Schedule:
+    """The schedule that a call uses."""
+    bound = bind(op.graph, q, k, v, None, inputs)
+    schedule: Schedule = op.engine.prepare(bound, q.dtype, q.device).schedule
+    return schedule
+
+
+def tilings(schedule: Schedule, mode: str) -> dict[str, Any]:
+    """What a result row says of the schedule: its origin, and the tiling of each kernel that `mode` runs."""
+    return {"origin": schedule.origin, **{kernel: schedule.of(kernel).to_json() for kernel in USED[mode]}}
+
+
+def brief(tiled: dict[str, Any]) -> str:
+    """`tilings` for a table: 128x64/w8/s3, one a kernel."""
+    kernels = [each for name, each in tiled.items() if name != "origin"]
+    parts = [f"{ks['block_m']}x{ks['block_n']}/w{ks['num_warps']}/s{ks['num_stages']}" for ks in kernels]
+    return f"{' '.join(parts)} {tiled['origin']}"
+
+
+def every_candidate(
+    op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Tensors
+) -> dict[Kernel, list[KernelSchedule]]:
+    """Every candidate of each kernel for a call."""
+    bound = bind(op.graph, q, k, v, None, inputs)
+    problem = op.engine.problem(bound.sizes, q.dtype, bound.scalars)
+    return {kernel: list(candidates(kernel, problem, device_of(q.device))) for kernel in KERNELS}

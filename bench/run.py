@@ -1,0 +1,65 @@
+"""One run of the bench: where results go, how much time is left, and the rows as they appear on the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.record import RESULTS, Results, environment, slug
+from bench.timing import Budget
+
+
+@dataclass
+class Run:
+    """What every suite gets. `quick` asks for the first few cases only, as a trial of the machine."""
+
+    out: Path | None = None
+    quick: bool = False
+    budget: Budget = field(default_factory=lambda: Budget(math.inf))
+    options: dict[str, Any] = field(default_factory=dict)
+    console: Console = field(default_factory=lambda: Console(width=150))
+    failures: list[str] = field(default_factory=list)
+
+    def results(self, suite: str) -> Results:
+        """A fresh result file of `suite`: under `out`, else among the committed results of this GPU."""
+        meta = environment()
+        folder = self.out if self.out is not None else RESULTS / slug(meta["gpu"])
+        results = Results(suite, folder / f"{suite}.json", self.quick, meta)
+        results.write()
+        return results
+
+    def take(self, items: list[Any], quick: int) -> list[Any]:
+        """`items`, or the first `quick` of them in a quick run."""
+        return items[:quick] if self.quick else items
+
+    def out_of_time(self, results: Results, remaining: str) -> bool:
+        """Whether the budget is spent; then the file says so, with what was left to do."""
+        if not self.budget.spent():
+            return False
+        results.note("stopped", f"time budget of {self.budget.seconds:.0f} s spent before {remaining}")
+        self.console.print(f"[yellow]{results.suite}: {results.meta['stopped']}[/]")
+        return True
+
+    def fail(self, results: Results, label: str, error: Exception, **row: Any) -> None:
+        """Put a failed case into the results, without a time, and let the run end with a non-zero code."""
+        results.add(**row, error=f"{type(error).__name__}: {error}")
+        self.failures.append(f"{results.suite}: {label}: {error}")
+        self.console.print(f"[red]{label}: {type(error).__name__}: {error}[/]")
+
+    def show(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+        """A table; the first column is left-aligned, the others right-aligned."""
+        table = Table(title=title, title_justify="left")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+
+Suite = Callable[[Run], None]

@@ -1,0 +1,81 @@
+"""Every shipped variant at S=4096 beside our own causal: what a formula costs over plain causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+import attncc as ac
+from bench import area
+from bench.case import Case, Shape, Tensors
+from bench.compare import compare, table
+from bench.dense_cases import CAUSAL, DOCUMENT
+from bench.run import Run
+
+SHAPE = Shape(b=4, h=16, m=4096, d=128)
+PREFIX = 1024
+#: entries of a table whose size no sequence fixes (T5's buckets)
+FREE = 32
+
+#: the exact mask area of the variants that are not causal
+AREAS: dict[str, Callable[[int, int], int]] = {
+    **dict.fromkeys(("full", "t5_bias", "dense_bias", "relu", "relu2", "taylor"), area.full),
+    "sliding_window": lambda m, n: area.window(m, n, 1024),
+    "flash_window": lambda m, n: area.window(m, n, 1025),
+    "gemma2_local": lambda m, n: area.window(m, n, 4096),
+    "prefix_lm": lambda m, n: area.prefix(m, n, PREFIX),
+    "document": lambda m, n: area.documents([DOCUMENT] * (n // DOCUMENT) + [n % DOCUMENT]),
+}
+
+
+def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
+    """Values for every tensor that a shipped variant declares: its default, else fresh ones by its index pattern."""
+    sizes = {"b": shape.b, "h": shape.h, "h_kv": shape.hkv, "q_idx": shape.m, "kv_idx": shape.n}
+    made: Tensors = {}
+    for decl in variant.graph.inputs:
+        size = [sizes.get(dim, FREE) for dim in decl.pattern]
+        if decl.default is not None:
+            made[decl.name] = torch.as_tensor(decl.default(sizes), dtype=torch.float32, device=device)
+        elif decl.dtype == "int" and decl.pattern == ("b", "kv_idx"):
+            made[decl.name] = (torch.arange(shape.n, device=device, dtype=torch.int32) // DOCUMENT).expand(size).clone()
+        elif decl.dtype == "int":
+            made[decl.name] = torch.full(size, PREFIX, device=device, dtype=torch.int32)
+        elif "kv_idx" in decl.pattern:  # one bias for all sequences, as models have it
+            shared = [1 if dim == "b" else extent for dim, extent in zip(decl.pattern, size, strict=True)]
+            made[decl.name] = torch.randn(shared, device=device, dtype=shape.dtype)
+        else:
+            made[decl.name] = torch.rand(size, device=device) + 0.5  # positive: temperatures are among them
+    return made
+
+
+def case(name: str) -> Case:
+    """A shipped variant as a case without peers."""
+    variant = ac.variants.get(name)
+    wanted = tuple(decl.name for decl in variant.graph.inputs if decl.grad)
+    return Case(
+        name,
+        variant,
+        AREAS.get(name, area.causal),
+        inputs=lambda shape, device: inputs(variant, shape, device),
+        differentiable=wanted,
+    )
+
+
+def suite(run: Run) -> None:
+    """Run the suite."""
+    results = run.results("variants")
+    causal = {row["mode"]: row for row in compare(run, results, replace(CAUSAL, name="our causal"), SHAPE, peers={})}
+    shown = list(causal.values())
+    for name in run.take(list(ac.variants.names()), quick=3):
+        if run.out_of_time(results, name):
+            break
+        rows = compare(run, results, case(name), SHAPE, peers={})
+        for row in rows if causal else []:
+            own = {key: causal[row["mode"]]["attncc"][key] for key in ("ms", "tflops", "spread")}
+            row["peers"] = {"our causal": own}
+            row["ratio"] = {"our causal": round(row["attncc"]["tflops"] / own["tflops"], 3)}
+        results.write()
+        shown += rows
+    table(run, f"variants, TFLOP/s, {results.meta['gpu']}", shown, sizes=())
