@@ -12,7 +12,8 @@ from attncc.schedule.problem import Kernel, KernelSchedule, Problem
 from attncc.schedule.registers import registers
 
 BLOCKS = (16, 32, 64, 128)
-WARPS = (1, 2, 4, 8)
+WARPS = (4, 8)
+FEW_WARPS = (1, 2)
 STAGES = {"cuda": (2, 3, 4), "hip": (1, 2)}
 # Pairs of a tile for each warp: fewer leave lanes without work, more cannot stay in registers.
 PAIRS_A_WARP = (256, 4096)
@@ -30,22 +31,25 @@ def candidates(kernel: Kernel, problem: Problem, device: Device) -> tuple[Kernel
         return (_interpreted(problem),)
     usual = tuple(
         ks
-        for ks in _tilings(kernel, problem, device, STAGES[device.backend])
+        for ks in _tilings(problem, device, WARPS, STAGES[device.backend])
         if _fits_memory(kernel, ks, problem, device)
         and registers(kernel, ks, problem, device) <= SPILL_TOLERANCE * device.regs_per_thread_max
     )
     if usual:
         return usual
-    small = [ks for ks in _tilings(kernel, problem, device, (1, 2)) if _fits_memory(kernel, ks, problem, device)]
+    all_sizes = _tilings(problem, device, (*FEW_WARPS, *WARPS), (1, 2))
+    small = [ks for ks in all_sizes if _fits_memory(kernel, ks, problem, device)]
     if small:
         return (min(small, key=lambda ks: (registers(kernel, ks, problem, device), -ks.block_m * ks.block_n)),)
     raise _too_large(kernel, problem, device)
 
 
-def _tilings(kernel: Kernel, problem: Problem, device: Device, stages: tuple[int, ...]) -> Iterator[KernelSchedule]:
+def _tilings(
+    problem: Problem, device: Device, warps: tuple[int, ...], stages: tuple[int, ...]
+) -> Iterator[KernelSchedule]:
     """All combinations of sizes in which every warp has work and no block is far longer than its sequence."""
     low, high = PAIRS_A_WARP
-    for block_m, block_n, num_warps, num_stages in product(BLOCKS, BLOCKS, WARPS, stages):
+    for block_m, block_n, num_warps, num_stages in product(BLOCKS, BLOCKS, warps, stages):
         if block_m > _covering(problem.q_len) or block_n > _covering(problem.kv_len):
             continue
         if low <= block_m * block_n / num_warps <= high * device.warp_size / 32:

@@ -22,7 +22,8 @@ Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
 SMEM_BYTES_PER_CLK = 128
 # What an SM gets from the level-two cache when all of them read.
 L2_BYTES_PER_CLK_SM = 32
-# Clocks from a load to its data. A pipeline of n stages hides all but 4^(1-n) of it.
+# Clocks from a load to its data. A pipeline of n stages hides all but 4^(1-n) of it; that of an asynchronous matmul,
+# which holds one tile more, all but half of that.
 LOAD_LATENCY = 800
 # Clocks of a tile in which a warp issues no work: waits of a matmul for its operands and for its result.
 MATMUL_GAP = 60
@@ -81,7 +82,8 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     warps_per_scheduler = max(ks.num_warps * resident / SCHEDULERS, 1.0)
     compute = (clocks.tensor, clocks.sfu, clocks.alu)
     in_turn = max(compute) + (sum(compute) - max(compute) + clocks.gaps) / warps_per_scheduler
-    waiting = LOAD_LATENCY * 0.25 ** (ks.num_stages - 1) / resident
+    ahead = ks.num_stages - 1 + 0.5 * (instruction(kernel, ks, problem, device) in ("wgmma", "tcgen05"))
+    waiting = LOAD_LATENCY * 0.25**ahead / resident
     start = PROGRAM_OVERHEAD * ceil(waves) / clocks_per_us
     launch = device.launch_us + start
     busy = (in_turn**OVERLAP + clocks.memory**OVERLAP) ** (1 / OVERLAP)
@@ -100,9 +102,14 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
 
 
 def ranked(kernel: Kernel, problem: Problem, device: Device) -> tuple[tuple[KernelSchedule, Prediction], ...]:
-    """Every candidate with its prediction, the fastest first; ScheduleError if nothing fits."""
+    """Every candidate with its prediction, the fastest first; ScheduleError if nothing fits.
+
+    Candidates that are expected to spill come last: how much that costs cannot be told from outside the compiler.
+    """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device)]
-    return tuple(sorted(found, key=lambda entry: entry[1].us))
+    return tuple(
+        sorted(found, key=lambda entry: (spilled_registers(kernel, entry[0], problem, device) > 0, entry[1].us))
+    )
 
 
 def _programs(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:

@@ -15,7 +15,7 @@ BASE = 40
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
 # For each 16 bytes of a streamed tile that a thread copies: pointers and offsets.
-COPY = {"forward": 4, "dkdv": 3, "dq": 4, "pair": 4}
+COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 # Operations of a pair, in those of a plain softmax, that can be done in place; each of the rest keeps a part of a tile.
 IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
