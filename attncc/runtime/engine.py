@@ -125,7 +125,9 @@ class Engine:
         schedule = self._fixed or choose(problem, target, self._cache)
         interpreted = device.type == "cpu"
         module = self.module(bound.sizes["d_qk"], bound.sizes["d_v"], interpreted)
-        return Prepared(module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted)
+        return Prepared(
+            module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
+        )
 
     def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """out, then the stored row statistics in the plan's order."""
@@ -134,7 +136,14 @@ class Engine:
             return cast(
                 tuple[Tensor, ...],
                 prepared.module.forward(
-                    q, k, v, *bound.tensors.values(), *bound.scalars.values(), bound.scale, prepared.meta, prepared.options
+                    q,
+                    k,
+                    v,
+                    *bound.tensors.values(),
+                    *bound.scalars.values(),
+                    bound.scale,
+                    prepared.meta,
+                    prepared.options,
                 ),
             )
 

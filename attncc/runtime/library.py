@@ -23,7 +23,9 @@ def register(key: str, engine: Engine) -> str:
     return key
 
 
-def _bound(engine: Engine, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float) -> Bound:
+def _bound(
+    engine: Engine, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float
+) -> Bound:
     graph = engine.graph
     numbers = {s.name: int(x) if s.is_int else x for s, x in zip(graph.scalars, scalars, strict=True)}
     named: dict[str, Any] = dict(zip((d.name for d in graph.inputs), (i.detach() for i in inputs), strict=True))
@@ -48,7 +50,9 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float, key: str) -> list[Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float, key: str
+) -> list[Tensor]:
     stored = _engines[key].plan.stored
     rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in stored]
     return [_like(q, v.shape[3]), *rows]
@@ -89,7 +93,9 @@ def _(
     key: str,
 ) -> list[Tensor]:
     decls = _engines[key].graph.inputs
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x, d in zip(inputs, decls, strict=True) if d.grad]
+    grads = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x, d in zip(inputs, decls, strict=True) if d.grad
+    ]
     return [_like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), *grads]
 
 

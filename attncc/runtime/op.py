@@ -94,7 +94,9 @@ class AttentionOp:
         """The registered operator, for `torch.library.opcheck`."""
         return torch.ops.attncc.forward.default
 
-    def torch_args(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Any) -> tuple[Any, ...]:
+    def torch_args(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Any
+    ) -> tuple[Any, ...]:
         """The arguments with which a call reaches the registered operator."""
         bound = bind(self.graph, q, k, v, scale, inputs)
         scalars = [float(x) for x in bound.scalars.values()]

@@ -7,16 +7,19 @@ formula does elsewhere (log of a negative distance, an infinite bias) can reach 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
-from attncc.errors import UnsupportedError
+from attncc import variants
+from attncc.errors import InputError, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import LOOP_DIMS, InputDecl, Stage, VariantGraph
 from attncc.ir.text import formula
+from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.shapes import REFERENCE_DTYPES, Bound, bind, output_names
@@ -24,8 +27,19 @@ from attncc.runtime.shapes import REFERENCE_DTYPES, Bound, bind, output_names
 _BY_KEY = {s.name for s in (sym.KV_IDX, sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)}
 
 
+def graph_of(variant: Variant | VariantGraph | str | Path) -> VariantGraph:
+    """The graph of a Variant, of a shipped name, or of a TOML file. Raises InputError for anything else."""
+    if isinstance(variant, VariantGraph):
+        return variant
+    if isinstance(variant, str | Path):
+        variant = load_toml(variant) if str(variant).endswith(".toml") else variants.get(str(variant))
+    if not isinstance(variant, Variant):
+        raise InputError(f"{type(variant).__name__} is no variant", remedy="pass an ac.Variant, a name, or a TOML file")
+    return variant.graph
+
+
 def reference(
-    variant: Variant | VariantGraph,
+    variant: Variant | VariantGraph | str | Path,
     /,
     q: Tensor,
     k: Tensor,
@@ -37,11 +51,12 @@ def reference(
 ) -> Any:
     """The variant's outputs in float64, with autograd to q, k, v and every float input: a tensor, or a tuple of them.
 
+    `variant` may also be a shipped name or the path of a TOML file.
     q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) of any float dtype; `out` is (B, Hq, M, Dv), `lse` is
     (B, Hq, M). A row that sees no key gives 0, lse = -inf, and zero gradients. Raises InputError for tensors that do
     not fit, UnsupportedError for the lse of a normalizer that has none.
     """
-    graph = variant.graph if isinstance(variant, Variant) else variant
+    graph = graph_of(variant)
     names = output_names(outputs)
     bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
     run = Dense(graph, q.double(), k.double(), v.double(), bound, torch.float64)

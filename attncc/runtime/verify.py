@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
-from attncc.runtime.reference import Dense, log_denominator, reference
+from attncc.runtime.reference import Dense, graph_of, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import REFERENCE_DTYPES, bind, output_names
 
@@ -94,7 +95,7 @@ def _rms(x: Tensor) -> float:
 
 
 def eager(
-    variant: Variant | VariantGraph,
+    variant: Variant | VariantGraph | str | Path,
     /,
     q: Tensor,
     k: Tensor,
@@ -105,7 +106,7 @@ def eager(
     **inputs: Any,
 ) -> Any:
     """The reference's own steps in the dtype of q, k, v, with index arithmetic in float32: what plain PyTorch gives."""
-    graph = variant.graph if isinstance(variant, Variant) else variant
+    graph = graph_of(variant)
     bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
     run = Dense(graph, q, k, v, bound, torch.promote_types(q.dtype, torch.float32))
     results = tuple(getattr(run, name)() for name in output_names(outputs))

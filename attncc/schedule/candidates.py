@@ -9,14 +9,14 @@ from attncc.errors import ScheduleError
 from attncc.schedule.device import Device
 from attncc.schedule.memory import buffers, shared_memory, tensor_memory
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem
-from attncc.schedule.registers import registers
+from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 BLOCKS = (16, 32, 64, 128)
 WARPS = (4, 8)
 FEW_WARPS = (1, 2)
 STAGES = {"cuda": (2, 3, 4), "hip": (1, 2)}
 # Pairs of a tile for each warp: fewer leave lanes without work, more cannot stay in registers.
-PAIRS_A_WARP = (256, 4096)
+PAIRS_A_WARP = (64, 4096)
 # A few spilled registers cost less than a smaller tile may: the cost model weighs them.
 SPILL_TOLERANCE = 1.15
 
@@ -33,14 +33,14 @@ def candidates(kernel: Kernel, problem: Problem, device: Device) -> tuple[Kernel
         ks
         for ks in _tilings(problem, device, WARPS, STAGES[device.backend])
         if _fits_memory(kernel, ks, problem, device)
-        and registers(kernel, ks, problem, device) <= SPILL_TOLERANCE * device.regs_per_thread_max
+        and registers(kernel, ks, problem, device) <= SPILL_TOLERANCE * register_limit(ks, device)
     )
     if usual:
         return usual
     all_sizes = _tilings(problem, device, (*FEW_WARPS, *WARPS), (1, 2))
     small = [ks for ks in all_sizes if _fits_memory(kernel, ks, problem, device)]
     if small:
-        return (min(small, key=lambda ks: (registers(kernel, ks, problem, device), -ks.block_m * ks.block_n)),)
+        return (min(small, key=lambda ks: (spilled_registers(kernel, ks, problem, device), -ks.block_m * ks.block_n)),)
     raise _too_large(kernel, problem, device)
 
 

@@ -15,7 +15,7 @@ from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling
 from attncc.schedule.problem import Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
-from attncc.schedule.registers import registers, spilled_registers
+from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
 
@@ -124,7 +124,7 @@ def _programs_per_sm(kernel: Kernel, ks: KernelSchedule, problem: Problem, devic
     """How many programs of this tiling an SM holds at once, by shared memory, registers and threads."""
     threads = ks.num_warps * device.warp_size
     by_memory = device.smem_per_sm // (shared_memory(kernel, ks, problem, device) + RESERVED_BYTES)
-    wanted = min(registers(kernel, ks, problem, device), device.regs_per_thread_max)
+    wanted = min(registers(kernel, ks, problem, device), register_limit(ks, device))
     by_registers = int(device.regs_per_sm // (wanted * threads))
     return max(1, min(by_memory, by_registers, MAX_THREADS_PER_SM // threads))
 

@@ -142,7 +142,9 @@ class KernelSchedule:
         return cls(**data)
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+        warps = "1 warp" if self.num_warps == 1 else f"{self.num_warps} warps"
+        stages = "1 stage" if self.num_stages == 1 else f"{self.num_stages} stages"
+        return f"{self.block_m}x{self.block_n}, {warps}, {stages}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ allowances that were fitted to what ptxas reports for the kernels of `templates/
 from __future__ import annotations
 
 from attncc.schedule.device import Device
-from attncc.schedule.memory import instruction, tiling
+from attncc.schedule.memory import Tiling, instruction, tiling
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
 # Loop counters, bases, strides, bounds and row statistics.
@@ -21,37 +21,64 @@ IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
 STAGE = {"forward": 0, "dkdv": 32, "dq": 0, "pair": 32}
-# Where operands pass through registers (all but wgmma and tcgen05).
+# The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
+OUTER_LOOP = 96
+# Where operands pass through registers on their way to a warp's own matmul.
 OPERANDS = 32
 
 
+# AMD loads operands into registers a whole tile at a time, and a pipelined loop holds the next ones, too.
+MFMA_BASE = 100
+MFMA_PIPELINED = {"forward": 1.0, "dkdv": 4.2, "dq": 1.5, "pair": 4.2}
+MFMA_ROWS = 32
+
+
 def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
-    """32-bit registers that a thread of `kernel` would like to have; what exceeds the device's limit is spilled."""
+    """32-bit registers that a thread of `kernel` would like to have; what exceeds `register_limit` is spilled."""
     tiles = tiling(kernel, ks, problem)
     op = instruction(kernel, ks, problem, device)
     threads = ks.num_warps * device.warp_size
     pairs = tiles.rows * tiles.cols
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     columns = {"forward": v, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel]
-    score_tiles = 1 if kernel == "forward" else 2
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, 1.0)
-    wanted = BASE + STAGE[kernel] * max(ks.num_stages - 2, 0) + (score_tiles + temporaries) * pairs / threads
+    scores = ((1 if kernel == "forward" else 2) + temporaries) * pairs / threads
+    accumulator = tiles.rows * columns / threads
+    if op == "mfma":
+        return round(MFMA_BASE + scores + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
+    wanted = BASE + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores
+    if kernel == "dkdv" and problem.group > 1:
+        wanted += OUTER_LOOP
     if op == "tcgen05":  # the accumulators are in tensor memory; one is rescaled at a time
         wanted += tiles.rows * v / threads if kernel == "forward" else 0
     else:
-        wanted += (RESCALED if kernel == "forward" else 1.0) * tiles.rows * columns / threads
+        wanted += (RESCALED if kernel == "forward" else 1.0) * accumulator
     wanted += sum(COPY[kernel] * tile.rows * tile.dim * problem.dtype_bytes / 16 / threads for tile in tiles.streamed)
     if op == "fma":
         # Each thread computes a small square of the result, and holds its operands along the head dimension.
         side = (pairs / threads) ** 0.5
         wanted += 2 * side * tiles.chunk / 3
-    elif op in ("mma", "mfma"):
+    elif op == "mma":
         wanted += OPERANDS
     return round(wanted)
 
 
+def register_limit(ks: KernelSchedule, device: Device) -> int:
+    """Registers that a thread can have: the instruction set's limit, or its share of the SM's."""
+    return min(device.regs_per_thread_max, device.regs_per_sm // (ks.num_warps * device.warp_size))
+
+
 def spilled_registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """How many of the wanted registers a thread does not get."""
-    return max(registers(kernel, ks, problem, device) - device.regs_per_thread_max, 0)
+    return max(registers(kernel, ks, problem, device) - register_limit(ks, device), 0)
+
+
+def _mfma_operands(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> float:
+    """Registers of a thread that hold operands: its rows of the resident tiles, and streamed tiles as a whole."""
+    rows = max(MFMA_ROWS, tiles.rows / ks.num_warps)
+    resident = sum(rows * tile.dim for tile in tiles.resident)
+    streamed = sum(tile.rows * tile.dim for tile in tiles.streamed)
+    held = resident + streamed * (MFMA_PIPELINED[kernel] if ks.num_stages > 1 else 1.0)
+    return held * problem.dtype_bytes / 4 / device.warp_size

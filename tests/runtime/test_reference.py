@@ -328,6 +328,16 @@ def test_any_float_dtype_is_computed_in_float64():
     assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.bfloat16
 
 
+def test_names_and_files_are_variants_too(tmp_path):
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    (tmp_path / "mine.toml").write_text("[stages]\nmask = 'causal'\n")
+    expected = ac.reference(ac.Variant(mask=ac.causal), q, k, v)
+    for variant in ("causal", tmp_path / "mine.toml", str(tmp_path / "mine.toml"), ac.Variant(mask=ac.causal).graph):
+        assert torch.equal(ac.reference(variant, q, k, v), expected)
+    with pytest.raises(InputError, match="function is no variant"):
+        ac.reference(lambda q_idx: q_idx, q, k, v)
+
+
 def test_lse_of_other_denominators():
     q, k, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3))
     s = q @ k.mT

@@ -94,6 +94,12 @@ def test_plain_pytorch_in_float32_passes(name):
     assert {row.check.name for row in rows} >= {"out", "dq", "dk", "dv", *(f"d{d.name}" for d in variant.graph.inputs)}
 
 
+def test_a_compiled_kernel_passes():
+    rows = verify_variant(ac.variants.get("alibi"), shapes=[Shape(1, 4, 2, 19, 23, 16, 24, strided=True)])
+    assert [row.check.name for row in rows] == ["out", "lse", "dq", "dk", "dv", "dslopes"]
+    assert all(row.ok for row in rows), rows
+
+
 def wrong_mask(q, k, v, **options):
     return eager(
         ac.Variant(mask=lambda q_idx, kv_idx, q_len, kv_len: kv_idx < q_idx + kv_len - q_len), q, k, v, **options

@@ -1,0 +1,166 @@
+"""Compile generated kernels for any GPU on any machine, and read what they cost: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attncc.errors import UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.schedule.device import Device
+from attncc.schedule.problem import Dtype, Precision, Schedule
+
+_TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+_ROWS = 16  # strides of real tensors are multiples of 16 elements, and Triton compiles for that
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One kernel for one target. registers a thread; spills and shared in bytes (a thread's, a block's)."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    ptx: str
+    binary: bytes
+    kind: str  # "ptx" and cubin, or "amdgcn" and hsaco
+
+
+def gpu_target(device: Device) -> GPUTarget:
+    """Triton's name of a device."""
+    arch: int | str = int(device.target.removeprefix("sm_")) if device.backend == "cuda" else device.target
+    return GPUTarget(device.backend, arch, device.warp_size)
+
+
+def kernel_names(module: ModuleType) -> tuple[str, ...]:
+    """The kernels of a generated module, in the order of its text."""
+    return tuple(name for name in vars(module) if name.endswith("_kernel"))
+
+
+def cross_compile(
+    module: ModuleType,
+    graph: VariantGraph,
+    schedule: Schedule,
+    device: Device,
+    dtype: Dtype,
+    precision: Precision = "ieee",
+    only: tuple[str, ...] | None = None,
+    group: int = 1,
+) -> dict[str, CompiledKernel]:
+    """Compile a generated module's kernels for `device`; `group` query heads share a key head. No GPU is needed, nor used."""
+    compiled = {}
+    for name in kernel_names(module):
+        if only is None or name in only:
+            compiled[name] = _compile(getattr(module, name), name, graph, schedule, device, dtype, precision, group)
+    return compiled
+
+
+def _compile(
+    kernel: Any,
+    name: str,
+    graph: VariantGraph,
+    schedule: Schedule,
+    device: Device,
+    dtype: Dtype,
+    precision: Precision,
+    group: int,
+) -> CompiledKernel:
+    tiling = _tiling(name, schedule)
+    fast = dtype != "fp32" and device.backend == "cuda"
+    constants: dict[str, Any] = {
+        "BLOCK_M": tiling.block_m if name != "delta_kernel" else 32,
+        "BLOCK_N": tiling.block_n,
+        "BLOCK": tiling.block_n,
+        "DOT": _TYPES[dtype],
+        "PRECISION": precision if dtype == "fp32" else "ieee",
+        "FAST_MATH": fast,
+        "WIDE": False,
+        "HAS_DLSE": False,
+        "KEEP_B": True,
+        "KEEP_H": True,
+        "GROUP": group,
+    }
+    signature: dict[str, str] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    inputs = {d.name.upper() + "_PTR": d for d in graph.inputs}
+    scalars = {s.name: "i32" if s.is_int else "fp32" for s in graph.scalars}
+    for i, parameter in enumerate(kernel.params):
+        p = parameter.name
+        if parameter.is_constexpr:
+            signature[p] = "constexpr"
+            values[(i,)] = constants[p]
+        elif p in scalars:
+            signature[p] = scalars[p]
+        elif p == "scale":
+            signature[p] = "fp32"
+        elif p.endswith("_PTR") or p.startswith("SUMMARY_"):
+            signature[p] = "*" + _pointer(p, inputs, dtype)
+            attributes[(i,)] = [["tt.divisibility", _ROWS]]
+        else:
+            signature[p] = "i32"
+            if p.startswith("stride_"):
+                attributes[(i,)] = [["tt.divisibility", _ROWS]]
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    try:
+        result = triton.compile(source, target=gpu_target(device), options=options)
+    except Exception as error:
+        raise UnsupportedError(f"{name} does not compile for {device.target}: {error}") from error
+    return _resources(name, result, device)
+
+
+def _tiling(name: str, schedule: Schedule) -> Any:
+    for kernel in ("forward", "dkdv", "dq"):
+        if name == f"{kernel}_kernel":
+            return schedule.of(kernel)  # type: ignore[arg-type]
+    if name == "delta_kernel" or name.startswith("summary_"):
+        return schedule.forward
+    return schedule.pair or schedule.dq
+
+
+def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
+    if name in inputs:
+        return "i32" if inputs[name].dtype == "int" else "fp32"
+    if name.startswith("SUMMARY_") or name in ("MIN_PTR", "MAX_PTR"):
+        return "i32"
+    if name in ("Q_PTR", "K_PTR", "V_PTR", "OUT_PTR", "DOUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR"):
+        return dtype
+    return "fp32"
+
+
+def _resources(name: str, result: Any, device: Device) -> CompiledKernel:
+    shared = int(result.metadata.shared)
+    if device.backend == "hip":
+        text = result.asm["amdgcn"]
+        registers = _number(r"\.vgpr_count:\s*(\d+)", text)
+        spills = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text)
+        return CompiledKernel(name, registers, spills, shared, text, result.asm["hsaco"], "amdgcn")
+    registers, spills = _cubin_usage(result.asm["cubin"])
+    return CompiledKernel(name, registers, spills, shared, result.asm["ptx"], result.asm["cubin"], "ptx")
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack a thread) as the assembler recorded them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return _number(r"REG:(\d+)", usage.stdout), _number(r"STACK:(\d+)", usage.stdout)
