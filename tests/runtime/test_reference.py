@@ -1,4 +1,4 @@
-"""The reference against formulas written by hand, against PyTorch's own attention, and against its finite differences."""
+"""The reference against formulas written by hand, PyTorch's own attention, and its own finite differences."""
 
 from __future__ import annotations
 
