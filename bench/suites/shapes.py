@@ -20,7 +20,7 @@ SHAPES = (
     ("d192/128", Shape(b=4, h=16, m=S, d=192, dv=128)),
     ("d256", Shape(b=4, h=8, m=S, d=256)),
     ("gqa 32/8", Shape(b=2, h=32, hkv=8, m=S, d=128)),
-    ("mqa 32/1", Shape(b=2, h=32, hkv=1, m=S, d=128)),
+    ("mqa 16/1", Shape(b=8, h=16, hkv=1, m=2048, d=128)),
     ("odd length", Shape(b=4, h=16, m=S - 1, d=128)),
     ("fp16", Shape(b=4, h=16, m=S, d=128, dtype=torch.float16)),
 )
