@@ -137,7 +137,7 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
     """How many times each streamed tile is held.
 
     Loads run `stages - 1` tiles ahead, or one more where the matmul, being asynchronous, still reads its operands from
-    shared memory; one more again on Blackwell for a tile that two matmuls read, or that comes in chunks.
+    shared memory; one more again on Blackwell for a tile that two matmuls read, and backward for one in chunks.
     """
     count = len(tiles.streamed)
     twice = {"forward": (), "dkdv": ("q", "do"), "dq": ("k",), "pair": ()}[kernel]  # read by two matmuls
@@ -158,7 +158,7 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
         return (1.0,) * count
     if in_both_orders and twice:
         return tuple(2.0 if tile.name in twice else float(stages) for tile in tiles.streamed)
-    chunked = len(head_chunks(problem.d_qk)) > 1 or len(head_chunks(problem.d_v)) > 1
+    chunked = kernel != "forward" and max(len(head_chunks(problem.d_qk)), len(head_chunks(problem.d_v))) > 1
     ahead = {"wgmma": stages, "tcgen05": stages + chunked}.get(op, stages - 1)
     return tuple(float(ahead + (op == "tcgen05" and tile.name in twice)) for tile in tiles.streamed)
 

@@ -14,6 +14,9 @@ from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 BASE = 40
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
+# An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too.
+WRITTEN = 0.75
+TENSOR_MEMORY = 16
 # For each 16 bytes of a streamed tile that a thread copies: pointers and offsets.
 COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 # Operations of a pair, in those of a plain softmax, that can be done in place; each of the rest keeps a part of a tile.
@@ -51,8 +54,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     wanted = BASE + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores
     if kernel == "dkdv" and problem.group > 1:
         wanted += OUTER_LOOP
-    if op == "tcgen05":  # the accumulators are in tensor memory; one is rescaled at a time
-        wanted += tiles.rows * v / threads if kernel == "forward" else 0
+    if op == "tcgen05":
+        wanted += TENSOR_MEMORY + (RESCALED if kernel == "forward" else WRITTEN) * accumulator
     else:
         wanted += (RESCALED if kernel == "forward" else 1.0) * accumulator
     wanted += sum(COPY[kernel] * tile.rows * tile.dim * problem.dtype_bytes / 16 / threads for tile in tiles.streamed)
