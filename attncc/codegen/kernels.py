@@ -102,14 +102,14 @@ def forward_slots(plan: Plan) -> dict[str, Any]:
     lowering.count([folded.score, plan.graph["mask"].expr, *operands, *terms])
     _prefer_shared(lowering, terms)
     bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len")
-    score = lowering.emit(folded.score, Level.PAIR)
+    score = lowering.tile(folded.score)
     visible = _visible(lowering, plan.graph["mask"].expr, [_edge("kv_idx", True)])
     score_lines = _take(lowering)
     max_lines = []
     for number, ((m, _), operand) in enumerate(zip(online.maxes, operands, strict=True)):
         # unit is positive, so it can multiply the row's maximum and not every pair
         by_unit = operand == scaled and folded.unit != 1
-        text = "s" if operand == scaled else lowering.emit(operand, Level.PAIR)
+        text = "s" if operand == scaled else lowering.tile(operand)
         unit = f" * {lowering.hoisted(folded.unit)}" if by_unit else ""
         max_lines += _take(lowering)
         if not vanishes:
@@ -234,7 +234,7 @@ def _pair_slots(
     mask = plan.graph["mask"].expr
     lowering.count([folded.score, mask, weight, *([dqk] if with_dqk else []), *dreads])
     bounds = bound_lines(tile, lowering, block, inside)
-    score = lowering.emit(folded.score, Level.PAIR)
+    score = lowering.tile(folded.score)
     visible = _visible(lowering, mask, edges)
     score_lines = _take(lowering)
     lowering.assign("p", weight, Level.PAIR)

@@ -90,12 +90,17 @@ class Lowering:
 
     def assign(self, name: str, expr: Any, at: Level) -> None:
         """A statement `name = expr` in the body, and from then on `name` stands for the expression."""
-        if expr in self._memo:
-            text = self._raise(*self._memo[expr], at)
-        else:
-            text = self._raise(self._text(expr, self.level_of(expr)), self.level_of(expr), at)
-        self.body.append(f"{name} = {_unwrap(text)}")
+        text, own = self._memo.get(expr) or (self._text(expr, self.level_of(expr)), self.level_of(expr))
+        self.body.append(f"{name} = {_unwrap(self._tile(text, own, at))}")
         self._memo[expr] = (name, at)
+
+    def tile(self, expr: Any) -> str:
+        """The text of an expression as a whole tile, also where it is the same for every pair."""
+        return self._tile(*self._visit(expr), Level.PAIR)
+
+    def _tile(self, text: str, own: Level, at: Level) -> str:
+        raised = self._raise(text, own, at)
+        return f"tl.zeros_like(qk) + {raised}" if at == Level.PAIR and own != Level.PAIR else raised
 
     def hoisted(self, expr: Any) -> str:
         """The text of a value that loops must not compute again: a name, or a number."""

@@ -174,11 +174,9 @@ def _running(
 
 
 def exponent(term: sympy.Expr) -> sympy.Expr | None:
-    """The exponent of the exp factor of a product, expanded; None if there is none that varies by key."""
-    for f in sympy.Mul.make_args(term):
-        if isinstance(f, sympy.exp) and varies_by_key(f):
-            return sympy.expand(f.args[0])
-    return None
+    """The sum of the exponents of a product's exp factors that vary by key, expanded; None if there is no such factor."""
+    found = [f.args[0] for f in sympy.Mul.make_args(term) if isinstance(f, sympy.exp) and varies_by_key(f)]
+    return sympy.expand(sympy.Add(*found)) if found else None
 
 
 def _shift(pair: sympy.Expr) -> sympy.Expr | None:

@@ -19,10 +19,12 @@ from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.codegen.render import render
+from attncc.codegen.standalone import schedule_meta
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.runtime import interpreter
-from attncc.runtime.shapes import Bound
+from attncc.runtime.replay import Recording, key_of, recorder, usable
+from attncc.runtime.shapes import Bound, bind
 from attncc.schedule.cache import Cache
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
@@ -34,16 +36,6 @@ _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
     torch.bfloat16: ("bf16", tl.bfloat16),
     torch.float32: ("fp32", tl.float32),
 }
-
-
-def launch_meta(schedule: KernelSchedule) -> dict[str, int]:
-    """A kernel's schedule in the words of a Triton launch."""
-    return {
-        "BLOCK_M": schedule.block_m,
-        "BLOCK_N": schedule.block_n,
-        "num_warps": schedule.num_warps,
-        "num_stages": schedule.num_stages,
-    }
 
 
 @dataclass(frozen=True)
@@ -69,6 +61,7 @@ class Engine:
         self._sources: dict[tuple[int, int], str] = {}
         self._modules: dict[tuple[int, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
+        self._recordings: dict[Any, Recording] = {}
         self._lock = threading.RLock()
 
     def source(self, d_qk: int, d_v: int) -> str:
@@ -91,6 +84,7 @@ class Engine:
                     module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
                 else:
                     module = load_source(source, self.graph.name)
+                    module._launch = _compiled_launch  # type: ignore[attr-defined]
                 self._modules[key] = module
             return self._modules[key]
 
@@ -147,6 +141,26 @@ class Engine:
                 ),
             )
 
+    def infer(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """`forward` of CUDA tensors with no gradient wanted: checked and prepared once for each kind of call."""
+        key = (key_of(q, k, v, scale, inputs), self.precision())
+        recording = self._recordings.get(key)
+        if recording is not None and usable():
+            given = [x for x in inputs.values() if isinstance(x, Tensor)]
+            if torch.cuda.current_device() == recording.device.index:
+                return recording.play([q, k, v, *given])
+            with torch.cuda.device(recording.device):
+                return recording.play([q, k, v, *given])
+        bound = bind(self.graph, q, k, v, scale, inputs)
+        given = [x for x in inputs.values() if isinstance(x, Tensor)]
+        defaults = [x for name, x in bound.tensors.items() if name not in inputs]
+        results, recording = recorder.record(lambda: self.forward(bound, q, k, v), [q, k, v, *given], defaults)
+        if not _capturing():
+            self._recordings[key] = recording
+        return results
+
     def backward(
         self,
         bound: Bound,
@@ -170,6 +184,16 @@ class Engine:
                     *(out, saved, dout, dlse, prepared.meta, prepared.options),
                 ),
             )
+
+
+def _capturing() -> bool:
+    """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _compiled_launch(kernel: Any, grid: int, arguments: Any, meta: Any) -> None:
+    with interpreter.compiling():
+        recorder.launch(kernel, grid, arguments, meta)
 
 
 def _on(device: torch.device) -> Any:
@@ -197,12 +221,9 @@ def _interpreted_launch(launch: Callable[..., None]) -> Callable[..., None]:
 
 
 def _meta(schedule: Schedule, problem: Problem, device: Device) -> dict[str, dict[str, int]]:
-    meta = {name: launch_meta(schedule.of(name)) for name in ("forward", "dkdv", "dq")}
-    pair = schedule.pair or candidates("pair", problem, device)[0]
-    # the bands of a pair kernel are diagonals of square tiles
-    side = min(pair.block_m, pair.block_n)
-    meta["pair"] = launch_meta(replace(pair, block_m=side, block_n=side))
-    return meta
+    if schedule.pair is None:
+        schedule = replace(schedule, pair=candidates("pair", problem, device)[0])
+    return schedule_meta(schedule)
 
 
 def _options(dtype: torch.dtype, precision: Precision, device: Device) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +55,19 @@ class AttentionOp:
         """
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = _autocast(q, k, v)
-        bound = bind(self.graph, q, k, v, scale, inputs)
-        if torch.compiler.is_compiling() or type(q) is not Tensor and type(q) is not torch.nn.Parameter or _in_mode():
-            tensors = list(bound.tensors.values())
-            scalars = [float(x) for x in bound.scalars.values()]
-            results: Any = library.forward_op(q, k, v, tensors, scalars, bound.scale, self._key)
-        elif torch.is_grad_enabled() and (
-            q.requires_grad
-            or k.requires_grad
-            or v.requires_grad
-            or any(t.requires_grad for t in bound.tensors.values())
-        ):
-            results = library.EagerAttention.apply(self.engine, bound, q, k, v, *bound.tensors.values())
+        traced = torch.compiler.is_compiling() or _is_special(q, k, v) or torch._C._len_torch_dispatch_stack() > 0
+        if not traced and q.is_cuda and not _wants_gradient(q, k, v, inputs):
+            results: Any = self.engine.infer(q, k, v, scale, inputs)
         else:
-            results = self.engine.forward(bound, q, k, v)
+            bound = bind(self.graph, q, k, v, scale, inputs)
+            if traced:
+                tensors = list(bound.tensors.values())
+                scalars = [float(x) for x in bound.scalars.values()]
+                results = library.forward_op(q, k, v, tensors, scalars, bound.scale, self._key)
+            elif _wants_gradient(q, k, v, bound.tensors):
+                results = library.EagerAttention.apply(self.engine, bound, q, k, v, *bound.tensors.values())
+            else:
+                results = self.engine.forward(bound, q, k, v)
         if outputs == "out":
             return results[0]
         return self._pick(results, outputs)
@@ -103,9 +102,17 @@ class AttentionOp:
         return (q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
 
 
-def _in_mode() -> bool:
-    """Is a dispatch mode active, such as FakeTensorMode? Its tensors never reach a kernel."""
-    return torch._C._len_torch_dispatch_stack() > 0
+def _is_special(*tensors: Tensor) -> bool:
+    """Is any a tensor subclass, such as a fake tensor? Those never reach a kernel by themselves."""
+    return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+
+
+def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if q.requires_grad or k.requires_grad or v.requires_grad:
+        return True
+    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

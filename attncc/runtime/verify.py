@@ -183,7 +183,11 @@ def _results(
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(r.shape, generator=generator).to(sample.q.dtype).to(r) for r in results]
     leaves |= {name: inputs[name] for name in differentiable}
-    gradients = torch.autograd.grad(results, tuple(leaves.values()), cotangents, materialize_grads=True)
+    # an output may depend on no tensor that wants a gradient, such as the lse of uniform weights
+    moving = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
+    gradients = torch.autograd.grad(
+        [r for r, _ in moving], tuple(leaves.values()), [c for _, c in moving], materialize_grads=True
+    )
     named = dict(zip(outputs, (r.detach() for r in results), strict=True))
     return named | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 

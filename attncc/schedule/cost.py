@@ -13,7 +13,7 @@ from typing import Literal
 
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
-from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling
+from attncc.schedule.memory import Instruction, Tiling, instruction, scores_bytes, shared_memory, tiling
 from attncc.schedule.problem import Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
@@ -27,6 +27,8 @@ L2_BYTES_PER_CLK_SM = 32
 LOAD_LATENCY = 800
 # Clocks of a tile in which a warp issues no work: waits of a matmul for its operands and for its result.
 MATMUL_GAP = 60
+# Instructions of a warp in each turn of the loop beside the arithmetic: addresses, copies, barriers, bounds.
+LOOP_INSTRUCTIONS = 100
 # Float32 operations for each row of a tile: the reduction across lanes, and the running statistics.
 ROW_WORK = 16
 # Clocks to start a program, load what is resident and write its output.
@@ -140,6 +142,7 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     # The running sum of the forward is rescaled once a tile.
     rows_work = tiles.rows * (v + ROW_WORK) if kernel == "forward" else 0
     alu = (work.fma * pairs + rows_work) / device.fma_per_clk_sm + work.int * pairs / device.int_per_clk_sm
+    alu += LOOP_INSTRUCTIONS * ks.num_warps / SCHEDULERS
     # Spilled registers are stored and loaded once a tile, by the warps that compute.
     alu += 2 * 4 * spilled_registers(kernel, ks, problem, device) * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
     return _TileClocks(
@@ -150,7 +153,7 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
             _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
             _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
         ),
-        gaps=MATMULS[kernel] * MATMUL_GAP,
+        gaps=(MATMULS[kernel] + _exchanges(kernel, ks, tiles, problem, device)) * MATMUL_GAP,
     )
 
 
@@ -179,15 +182,26 @@ def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Pr
     one too, and come from registers unless their layout must change on the way.
     """
     op = instruction(kernel, ks, problem, device)
-    workers, rows_each = {"wgmma": (ks.num_warps // 4, 64), "tcgen05": (1, 128)}.get(op, (ks.num_warps, 16))
-    blocks = max(tiles.rows // rows_each, 1)
-    down = min(workers, blocks)
-    across = workers // down
+    blocks, down, across = _warp_grid(op, ks, tiles)
     depth = sum(tile.dim for tile in tiles.streamed) / len(tiles.streamed)
     right = (blocks if op in ("wgmma", "tcgen05") else down) * tiles.cols * depth * MATMULS[kernel]
     left = across * tiles.rows * sum(tile.dim for tile in tiles.resident)
     weights = max(MATMULS[kernel] - 2, 1) * (1 + across) * scores_bytes(kernel, ks, problem, device)
     return (right + left) * problem.dtype_bytes + weights
+
+
+def _warp_grid(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[int, int, int]:
+    """Blocks of rows that an instruction takes at once, and the grid that warps (or warp groups) form: down and across."""
+    workers, rows_each = {"wgmma": (ks.num_warps // 4, 64), "tcgen05": (1, 128)}.get(op, (ks.num_warps, 16))
+    blocks = max(tiles.rows // rows_each, 1)
+    down = min(workers, blocks)
+    return blocks, down, workers // down
+
+
+def _exchanges(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> int:
+    """Times in a tile that warps wait for each other's part of a row: its maximum and its sum."""
+    across = _warp_grid(instruction(kernel, ks, problem, device), ks, tiles)[2]
+    return 2 if kernel == "forward" and across > 1 else 0
 
 
 def _dram_us(kernel: Kernel, problem: Problem, device: Device) -> float:

@@ -16,7 +16,7 @@ BASE = 40
 RESCALED = 1.25
 # An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too.
 WRITTEN = 0.75
-TENSOR_MEMORY = 16
+TENSOR_MEMORY = 20
 # For each 16 bytes of a streamed tile that a thread copies: pointers and offsets.
 COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 # Operations of a pair, in those of a plain softmax, that can be done in place; each of the rest keeps a part of a tile.
@@ -27,11 +27,11 @@ STAGE = {"forward": 0, "dkdv": 32, "dq": 0, "pair": 32}
 # The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
 OUTER_LOOP = 96
 # Where operands pass through registers on their way to a warp's own matmul.
-OPERANDS = 32
+OPERANDS = 56
 
 
 # AMD loads operands into registers a whole tile at a time, and a pipelined loop holds the next ones, too.
-MFMA_BASE = 100
+MFMA_BASE = 164
 MFMA_PIPELINED = {"forward": 1.0, "dkdv": 4.2, "dq": 1.5, "pair": 4.2}
 MFMA_ROWS = 32
 

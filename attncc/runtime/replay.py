@@ -1,0 +1,131 @@
+"""A call like the last one costs no more host time than its launches: the first call of a kind is recorded, later ones replay.
+
+A recording holds the compiled kernels with their arguments, in which every tensor is a slot: one of the call's own tensors,
+one of its results, or scratch. Replaying fills the slots and launches; checks, schedules, grids and Triton's own argument
+binding are behind it. The key says everything that any of those depended on, alignment of pointers included.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class _Launch:
+    kernel: CompiledKernel
+    grid: int
+    arguments: tuple[Any, ...]
+    slots: tuple[tuple[int, int], ...]  # (position in the arguments, index in the call's tensors)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One kind of call. `made`: shape, strides and dtype of what each call allocates, results first."""
+
+    launches: tuple[_Launch, ...]
+    made: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    results: int
+    device: torch.device
+    defaults: tuple[Tensor, ...]
+
+    def play(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """Run the call on other tensors of the same kind; returns its results."""
+        device = self.device
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.made]
+        known = [*tensors, *self.defaults, *made]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        for launch in self.launches:
+            arguments = list(launch.arguments)
+            for position, index in launch.slots:
+                arguments[position] = known[index]
+            kernel = launch.kernel
+            kernel.run(
+                launch.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments
+            )
+        return tuple(made[: self.results])
+
+
+def key_of(q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]) -> Any:
+    """What a recording depends on."""
+    pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    # which arguments are one and the same tensor: a recording tells slots apart by identity
+    rest: list[Any] = [(k is q, v is q, v is k)]
+    seen = [q, k, v]
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            pointers |= value.data_ptr()
+            rest.append(next((i for i, t in enumerate(seen) if t is value), -1))
+            seen.append(value)
+            rest.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
+        else:
+            rest.append((name, type(value), value))
+    return (
+        *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
+        *(q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale, pointers % _ALIGNED),
+        *rest,
+    )
+
+
+def usable() -> bool:
+    """May launches bypass Triton's front end? Not while a profiler has hooks on them."""
+    return triton.knobs.runtime.launch_enter_hook is None and triton.knobs.runtime.launch_exit_hook is None
+
+
+class Recorder(threading.local):
+    """Collects the launches of one call, on the thread that makes it."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[CompiledKernel, int, tuple[Any, ...]]] | None = None
+
+    def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], meta: Mapping[str, Any]) -> None:
+        """The `_launch` of a compiled module: run a kernel, and note it while a call is recorded."""
+        if not grid:
+            return
+        compiled = kernel[(grid,)](*arguments, **meta)
+        if self.launches is not None:
+            constants = tuple(meta[p.name] for p in kernel.params[len(arguments) :])
+            self.launches.append((compiled, grid, (*arguments, *constants)))
+
+    def record(
+        self, call: Callable[[], tuple[Tensor, ...]], tensors: Sequence[Tensor], defaults: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], Recording]:
+        """Make a call, and a recording of it. `defaults` are tensors that stay the same for every such call."""
+        self.launches = []
+        try:
+            results = call()
+            noted = self.launches
+        finally:
+            self.launches = None
+        made: list[Tensor] = list(results)
+        known = [*tensors, *defaults]
+        launches = []
+        for kernel, grid, arguments in noted:
+            slots = []
+            for position, argument in enumerate(arguments):
+                if isinstance(argument, Tensor):
+                    slots.append((position, _index(argument, known, made)))
+            blank = tuple(None if isinstance(a, Tensor) else a for a in arguments)
+            launches.append(_Launch(kernel, grid, blank, tuple(slots)))
+        shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in made)
+        return results, Recording(tuple(launches), shapes, len(results), tensors[0].device, tuple(defaults))
+
+
+def _index(argument: Tensor, known: Sequence[Tensor], made: list[Tensor]) -> int:
+    for index, tensor in enumerate((*known, *made)):
+        if tensor is argument:
+            return index
+    made.append(argument)
+    return len(known) + len(made) - 1
+
+
+recorder = Recorder()
