@@ -191,7 +191,7 @@ def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Pr
 
 
 def _warp_grid(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[int, int, int]:
-    """Blocks of rows that an instruction takes at once, and the grid that warps (or warp groups) form: down and across."""
+    """Blocks of rows that an instruction takes, and the grid that warps (or warp groups) form: down and across."""
     workers, rows_each = {"wgmma": (ks.num_warps // 4, 64), "tcgen05": (1, 128)}.get(op, (ks.num_warps, 16))
     blocks = max(tiles.rows // rows_each, 1)
     down = min(workers, blocks)
