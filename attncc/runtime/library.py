@@ -126,7 +126,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dq, dk, dv, *found = backward_op(q, k, v, tensors, scalars, scale, out, saved, dout, dlse, key)
     results = iter(found)
     decls = _engines[key].graph.inputs
-    return dq, dk, dv, [next(results) if d.grad else None for d in decls], None, None, None
+    wanted = [next(results) if d.grad else None for d in decls]
+    # the structure of the arguments again: a list stays a list
+    return dq, dk, dv, wanted, [None] * len(scalars), None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
-from attncc.schedule.memory import Instruction, Tiling, instruction, scores_bytes, shared_memory, tiling
+from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling, warp_grid
 from attncc.schedule.problem import Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
@@ -182,7 +182,7 @@ def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Pr
     one too, and come from registers unless their layout must change on the way.
     """
     op = instruction(kernel, ks, problem, device)
-    blocks, down, across = _warp_grid(op, ks, tiles)
+    blocks, down, across = warp_grid(op, ks, tiles)
     depth = sum(tile.dim for tile in tiles.streamed) / len(tiles.streamed)
     right = (blocks if op in ("wgmma", "tcgen05") else down) * tiles.cols * depth * MATMULS[kernel]
     left = across * tiles.rows * sum(tile.dim for tile in tiles.resident)
@@ -190,17 +190,9 @@ def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Pr
     return (right + left) * problem.dtype_bytes + weights
 
 
-def _warp_grid(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[int, int, int]:
-    """Blocks of rows that an instruction takes, and the grid that warps (or warp groups) form: down and across."""
-    workers, rows_each = {"wgmma": (ks.num_warps // 4, 64), "tcgen05": (1, 128)}.get(op, (ks.num_warps, 16))
-    blocks = max(tiles.rows // rows_each, 1)
-    down = min(workers, blocks)
-    return blocks, down, workers // down
-
-
 def _exchanges(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> int:
     """Times in a tile that warps wait for each other's part of a row: its maximum and its sum."""
-    across = _warp_grid(instruction(kernel, ks, problem, device), ks, tiles)[2]
+    across = warp_grid(instruction(kernel, ks, problem, device), ks, tiles)[2]
     return 2 if kernel == "forward" and across > 1 else 0
 
 

@@ -129,6 +129,14 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     return tuple(sorted(found, key=lambda buffer: -buffer.bytes))
 
 
+def warp_grid(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[int, int, int]:
+    """Blocks of rows that an instruction takes, and the grid that warps (or warp groups) form: down and across."""
+    workers, rows_each = {"wgmma": (ks.num_warps // 4, 64), "tcgen05": (1, 128)}.get(op, (ks.num_warps, 16))
+    blocks = max(tiles.rows // rows_each, 1)
+    down = min(workers, blocks)
+    return blocks, down, workers // down
+
+
 def _bytes(tile: Tile, problem: Problem) -> int:
     return tile.rows * tile.dim * problem.dtype_bytes
 

@@ -7,7 +7,7 @@ allowances that were fitted to what ptxas reports for the kernels of `templates/
 from __future__ import annotations
 
 from attncc.schedule.device import Device
-from attncc.schedule.memory import Tiling, instruction, tiling
+from attncc.schedule.memory import Tiling, instruction, scores_bytes, tiling, warp_grid
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
 # Loop counters, bases, strides, bounds and row statistics.
@@ -27,12 +27,13 @@ STAGE = {"forward": 0, "dkdv": 32, "dq": 0, "pair": 32}
 # The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
 OUTER_LOOP = 96
 # Where operands pass through registers on their way to a warp's own matmul.
-OPERANDS = 56
+OPERANDS = 60
+OPERANDS_A_STAGE = 10
 
 
 # AMD loads operands into registers a whole tile at a time, and a pipelined loop holds the next ones, too.
-MFMA_BASE = 164
-MFMA_PIPELINED = {"forward": 1.0, "dkdv": 4.2, "dq": 1.5, "pair": 4.2}
+MFMA_BASE = 250
+MFMA_PIPELINED = {"forward": 1.0, "dkdv": 5.0, "dq": 1.5, "pair": 5.0}
 MFMA_ROWS = 32
 
 
@@ -47,7 +48,11 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, 1.0)
-    scores = ((1 if kernel == "forward" else 2) + temporaries) * pairs / threads
+    score_tiles = (1 if kernel == "forward" else 2) + temporaries
+    # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless it
+    # comes to them through shared memory.
+    copies = 1 if scores_bytes(kernel, ks, problem, device) else warp_grid(op, ks, tiles)[2]
+    scores = score_tiles * copies * pairs / threads
     accumulator = tiles.rows * columns / threads
     if op == "mfma":
         return round(MFMA_BASE + scores + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
@@ -64,7 +69,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
         side = (pairs / threads) ** 0.5
         wanted += 2 * side * tiles.chunk / 3
     elif op == "mma":
-        wanted += OPERANDS
+        wanted += OPERANDS + OPERANDS_A_STAGE * max(ks.num_stages - 2, 0)
     return round(wanted)
 
 
