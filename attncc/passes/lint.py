@@ -1,0 +1,233 @@
+"""What may go wrong with a variant that is well formed: rows that see no key, overflow, division by zero, no backward.
+
+Each check is a function from the graph to findings. What depends on sizes is found by trying small ones, so that a
+finding has an example; what depends on scores is found by bounds on what they can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+
+from attncc.errors import Span, UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.text import formula
+from attncc.passes.bounds import INF, Extent, extent, numbers
+from attncc.passes.differentiate import differentiate
+from attncc.passes.stream import stream
+from attncc.passes.tiles import tile_plan
+from attncc.passes.trials import hidden_row, reads_outside
+
+#: error: it cannot be compiled; warning: it may give what nobody wants; note: worth knowing
+Level = Literal["error", "warning", "note"]
+
+#: exp of more is infinite in float32
+MAX_EXPONENT = 88.0
+#: integers in a kernel have 32 bits
+INT_LIMIT = 2**31 - 1
+#: sequences of up to this many tokens must not overflow
+LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a variant: what, in which stage, where, and what to do."""
+
+    level: Level
+    reason: str
+    stage: str | None = None
+    span: Span | None = None
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.span.location}: " if self.span else ""
+        stage = f"{self.stage}: " if self.stage else ""
+        lines = [f"{place}{stage}{self.reason}"]
+        lines += self.span.pointed().splitlines() if self.span else []
+        lines += [self.remedy] if self.remedy else []
+        return "\n   ".join(lines)
+
+
+def lint(graph: VariantGraph) -> tuple[Finding, ...]:
+    """Everything that is found, errors first."""
+    found = [finding for check in CHECKS for finding in check(graph)]
+    order = ("error", "warning", "note")
+    return tuple(sorted(found, key=lambda f: order.index(f.level)))
+
+
+def hidden_rows(graph: VariantGraph) -> Iterator[Finding]:
+    """Can the mask hide every key from a query?"""
+    stage = graph["mask"]
+    example = hidden_row(graph, more_queries=False)
+    if example is not None:
+        yield Finding(
+            "warning",
+            f"a query may see no key: {example}",
+            "mask",
+            stage.span,
+            "such a row gives 0 and lse = -inf; if that is not meant, let it see a key: (...) | (kv_idx == q_idx)",
+        )
+        return
+    example = hidden_row(graph, more_queries=True)
+    if example is not None:
+        yield Finding(
+            "note",
+            f"with more queries than keys a query may see no key: {example}; it gives 0 and lse = -inf",
+            "mask",
+            stage.span,
+        )
+
+
+def overflowing_exponentials(graph: VariantGraph) -> Iterator[Finding]:
+    """Is there an exp of a score that nothing bounds from above?"""
+    known = {**numbers(graph), sym.SCORE: _score_extent(graph)}
+    operands = {sympy.Symbol(s.name, real=True): s.expr for s in graph.rows if s.op == "max"}
+    seen: set[Any] = set()
+    for stage in graph.stages:
+        for e in sorted(stage.expr.atoms(sympy.exp), key=str):
+            exponent = e.args[0]
+            if exponent in seen or not exponent.free_symbols & {sym.SCORE, sym.RAW_SCORE}:
+                continue
+            seen.add(exponent)
+            # a row maximum is at least what it is the maximum of, and an exponent only falls with it
+            bounded = sympy.expand(exponent.xreplace({m: g for m, g in operands.items() if _falls_with(exponent, m)}))
+            if extent(bounded, known).hi > MAX_EXPONENT:
+                yield Finding(
+                    "warning",
+                    f"exp({formula(exponent)}) overflows float32 where the exponent exceeds {MAX_EXPONENT:.0f}",
+                    _stage_of(stage),
+                    stage.span,
+                    "subtract the row's maximum, exp(score - row.max(score)): a factor that cancels in a quotient",
+                )
+
+
+def _falls_with(exponent: sympy.Expr, maximum: sympy.Symbol) -> bool:
+    terms = [t for t in sympy.Add.make_args(sympy.expand(exponent)) if maximum in t.free_symbols]
+    return bool(terms) and all(t.as_coeff_Mul()[0].is_negative for t in terms)
+
+
+def vanishing_denominators(graph: VariantGraph) -> Iterator[Finding]:
+    """Is something divided by a row sum that may be zero?"""
+    known = {**numbers(graph), sym.SCORE: _score_extent(graph)}
+    sums: dict[Any, Stage] = {}
+    for stage in graph.rows:
+        if stage.op == "sum":
+            term = extent(stage.expr, known)
+            symbol = sympy.Symbol(stage.name, real=True)
+            sums[symbol] = stage
+            # a row that sees no key is 0 whatever it is divided by: here there is at least one term
+            known[symbol] = Extent(0 if term.lo >= 0 else -INF, INF, positive=term.positive)
+    for name in ("weight", "out"):
+        stage = graph[name]
+        for power in sorted(stage.expr.atoms(sympy.Pow), key=str):
+            base = power.base
+            if not power.exp.is_negative or not base.free_symbols & set(sums) or extent(base, known).positive:
+                continue
+            shown = base.xreplace({s: sympy.Symbol(f"row.sum({formula(r.expr)})", real=True) for s, r in sums.items()})
+            signed = extent(base, known).lo < 0
+            yield Finding(
+                "warning",
+                f"the weight is divided by {formula(shown)}, which may be 0"
+                f"{' or change its sign' if signed else ''}: the row is then infinite or NaN",
+                _stage_of(stage),
+                stage.span,
+                "add a small constant to the denominator, or divide by a sum of positive terms",
+            )
+
+
+def overflowing_indices(graph: VariantGraph) -> Iterator[Finding]:
+    """Does an integer expression leave 32 bits at a length that occurs?"""
+    seen: set[Any] = set()
+    for stage in graph.stages:
+        for e in sympy.preorder_traversal(stage.expr):
+            if e in seen or isinstance(e, sympy.Symbol) or not getattr(e, "is_integer", False):
+                continue
+            seen.add(e)
+            length = _overflow_length(e, graph)
+            if length is not None:
+                yield Finding(
+                    "warning",
+                    f"{formula(e)} leaves 32-bit integers from {length:,} tokens on",
+                    _stage_of(stage),
+                    stage.span,
+                    "make it a float where precision allows, e.g. float(q_idx) * kv_len, or divide before multiplying",
+                )
+                break
+
+
+def _overflow_length(e: sympy.Expr, graph: VariantGraph) -> int | None:
+    """The shortest sequence at which |e| exceeds 32 bits, or None up to LONGEST tokens or where e's size is unknown."""
+
+    def overflows(length: int) -> bool:
+        known = {**numbers(graph), **{s: Extent(0, 1023) for s in (sym.B, sym.H, sym.H_KV)}}
+        known |= {s: Extent(0, length - 1) for s in (sym.Q_IDX, sym.KV_IDX)}
+        known |= {s: Extent(1, length) for s in (sym.Q_LEN, sym.KV_LEN)} | {sym.NUM_HEADS: Extent(1, 1024)}
+        found = extent(e, known)
+        return max(-found.lo, found.hi) > INT_LIMIT and max(-found.lo, found.hi) < INF
+
+    if not overflows(LONGEST):
+        return None
+    low, high = 0, LONGEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if middle > 0 and overflows(middle) else (middle, high)
+    return high
+
+
+def indices_out_of_range(graph: VariantGraph) -> Iterator[Finding]:
+    """Is an input read outside its dimensions for a visible pair? Such a read gives 0."""
+    for read, level, reason in reads_outside(graph):
+        stage = next(s for s in graph.stages if read in s.expr.atoms(type(read)))
+        remedy = "a read outside an input gives 0, and no gradient" if level == "warning" else None
+        yield Finding(level, f"{formula(read)}: {reason}", _stage_of(stage), stage.span, remedy)
+
+
+def derivations(graph: VariantGraph) -> Iterator[Finding]:
+    """Is there a one-pass form, and a backward?"""
+    try:
+        online = stream(graph)
+    except UnsupportedError as error:
+        yield Finding("error", error.reason, error.stage, error.span, error.remedy)
+        return
+    try:
+        differentiate(graph, online)
+    except UnsupportedError as error:
+        yield Finding("warning", f"there is no backward: {error.reason}", error.stage, error.span, error.remedy)
+
+
+def unbounded_masks(graph: VariantGraph) -> Iterator[Finding]:
+    """Does the mask give no bounds, so that every tile is visited?"""
+    stage = graph["mask"]
+    if stage.expr in (sympy.true, sympy.false):
+        return
+    plan = tile_plan(stage.expr, sym.KV_IDX)
+    whole = [s.live.lo == 0 and s.live.hi == sym.KV_LEN - 1 and s.may is sympy.true for s in plan.segments]
+    if any(whole) and plan.scan is None:
+        yield Finding("note", "no tile can be skipped: the mask has no bounds in closed form", "mask", stage.span)
+
+
+def _score_extent(graph: VariantGraph) -> Extent:
+    """What the score stage can give, for any raw score: tanh caps it."""
+    return extent(graph["score"].expr, numbers(graph))
+
+
+def _stage_of(stage: Stage) -> str:
+    """The stage that the user wrote."""
+    if stage.name == "weight" or stage.name.startswith("row_"):
+        return "normalizer"
+    return {"raw_score": "score", "out": "reduction"}.get(stage.name, stage.name)
+
+
+CHECKS = (
+    derivations,
+    hidden_rows,
+    overflowing_exponentials,
+    vanishing_denominators,
+    overflowing_indices,
+    indices_out_of_range,
+    unbounded_masks,
+)
