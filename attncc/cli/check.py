@@ -1,0 +1,72 @@
+"""`attncc check`: what is wrong with a spec, and what may go wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from attncc.cli.options import Json, Mask, Normalizer, Score, Spec
+from attncc.cli.output import FAILED, out, print_json, report
+from attncc.cli.spec import resolve
+from attncc.errors import SpecError, UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.passes.lint import Finding
+
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
+
+
+def command(
+    spec: Spec = None,
+    score: Score = None,
+    mask: Mask = None,
+    normalizer: Normalizer = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
+    json: Json = False,
+) -> None:
+    """Check a spec: queries that may see no key, overflow, division by zero, indices out of range, no backward.
+
+    The exit code is 1 if there are errors, or, with --strict, warnings.
+
+    Examples
+      attncc check my_variant.toml
+      attncc check --strict --mask "kv_idx < q_idx"
+      attncc check --normalizer "relu(score) / row.sum(relu(score))"
+    """
+    from attncc.passes.lint import lint
+
+    try:
+        graph = resolve(spec, score, mask, normalizer).graph
+    except SpecError as error:
+        if error.span is None and error.stage is None:
+            raise  # there is no spec to check
+        report(error)
+        raise typer.Exit(FAILED) from None
+    findings = [*lint(graph), *_undone_gradients(graph)]
+    if json:
+        shown = [{"level": f.level, "stage": f.stage, "reason": f.reason, "remedy": f.remedy} for f in findings]
+        print_json({"name": graph.name, "findings": shown})
+    else:
+        for finding in findings:
+            out.console.print(
+                Text.assemble((finding.level, _STYLES[finding.level]), ": ", str(finding)), soft_wrap=True
+            )
+        numbers = {level: sum(f.level == level for f in findings) for level in _STYLES}
+        counts = ", ".join(f"{n} {level if n == 1 else level + 's'}" for level, n in numbers.items())
+        out.print(f"{graph.name}: {counts}")
+    if any(f.level == "error" or (strict and f.level == "warning") for f in findings):
+        raise typer.Exit(FAILED)
+
+
+def _undone_gradients(graph: VariantGraph) -> list[Finding]:
+    """A gradient that is derived, and that no kernel can sum up."""
+    from attncc.codegen.plan import Plan
+
+    plan = Plan(graph)
+    try:
+        if plan.has_backward is None:
+            plan.gradients  # noqa: B018
+    except UnsupportedError as error:
+        return [Finding("warning", f"there is no backward: {error.reason}", error.stage, error.span, error.remedy)]
+    return []

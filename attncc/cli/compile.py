@@ -1,0 +1,152 @@
+"""`attncc compile`: a spec to one self-contained kernel file, or to a target's own code, with what it costs."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from attncc.cli.options import (
+    Batch,
+    Dtype,
+    DtypeName,
+    HeadDim,
+    HeadDimV,
+    Heads,
+    Json,
+    KvHeads,
+    KvLen,
+    Mask,
+    Normalizer,
+    Output,
+    QLen,
+    Score,
+    Set,
+    Spec,
+    Target,
+    scalars,
+)
+from attncc.cli.output import err, out, print_json, write_file
+from attncc.cli.spec import resolve
+from attncc.errors import InputError
+
+if TYPE_CHECKING:
+    from attncc.codegen.crosscompile import CompiledKernel
+
+
+class Emit(StrEnum):
+    """What is written: Triton source, or the target's assembly or binary, one file a kernel."""
+
+    triton = "triton"
+    ptx = "ptx"
+    cubin = "cubin"
+
+
+def command(
+    spec: Spec = None,
+    score: Score = None,
+    mask: Mask = None,
+    normalizer: Normalizer = None,
+    target: Target = None,
+    output: Output = None,
+    emit: Annotated[
+        Emit,
+        typer.Option(help="triton: one file that needs no attncc; ptx, cubin (on AMD: amdgcn, hsaco): one a kernel."),
+    ] = Emit.triton,
+    dtype: Dtype = DtypeName.bf16,
+    head_dim: HeadDim = 128,
+    head_dim_v: HeadDimV = None,
+    q_len: QLen = 8192,
+    kv_len: KvLen = None,
+    batch: Batch = 1,
+    heads: Heads = 16,
+    kv_heads: KvHeads = None,
+    settings: Set = None,
+    json: Json = False,
+) -> None:
+    """Compile a spec for a GPU, which need not be here, and print registers, spills and shared memory of each kernel.
+
+    The head dimensions and the dtype are compiled in; the lengths only help to choose the tiling, and any will run.
+
+    Examples
+      attncc compile alibi --target h100 -o alibi.py
+      attncc compile spec.toml --target sm_89 --head-dim 64 --dtype fp16
+      attncc compile --mask "kv_idx <= q_idx" --target gfx942
+      attncc compile causal --target h100 --emit ptx -o causal.ptx
+    """
+    from attncc.codegen.crosscompile import cross_compile
+    from attncc.codegen.module import load_source
+    from attncc.codegen.plan import Plan
+    from attncc.codegen.problem import problem_of
+    from attncc.codegen.standalone import standalone
+    from attncc.runtime.explain import explained_device, sizes_of
+    from attncc.schedule.cache import Cache
+    from attncc.schedule.choose import choose
+
+    if emit is not Emit.triton and output is None:
+        raise InputError(f"--emit {emit} needs a file to write to", remedy="add -o kernel.ptx, or the like")
+    graph = resolve(spec, score, mask, normalizer).graph
+    plan = Plan(graph)
+    device = explained_device(target)
+    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+    problem = problem_of(plan, sizes, dtype.value, "ieee", scalars(graph, settings))
+    schedule = choose(problem, device, Cache())
+    source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)
+    module = load_source(source, graph.name)
+    kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)
+    written = _write(emit, output, source, kernels)
+    used = {"forward": schedule.forward, "dkdv": schedule.dkdv, "dq": schedule.dq}
+    chosen = {name: str(used[stem]) if (stem := name.removesuffix("_kernel")) in used else "" for name in kernels}
+    if json:
+        print_json(
+            {
+                "name": graph.name,
+                "target": device.target,
+                "device": device.name,
+                "origin": schedule.origin,
+                "schedule": schedule.to_json(),
+                "kernels": {k: _usage(v) for k, v in kernels.items()},
+                "files": [str(path) for path in written],
+            }
+        )
+        return
+    out.print(
+        f"{graph.name} for {device.title} ({device.target}), {dtype}, head dimensions {sizes['d_qk']}/{sizes['d_v']}"
+    )
+    out.print(_table(kernels, chosen))
+    if plan.has_backward is not None:
+        err.print(f"no backward: {plan.has_backward}")
+    for path in written:
+        out.print(f"wrote {path}")
+
+
+def _write(emit: Emit, output: Path | None, source: str, kernels: dict[str, CompiledKernel]) -> list[Path]:
+    """One file of Triton source; of code, one a kernel: `out.ptx` becomes out.forward_kernel.ptx."""
+    if output is None:
+        return []
+    if emit is Emit.triton:
+        write_file(output, source)
+        return [output]
+    paths = []
+    for name, kernel in kernels.items():
+        path = output.with_name(f"{output.stem}.{name}{output.suffix}")
+        write_file(path, kernel.ptx if emit is Emit.ptx else kernel.binary)
+        paths.append(path)
+    return paths
+
+
+def _usage(kernel: CompiledKernel) -> dict[str, Any]:
+    return {"registers": kernel.registers, "spill_bytes": kernel.spills, "shared_bytes": kernel.shared}
+
+
+def _table(kernels: dict[str, CompiledKernel], chosen: dict[str, str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("kernel", "registers", "spilled bytes", "shared bytes", "tiles"):
+        table.add_column(column, justify="left" if column in ("kernel", "tiles") else "right")
+    for name, kernel in kernels.items():
+        spills = f"[red]{kernel.spills:,}[/]" if kernel.spills else "0"
+        table.add_row(name, str(kernel.registers), spills, f"{kernel.shared:,}", chosen[name])
+    return table

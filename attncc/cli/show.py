@@ -1,0 +1,94 @@
+"""`attncc show`: a spec's formulas, its IR, and its mask drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attncc.cli.options import KvLen, Mask, Normalizer, Score, Set, Spec, scalars
+from attncc.cli.output import err, out
+from attncc.cli.spec import resolve
+from attncc.ir.graph import VariantGraph
+
+
+def command(
+    spec: Spec = None,
+    score: Score = None,
+    mask: Mask = None,
+    normalizer: Normalizer = None,
+    ir: Annotated[bool, typer.Option("--ir", help="Print the typed stage graph instead, for a bug report.")] = False,
+    q_len: Annotated[int, typer.Option(min=1, help="Queries of the mask that is drawn.")] = 48,
+    kv_len: KvLen = None,
+    head: Annotated[int, typer.Option(min=0, help="The head that is drawn.")] = 0,
+    heads: Annotated[int, typer.Option(min=1, help="How many heads there are.")] = 8,
+    settings: Set = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw mask and weights into a PNG.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw mask and weights into an SVG.")] = None,
+) -> None:
+    """Show a spec: its formulas, its inputs, and its mask (rows are queries, columns are keys).
+
+    Examples
+      attncc show gemma2_local
+      attncc show sliding_window --q-len 4096 --set window=512
+      attncc show --mask "causal & sliding_window(8) | prefix(3)"
+      attncc show my_specs.py:alibi --ir
+      attncc show document --svg document.svg
+    """
+    from attncc.ir.text import to_text
+
+    graph = resolve(spec, score, mask, normalizer).graph
+    if ir:
+        out.print(to_text(graph))
+        return
+    formulas(graph)
+    given = {name: value for name, value in scalars(graph, settings).items() if _is_set(name, settings)}
+    drawing(graph, q_len, q_len if kv_len is None else kv_len, head, heads, given)
+    for path in (png, svg):
+        if path is not None:
+            from attncc.cli.draw import figure
+
+            suffix = ".png" if path is png else ".svg"
+            named = path if path.suffix == suffix else path.with_name(path.name + suffix)
+            figure(graph, q_len, q_len if kv_len is None else kv_len, head, heads, given, named)
+            err.print(f"wrote {named}")
+
+
+def _is_set(name: str, settings: list[str] | None) -> bool:
+    return any(setting.startswith(f"{name}=") for setting in settings or ())
+
+
+def formulas(graph: VariantGraph) -> None:
+    """Name, source, stages and declarations."""
+    from attncc.ir.formulas import stage_texts
+
+    out.print(graph.name, style="bold")
+    if graph.cites:
+        out.print(f"  {graph.cites}", style="dim")
+    for stage, text in stage_texts(graph).items():
+        out.print(f"  {stage:<10} = {text}")
+    for d in graph.inputs:
+        notes = [d.dtype, *(["gradient"] if d.grad else []), *(["has a default"] if d.default else [])]
+        out.print(f"  input        {d.name}[{', '.join(d.pattern)}]  ({', '.join(notes)})")
+    for s in graph.scalars:
+        out.print(f"  scalar       {s.name} = {s.default}")
+
+
+def drawing(graph: VariantGraph, q_len: int, kv_len: int, head: int, heads: int, given: dict[str, int | float]) -> None:
+    """The mask, and what it was drawn with."""
+    from attncc.cli.draw import picture
+
+    drawn = picture(graph, q_len, kv_len, head, heads, given)
+    out.print()
+    for line in drawn.lines():
+        out.print(f"  {line}")
+    notes = [f"{q_len} queries x {kv_len} keys, {drawn.visible / drawn.total:.1%} visible"]
+    if drawn.step > 1:
+        notes.append(f"a dot is {drawn.step} x {drawn.step} pairs, of which any is visible")
+    used = graph["mask"].expr.free_symbols
+    names = {s.name for s in used}
+    notes += [f"{name} = {value}" for name, value in drawn.scalars.items() if name in names]
+    sampled = [d.name for d in graph.inputs if d.name in {str(r.args[0]) for r in graph.reads} and d.name in names]
+    notes += [f"{', '.join(sampled)}: sample values"] if sampled else []
+    out.print(f"  {'; '.join(notes)}", style="dim")

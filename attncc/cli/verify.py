@@ -1,0 +1,120 @@
+"""`attncc verify`: kernels against the float64 reference, forward and backward."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score
+from attncc.cli.output import FAILED, err, out, print_json
+from attncc.cli.spec import named, resolve
+from attncc.errors import InputError, UnsupportedError
+from attncc.language.variant import Variant
+
+if TYPE_CHECKING:
+    from attncc.runtime.verify import Row
+
+
+class DeviceName(StrEnum):
+    """Where the kernels run."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def command(
+    specs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SPEC...", help="Shipped names, spec.toml files, spec.py:name (executed).", show_default=False
+        ),
+    ] = None,
+    score: Score = None,
+    mask: Mask = None,
+    normalizer: Normalizer = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every variant that ships.")] = False,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of q, k, v; default bf16 on a GPU, fp32 on a CPU.", show_default=False)
+    ] = None,
+    device: Annotated[
+        DeviceName | None,
+        typer.Option(help="cpu is Triton's interpreter; default: the GPU, if there is one.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The first of the shapes only.")] = False,
+    json: Json = False,
+) -> None:
+    """Run a spec's kernels and hold outputs and every gradient against the float64 reference; each case runs twice.
+
+    A result is right if it is as close to the reference as plain PyTorch in the same dtype is, by a factor of 2
+    (gradients: 3), and if its relative RMS error is small. The exit code is 1 if one is not.
+
+    Examples
+      attncc verify alibi
+      attncc verify spec.toml spec.py:mine --device cpu --dtype fp16
+      attncc verify --all
+    """
+    import torch
+
+    from attncc import variants
+    from attncc.runtime.verify import shapes_for, verify_variant
+
+    where = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = dtype.value if dtype else "fp32" if where == "cpu" else "bf16"
+    if where == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU that torch can use", remedy="--device cpu runs through Triton's interpreter")
+    if where == "cpu" and kind == "bf16":
+        raise UnsupportedError(
+            "Triton's interpreter multiplies bf16 matrices wrongly", remedy="use --dtype fp32 or fp16, or a GPU"
+        )
+    chosen: list[Variant] = [named(spec) for spec in specs or ()]
+    if all_:
+        chosen += [variants.get(name) for name in variants.names()]
+    if not chosen or score or mask or normalizer:
+        chosen.append(resolve(None, score, mask, normalizer))
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
+    shapes = shapes_for(where)[: 1 if quick else None]
+    results: dict[str, list[Row]] = {}
+    for variant in chosen:
+        if not json:
+            err.print(f"{variant.name}: {len(shapes)} shapes, {kind} on {where} ...", style="dim")
+        results[variant.name] = verify_variant(variant, where, torch_dtype, shapes)
+    if json:
+        print_json([_plain(name, row) for name, rows in results.items() for row in rows])
+    else:
+        out.print(_table(results))
+        wrong = sum(not row.ok for rows in results.values() for row in rows)
+        checks = sum(len(rows) for rows in results.values())
+        out.print(f"{checks - wrong} of {checks} results are right", style="bold red" if wrong else "bold green")
+    if not all(row.ok for rows in results.values() for row in rows):
+        raise typer.Exit(FAILED)
+
+
+def _plain(name: str, row: Row) -> dict[str, Any]:
+    c = row.check
+    figures = {"max_error": c.max_err, "max_allowed": c.max_allowed, "rms_error": c.rms, "rms_allowed": c.rms_allowed}
+    # NaN and infinity are no JSON
+    finite = {key: value if abs(value) < float("inf") else None for key, value in figures.items()}
+    return {
+        "variant": name,
+        "shape": str(row.shape),
+        "result": c.name,
+        "ok": row.ok,
+        "repeatable": row.repeatable,
+        **finite,
+    }
+
+
+def _table(results: dict[str, list[Row]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("variant", "shape", "result", "largest error", "allowed", "RMS error", "allowed", ""):
+        table.add_column(column, justify="right" if "error" in column or column == "allowed" else "left", no_wrap=True)
+    for name, rows in results.items():
+        for row in rows:
+            c = row.check
+            verdict = "[green]ok[/]" if row.ok else "[red]WRONG[/]" if not c.ok else "[red]NOT REPEATABLE[/]"
+            figures = (f"{x:.1e}" for x in (c.max_err, c.max_allowed, c.rms, c.rms_allowed))
+            table.add_row(name, str(row.shape), c.name, *figures, verdict)
+    return table

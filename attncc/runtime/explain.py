@@ -1,0 +1,241 @@
+"""What attncc does with a variant, and why: the derived forms, the live tiles, the choice among candidates.
+
+`facts` collects, `explain` writes: the text has nothing that the facts have not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attncc.codegen.plan import Plan
+from attncc.codegen.problem import problem_of
+from attncc.errors import UnsupportedError
+from attncc.ir.formulas import stage_texts
+from attncc.ir.text import formula
+from attncc.schedule.cache import Cache
+from attncc.schedule.choose import choose
+from attncc.schedule.cost import Prediction, predict, ranked
+from attncc.schedule.device import Device
+from attncc.schedule.memory import shared_memory
+from attncc.schedule.problem import KERNELS, Dtype, Kernel, KernelSchedule, Precision, Problem
+from attncc.schedule.registers import registers
+
+#: candidates of a kernel that are shown
+SHOWN = 5
+
+
+def sizes_of(
+    q_len: int = 8192,
+    kv_len: int | None = None,
+    batch: int = 1,
+    heads: int = 16,
+    kv_heads: int | None = None,
+    d_qk: int = 128,
+    d_v: int | None = None,
+) -> dict[str, int]:
+    """The sizes of a call by their names in a formula; what is None is as large as its counterpart."""
+    return {
+        "b": batch,
+        "h": heads,
+        "h_kv": heads if kv_heads is None else kv_heads,
+        "q_idx": q_len,
+        "kv_idx": q_len if kv_len is None else kv_len,
+        "d_qk": d_qk,
+        "d_v": d_qk if d_v is None else d_v,
+    }
+
+
+def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
+    """The kernels of a variant whose time counts: all that are launched but the reductions around them."""
+    if plan.has_backward is not None:
+        return ("forward",)
+    return (*KERNELS, "pair") if any(g.kind in ("tile", "band") for g in plan.gradients) else KERNELS
+
+
+def facts(
+    plan: Plan,
+    sizes: Mapping[str, int],
+    dtype: Dtype,
+    device: Device,
+    scalars: Mapping[str, Any] | None = None,
+    precision: Precision = "ieee",
+    cache: Cache | None = None,
+    shown: int = SHOWN,
+) -> dict[str, Any]:
+    """Everything `explain` says, as plain JSON values. `sizes` is that of `sizes_of`; times are in microseconds.
+
+    Nothing is compiled or measured. `cache` is where a tuned schedule would be; scalars that are not given have their
+    defaults. UnsupportedError for a variant without a one-pass form, ScheduleError if no tiling fits the device.
+    """
+    graph = plan.graph
+    numbers = {**{s.name: s.default for s in graph.scalars}, **(scalars or {})}
+    problem = problem_of(plan, sizes, dtype, precision, numbers)
+    schedule = choose(problem, device, cache)
+    return {
+        "name": graph.name,
+        "digest": graph.digest,
+        "device": {"name": device.name, "title": device.title, "target": device.target},
+        "sizes": dict(sizes),
+        "scalars": numbers,
+        "dtype": dtype,
+        "stages": stage_texts(graph),
+        "passes": 1,
+        "proof": list(plan.online.proof),
+        "merge": {name: formula(factor) for name, factor in plan.online.merge().items()},
+        "backward": _backward(plan),
+        "origin": schedule.origin,
+        "kernels": {
+            kernel: _kernel(kernel, schedule.of(kernel), problem, device, shown) for kernel in kernels_of(plan)
+        },
+    }
+
+
+def _backward(plan: Plan) -> dict[str, Any]:
+    if plan.has_backward is not None:
+        return {"none": str(plan.has_backward)}
+    backward = plan.backward
+    gradients: dict[str, list[str]] = {}
+    for g in plan.gradients:
+        gradients.setdefault(f"d{formula(g.read)}", []).append(f"{_SUMMED[g.kind]} of {formula(g.expr)}")
+    return {
+        "saved": {symbol.name: formula(expr) for symbol, expr in backward.saved},
+        "weight": formula(backward.weight),
+        "dqk": formula(backward.dqk_scale * backward.dqk),
+        "delta": "row.sum(dout*out)" + (" - dlse" if plan.has_lse else "") if backward.needs_delta else None,
+        "inputs": gradients,
+    }
+
+
+_SUMMED = {
+    "program": "sum over queries and keys",
+    "row": "sum over keys",
+    "col": "sum over queries",
+    "band": "sum over the pairs of one distance",
+    "tile": "one entry a pair",
+}
+
+
+def _kernel(kernel: Kernel, chosen: KernelSchedule, problem: Problem, device: Device, shown: int) -> dict[str, Any]:
+    live = problem.costs.live(chosen.block_m, chosen.block_n)
+    order = ranked(kernel, problem, device)
+    entries = [(ks, prediction) for ks, prediction in order[:shown]]
+    if chosen not in [ks for ks, _ in entries]:
+        entries.append((chosen, predict(kernel, chosen, problem, device)))
+    return {
+        "chosen": chosen.to_json(),
+        "tiles": {"full": live.full, "mixed": live.mixed, "empty": live.total - live.live, "total": live.total},
+        "candidates": [_candidate(kernel, ks, p, problem, device, ks == chosen) for ks, p in entries],
+        "considered": len(order),
+    }
+
+
+def _candidate(
+    kernel: Kernel, ks: KernelSchedule, prediction: Prediction, problem: Problem, device: Device, chosen: bool
+) -> dict[str, Any]:
+    return {
+        "schedule": ks.to_json(),
+        "chosen": chosen,
+        "us": prediction.us,
+        "limit": prediction.limit,
+        "terms": dict(prediction.terms),
+        "shared_bytes": shared_memory(kernel, ks, problem, device),
+        "registers_estimate": min(registers(kernel, ks, problem, device), device.regs_per_thread_max),
+    }
+
+
+def explain(
+    plan: Plan,
+    sizes: Mapping[str, int],
+    dtype: Dtype,
+    device: Device,
+    scalars: Mapping[str, Any] | None = None,
+    precision: Precision = "ieee",
+    cache: Cache | None = None,
+    shown: int = SHOWN,
+) -> str:
+    """The facts as text, for people. Arguments and errors are those of `facts`."""
+    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown))
+
+
+def text_of(found: Mapping[str, Any]) -> str:
+    """Facts as text."""
+    s, device = found["sizes"], found["device"]
+    heads = f"{s['h']}/{s['h_kv']}" if s["h"] != s["h_kv"] else f"{s['h']}"
+    dims = f"{s['d_qk']}/{s['d_v']}" if s["d_qk"] != s["d_v"] else f"{s['d_qk']}"
+    call = f"B={s['b']} H={heads} M={s['q_idx']} N={s['kv_idx']} D={dims} {found['dtype']}"
+    numbers = "".join(f" {name}={value}" for name, value in found["scalars"].items())
+    parts = [
+        f"{found['name']}  {call}{numbers}  on {device['title']} ({device['target']})",
+        _section("formula", [f"{stage:<10} = {text}" for stage, text in found["stages"].items()]),
+        _section(f"forward: {found['passes']} pass over the keys, because", found["proof"]),
+        _section("merge of two parts of the keys: each accumulator is scaled, then added", _assigned(found["merge"])),
+        _section("backward, derived", _backward_lines(found["backward"])),
+    ]
+    origin = {
+        "model": "the cost model's first choice",
+        "tuned": "measured on this machine and cached",
+        "shipped": "measured, and shipped with attncc",
+        "user": "as given",
+    }[found["origin"]]
+    parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
+    parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
+    return "\n\n".join(parts)
+
+
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join([title, *(f"  {line}" for line in lines)])
+
+
+def _assigned(values: Mapping[str, str]) -> list[str]:
+    width = max(map(len, values), default=0)
+    return [f"{name:<{width}} = {text}" for name, text in values.items()]
+
+
+def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
+    if "none" in backward:
+        return [f"none: {line}" if i == 0 else line for i, line in enumerate(backward["none"].splitlines())]
+    rows = {f"{name} (saved by the forward)": text for name, text in backward["saved"].items()}
+    rows |= {"weight": backward["weight"], "dp": "dot(dout, v_vec)"}
+    rows |= {"delta": backward["delta"]} if backward["delta"] else {}
+    rows |= {"dqk": backward["dqk"], "dv_vec": "weight*dout", "dq_vec": "dqk*k_vec", "dk_vec": "dqk*q_vec"}
+    for name, terms in backward["inputs"].items():
+        rows[name] = ", plus ".join(terms)
+    return _assigned(rows)
+
+
+def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+    tiles = kernel["tiles"]
+    live = tiles["full"] + tiles["mixed"]
+    chosen = KernelSchedule(**kernel["chosen"])
+    lines = [
+        f"{name}: tiles of {chosen.block_m} x {chosen.block_n}, a head: {tiles['full']} full, {tiles['mixed']} mixed, "
+        f"{tiles['empty']} empty ({live / tiles['total']:.0%} visited)",
+        f"    {'block':>9} {'warps':>5} {'stages':>6} {'us':>9}  {'limit':<7}{'shared':>8} {'registers':>9}  "
+        "unit times",
+    ]
+    for c in kernel["candidates"]:
+        ks = KernelSchedule(**c["schedule"])
+        mark = "->" if c["chosen"] else "  "
+        block = f"{ks.block_m} x {ks.block_n}"
+        units = ", ".join(f"{unit} {us:.0f}" for unit, us in c["terms"].items())
+        lines.append(
+            f" {mark} {block:>9} {ks.num_warps:>5} {ks.num_stages:>6} {c['us']:>9.1f}  {c['limit']:<7}"
+            f"{c['shared_bytes']:>8} {c['registers_estimate']:>9}  {units}"
+        )
+    more = kernel["considered"] - len(kernel["candidates"])
+    return "\n".join([*lines, f"    ... and {more} more"] if more > 0 else lines)
+
+
+def explained_device(target: str | None) -> Device:
+    """The device that a command or method means: `target`, else this machine's GPU, else the H100."""
+    import torch
+
+    from attncc.schedule.device import device_for, device_of
+
+    if target is not None:
+        device = device_for(target)
+        if device.is_interpreter:
+            raise UnsupportedError("there is nothing to predict for the interpreter", remedy="name a GPU")
+        return device
+    return device_of("cuda") if torch.cuda.is_available() else device_for("h100")
