@@ -69,7 +69,8 @@ def command(
     where = gpu()
     plan, device = Plan(graph), device_of(where)
     problem = problem_of(plan, sizes, dtype.value, AttentionOp(graph).engine.precision(), values)
-    shape = Shape(*(sizes[name] for name in ("b", "h", "h_kv", "q_idx", "kv_idx", "d_qk", "d_v")))
+    s = sizes
+    shape = Shape(s["b"], s["h"], s["h_kv"], s["q_idx"], s["kv_idx"], s["d_qk"], s["d_v"])
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err.console) as bar:
         task = bar.add_task("the model's first choice", total=None)

@@ -14,11 +14,11 @@ from attncc.errors import UnsupportedError
 from attncc.ir.formulas import stage_texts
 from attncc.ir.text import formula
 from attncc.schedule.cache import Cache
-from attncc.schedule.choose import choose
+from attncc.schedule.choose import choose, first_choice
 from attncc.schedule.cost import Prediction, predict, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
-from attncc.schedule.problem import KERNELS, Dtype, Kernel, KernelSchedule, Precision, Problem
+from attncc.schedule.problem import KERNELS, Dtype, Kernel, KernelSchedule, Precision, Problem, Schedule
 from attncc.schedule.registers import registers
 
 #: candidates of a kernel that are shown
@@ -62,16 +62,17 @@ def facts(
     precision: Precision = "ieee",
     cache: Cache | None = None,
     shown: int = SHOWN,
+    schedule: Schedule | None = None,
 ) -> dict[str, Any]:
     """Everything `explain` says, as plain JSON values. `sizes` is that of `sizes_of`; times are in microseconds.
 
-    Nothing is compiled or measured. `cache` is where a tuned schedule would be; scalars that are not given have their
+    Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one; scalars that are not given have their
     defaults. UnsupportedError for a variant without a one-pass form, ScheduleError if no tiling fits the device.
     """
     graph = plan.graph
     numbers = {**{s.name: s.default for s in graph.scalars}, **(scalars or {})}
     problem = problem_of(plan, sizes, dtype, precision, numbers)
-    schedule = choose(problem, device, cache)
+    schedule = schedule or choose(problem, device, cache)
     return {
         "name": graph.name,
         "digest": graph.digest,
@@ -86,9 +87,15 @@ def facts(
         "backward": _backward(plan),
         "origin": schedule.origin,
         "kernels": {
-            kernel: _kernel(kernel, schedule.of(kernel), problem, device, shown) for kernel in kernels_of(plan)
+            kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown)
+            for kernel in kernels_of(plan)
         },
     }
+
+
+def _tiling(schedule: Schedule, kernel: Kernel, problem: Problem, device: Device) -> KernelSchedule:
+    """A kernel's tiling; a user's schedule may leave the pair kernel to the model."""
+    return first_choice(kernel, problem, device) if kernel == "pair" and not schedule.pair else schedule.of(kernel)
 
 
 def _backward(plan: Plan) -> dict[str, Any]:
@@ -153,9 +160,10 @@ def explain(
     precision: Precision = "ieee",
     cache: Cache | None = None,
     shown: int = SHOWN,
+    schedule: Schedule | None = None,
 ) -> str:
     """The facts as text, for people. Arguments and errors are those of `facts`."""
-    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown))
+    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule))
 
 
 def text_of(found: Mapping[str, Any]) -> str:

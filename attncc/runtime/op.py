@@ -15,8 +15,10 @@ from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.runtime import library
 from attncc.runtime.engine import Engine
+from attncc.runtime.explain import explain, explained_device, sizes_of
 from attncc.runtime.shapes import bind, output_names
-from attncc.schedule.problem import Precision, Schedule
+from attncc.schedule.cache import Cache
+from attncc.schedule.problem import Dtype, Precision, Schedule
 
 
 class AttentionOp:
@@ -29,6 +31,7 @@ class AttentionOp:
     def __init__(self, graph: VariantGraph, schedule: Schedule | None = None, precision: Precision | None = None):
         self.graph = graph
         self.engine = Engine(graph, schedule, precision)
+        self._schedule = schedule
         self.plan = self.engine.plan
         self.plan.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
         token = "" if schedule is None and precision is None else f":{schedule}:{precision}"
@@ -88,6 +91,28 @@ class AttentionOp:
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
         """The generated Triton module for these head dimensions."""
         return self.engine.source(d_qk, d_qk if d_v is None else d_v)
+
+    def explain(
+        self,
+        q_len: int = 8192,
+        kv_len: int | None = None,
+        batch: int = 1,
+        heads: int = 16,
+        kv_heads: int | None = None,
+        d_qk: int = 128,
+        d_v: int | None = None,
+        dtype: Dtype = "bf16",
+        target: str | None = None,
+        **scalars: float,
+    ) -> str:
+        """What is derived and which schedule a call of these sizes gets, with the candidates beside it, as text.
+
+        `target` is a device or architecture ("h100", "sm_90"); None is this machine's GPU, else the H100. `scalars` are
+        the variant's own; others have their defaults. Raises UnsupportedError for an unknown target.
+        """
+        sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v)
+        device, precision = explained_device(target), self.engine.precision()
+        return explain(self.plan, sizes, dtype, device, scalars, precision, Cache(), schedule=self._schedule)
 
     def torch_op(self) -> Any:
         """The registered operator, for `torch.library.opcheck`."""
