@@ -11,7 +11,9 @@ from attncc.schedule.memory import Tiling, instruction, scores_bytes, tiling, wa
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
 # Loop counters, bases, strides, bounds and row statistics.
-BASE = 40
+BASE = {"forward": 40, "dkdv": 32, "dq": 40, "pair": 40}
+# Tiles of scores that live at once: the backward has weights and their gradients.
+SCORES = {"forward": 1.0, "dkdv": 2.25, "dq": 2.0, "pair": 2.0}
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
 # An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too.
@@ -23,7 +25,7 @@ COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
-STAGE = {"forward": 0, "dkdv": 32, "dq": 0, "pair": 32}
+STAGE = {"forward": 0, "dkdv": 56, "dq": 0, "pair": 56}
 # The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
 OUTER_LOOP = 96
 # Where operands pass through registers on their way to a warp's own matmul.
@@ -48,15 +50,14 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, 1.0)
-    score_tiles = (1 if kernel == "forward" else 2) + temporaries
-    # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless it
-    # comes to them through shared memory.
-    copies = 1 if scores_bytes(kernel, ks, problem, device) else warp_grid(op, ks, tiles)[2]
-    scores = score_tiles * copies * pairs / threads
+    # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless
+    # it comes to them through shared memory.
+    holders = 1 if scores_bytes(kernel, ks, problem, device) else warp_grid(op, ks, tiles)[2]
+    scores = (SCORES[kernel] + temporaries) * holders * pairs / threads
     accumulator = tiles.rows * columns / threads
     if op == "mfma":
         return round(MFMA_BASE + scores + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
-    wanted = BASE + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores
+    wanted = BASE[kernel] + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores
     if kernel == "dkdv" and problem.group > 1:
         wanted += OUTER_LOOP
     if op == "tcgen05":
