@@ -97,11 +97,11 @@ def figure(
     mask, weights = mask_and_weights(graph, q_len, kv_len, head, heads, scalars)
     drawn = Figure(figsize=(8, 3.8), layout="constrained")
     left, right = drawn.subplots(1, 2)
-    left.imshow(mask, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    left.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     left.set_title(f"{graph.name}: mask")
     largest = float(weights.abs().max()) or 1.0
     signed = bool((weights < 0).any())
-    shown = torch.where(mask, weights, torch.nan)
+    shown = torch.where(mask, weights, torch.nan).numpy()
     image = right.imshow(
         shown,
         cmap="RdBu_r" if signed else "viridis",

@@ -10,7 +10,7 @@ from typing import Any
 
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
-from attncc.errors import UnsupportedError
+from attncc.errors import InputError, UnsupportedError
 from attncc.ir.formulas import stage_texts
 from attncc.ir.text import formula
 from attncc.schedule.cache import Cache
@@ -66,11 +66,15 @@ def facts(
 ) -> dict[str, Any]:
     """Everything `explain` says, as plain JSON values. `sizes` is that of `sizes_of`; times are in microseconds.
 
-    Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one; scalars that are not given have their
-    defaults. UnsupportedError for a variant without a one-pass form, ScheduleError if no tiling fits the device.
+    Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one. Scalars
+    that are not given have their defaults. UnsupportedError for a variant without a one-pass form, InputError for a
+    scalar that the variant has not, ScheduleError if no tiling fits the device.
     """
     graph = plan.graph
     numbers = {**{s.name: s.default for s in graph.scalars}, **(scalars or {})}
+    unknown = sorted(set(numbers) - {s.name for s in graph.scalars})
+    if unknown:
+        raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'")
     problem = problem_of(plan, sizes, dtype, precision, numbers)
     schedule = schedule or choose(problem, device, cache)
     return {

@@ -92,8 +92,8 @@ def race(
 ) -> Result:
     """Measure the `limit` candidates of each kernel that the model likes best, its first choice before all others.
 
-    After every trial the best schedule so far is in `cache`, with all trials: a race that is cut off goes on where it
-    stopped. ScheduleError if a kernel has no candidate that runs and is right.
+    From the first success on, the best schedule so far is in `cache` after every trial, with all trials: a race that
+    is cut off goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is right.
     """
     entries = [(k, ks) for k in kernels for ks in [ks for ks, _ in ranked(k, problem, device)][:limit]]
     sizes = {name: getattr(problem, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len")}
@@ -112,9 +112,9 @@ def race(
         if trial.us is not None and trial.us < best_us.get(kernel, float("inf")):
             best_us[kernel] = trial.us
             best = _with(best, kernel, ks, "tuned")
-        best = replace(best, origin="tuned")
-        value = {"kind": "schedule", "schedule": best.to_json(), "what": what, "sizes": sizes}
-        cache.put(key, {**value, "trials": [t.to_json() for t in trials]})
+        if best_us:  # what never won is not what calls should use
+            value = {"kind": "schedule", "schedule": best.to_json(), "what": what, "sizes": sizes}
+            cache.put(key, {**value, "trials": [t.to_json() for t in trials]})
         if progress is not None:
             progress(len(trials), len(entries), trial)
     for kernel in dict.fromkeys(k for k, _ in entries):

@@ -1,0 +1,41 @@
+import json
+
+
+def test_a_sound_spec_has_no_errors(attncc):
+    result = attncc("check", "full", "--strict")
+    assert result.exit_code == 0
+    assert "full: 0 errors, 0 warnings, 0 notes" in result.stdout
+
+
+def test_a_warning_fails_only_when_strict(attncc):
+    words = ("check", "--mask", "kv_idx < q_idx")
+    result = attncc(*words)
+    assert result.exit_code == 0
+    assert "warning: <mask>:1: mask: a query may see no key: q_len=1, kv_len=1, q_idx=0" in result.stdout
+    assert attncc(*words, "--strict").exit_code == 1
+
+
+def test_what_cannot_be_compiled_is_an_error(attncc):
+    result = attncc("check", "--normalizer", "maximum(score - row.max(score) + 1, 0)")
+    assert result.exit_code == 1
+    assert "two passes over the keys" in result.stdout
+
+
+def test_a_spec_that_is_wrong_fails_with_its_place(attncc, tmp_path):
+    path = tmp_path / "bad.toml"
+    path.write_text('[stages]\nmask = "kv_idx - q_idx"\n')
+    result = attncc("check", str(path))
+    assert result.exit_code == 1
+    assert "bad.toml:2: mask: expected a boolean" in result.stderr
+    assert "^^^^" in result.stderr
+
+
+def test_no_spec_is_no_finding(attncc):
+    assert attncc("check", "absent.toml").exit_code == 2
+
+
+def test_a_gradient_that_no_kernel_sums_is_a_warning(attncc, tmp_path):
+    path = tmp_path / "product.toml"
+    path.write_text('[stages]\nscore = "score + t[q_idx * kv_idx]"\n[inputs]\nt = { index = ["n"], grad = true }\n')
+    findings = json.loads(attncc("check", str(path), "--json").stdout)["findings"]
+    assert any(f["level"] == "warning" and "gradient of 't' is not derived" in f["reason"] for f in findings)

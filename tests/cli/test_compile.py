@@ -1,0 +1,53 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+SMALL = ("--head-dim", "32", "--q-len", "128")
+
+
+def test_the_file_names_its_costs_and_needs_no_attncc(attncc, spec, tmp_path):
+    kernel = tmp_path / "kernel.py"
+    result = attncc("compile", str(spec), "--target", "h100", *SMALL, "-o", str(kernel))
+    assert result.exit_code == 0
+    assert f"wrote {kernel}" in result.stdout
+    assert all(name in result.stdout for name in ("forward_kernel", "dkdv_kernel", "dq_kernel", "registers"))
+    # a stand-in of that name makes any import of attncc fail
+    (tmp_path / "attncc.py").write_text("raise ImportError('the file imports attncc')\n")
+    subprocess.run([sys.executable, "-c", "import kernel; kernel.attention"], cwd=tmp_path, check=True)
+
+
+def test_json_gives_registers_spills_and_shared_memory(attncc):
+    found = json.loads(attncc("compile", "causal", "--target", "sm_89", *SMALL, "--json").stdout)
+    assert found["target"] == "sm_89"
+    assert {"forward_kernel", "dkdv_kernel", "dq_kernel"} <= set(found["kernels"])
+    for usage in found["kernels"].values():
+        assert 0 < usage["registers"] <= 255
+        assert usage["spill_bytes"] >= 0
+    assert found["kernels"]["forward_kernel"]["shared_bytes"] > 0
+    assert found["files"] == []
+
+
+@pytest.mark.parametrize(("emit", "target", "start"), [("ptx", "sm_80", b"//"), ("cubin", "sm_80", b"\x7fELF")])
+def test_emitted_code_is_one_file_a_kernel(attncc, tmp_path, emit, target, start):
+    path = tmp_path / f"out.{emit}"
+    words = ("compile", "causal", "--target", target, *SMALL, "--emit", emit, "-o", str(path))
+    assert attncc(*words).exit_code == 0
+    forward = tmp_path / f"out.forward_kernel.{emit}"
+    assert forward.read_bytes().lstrip().startswith(start)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (("--target", "sm_10"), "no device or architecture 'sm_10'"),
+        (("--emit", "ptx", "--target", "h100"), "needs a file"),
+        (("--target", "h100", *SMALL, "-o", "/absent/folder/k.py"), "cannot be written"),
+    ],
+)
+def test_impossible_requests_are_refused(attncc, words, finding):
+    result = attncc("compile", "causal", *words)
+    assert result.exit_code == 2
+    assert finding in result.stderr

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+import attncc as ac
+from attncc.schedule.cache import Cache
+
+
+def test_explain_says_what_is_derived_and_chosen(attncc):
+    text = attncc("explain", "alibi", "--target", "h100", "--q-len", "2048").stdout
+    assert "exp(row_max_0 - row_max_0_new), free of s" in text
+    assert "dqk" in text
+    assert "scale*(-delta + dp)*exp(-lse + score)" in text
+    assert "dslopes[h]" in text
+    assert "NVIDIA H100" in text
+    assert text.count(" -> ") == 3
+    assert "the cost model's first choice" in text
+
+
+def test_json_counts_the_tiles_of_the_real_mask(attncc):
+    words = ("explain", "causal", "--target", "sm_80", "--q-len", "1024", "--json", "--top", "3")
+    found = json.loads(attncc(*words).stdout)
+    assert found["device"]["name"] == "a100"
+    assert list(found["kernels"]) == ["forward", "dkdv", "dq"]
+    for kernel in found["kernels"].values():
+        block_m, block_n = kernel["chosen"]["block_m"], kernel["chosen"]["block_n"]
+        tiles = kernel["tiles"]
+        visible = {(q // block_m, k // block_n) for q in range(1024) for k in range(q + 1)}
+        assert tiles["full"] + tiles["mixed"] == len(visible)
+        assert tiles["total"] == (1024 // block_m) * (1024 // block_n)
+        assert len(kernel["candidates"]) == 3
+        assert kernel["candidates"][0]["us"] <= kernel["candidates"][1]["us"]
+
+
+def test_scalars_shapes_and_gradients_reach_the_answer(attncc):
+    words = ("sliding_window", "--target", "l4", "--kv-heads", "4", "--head-dim", "96", "--head-dim-v", "64")
+    text = attncc("explain", *words, "--set", "window=128", "--dtype", "fp16").stdout
+    assert "H=16/4 M=8192 N=8192 D=96/64 fp16 window=128" in text
+    pairs = attncc("explain", "dense_bias", "--target", "h100", "--q-len", "256").stdout
+    assert "dbias[b, h, q_idx, kv_idx]" in pairs
+    assert "\npair: tiles of" in pairs
+
+
+def test_the_command_and_the_op_say_the_same(attncc):
+    op = ac.compile("softcap")
+    assert op.explain(q_len=512, target="h100") == attncc(
+        "explain", "softcap", "--q-len", "512", "--target", "h100"
+    ).stdout.rstrip("\n")
+
+
+def test_the_op_explains_its_own_schedule_and_refuses_unknown_scalars():
+    ks = ac.KernelSchedule(64, 32, 4, 2)
+    text = ac.compile("softcap", schedule=ac.Schedule(ks, ks, ks, origin="user")).explain(q_len=512, target="h100")
+    assert "the schedule is as given" in text
+    assert text.count(" ->   64 x 32     4      2") == 3
+    with pytest.raises(ac.InputError, match="no scalar 'cup'"):
+        ac.compile("softcap").explain(target="h100", cup=3.0)
+
+
+def test_a_variant_without_a_backward_says_why(attncc):
+    result = attncc("explain", "--normalizer", "exp(score - row.max(score))", "--target", "h100", "--q-len", "256")
+    assert result.exit_code == 0
+    assert "none: <normalizer>:1: normalizer: the weight changes when the row maximum alone moves" in result.stdout
+    assert "dkdv" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (("--target", "h900"), "known architectures: sm_80"),
+        (("--target", "cpu"), "nothing to predict"),
+        (("--heads", "6", "--kv-heads", "4"), "6 query heads are no multiple of 4"),
+        (("--head-dim", "4096", "--target", "rtx3090", "--dtype", "fp32"), "does not fit"),
+    ],
+)
+def test_impossible_requests_are_refused(attncc, words, finding):
+    result = attncc("explain", "full", *words)
+    assert result.exit_code == 2
+    assert finding in result.stderr
+
+
+def test_a_tuned_schedule_is_named_as_such_and_a_corrupt_one_is_a_warning(attncc, own_cache):
+    from attncc.codegen.plan import Plan
+    from attncc.codegen.problem import problem_of
+    from attncc.runtime.explain import sizes_of
+    from attncc.schedule.choose import schedule_key
+    from attncc.schedule.device import device_for
+
+    problem = problem_of(Plan(ac.variants.get("causal").graph), sizes_of(512), "bf16", "ieee", {})
+    key = schedule_key(problem, device_for("h100"))
+    ks = ac.KernelSchedule(16, 32, 1, 2)
+    schedule = ac.Schedule(ks, ks, ks, origin="tuned")
+    Cache().put(key, {"kind": "schedule", "schedule": schedule.to_json()})
+    words = ("explain", "causal", "--target", "h100", "--q-len", "512")
+    assert "measured on this machine" in attncc(*words).stdout
+    (own_cache / f"{key}.json").write_text("{")
+    result = attncc(*words)
+    assert result.exit_code == 0
+    assert "the cost model's first choice" in result.stdout
+    assert "warning: the cache entry" in result.stderr

@@ -1,0 +1,106 @@
+import builtins
+import json
+
+import pytest
+import torch
+
+from attncc import variants
+from attncc.cli.draw import mask_and_weights, picture
+
+
+def test_list_names_every_variant_with_its_source(attncc):
+    result = attncc("list", "--json")
+    entries = json.loads(result.stdout)
+    assert [e["name"] for e in entries] == list(variants.names())
+    assert all(e["title"] and e["cites"] and e["stages"] for e in entries)
+    text = attncc("list").stdout
+    assert all(name in text for name in variants.names())
+
+
+def test_what_list_and_show_print_can_be_pasted_back(attncc):
+    entries = json.loads(attncc("list", "--json").stdout)
+    for entry in entries:
+        if entry["inputs"] or entry["scalars"] or entry["stages"] == {"normalizer": "softmax"}:
+            continue  # inline texts declare no inputs
+        words = [word for stage, text in entry["stages"].items() for word in (f"--{stage}", text)]
+        shown = attncc("show", *words, "--ir").stdout
+        assert entry["digest"] in shown, entry["name"]
+
+
+def test_show_prints_formulas_declarations_and_the_mask(attncc):
+    text = attncc("show", "gemma2_local", "--q-len", "8", "--set", "window=3").stdout
+    assert "cap*tanh(score/cap)" in text
+    assert "scalar       window = 4096" in text
+    drawn = [line.strip() for line in text.splitlines() if set(line.strip()) and set(line.strip()) <= set("█▀▄·")]
+    assert drawn == ["█▄······", "▀██▄····", "··▀██▄··", "····▀██▄"]
+    assert "window = 3" in text
+
+
+def test_show_ir(attncc):
+    from attncc.ir.text import to_text
+
+    assert attncc("show", "sink", "--ir").stdout.strip() == to_text(variants.get("sink").graph)
+
+
+def test_a_long_mask_is_drawn_by_blocks_and_counted_exactly():
+    drawn = picture(variants.get("causal").graph, 1000, 1000, 0, 1, {})
+    assert drawn.step == 16
+    assert drawn.visible == 1000 * 1001 // 2
+    assert drawn.pixels.shape == (63, 63)
+    assert torch.equal(drawn.pixels, torch.ones(63, 63, dtype=torch.bool).tril())
+
+
+def test_strips_do_not_change_the_picture(monkeypatch):
+    graph = variants.get("sliding_window").graph
+    whole = picture(graph, 300, 200, 0, 1, {"window": 40})
+    monkeypatch.setattr("attncc.cli.draw.CHUNK", 1024)
+    in_strips = picture(graph, 300, 200, 0, 1, {"window": 40})
+    assert torch.equal(whole.pixels, in_strips.pixels)
+    assert whole.visible == in_strips.visible
+
+
+def test_the_drawn_weights_are_the_softmax_of_the_visible_scores():
+    mask, weights = mask_and_weights(variants.get("causal").graph, 12, 12, 1, 2, {})
+    assert torch.equal(mask, torch.ones(12, 12, dtype=torch.bool).tril())
+    assert torch.allclose(weights.sum(-1), torch.ones(12))
+    assert not weights[~mask].any()
+
+
+@pytest.mark.parametrize(("option", "magic"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_images(attncc, tmp_path, option, magic):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"mask.{option}"
+    result = attncc("show", "cog", f"--{option}", str(path), "--q-len", "12")
+    assert result.exit_code == 0
+    assert path.read_bytes().startswith(magic)
+
+
+def test_an_image_without_matplotlib_is_a_clear_error(attncc, tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    result = attncc("show", "causal", "--svg", str(tmp_path / "mask.svg"))
+    assert result.exit_code == 2
+    assert "attncc[plot]" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (("--head", "9"), "no head 9"),
+        (("--q-len", "100000"), "too large to draw"),
+        (("--set", "window"), "expected NAME=VALUE"),
+        (("--set", "width=3"), "no scalar 'width'"),
+        (("--set", "window=3.5"), "'window' is an integer"),
+        (("--png", "/absent/folder/mask.png"), "cannot be written"),
+    ],
+)
+def test_show_refuses_what_it_cannot_draw(attncc, words, finding):
+    result = attncc("show", "sliding_window", *words)
+    assert result.exit_code == 2
+    assert finding in result.stderr

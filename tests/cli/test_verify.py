@@ -1,0 +1,71 @@
+import json
+
+import pytest
+import torch
+
+from attncc.runtime import verify
+from attncc.runtime.verify import Check, Row, Shape
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
+
+
+def test_a_spec_is_verified_forward_and_backward(attncc, spec):
+    result = attncc("verify", str(spec), "--device", "cpu", "--quick", "--json")
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)
+    assert [row["result"] for row in rows] == ["out", "lse", "dq", "dk", "dv"]
+    assert all(row["ok"] and row["variant"] == "mine" for row in rows)
+
+
+def found(ok: bool, error: float = 1.0) -> list[Row]:
+    return [Row(Shape(1, 1, 1, 8, 8, 16, 16), Check("dq", ok, error, 1.0, error, 1.0), True)]
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    """The variants that are asked for, none of which is run; those called sink are wrong."""
+    names = []
+
+    def fake(variant, device, dtype, shapes):
+        names.append(variant.name)
+        return found(variant.name != "sink", float("nan") if variant.name == "sink" else 0.5)
+
+    monkeypatch.setattr(verify, "verify_variant", fake)
+    return names
+
+
+def test_a_wrong_result_is_marked_and_fails(attncc, verified):
+    result = attncc("verify", "causal", "sink", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "WRONG" in result.stdout
+    assert "1 of 2 results are right" in result.stdout
+    rows = json.loads(attncc("verify", "sink", "--device", "cpu", "--json").stdout)
+    assert rows[0]["max_error"] is None
+
+
+def test_all_means_all(attncc, verified):
+    from attncc import variants
+
+    attncc("verify", "--all", "--device", "cpu")
+    assert verified == list(variants.names())
+
+
+@pytest.mark.parametrize(
+    ("words", "finding"),
+    [
+        (("causal", "--device", "cpu", "--dtype", "bf16"), "use --dtype fp32 or fp16"),
+        ((), "there is no SPEC"),
+        (("albi",), "did you mean"),
+    ],
+)
+def test_impossible_requests_are_refused(attncc, words, finding):
+    result = attncc("verify", *words)
+    assert result.exit_code == 2
+    assert finding in result.stderr
+
+
+@no_gpu
+def test_a_missing_gpu_is_named(attncc):
+    result = attncc("verify", "causal", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "--device cpu" in result.stderr
