@@ -100,7 +100,7 @@ def _compile(
         p = parameter.name
         if parameter.is_constexpr:
             signature[p] = "constexpr"
-            values[(i,)] = constants[p]
+            values[(i,)] = True if p.startswith("WANT_") else constants[p]
         elif p in scalars:
             signature[p] = scalars[p]
         elif p == "scale":

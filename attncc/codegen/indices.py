@@ -93,8 +93,11 @@ def collect_lines(plan: Plan) -> list[str]:
         terms = [g for g in plan.gradients if g.read.input == decl.name]
         if not terms:
             lines.append(f"    grad_{decl.name} = torch.zeros_like({decl.name})")
+            continue
+        lines.append(f"    grad_{decl.name} = None")
+        lines.append(f'    if "{decl.name}" in wanted:')
         for i, gradient in enumerate(terms):
-            lines += _collect(plan, gradient, first=i == 0)
+            lines += ["    " + line for line in _collect(plan, gradient, first=i == 0)]
     return lines
 
 

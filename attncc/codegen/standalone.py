@@ -45,7 +45,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         "has_lse": plan.has_lse,
         "backward": backward,
         "refusal": str(plan.has_backward or ""),
-        "wanted": repr(tuple(d.grad for d in graph.inputs)),
+        "grad_names": repr(tuple(d.name if d.grad else None for d in graph.inputs)),
         "parameters": "".join(f"{d.name}, " for d in graph.inputs)
         + "".join(f"{s.name}={s.default!r}, " for s in graph.scalars),
         "number_names": "".join(f"{s.name}, " for s in graph.scalars),

@@ -171,8 +171,9 @@ class Engine:
         saved: tuple[Tensor, ...],
         dout: Tensor,
         dlse: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        """dq, dk, dv, then the gradient of each differentiable input in the graph's order."""
+        wanted: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv, then the gradient of each differentiable input in the graph's order; None where it is not wanted."""
         if self.plan.has_backward is not None:
             raise self.plan.has_backward
         prepared = self.prepare(bound, q.dtype, q.device)
@@ -181,7 +182,7 @@ class Engine:
                 tuple[Tensor, ...],
                 prepared.module.backward(
                     *(q, k, v, *bound.tensors.values(), *bound.scalars.values(), bound.scale),
-                    *(out, saved, dout, dlse, prepared.meta, prepared.options),
+                    *(out, saved, dout, dlse, wanted, prepared.meta, prepared.options),
                 ),
             )
 

@@ -6,7 +6,7 @@ op works under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` and the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -75,7 +75,9 @@ def backward_op(
     """dq, dk, dv, then the gradient of each differentiable input."""
     engine = _engines[key]
     bound = _bound(engine, q, k, v, inputs, scalars, scale)
-    return list(engine.backward(bound, q, k, v, out, tuple(saved), dout, dlse))
+    # a schema's list of tensors has no place for None, so this path computes every gradient
+    wanted = tuple(d.name for d in engine.graph.inputs if d.grad)
+    return cast(list[Tensor], list(engine.backward(bound, q, k, v, out, tuple(saved), dout, dlse, wanted)))
 
 
 @backward_op.register_fake
@@ -127,8 +129,8 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     results = iter(found)
     decls = _engines[key].graph.inputs
     wanted = [next(results) if d.grad else None for d in decls]
-    # the structure of the arguments again: a list stays a list
-    return dq, dk, dv, wanted, [None] * len(scalars), None, None
+    # the structure of the arguments again, in which an empty list is one and a list of numbers is a leaf
+    return dq, dk, dv, wanted, None if scalars else [], None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)
@@ -168,7 +170,8 @@ class EagerAttention(torch.autograd.Function):
         if grads[0] is None and dlse is None:
             return (None,) * (5 + ctx.count)
         dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
-        dq, dk, dv, *found = engine.backward(bound, q, k, v, out, saved, dout, dlse)
+        needed = zip(engine.graph.inputs, ctx.needs_input_grad[5:], strict=True)
+        wanted = tuple(d.name for d, need in needed if d.grad and need)
+        dq, dk, dv, *found = engine.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
         results = iter(found)
-        wanted = [next(results) if d.grad else None for d in engine.graph.inputs]
-        return None, None, dq, dk, dv, *wanted
+        return None, None, dq, dk, dv, *(next(results) if d.grad else None for d in engine.graph.inputs)

@@ -1,8 +1,8 @@
-"""A call like the last one costs no more host time than its launches: the first call of a kind is recorded, later ones replay.
+"""A call like the last one costs little more host time than its launches: the first is recorded, later ones replay.
 
-A recording holds the compiled kernels with their arguments, in which every tensor is a slot: one of the call's own tensors,
-one of its results, or scratch. Replaying fills the slots and launches; checks, schedules, grids and Triton's own argument
-binding are behind it. The key says everything that any of those depended on, alignment of pointers included.
+A recording holds the compiled kernels with their arguments, in which every tensor is a slot: one of the call's own
+tensors, one of its results, or scratch. Replaying fills the slots and launches; checks, schedules, grids and Triton's own
+argument binding are behind it. The key says everything that any of those depended on, alignment of pointers included.
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ def key_of(q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping
 
 def usable() -> bool:
     """May launches bypass Triton's front end? Not while a profiler has hooks on them."""
-    return triton.knobs.runtime.launch_enter_hook is None and triton.knobs.runtime.launch_exit_hook is None
+    runtime = triton.knobs.runtime
+    return not any(_hooks(h) for h in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+
+
+def _hooks(hook: Any) -> Any:
+    """The functions of a hook: Triton has it as None, one function, or a chain of them."""
+    return getattr(hook, "calls", hook)
 
 
 class Recorder(threading.local):
