@@ -25,8 +25,8 @@ Instruction = Literal["fma", "mma", "wgmma", "tcgen05", "mfma"]
 
 # An input of the stages with an entry a pair (a dense bias) is taken to be float32.
 PAIR_BYTES = 4
-# Two row vectors travel with each streamed tile: lse and delta, or a variant's own.
-VECTOR_BYTES = 2 * 4
+# Row vectors of 4-byte elements that travel with each streamed tile: lse and delta of queries, one of a variant's own.
+VECTORS = {"forward": 1, "dkdv": 3, "dq": 1, "pair": 3}
 # Without a pipeline, tiles change their layout through a scratch area as wide as this for each warp.
 EXCHANGE_BYTES = 512
 # Swizzled buffers start at multiples of this.
@@ -117,10 +117,10 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     for tile, copies in zip(tiles.streamed, _copies(kernel, tiles, op, ks.num_stages, problem), strict=True):
         live[tile.name] = int(copies * _bytes(tile, problem))
     live["scores"] = scores_bytes(kernel, ks, problem, device)
-    live["row vectors"] = _row_vectors(tiles, op, ks.num_stages)
+    live["row vectors"] = _row_vectors(kernel, tiles, op, ks.num_stages)
     live["barriers"] = ALIGNMENT if op == "tcgen05" else 0
     live["exchange"] = EXCHANGE_BYTES * ks.num_warps if ks.num_stages == 1 and op in ("mma", "tcgen05") else 0
-    live["pair inputs"] = _pair_inputs(kernel, tiles, ks.num_stages, problem)
+    live["pair inputs"] = _pair_inputs(kernel, tiles, op, ks.num_stages, problem)
     # What a tile needs on its way in or out, when nothing of the loop is live.
     transit = max(_bytes(tile, problem) for tile in (*tiles.resident, *tiles.streamed))
     if transit > sum(live.values()):
@@ -187,15 +187,15 @@ def scores_bytes(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     return tile if split else 0
 
 
-def _row_vectors(tiles: Tiling, op: Instruction, stages: int) -> int:
+def _row_vectors(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int) -> int:
     if op == "mfma":
         return 0
-    bytes_ahead = max(stages - 1, 1) * tiles.cols * VECTOR_BYTES
+    bytes_ahead = max(stages - 1, 1) * tiles.cols * VECTORS[kernel] * 4
     return -(-bytes_ahead // ALIGNMENT) * ALIGNMENT
 
 
-def _pair_inputs(kernel: Kernel, tiles: Tiling, stages: int, problem: Problem) -> int:
-    loads = problem.costs.pair(kernel).loads
+def _pair_inputs(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem: Problem) -> int:
+    loads = 0 if op == "mfma" else problem.costs.pair(kernel).loads
     return int(loads * max(stages - 1, 0) * tiles.rows * tiles.cols * PAIR_BYTES)
 
 
