@@ -22,7 +22,7 @@ from attncc.codegen.render import render
 from attncc.codegen.standalone import schedule_meta
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
-from attncc.runtime import interpreter
+from attncc.runtime import interpreter, warm
 from attncc.runtime.replay import Recording, key_of, recorder, usable
 from attncc.runtime.shapes import Bound, bind
 from attncc.schedule.cache import Cache
@@ -62,6 +62,7 @@ class Engine:
         self._modules: dict[tuple[int, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._recordings: dict[Any, Recording] = {}
+        self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
     def source(self, d_qk: int, d_v: int) -> str:
@@ -84,7 +85,7 @@ class Engine:
                     module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
                 else:
                     module = load_source(source, self.graph.name)
-                    module._launch = _compiled_launch  # type: ignore[attr-defined]
+                    module._launch = recorder.launch  # type: ignore[attr-defined]
                 self._modules[key] = module
             return self._modules[key]
 
@@ -123,9 +124,35 @@ class Engine:
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
         )
 
-    def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """out, then the stored row statistics in the plan's order."""
+    def warm(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
+        """Start to compile what this call launches, all kernels side by side; once for each kind."""
+        ranks = tuple((x.dtype, x.shape[-1:] == (1,)) for x in bound.tensors.values())
+        kind = (id(prepared.module), q.dtype, q.device, str(prepared.meta), str(prepared.options), ranks, backward)
+        with self._lock:
+            if kind in self._warmed:
+                return
+            self._warmed.add(kind)
+        ghosts = [warm.ghost(x) for x in (q, k, v)]
+        inputs = [*map(warm.ghost, bound.tensors.values()), *bound.scalars.values(), bound.scale]
+        module, meta, options = prepared.module, prepared.meta, prepared.options
+
+        def run() -> None:
+            out, *rows = module.forward(*ghosts, *inputs, meta, options)
+            if backward:
+                stored = dict(zip((name for name, _ in self.plan.stored), rows, strict=True))
+                saved = tuple(stored[name] for name in self.plan.saved_names)
+                wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
+                module.backward(*ghosts, *inputs, out, saved, out, None, wanted, meta, options)
+
+        warm.start(warm.collector.collect(run), q.device)
+
+    def forward(
+        self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
+    ) -> tuple[Tensor, ...]:
+        """out, then the stored row statistics in the plan's order. `then_backward`: compile the backward meanwhile."""
         prepared = self.prepare(bound, q.dtype, q.device)
+        if not prepared.interpreted:
+            self.warm(prepared, bound, q, k, v, then_backward and self.plan.has_backward is None)
         with _on(q.device):
             return cast(
                 tuple[Tensor, ...],
@@ -190,11 +217,6 @@ class Engine:
 def _capturing() -> bool:
     """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
     return torch.cuda.is_current_stream_capturing()
-
-
-def _compiled_launch(kernel: Any, grid: int, arguments: Any, meta: Any) -> None:
-    with interpreter.compiling():
-        recorder.launch(kernel, grid, arguments, meta)
 
 
 def _on(device: torch.device) -> Any:

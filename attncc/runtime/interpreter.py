@@ -20,8 +20,44 @@ import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-# The patches are global, so one kernel is interpreted at a time, and none is compiled meanwhile (`compiling`).
-_lock = threading.RLock()
+class _Gate:
+    """The patches are global: one thread interprets at a time, and none compiles meanwhile. Any number may compile."""
+
+    def __init__(self) -> None:
+        self._interpreting = threading.RLock()
+        self._changed = threading.Condition()
+        self._compiling = 0
+        self._closed = False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a thread that patches the language."""
+        with self._interpreting:
+            with self._changed:
+                self._closed = True
+                self._changed.wait_for(lambda: not self._compiling)
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._closed = False
+                    self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """For a thread that reads the language."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._compiling += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._compiling -= 1
+                self._changed.notify_all()
+
+
+_gate = _Gate()
 
 _MODULES = (tl, tl.core, tl.standard, tl.math)
 _OWNERS = (*_MODULES, tl.core.tensor, tl.core.tensor_descriptor_base)
@@ -30,7 +66,7 @@ _OWNERS = (*_MODULES, tl.core.tensor, tl.core.tensor_descriptor_base)
 @contextlib.contextmanager
 def decorating() -> Iterator[None]:
     """While this is open, `triton.jit` makes interpreted kernels."""
-    with _lock, triton.knobs.runtime.scope():
+    with _gate.alone(), triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         yield
 
@@ -38,7 +74,7 @@ def decorating() -> Iterator[None]:
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """While this is open, interpreted kernels run."""
-    with _lock:
+    with _gate.alone():
         before = [(owner, dict(vars(owner))) for owner in _OWNERS]
         patch_tensor = interpreter._patch_lang_tensor
 
@@ -66,7 +102,7 @@ def interpreting() -> Iterator[None]:
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """While this is open, no kernel is interpreted: the compiler reads the language that the interpreter patches."""
-    with _lock:
+    with _gate.together():
         yield
 
 

@@ -6,7 +6,7 @@ op works under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` and the 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,14 +70,16 @@ def backward_op(
     saved: list[Tensor],
     dout: Tensor,
     dlse: Tensor | None,
+    wanted: list[bool],
     key: str,
 ) -> list[Tensor]:
     """dq, dk, dv, then the gradient of each differentiable input."""
     engine = _engines[key]
     bound = _bound(engine, q, k, v, inputs, scalars, scale)
-    # a schema's list of tensors has no place for None, so this path computes every gradient
-    wanted = tuple(d.name for d in engine.graph.inputs if d.grad)
-    return cast(list[Tensor], list(engine.backward(bound, q, k, v, out, tuple(saved), dout, dlse, wanted)))
+    names = tuple(d.name for d, want in zip(engine.graph.inputs, wanted, strict=True) if want)
+    found = engine.backward(bound, q, k, v, out, tuple(saved), dout, dlse, names)
+    # a schema's list of tensors has no place for None
+    return [q.new_empty(0) if x is None else x for x in found]
 
 
 @backward_op.register_fake
@@ -92,12 +94,13 @@ def _(
     saved: list[Tensor],
     dout: Tensor,
     dlse: Tensor | None,
+    wanted: list[bool],
     key: str,
 ) -> list[Tensor]:
-    decls = _engines[key].graph.inputs
-    grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for x, d in zip(inputs, decls, strict=True) if d.grad
-    ]
+    grads = []
+    for x, decl, want in zip(inputs, _engines[key].graph.inputs, wanted, strict=True):
+        if decl.grad:
+            grads.append(x.new_empty(x.shape) if want else q.new_empty(0))
     return [_like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), *grads]
 
 
@@ -110,7 +113,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     names = [name for name, _ in plan.stored]
     saved = [output[1 + names.index(name)] for name in plan.saved_names]
     ctx.save_for_backward(q, k, v, output[0], *tensors, *saved)
-    ctx.counts = (len(tensors), len(saved))
+    ctx.count = len(tensors)
+    ctx.wanted = [d.grad and x.requires_grad for d, x in zip(_engines[key].graph.inputs, tensors, strict=True)]
     ctx.numbers = (scalars, scale, key)
     ctx.refusal = None
     ctx.lse_index = names.index("lse") + 1 if "lse" in names else None
@@ -120,17 +124,16 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if ctx.refusal is not None:
         raise ctx.refusal
     q, k, v, out, *rest = ctx.saved_tensors
-    count, _ = ctx.counts
-    tensors, saved = rest[:count], rest[count:]
+    tensors, saved = rest[: ctx.count], rest[ctx.count :]
     scalars, scale, key = ctx.numbers
     dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
     dlse = grads[ctx.lse_index] if ctx.lse_index is not None else None
-    dq, dk, dv, *found = backward_op(q, k, v, tensors, scalars, scale, out, saved, dout, dlse, key)
+    dq, dk, dv, *found = backward_op(q, k, v, tensors, scalars, scale, out, saved, dout, dlse, ctx.wanted, key)
     results = iter(found)
-    decls = _engines[key].graph.inputs
-    wanted = [next(results) if d.grad else None for d in decls]
+    gradients = [next(results) if d.grad else None for d in _engines[key].graph.inputs]
+    inputs = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
     # the structure of the arguments again, in which an empty list is one and a list of numbers is a leaf
-    return dq, dk, dv, wanted, None if scalars else [], None, None
+    return dq, dk, dv, inputs, None if scalars else [], None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)
@@ -142,7 +145,7 @@ class EagerAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, engine: Engine, bound: Bound, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Any:
         """out and the stored rows; `inputs` are bound's tensors, given again so that autograd sees them."""
-        results = engine.forward(bound, q, k, v)
+        results = engine.forward(bound, q, k, v, then_backward=True)
         plan = engine.plan
         if plan.has_backward is None:
             names = [name for name, _ in plan.stored]

@@ -17,6 +17,9 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from attncc.runtime.interpreter import compiling
+from attncc.runtime.warm import collector, wait
+
 _ALIGNED = 16
 
 
@@ -97,7 +100,12 @@ class Recorder(threading.local):
         """The `_launch` of a compiled module: run a kernel, and note it while a call is recorded."""
         if not grid:
             return
-        compiled = kernel[(grid,)](*arguments, **meta)
+        if collector.jobs is not None:
+            collector.jobs.append((kernel, grid, arguments, dict(meta)))
+            return
+        wait(kernel)
+        with compiling():
+            compiled = kernel[(grid,)](*arguments, **meta)
         if self.launches is not None:
             constants = tuple(meta[p.name] for p in kernel.params[len(arguments) :])
             self.launches.append((compiled, grid, (*arguments, *constants)))
