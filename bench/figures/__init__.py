@@ -1,0 +1,1 @@
+"""Figures of the README that show mathematics, not measurements; made by `python -m bench.figures.variants`."""
