@@ -1,5 +1,6 @@
 # make demo    from a bare machine to a compiled variant on real input
 # make test    environment, lint, format, types, tests
+# make gpu     the tests that need a GPU
 #
 # Each makes its own environment in .venv at the versions of .ci/constraints.txt; the second run finds it ready.
 # A python3 that already drives a GPU through torch is used as it is, with nothing installed. To say so, or to say otherwise:
@@ -13,8 +14,6 @@ VENV ?= $(shell if $(GPU_READY); then echo none; else echo .venv; fi)
 CONSTRAINTS := .ci/constraints.txt
 # For a torch that brings no triton of its own, as builds for the CPU do.
 TRITON := triton==3.6.0
-PYTEST_ARGS ?= -n 2
-
 ifeq ($(VENV),none)
 PY := $(PYTHON)
 else
@@ -23,9 +22,13 @@ BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 DEMO := $(VENV)/.stamp-demo
 endif
+# An interpreter that is used as it is may lack a tool of ours: what it lacks is left out, and said.
+HAS = $(PY) -c 'import $(1)' 2>/dev/null
+RUN = if $(call HAS,$(1)); then $(PY) -m $(1) $(2); else echo "$(1) is not installed in $(PY): $@ is skipped"; fi
+PYTEST_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 2'; fi)
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test lint format format-check types unit clean
+.PHONY: demo test gpu lint format format-check types unit clean
 .NOTPARALLEL:
 
 demo: $(DEMO)
@@ -34,19 +37,22 @@ demo: $(DEMO)
 test: lint format-check types unit
 
 lint: $(DEV)
-	$(PY) -m ruff check .
+	@$(call RUN,ruff,check .)
 
 format: $(DEV)
-	$(PY) -m ruff format .
+	@$(call RUN,ruff,format .)
 
 format-check: $(DEV)
-	$(PY) -m ruff format --check .
+	@$(call RUN,ruff,format --check .)
 
 types: $(DEV)
-	$(PY) -m mypy
+	@$(call RUN,mypy,)
 
 unit: $(DEV)
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+gpu: $(DEV)
+	$(PY) -m pytest -m gpu
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
