@@ -24,44 +24,94 @@ from attncc.passes.tiles import (
 _FAR = 2147483647
 
 
+#: what a bounds kernel stores for each block
+STORED = ("live_begin", "live_end", "full_begin", "full_end")
+
+
 @dataclass(frozen=True)
 class BoundLines:
-    """`setup` computes mixed_tiles and full_tiles; `mixed` and `full` turn the loop counter `i` into `tile`."""
+    """`setup` computes mixed_tiles and full_tiles; `mixed` and `full` turn the loop counter `i` into `tile`.
+
+    Where a mask must be scanned, `scan` holds the lines of the kernel that does it once a block, and `setup` reads what
+    that stored, from the line that `line` names.
+    """
 
     setup: tuple[str, ...]
     mixed: tuple[str, ...]
     full: tuple[str, ...]
+    scan: tuple[str, ...] = ()
+    line: str = ""
 
 
 def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str) -> BoundLines:
     """Lines for one kernel. `block` is the constexpr of the inner block; `inside` masks the outer block's real rows."""
-    lines: list[str] = []
-    stand_ins: dict[Any, sympy.Symbol] = {}
-    leaves = dict(kernel.leaves)
-    leaves[OUTER_LO.name] = Leaf("block_lo", Level.PROGRAM)
-    leaves[OUTER_HI.name] = Leaf("block_hi", Level.PROGRAM)
-    for i, read in enumerate(plan.outer_reads):
-        values = kernel.emit(read)
-        for function, op, far in ((BlockMin, "min", _FAR), (BlockMax, "max", -_FAR)):
-            name = f"own_{op}_{i}"
-            lines.append(f"{name} = tl.{op}(tl.where({inside}, {values}, {far}), 0)")
-            stand_ins[function(read)] = sympy.Symbol(name, integer=True)
-            leaves[name] = Leaf(name, Level.PROGRAM)
-    for i, _ in enumerate(plan.summaries):
-        for op in ("min", "max"):
-            leaves[f"tile_{op}_{i}"] = Leaf(f"tile_{op}_{i}", Level.PAIR)
-    leaves[INNER_LO.name] = Leaf("tile_lo", Level.PAIR)
-    leaves[INNER_HI.name] = Leaf("tile_hi", Level.PAIR)
-    scope = Lowering(kernel.graph, leaves, helpers=kernel.helpers, _names=kernel._names)
-    length = "kv_len" if plan.inner == sym.KV_IDX else "q_len"
-    many = len(plan.segments) > 1
-    for i, segment in enumerate(plan.segments):
-        lines += _segment_lines(segment, scope, stand_ins, f"_{i}" if many else "", block)
-    if plan.scan is not None:
-        lines += _scan_lines(plan, scope, stand_ins, block, length)
-    if many:
-        lines += _order_lines(len(plan.segments))
-    return _loop_lines(lines, len(plan.segments))
+    scope = _Scope(plan, kernel, block)
+    if plan.scan is None:
+        outer = scope.outer_lines(kernel, inside)
+        return _loop_lines([*outer, *scope.segment_lines()], len(plan.segments))
+    line = "b * heads + h" if _by_head(plan) else "b"
+    blocks, number = ("m_blocks", "m_block") if plan.outer == sym.Q_IDX else ("n_blocks", "n_block")
+    setup = [f"bounds_at = BOUNDS_PTR + (({line}) * {blocks} + {number}) * 4"]
+    setup += [f"{name} = tl.load(bounds_at + {i})" for i, name in enumerate(STORED)]
+    found = _loop_lines(setup, 1)
+    separate = Lowering(kernel.graph, kernel.leaves, kernel.rows_first, helpers=kernel.helpers)
+    scanner = _Scope(plan, separate, block)
+    reads = scanner.outer_lines(separate, inside)
+    scan = (*separate.outer, *separate.body, *reads, *scanner.segment_lines(), *scanner.scan_lines())
+    return BoundLines(found.setup, found.mixed, found.full, scan, line)
+
+
+def _by_head(plan: TilePlan) -> bool:
+    """Do the bounds of a block differ between heads?"""
+    exprs = [e for s in plan.segments for e in (s.live.lo, s.live.hi, s.may, s.must)]
+    exprs += [e for s in plan.segments if s.full for e in (s.full.lo, s.full.hi)]
+    exprs += [plan.scan.may, plan.scan.must] if plan.scan else []
+    return any({sym.H, sym.H_KV} & e.free_symbols for e in exprs)
+
+
+class _Scope:
+    """Expressions over a block's box as lines: its ends, its own extremes of the reads, and a tile's."""
+
+    def __init__(self, plan: TilePlan, kernel: Lowering, block: str):
+        self.plan, self.block = plan, block
+        self.length = "kv_len" if plan.inner == sym.KV_IDX else "q_len"
+        self.stand_ins: dict[Any, sympy.Symbol] = {}
+        leaves = dict(kernel.leaves)
+        leaves[OUTER_LO.name] = Leaf("block_lo", Level.PROGRAM)
+        leaves[OUTER_HI.name] = Leaf("block_hi", Level.PROGRAM)
+        for i, _ in enumerate(plan.outer_reads):
+            for op in ("min", "max"):
+                leaves[f"own_{op}_{i}"] = Leaf(f"own_{op}_{i}", Level.PROGRAM)
+        for i, _ in enumerate(plan.summaries):
+            for op in ("min", "max"):
+                leaves[f"tile_{op}_{i}"] = Leaf(f"tile_{op}_{i}", Level.PAIR)
+        leaves[INNER_LO.name] = Leaf("tile_lo", Level.PAIR)
+        leaves[INNER_HI.name] = Leaf("tile_hi", Level.PAIR)
+        # names are shared with the kernel, so that neither shadows the other's
+        self.lowering = Lowering(kernel.graph, leaves, helpers=kernel.helpers, _names=kernel._names)
+
+    def outer_lines(self, kernel: Lowering, inside: str) -> list[str]:
+        """The block's own extremes of each read along its axis."""
+        lines = []
+        for i, read in enumerate(self.plan.outer_reads):
+            values = kernel.emit(read)
+            for function, op, far in ((BlockMin, "min", _FAR), (BlockMax, "max", -_FAR)):
+                name = f"own_{op}_{i}"
+                lines.append(f"{name} = tl.{op}(tl.where({inside}, {values}, {far}), 0)")
+                self.stand_ins[function(read)] = sympy.Symbol(name, integer=True)
+        return lines
+
+    def segment_lines(self) -> list[str]:
+        """The closed-form ranges."""
+        lines: list[str] = []
+        many = len(self.plan.segments) > 1
+        for i, segment in enumerate(self.plan.segments):
+            lines += _segment_lines(segment, self.lowering, self.stand_ins, f"_{i}" if many else "", self.block)
+        return lines + (_order_lines(len(self.plan.segments)) if many else [])
+
+    def scan_lines(self) -> list[str]:
+        """The narrowing of the ranges by the tiles' minima and maxima."""
+        return _scan_lines(self.plan, self.lowering, self.stand_ins, self.block, self.length)
 
 
 def _flush(scope: Lowering, lines: list[str]) -> None:

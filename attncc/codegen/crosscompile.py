@@ -125,7 +125,7 @@ def _tiling(name: str, schedule: Schedule) -> Any:
     for kernel in ("forward", "dkdv", "dq"):
         if name == f"{kernel}_kernel":
             return schedule.of(kernel)  # type: ignore[arg-type]
-    if name == "delta_kernel" or name.startswith("summary_"):
+    if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq
 
@@ -133,7 +133,7 @@ def _tiling(name: str, schedule: Schedule) -> Any:
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
     if name in inputs:
         return "i32" if inputs[name].dtype == "int" else "fp32"
-    if name.startswith("SUMMARY_") or name in ("MIN_PTR", "MAX_PTR"):
+    if name.startswith("SUMMARY_") or name in ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR"):
         return "i32"
     if name in ("Q_PTR", "K_PTR", "V_PTR", "OUT_PTR", "DOUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR"):
         return dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from attncc.codegen.bounds import bound_lines, summary_offset
+from attncc.codegen.bounds import BoundLines, bound_lines, summary_offset
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.ir import symbols as sym
@@ -75,10 +75,6 @@ def _edge(axis: str, rows_first: bool) -> str:
     length = {"q_idx": "q_len", "kv_idx": "kv_len"}[axis]
     first = (axis == "q_idx") == rows_first
     return f"({axis} < {length}){'[:, None]' if first else '[None, :]'}"
-
-
-def _summaries(plan: TilePlan) -> list[dict[str, Any]]:
-    return [{"index": i, "read": r, "by_head": summary_offset(r) != "b"} for i, r in enumerate(plan.summaries)]
 
 
 def forward_slots(plan: Plan) -> dict[str, Any]:
@@ -183,7 +179,6 @@ def forward_slots(plan: Plan) -> dict[str, Any]:
         "stores": stores,
         "negative": NEGATIVE,
         "helpers": lowering.helpers,
-        "summaries": _summaries(plan.over_keys),
     }
 
 
@@ -271,10 +266,10 @@ def _pair_slots(
         "row_lines": row_lines,
         "saved": plan.saved_names,
         "needs_delta": backward.needs_delta,
+        "rows": (*plan.saved_names, *(("delta",) if backward.needs_delta else ())),
         "gradients": wanted,
         "summed": summed,
         "helpers": lowering.helpers,
-        "summaries": _summaries(tile),
         "alive": f'{plan.saved_names[0]} > float("-inf")' if "lse" in plan.saved_names else _alive(plan),
     }
 
@@ -323,4 +318,19 @@ def summary_slots(plan: Plan, read: Read, axis: sympy.Symbol) -> dict[str, Any]:
         "by_head": summary_offset(read) != "b",
         "helpers": lowering.helpers,
         "what": formula(read),
+    }
+
+
+def bounds_slots(tile: TilePlan, bounds: BoundLines) -> dict[str, Any]:
+    """Slots of bounds.py.j2: the scan of a mask that reads its inputs, for the blocks of one axis."""
+    by_rows = tile.outer == sym.Q_IDX
+    return {
+        "bounds": bounds,
+        "outer": tile.outer.name,
+        "inner": tile.inner.name,
+        "length": "q_len" if by_rows else "kv_len",
+        "block": "BLOCK_M" if by_rows else "BLOCK_N",
+        "inner_block": "BLOCK_N" if by_rows else "BLOCK_M",
+        "by_head": bounds.line != "b",
+        "summaries": [{"index": i} for i, _ in enumerate(tile.summaries)],
     }

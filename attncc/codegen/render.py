@@ -10,10 +10,12 @@ from typing import Any
 import jinja2
 
 from attncc.codegen.indices import collect_lines
-from attncc.codegen.kernels import chunks, dkdv_slots, dq_slots, forward_slots, pair_slots, summary_slots
+from attncc.codegen.bounds import BoundLines
+from attncc.codegen.kernels import bounds_slots, chunks, dkdv_slots, dq_slots, forward_slots, pair_slots, summary_slots
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
 from attncc.ir.text import formula, to_text
+from attncc.passes.tiles import TilePlan
 from attncc.resources import path
 from attncc.version import __version__
 
@@ -51,7 +53,7 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
     }
     f = forward_slots(plan)
     helpers = set(f["helpers"])
-    summaries = _summaries(plan, "kv", plan.over_keys, sym.KV_IDX)
+    bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"])
     kernels = [("forward.py.j2", {"f": f})]
     host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "needs_delta": False}
     if backward:
@@ -62,7 +64,7 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
         for g in plan.gradients:
             if g.number in pair:
                 pair[g.number].update(_kept(plan, g))
-        summaries += _summaries(plan, "q", plan.over_queries, sym.Q_IDX)
+        bounds += _bounds(plan, "q", plan.over_queries, kv["bounds"])
         if kv["needs_delta"]:
             kernels.append(("delta.py.j2", {}))
         kernels += [("dkdv.py.j2", {"k": kv}), ("dq.py.j2", {"k": dq})]
@@ -78,12 +80,16 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
             needs_delta=kv["needs_delta"],
             collects=collect_lines(plan),
         )
-    for s in summaries:
-        helpers |= s["slots"]["helpers"]
-        kernels.insert(0, ("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
+    scans = []
+    for u in bounds:
+        for s in u["summaries"]:
+            helpers |= s["slots"]["helpers"]
+            scans.append(("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
+        scans.append(("bounds.py.j2", {"u": u["slots"], "name": f"{u['name']}_kernel"}))
+    kernels = scans + kernels
     parts = [_header(plan, d_qk, d_v), _render("helpers.py.j2", context, helpers=helpers)]
     parts += [_render(template, context, **slots) for template, slots in kernels]
-    parts.append(_render("host.py.j2", context, summaries=summaries, **host))
+    parts.append(_render("host.py.j2", context, bounds=bounds, **host))
     return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
@@ -105,11 +111,15 @@ def _kept(plan: Plan, gradient: Any) -> dict[str, str]:
     return result
 
 
-def _summaries(plan: Plan, axis: str, tile: Any, symbol: Any) -> list[dict[str, Any]]:
-    return [
-        {"name": f"summary_{axis}_{i}", "slots": summary_slots(plan, read, symbol)}
+def _bounds(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines) -> list[dict[str, Any]]:
+    """The kernel that scans for the bounds of blocks over an inner axis, with its summaries; none for closed forms."""
+    if not lines.scan:
+        return []
+    summaries = [
+        {"name": f"summary_{axis}_{i}", "slots": summary_slots(plan, read, tile.inner)}
         for i, read in enumerate(tile.summaries)
     ]
+    return [{"name": f"bounds_{axis}", "slots": bounds_slots(tile, lines), "summaries": summaries}]
 
 
 def _header(plan: Plan, d_qk: int, d_v: int) -> str:
