@@ -242,7 +242,9 @@ def _loop_lines(setup: list[str], count: int) -> BoundLines:
         if i + 1 < count:
             setup.append(f"mixed_{2 * i + 2} = mixed_{2 * i + 1} + full_begin_{i + 1} - live_begin_{i + 1}")
             setup.append(f"full_{i + 1} = full_{i} + full_end_{i + 1} - full_begin_{i + 1}")
-            mixed_lines.append(f"tile = tl.where(i >= mixed_{2 * i + 1}, i - mixed_{2 * i + 1} + live_begin_{i + 1}, tile)")
+            mixed_lines.append(
+                f"tile = tl.where(i >= mixed_{2 * i + 1}, i - mixed_{2 * i + 1} + live_begin_{i + 1}, tile)"
+            )
             full_lines.append(f"tile = tl.where(i >= full_{i}, i - full_{i} + full_begin_{i + 1}, tile)")
     setup += [f"mixed_tiles = mixed_{2 * count - 1}", f"full_tiles = full_{count - 1}"]
     return BoundLines(tuple(setup), tuple(mixed_lines), tuple(full_lines))

@@ -58,7 +58,8 @@ def cross_compile(
     only: tuple[str, ...] | None = None,
     group: int = 1,
 ) -> dict[str, CompiledKernel]:
-    """Compile a generated module's kernels for `device`; `group` query heads share a key head. No GPU is needed, nor used."""
+    """Compile a generated module's kernels for `device`; `group` query heads share a key head. No GPU is needed, nor
+    used."""
     compiled = {}
     for name in kernel_names(module):
         if only is None or name in only:
@@ -124,7 +125,7 @@ def _compile(
 def _tiling(name: str, schedule: Schedule) -> Any:
     for kernel in ("forward", "dkdv", "dq"):
         if name == f"{kernel}_kernel":
-            return schedule.of(kernel)  # type: ignore[arg-type]
+            return schedule.of(kernel)
     if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq

@@ -215,7 +215,13 @@ def backward_leaves(plan: Plan) -> dict[str, Leaf]:
 
 
 def _pair_slots(
-    plan: Plan, rows_first: bool, wanted: list[InputGradient], tile: TilePlan, block: str, edges: list[str], inside: str,
+    plan: Plan,
+    rows_first: bool,
+    wanted: list[InputGradient],
+    tile: TilePlan,
+    block: str,
+    edges: list[str],
+    inside: str,
     with_dqk: bool = True,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads."""

@@ -1,5 +1,5 @@
-"""Expressions to lines of Triton: one statement a shared value, each placed at the level (program, row, column, pair) at which
-it changes, so that a template only has to say where each level's lines go."""
+"""Expressions to lines of Triton: one statement a shared value, each placed at the level (program, row, column, pair)
+at which it changes, so that a template only has to say where each level's lines go."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ _CALLS = {
 class Lowering:
     """Builds the statements of one kernel.
 
-    leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV kernel
-    holds them); running: names of row values that change inside the loop. Statements go to `outer` (before the loop: what is
-    the same for the whole program, or for a row of a row-block kernel) or to `body`, each in an order in which it can run.
+    leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV
+    kernel holds them); running: names of row values that change inside the loop. Statements go to `outer` (before the
+    loop: what is the same for the whole program, or for a row of a row-block kernel) or to `body`, each in an order in
+    which it can run.
     """
 
     graph: VariantGraph
@@ -120,13 +121,6 @@ class Lowering:
 
     def _lines(self, expr: Any, level: Level) -> list[str]:
         return self.outer if self._is_outer(expr, level) else self.body
-
-    def emit(self, expr: Any, at: Level | None = None) -> str:
-        """The text of an expression, as an operand of level `at` (its own level by default)."""
-        text, own = self._visit(expr)
-        return self._raise(text, own, own if at is None else join(own, at))
-
-    # the tree walk
 
     def _visit(self, expr: Any) -> tuple[str, Level]:
         if expr in self._memo:
@@ -405,7 +399,11 @@ class Lowering:
         return "(" + " | ".join(self._condition(a, level) for a in sorted(expr.args, key=str)) + ")"
 
     def _Not(self, expr: Any, level: Level) -> str:
-        return f"(not {self._condition(expr.args[0], level)})" if level == Level.PROGRAM else f"~{self._condition(expr.args[0], level)}"
+        return (
+            f"(not {self._condition(expr.args[0], level)})"
+            if level == Level.PROGRAM
+            else f"~{self._condition(expr.args[0], level)}"
+        )
 
     def _condition(self, expr: Any, level: Level) -> str:
         return self._operand(expr, level, False)
@@ -448,7 +446,11 @@ def _number(expr: Any, is_float: bool) -> str:
 
 
 def _wrap(text: str) -> str:
-    return text if text.isidentifier() or text.endswith(")") and text.startswith(("(", "tl.", "_")) and _balanced(text) else f"({text})"
+    return (
+        text
+        if text.isidentifier() or (text.endswith(")") and text.startswith(("(", "tl.", "_")) and _balanced(text))
+        else f"({text})"
+    )
 
 
 def _unwrap(text: str) -> str:

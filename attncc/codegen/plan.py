@@ -129,6 +129,7 @@ def _settled(index: sympy.Expr) -> sympy.Expr:
 
 
 def _one_dimension_each(read: Read) -> bool:
-    return all(
-        isinstance(i, sympy.Symbol) or not i.free_symbols & {sym.Q_IDX, sym.KV_IDX} for i in read.index
-    ) and {sym.Q_IDX, sym.KV_IDX} <= set(read.index)
+    return all(isinstance(i, sympy.Symbol) or not i.free_symbols & {sym.Q_IDX, sym.KV_IDX} for i in read.index) and {
+        sym.Q_IDX,
+        sym.KV_IDX,
+    } <= set(read.index)

@@ -8,6 +8,7 @@ from typing import Any
 
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
+from attncc.ir.levels import Level, level
 from attncc.passes.counts import live_tiles, pair_costs
 from attncc.passes.differentiate import DP
 from attncc.passes.fold import S
@@ -23,7 +24,8 @@ def problem_of(
     """The problem of one call. `sizes` has b, h, h_kv, q_idx, kv_idx, d_qk, d_v; an empty dimension counts as 1."""
     size = {name: max(n, 1) for name, n in sizes.items()}
     live = live_tiles(plan.over_keys, plan.graph, size["h"], size["q_idx"], size["kv_idx"], scalars)
-    costs = KernelCosts(*_costs(plan), live=lru_cache(maxsize=None)(live))
+    vectors = len({r for r in plan.graph.reads if level(r) == Level.COL})
+    costs = KernelCosts(*_costs(plan), live=lru_cache(maxsize=None)(live), vectors=vectors)
     return Problem(
         dtype=dtype,
         precision=precision,

@@ -9,8 +9,8 @@ from typing import Any
 
 import jinja2
 
-from attncc.codegen.indices import collect_lines
 from attncc.codegen.bounds import BoundLines
+from attncc.codegen.indices import collect_lines
 from attncc.codegen.kernels import bounds_slots, chunks, dkdv_slots, dq_slots, forward_slots, pair_slots, summary_slots
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
@@ -33,8 +33,10 @@ def environment() -> jinja2.Environment:
 
 
 def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
-    """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions."""
+    """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its
+    functions."""
     graph = plan.graph
+    names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     context: dict[str, Any] = {
         "graph": graph,
         "d_qk": d_qk,
@@ -44,8 +46,8 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool) -> str:
         "stored": plan.stored,
         "backward": backward,
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
-        "call_params": "".join(f"{d.name}, " for d in (*graph.inputs, *graph.scalars)),
-        "call_args": "".join(f"{d.name}, " for d in (*graph.inputs, *graph.scalars)),
+        "call_params": "".join(f"{name}, " for name in names),
+        "call_args": "".join(f"{name}, " for name in names),
         "input_args": "".join(f"*_addressing({d.name}), " for d in graph.inputs)
         + "".join(f"{s.name}, " for s in graph.scalars),
         "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
@@ -142,7 +144,7 @@ def _tidy(source: str) -> str:
         if not line and not in_docstring:
             following = next((x for x in lines[i + 1 :] if x), "")
             opens_step = following.startswith(("    #", "    meta =", "    keep_b"))
-            if following.startswith(" ") and not opens_step or (opens_step and not kept[-1]):
+            if (following.startswith(" ") and not opens_step) or (opens_step and not kept[-1]):
                 continue
         if in_docstring and line == "import torch":
             in_docstring = False

@@ -1,4 +1,5 @@
-"""One self-contained file: kernels, launches, autograd and the chosen schedule. It needs torch and triton, and no attncc."""
+"""One self-contained file: kernels, launches, autograd and the chosen schedule. It needs torch and triton, and no
+attncc."""
 
 from __future__ import annotations
 

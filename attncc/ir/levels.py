@@ -1,4 +1,5 @@
-"""How often a value changes inside a kernel: once a program, a row, a column, or a pair. What a loop can hoist follows from it."""
+"""How often a value changes inside a kernel: once a program, a row, a column, or a pair. What a loop can hoist
+follows from it."""
 
 from __future__ import annotations
 

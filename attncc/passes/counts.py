@@ -21,7 +21,8 @@ _BOOLEAN_OPERATIONS = (sympy.And, sympy.Or, sympy.Not)
 
 
 def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
-    """Operations a pair, each shared value counted once. `pair_names`: symbols that vary by pair besides the IR's own."""
+    """Operations a pair, each shared value counted once. `pair_names`: symbols that vary by pair besides the IR's
+    own."""
     seen: set[Any] = set()
     fma = sfu = integer = loads = 0.0
     stack = list(exprs)
@@ -78,8 +79,8 @@ def live_tiles(
 ) -> Callable[[int, int], LiveTiles]:
     """A function from (block_m, block_n) to the tiles of one head, over the blocks of the plan's outer axis.
 
-    What only the data knows is estimated: an input read once a program counts as half the keys, and a scanned mask as its
-    closed-form hull.
+    What only the data knows is estimated: an input read once a program counts as half the keys, and a scanned mask as
+    its closed-form hull.
     """
     known: dict[Any, Any] = {
         sym.Q_LEN: q_len,

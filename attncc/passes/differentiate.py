@@ -1,14 +1,14 @@
 """The backward, derived from the one-pass form. Nobody writes one.
 
-With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j), write dp_j = do . v_j and delta = do . o.
-Then for whatever y a pair depends on (the score, or an element read from an input)
+With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j), write dp_j = do . v_j and delta = do
+. o. Then for whatever y a pair depends on (the score, or an element read from an input)
 
     dy_j = G * dA/dy * dp_j  +  (delta - dlse) * sum_k (d log G / d L_k) * dB_k/dy
 
-because lse = M - log G, so that a cotangent of lse is one more term of delta. The running maximum counts as a constant:
-`_shift_invariant` proves that the weight does not change when it moves. Where the weight has an exponential, the proof lets
-us put the maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the
-forward stores the sums themselves.
+because lse = M - log G, so that a cotangent of lse is one more term of delta. The running maximum counts as a
+constant: `_shift_invariant` proves that the weight does not change when it moves. Where the weight has an exponential,
+the proof lets us put the maximum at lse itself, where G = 1: then lse is the only row statistic that the backward
+needs. Elsewhere the forward stores the sums themselves.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def differentiate(graph: VariantGraph, online: Online) -> Backward:
     """Derive the backward, or raise UnsupportedError where the weight depends on the row maximum itself."""
     if online.maxes and not _shift_invariant(online):
         raise UnsupportedError(
-            "the weight changes when the row maximum alone moves, so a gradient flows through the maximum: not derived yet",
+            "the weight changes when the row maximum alone moves, so a gradient flows through the maximum: "
+            "not derived yet",
             stage="normalizer",
             span=graph["weight"].span,
             remedy="divide by a sum that scales with it, as softmax does, or call the op without gradients",

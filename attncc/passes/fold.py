@@ -1,8 +1,8 @@
 """Strength reduction: scores in units of log2, so that exp becomes exp2 and its constant melts into the scale.
 
-With score = ln2 * t and every running maximum in the same unit, exp(score - m) is exp2(t - m): the 1/ln2 joins `scale` in one
-multiply a pair. Where t is a positive factor of the whole program times something, the row maximum is taken of that something,
-and the multiply joins the subtraction in one fused multiply-add.
+With score = ln2 * t and every running maximum in the same unit, exp(score - m) is exp2(t - m): the 1/ln2 joins `scale`
+in one multiply a pair. Where t is a positive factor of the whole program times something, the row maximum is taken of
+that something, and the multiply joins the subtraction in one fused multiply-add.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class exp2(voc.Op):
 
 @dataclass(frozen=True)
 class Folded:
-    """The score of a kernel: score = unit * S, with S computed by `score` and `unit` > 0 the same for the whole program."""
+    """The score of a kernel: score = unit * S, with S computed by `score` and `unit` > 0 the same for the whole
+    program."""
 
     score: sympy.Expr
     unit: sympy.Expr

@@ -1,7 +1,7 @@
 """Interval arithmetic on index expressions: what a value, or a condition, can be over a whole box of pairs.
 
-Sound, not complete: an interval holds every value that occurs, and maybe more. Bounds are expressions again, so that the
-same result serves the compiler (with numbers) and the kernel (with the box of its own tile).
+Sound, not complete: an interval holds every value that occurs, and maybe more. Bounds are expressions again, so that
+the same result serves the compiler (with numbers) and the kernel (with the box of its own tile).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ A normalizer is a cascade of row reductions followed by a weight. One pass suffi
   2. the weight is A(s, m) * G, with G the same for the whole row, and
   3. for each running term T(s, m) (A, and the term B of every row sum), T(s, m') / T(s, m) does not depend on s.
 
-That ratio is the factor by which a partial accumulator is rescaled when the running maximum moves from m to m', and the same
-factor merges two partial results computed over different keys (split-KV).
+That ratio is the factor by which a partial accumulator is rescaled when the running maximum moves from m to m', and
+the same factor merges two partial results computed over different keys (split-KV).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def renamed(symbol: sympy.Symbol) -> sympy.Symbol:
 
 @dataclass(frozen=True)
 class Running:
-    """One accumulator: `term` is added for every visible key; `rescale` multiplies it when the maxima move (1: never)."""
+    """One accumulator: `term` is added for every visible key; `rescale` multiplies it when the maxima move."""
 
     symbol: sympy.Symbol
     term: sympy.Expr
@@ -45,8 +45,9 @@ class Running:
 class Online:
     """The one-pass plan of a normalizer.
 
-    maxes: running maxima, in order; numerator: the accumulator of the output row (its term multiplies v); sums: the running
-    sums; scale: G, over maxima, sums and row values; shift: M(m), where the weight is a(s) exp(x(s) - M) * G, else None;
+    maxes: running maxima, in order; numerator: the accumulator of the output row (its term multiplies v);
+    sums: the running sums; scale: G, over maxima, sums and row values;
+    shift: M(m), where the weight is a(s) exp(x(s) - M) * G, else None;
     lse: M - log G, the log of the denominator (None where the row has no statistic); proof: the steps, for `explain`.
     """
 
@@ -63,13 +64,14 @@ class Online:
         return tuple(m for m, _ in self.maxes)
 
     def merge(self) -> dict[str, sympy.Expr]:
-        """How two partial results over different keys combine: for each accumulator, the factor of a partial whose maxima
-        were m when the joint maxima are m_new. Partials are scaled, then added."""
+        """How two partial results over different keys combine: for each accumulator, the factor of a partial whose
+        maxima were m when the joint maxima are m_new. Partials are scaled, then added."""
         return {r.symbol.name: r.rescale for r in (self.numerator, *self.sums)}
 
 
 def stream(graph: VariantGraph) -> Online:
-    """Derive the one-pass form of the graph's normalizer, or raise UnsupportedError that says which step fails and why."""
+    """Derive the one-pass form of the graph's normalizer, or raise UnsupportedError that says which step fails and
+    why."""
     maxes = [s for s in graph.rows if s.op == "max"]
     sums = [s for s in graph.rows if s.op == "sum"]
     proof: list[str] = []
@@ -79,7 +81,8 @@ def stream(graph: VariantGraph) -> Online:
     pair, scale = _split(weight, sums)
     if pair is None:
         raise UnsupportedError(
-            f"the weight '{formula(weight)}' needs its row sums before the first key is weighted: two passes over the keys",
+            f"the weight '{formula(weight)}' needs its row sums before the first key is weighted: "
+            "two passes over the keys",
             stage="normalizer",
             span=graph["weight"].span,
             remedy="write the weight as f(score) times a factor of the row; multi-pass plans are not generated yet",
@@ -113,7 +116,8 @@ def _independent(stage: Stage, maxes: list[Stage], sums: list[Stage]) -> None:
     blocking = [s for s in earlier if stage.op == "max" or s.op == "sum"]
     if blocking:
         raise UnsupportedError(
-            f"row.{stage.op}({formula(stage.expr)}) needs {blocking[0].name} over all keys first: two passes over the keys",
+            f"row.{stage.op}({formula(stage.expr)}) needs {blocking[0].name} over all keys first: "
+            "two passes over the keys",
             stage="normalizer",
             span=stage.span,
             remedy="a sum may use row maxima, nothing else; multi-pass plans are not generated yet",
@@ -174,7 +178,8 @@ def _running(
 
 
 def exponent(term: sympy.Expr) -> sympy.Expr | None:
-    """The sum of the exponents of a product's exp factors that vary by key, expanded; None if there is no such factor."""
+    """The sum of the exponents of a product's exp factors that vary by key, expanded; None if there is no such
+    factor."""
     found = [f.args[0] for f in sympy.Mul.make_args(term) if isinstance(f, sympy.exp) and varies_by_key(f)]
     return sympy.expand(sympy.Add(*found)) if found else None
 

@@ -1,8 +1,8 @@
 """Which tiles a mask leaves whole, cuts, or empties, as closed forms in the box of a block of rows (or of keys).
 
 For a block of the outer axis the pairs that the mask shows lie in a few ranges of the inner axis. A mask in indices and
-scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D integer
-inputs (documents, token types) is scanned: the same interval arithmetic, on each block's minimum and maximum.
+scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D
+integer inputs (documents, token types) is scanned: the same interval arithmetic, on each block's minimum and maximum.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Segment:
-    """Inner indices that may be visible to some of the block (`live`), and those visible to all of it (`full`, or None)."""
+    """Inner indices that may be visible to some of the block (`live`), and those visible to all of it (`full`, or
+    None)."""
 
     live: Range
     full: Range | None
@@ -61,8 +62,9 @@ class Segment:
 class TilePlan:
     """The tiles of one block of the outer axis.
 
-    segments: at most a few ranges, whose union holds every visible pair; scan: conditions on one tile's box, over the block
-    minima and maxima of `summaries` (reads along the inner axis) and of `outer_reads`; exact: no segment is a mere hull.
+    segments: at most a few ranges, whose union holds every visible pair; scan: conditions on one tile's box, over the
+    block minima and maxima of `summaries` (reads along the inner axis) and of `outer_reads`; exact: no segment is a
+    mere hull.
     """
 
     inner: sympy.Symbol
@@ -205,7 +207,8 @@ def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr)
 
 
 def solve(atom: sympy.Basic, inner: sympy.Symbol) -> list[tuple[str, sympy.Expr]] | None:
-    """An integer comparison as bounds on `inner`: ("lo" | "hi", expression), both inclusive. None if it is not of that form."""
+    """An integer comparison as bounds on `inner`: ("lo" | "hi", expression), both inclusive. None if it is not of
+    that form."""
     if not isinstance(atom, sympy.core.relational.Relational) or isinstance(atom, sympy.Unequality):
         return None
     difference = sympy.expand(atom.lhs - atom.rhs)

@@ -29,7 +29,7 @@ from attncc.schedule.cache import Cache
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of
-from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Problem, Schedule
+from attncc.schedule.problem import Dtype, Precision, Problem, Schedule
 
 _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
     torch.float16: ("fp16", tl.float16),
@@ -146,9 +146,7 @@ class Engine:
 
         warm.start(warm.collector.collect(run), q.device)
 
-    def forward(
-        self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
-    ) -> tuple[Tensor, ...]:
+    def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False) -> tuple[Tensor, ...]:
         """out, then the stored row statistics in the plan's order. `then_backward`: compile the backward meanwhile."""
         prepared = self.prepare(bound, q.dtype, q.device)
         if not prepared.interpreted:
@@ -200,7 +198,8 @@ class Engine:
         dlse: Tensor | None,
         wanted: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
-        """dq, dk, dv, then the gradient of each differentiable input in the graph's order; None where it is not wanted."""
+        """dq, dk, dv, then the gradient of each differentiable input in the graph's order; None where it is not
+        wanted."""
         if self.plan.has_backward is not None:
             raise self.plan.has_backward
         prepared = self.prepare(bound, q.dtype, q.device)

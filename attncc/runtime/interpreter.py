@@ -1,8 +1,9 @@
-"""Triton's interpreter for kernels on CPU tensors, beside compiled kernels in the same process and with no environment set.
+"""Triton's interpreter for kernels on CPU tensors, beside compiled kernels in the same process and with no
+environment set.
 
-Triton chooses between compiler and interpreter when a kernel is decorated, from an environment variable, and the interpreter
-rewrites `triton.language` while it runs. Here the choice is made a module at a time, the standard library of the language is
-wrapped for the interpreter while a kernel runs, and every change is undone behind it.
+Triton chooses between compiler and interpreter when a kernel is decorated, from an environment variable, and the
+interpreter rewrites `triton.language` while it runs. Here the choice is made a module at a time, the standard library
+of the language is wrapped for the interpreter while a kernel runs, and every change is undone behind it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
 
 class _Gate:
     """The patches are global: one thread interprets at a time, and none compiles meanwhile. Any number may compile."""

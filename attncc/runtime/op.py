@@ -22,10 +22,12 @@ from attncc.schedule.problem import Dtype, Precision, Schedule
 
 
 class AttentionOp:
-    """A compiled variant. Call it with q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) and the variant's inputs.
+    """A compiled variant. Call it with q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) and the variant's
+    inputs.
 
-    Gradients flow to q, k, v and every input declared with grad, also through `lse`. CUDA tensors run the generated Triton
-    kernels; CPU tensors run the same kernels through Triton's interpreter, which is for checking, not for speed.
+    Gradients flow to q, k, v and every input declared with grad, also through `lse`. CUDA tensors run the generated
+    Triton kernels; CPU tensors run the same kernels through Triton's interpreter, which is for checking, not for
+    speed.
     """
 
     def __init__(self, graph: VariantGraph, schedule: Schedule | None = None, precision: Precision | None = None):
@@ -54,7 +56,8 @@ class AttentionOp:
         """out (B, Hq, M, Dv) in q's dtype; with `outputs=("out", "lse")` also lse (B, Hq, M), float32, natural log.
 
         `scale` is 1/sqrt(Dqk) unless given. Under autocast q, k, v are cast as PyTorch's own attention does.
-        Raises InputError where tensors do not match the variant, UnsupportedError for a device or output that it has not.
+        Raises InputError where tensors do not match the variant, UnsupportedError for a device or output that it has
+        not.
         """
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = _autocast(q, k, v)
@@ -154,9 +157,10 @@ def compile(
 ) -> AttentionOp:
     """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file.
 
-    `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands meet in
-    a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). Kernels are generated and compiled
-    at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if it cannot be compiled yet.
+    `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
+    meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). Kernels are
+    generated and compiled at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if
+    it cannot be compiled yet.
     """
     if backend != "triton":
         raise UnsupportedError(f"there is no backend '{backend}'", remedy="backends: triton")

@@ -1,8 +1,9 @@
 """A call like the last one costs little more host time than its launches: the first is recorded, later ones replay.
 
 A recording holds the compiled kernels with their arguments, in which every tensor is a slot: one of the call's own
-tensors, one of its results, or scratch. Replaying fills the slots and launches; checks, schedules, grids and Triton's own
-argument binding are behind it. The key says everything that any of those depended on, alignment of pointers included.
+tensors, one of its results, or scratch. Replaying fills the slots and launches; checks, schedules, grids and Triton's
+own argument binding are behind it. The key says everything that any of those depended on, alignment of pointers
+included.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ class Recording:
             for position, index in launch.slots:
                 arguments[position] = known[index]
             kernel = launch.kernel
-            kernel.run(
-                launch.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments
-            )
+            kernel.run(launch.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
         return tuple(made[: self.results])
 
 

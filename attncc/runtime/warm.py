@@ -1,8 +1,8 @@
 """Compile the kernels of a call side by side, before they are launched one after the other.
 
-The module's own host code is run on tensors without storage, with launches collected instead of made; each becomes a job of
-a thread pool. LLVM and the assembler work outside Python's lock, so the slowest kernel sets the time. When a call wants
-gradients, the backward's kernels start compiling with the forward's.
+The module's own host code is run on tensors without storage, with launches collected instead of made; each becomes a
+job of a thread pool. LLVM and the assembler work outside Python's lock, so the slowest kernel sets the time. When a
+call wants gradients, the backward's kernels start compiling with the forward's.
 """
 
 from __future__ import annotations

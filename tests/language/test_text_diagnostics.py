@@ -211,10 +211,12 @@ def test_windows_line_ends():
 )
 def test_hostile_texts_are_read_or_refused_soon(text):
     start = time.perf_counter()
+    refused = None
     try:
         from_texts(score=text)
     except SpecError as error:
-        assert error.stage == "score"
+        refused = error.stage
+    assert refused in (None, "score")
     assert time.perf_counter() - start < 5
 
 

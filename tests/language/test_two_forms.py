@@ -14,7 +14,9 @@ BINS = " + ".join(f"int(abs(ahead) >= {first})" for first in (12, 16, 23, 32, 46
 SHIPPED = {
     "full": "",
     "causal": f"[stages]\n{CAUSAL}",
-    "sliding_window": f"[stages]\nmask = 'kv_idx <= {POSITION} and {POSITION} - kv_idx < window'\n[scalars]\nwindow = 9",
+    "sliding_window": (
+        f"[stages]\nmask = 'kv_idx <= {POSITION} and {POSITION} - kv_idx < window'\n[scalars]\nwindow = 9"
+    ),
     "flash_window": (
         f"[stages]\nmask = '{POSITION} - kv_idx <= left and kv_idx - ({POSITION}) <= right'\n"
         "[scalars]\nleft = 1\nright = 2"
@@ -96,7 +98,7 @@ AWKWARD = [
     ),
     (
         "chained comparisons",
-        ac.Variant(mask=lambda q_idx, kv_idx: (0 <= q_idx - kv_idx) & (q_idx - kv_idx < 4) | (kv_idx != 2)),
+        ac.Variant(mask=lambda q_idx, kv_idx: (q_idx - kv_idx >= 0) & (q_idx - kv_idx < 4) | (kv_idx != 2)),
         "[stages]\nmask = '0 <= q_idx - kv_idx < 4 or kv_idx != 2'",
     ),
     (
