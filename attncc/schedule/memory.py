@@ -117,7 +117,7 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     for tile, copies in zip(tiles.streamed, _copies(kernel, tiles, op, ks.num_stages, problem), strict=True):
         live[tile.name] = int(copies * _bytes(tile, problem))
     live["scores"] = scores_bytes(kernel, ks, problem, device)
-    live["row vectors"] = _row_vectors(kernel, tiles, op, ks.num_stages)
+    live["row vectors"] = _row_vectors(kernel, tiles, op, ks.num_stages, problem)
     live["barriers"] = ALIGNMENT if op == "tcgen05" else 0
     live["exchange"] = EXCHANGE_BYTES * ks.num_warps if ks.num_stages == 1 and op in ("mma", "tcgen05") else 0
     live["pair inputs"] = _pair_inputs(kernel, tiles, op, ks.num_stages, problem)
@@ -187,10 +187,11 @@ def scores_bytes(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     return tile if split else 0
 
 
-def _row_vectors(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int) -> int:
+def _row_vectors(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem: Problem) -> int:
     if op == "mfma":
         return 0
-    bytes_ahead = max(stages - 1, 1) * tiles.cols * VECTORS[kernel] * 4
+    count = VECTORS[kernel] + max(problem.costs.vectors - 1, 0)
+    bytes_ahead = max(stages - 1, 1) * tiles.cols * count * 4
     return -(-bytes_ahead // ALIGNMENT) * ALIGNMENT
 
 

@@ -58,13 +58,15 @@ class PairCosts:
 class KernelCosts:
     """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
 
-    `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths.
+    `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths. `vectors` counts
+    the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles.
     """
 
     forward: PairCosts
     backward: PairCosts
     mask: PairCosts
     live: Callable[[int, int], LiveTiles]
+    vectors: int = 0
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""

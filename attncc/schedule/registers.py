@@ -12,8 +12,8 @@ from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
 # Loop counters, bases, strides, bounds and row statistics.
 BASE = {"forward": 40, "dkdv": 32, "dq": 40, "pair": 40}
-# Tiles of scores that live at once: the backward has weights and their gradients.
-SCORES = {"forward": 1.0, "dkdv": 2.25, "dq": 2.0, "pair": 2.0}
+# Tiles of scores that live at once: the backward has weights, their gradients, and one of them in 16 bits.
+SCORES = {"forward": 1.0, "dkdv": 2.5, "dq": 2.0, "pair": 2.0}
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
 # An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too.
@@ -25,14 +25,14 @@ COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
-STAGE = {"forward": 0, "dkdv": 56, "dq": 0, "pair": 56}
+STAGE = {"forward": 0, "dkdv": 64, "dq": 0, "pair": 64}
 # The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
 OUTER_LOOP = 96
+# An input that is read by key alone, or its pointers, beside each streamed tile.
+VECTOR = 24
 # Where operands pass through registers on their way to a warp's own matmul.
 OPERANDS = 60
 OPERANDS_A_STAGE = 10
-
-
 # AMD loads operands into registers a whole tile at a time, and a pipelined loop holds the next ones, too.
 MFMA_BASE = 250
 MFMA_PIPELINED = {"forward": 1.0, "dkdv": 5.0, "dq": 1.5, "pair": 5.0}
@@ -55,9 +55,10 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     holders = 1 if scores_bytes(kernel, ks, problem, device) else warp_grid(op, ks, tiles)[2]
     scores = (SCORES[kernel] + temporaries) * holders * pairs / threads
     accumulator = tiles.rows * columns / threads
+    vectors = VECTOR * problem.costs.vectors
     if op == "mfma":
-        return round(MFMA_BASE + scores + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
-    wanted = BASE[kernel] + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores
+        return round(MFMA_BASE + scores + vectors + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
+    wanted = BASE[kernel] + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores + vectors
     if kernel == "dkdv" and problem.group > 1:
         wanted += OUTER_LOOP
     if op == "tcgen05":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -14,6 +15,7 @@ from attncc.codegen.render import render
 from attncc.schedule import KERNELS, KernelSchedule, Schedule, buffers, choose, device_for, shared_memory
 from attncc.schedule.device import INTERPRETER
 from attncc.schedule.memory import instruction, tensor_memory
+from attncc.schedule.registers import registers
 
 from .problems import problem
 
@@ -112,6 +114,14 @@ def test_a_bias_that_is_staged_is_counted():
     biased = problem(forward=type(plain.costs.forward)(fma=8, sfu=1, loads=1))
     extra = shared_memory("forward", ks, biased, device) - shared_memory("forward", ks, plain, device)
     assert extra == 2 * 64 * 64 * 4
+
+
+def test_vectors_that_travel_with_the_tiles_are_counted():
+    device, ks, plain = device_for("h100"), KernelSchedule(128, 128, 8, 3), problem()
+    documents = replace(plain, costs=replace(plain.costs, vectors=2))
+    extra = shared_memory("forward", ks, documents, device) - shared_memory("forward", ks, plain, device)
+    assert extra == 2 * 128 * 4
+    assert registers("forward", ks, documents, device) > registers("forward", ks, plain, device)
 
 
 @pytest.mark.parametrize(
