@@ -66,7 +66,8 @@ $(BASE): pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --no-build-isolation --editable '.[plot]'
 	@touch $@
 
-$(DEV): $(BASE)
+# The tests read the demo's model, too.
+$(DEV): $(DEMO)
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
