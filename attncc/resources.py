@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -23,3 +25,11 @@ def path(name: Literal["templates", "schedules"]) -> Path:
         f"attncc's {name} folder is missing from {_PACKAGE}",
         remedy="the installation is incomplete: install attncc again",
     )
+
+
+@cache
+def fingerprint() -> str:
+    """Changes whenever a file that decides what is generated changes, so that a checkout never reads its own past."""
+    files = [*_PACKAGE.rglob("*.py"), *path("templates").rglob("*.j2")]
+    facts = sorted((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
 from attncc.ir.vocabulary import Read
 from attncc.passes.fold import exp2
+from attncc.passes.numeric import evaluate
 from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
 from attncc.schedule.problem import LiveTiles, PairCosts
 
@@ -59,21 +60,6 @@ def _by_pair(expr: Any, pair_names: frozenset[str]) -> bool:
     return level(expr) == Level.PAIR or any(s.name in pair_names for s in expr.free_symbols)
 
 
-_NUMPY = {
-    "maximum": np.maximum,
-    "minimum": np.minimum,
-    "floordiv": np.floor_divide,
-    "mod": np.mod,
-    "absolute": np.abs,
-    "where": np.where,
-    "relu": lambda x: np.maximum(x, 0),
-    "to_int": lambda x: np.trunc(x).astype(np.int64),
-    "to_float": lambda x: x,
-    "sign": np.sign,
-    "floor": lambda x: np.floor(x).astype(np.int64),
-}
-
-
 def live_tiles(
     plan: TilePlan, graph: VariantGraph, heads: int, q_len: int, kv_len: int, scalars: Mapping[str, Any]
 ) -> Callable[[int, int], LiveTiles]:
@@ -82,21 +68,27 @@ def live_tiles(
     What only the data knows is estimated: an input read once a program counts as half the keys, and a scanned mask as
     its closed-form hull.
     """
-    known: dict[Any, Any] = {
-        sym.Q_LEN: q_len,
-        sym.KV_LEN: kv_len,
-        sym.NUM_HEADS: heads,
-        sym.H: heads // 2,
-        sym.H_KV: 0,
-        sym.B: 0,
-        **{sym.scalar_symbol(s.name, s.is_int): scalars.get(s.name, s.default) for s in graph.scalars},
+    known: dict[str, Any] = {
+        sym.Q_LEN.name: q_len,
+        sym.KV_LEN.name: kv_len,
+        sym.NUM_HEADS.name: heads,
+        sym.H.name: heads // 2,
+        sym.H_KV.name: 0,
+        sym.B.name: 0,
+        **{s.name: scalars.get(s.name, s.default) for s in graph.scalars},
     }
+    half = sympy.Integer(kv_len // 2)
 
-    def evaluate(expr: Any, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
-        unknown = expr.atoms(Read, BlockMin, BlockMax)
-        expr = expr.xreplace({u: sympy.Integer(kv_len // 2) for u in unknown}).xreplace(known)
-        function = sympy.lambdify((OUTER_LO, OUTER_HI), expr, [_NUMPY, "numpy"])
-        return np.broadcast_to(np.asarray(function(lo, hi)), lo.shape)
+    def settle(expr: Any) -> Any:
+        return expr.xreplace(dict.fromkeys(expr.atoms(Read, BlockMin, BlockMax), half))
+
+    def ends(r: Range) -> tuple[Any, Any]:
+        return settle(r.lo), settle(r.hi)
+
+    segments = [(ends(s.live), ends(s.full) if s.full else None, settle(s.may), settle(s.must)) for s in plan.segments]
+
+    def evaluate_over(expr: Any, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(evaluate(expr, {**known, OUTER_LO.name: lo, OUTER_HI.name: hi}), lo.shape)
 
     def count(block_m: int, block_n: int) -> LiveTiles:
         by_rows = plan.inner == sym.KV_IDX
@@ -109,18 +101,17 @@ def live_tiles(
         full = np.zeros_like(live)
         at = np.arange(tiles)[None, :]
 
-        def inside(r: Range, whole: bool) -> np.ndarray:
-            first = np.maximum(evaluate(r.lo, lo, hi), 0)[:, None]
-            last = np.minimum(evaluate(r.hi, lo, hi), inner_len - 1)[:, None]
+        def inside(r: tuple[Any, Any], whole: bool) -> np.ndarray:
+            first = np.maximum(evaluate_over(r[0], lo, hi), 0)[:, None]
+            last = np.minimum(evaluate_over(r[1], lo, hi), inner_len - 1)[:, None]
             if whole:
                 return (at * inner >= first) & (at * inner + inner - 1 <= last)
             return (at * inner <= last) & (at * inner + inner - 1 >= first)
 
-        for segment in plan.segments:
-            may = evaluate(segment.may, lo, hi).astype(bool)[:, None]
-            live |= inside(segment.live, False) & may
-            if segment.full is not None:
-                full |= inside(segment.full, True) & evaluate(segment.must, lo, hi).astype(bool)[:, None]
+        for live_range, full_range, may, must in segments:
+            live |= inside(live_range, False) & evaluate_over(may, lo, hi).astype(bool)[:, None]
+            if full_range is not None:
+                full |= inside(full_range, True) & evaluate_over(must, lo, hi).astype(bool)[:, None]
         full &= live
         return LiveTiles(int(full.sum()), int((live & ~full).sum()), live.size)
 

@@ -22,10 +22,11 @@ from attncc.codegen.render import render
 from attncc.codegen.standalone import schedule_meta
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
+from attncc.resources import fingerprint
 from attncc.runtime import interpreter, warm
 from attncc.runtime.replay import Recording, key_of, recorder, usable
 from attncc.runtime.shapes import Bound, bind
-from attncc.schedule.cache import Cache
+from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of
@@ -66,12 +67,23 @@ class Engine:
         self._lock = threading.RLock()
 
     def source(self, d_qk: int, d_v: int) -> str:
-        """The generated module's text for these head dimensions."""
+        """The generated module's text for these head dimensions, from the disk cache where it lies there."""
         with self._lock:
             key = (d_qk, d_v)
             if key not in self._sources:
-                self._sources[key] = render(self.plan, d_qk, d_v, self.plan.has_backward is None)
+                self._sources[key] = self._cached_source(d_qk, d_v)
             return self._sources[key]
+
+    def _cached_source(self, d_qk: int, d_v: int) -> str:
+        name = cache_key(
+            kind="source", digest=self.graph.digest, name=self.graph.name, d_qk=d_qk, d_v=d_v, code=fingerprint()
+        )
+        found = self._cache.get(name)
+        if found is not None and isinstance(found.get("text"), str):
+            return str(found["text"])
+        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None)
+        self._cache.put(name, {"kind": "source", "variant": self.graph.name, "text": text})
+        return text
 
     def module(self, d_qk: int, d_v: int, interpreted: bool = False) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
