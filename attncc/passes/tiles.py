@@ -81,7 +81,10 @@ def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
     length = sym.KV_LEN if inner == sym.KV_IDX else sym.Q_LEN
     terms = _disjunction(mask)
     box: dict[sympy.Symbol, Interval] = {outer: Interval(OUTER_LO, OUTER_HI)}
-    segments = tuple(_segment(term, inner, outer, length, box) for term in terms)
+    if terms is None:
+        segments: tuple[Segment, ...] = (Segment(Range(sympy.S.Zero, length - 1), None, sympy.true, sympy.false),)
+    else:
+        segments = tuple(_segment(term, inner, outer, length, box) for term in terms)
     full_box = {**box, inner: Interval(INNER_LO, INNER_HI)}
     scan: Truth | None = truth(mask, full_box, _block_bounds(outer, inner))
     summaries = _reads_along(scan, inner) if scan else ()
@@ -130,12 +133,10 @@ def _block_bounds(*axes: sympy.Symbol) -> Callable[[Read], Interval | None]:
     return bounds
 
 
-def _disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]]:
-    """The mask as an OR of ANDs of atoms; one empty AND (nothing known) where that would take too many terms."""
+def _disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
+    """The mask as an OR of ANDs of atoms; an empty AND holds everywhere. None where that would take too many terms."""
     expanded = _distribute(sympy.to_nnf(mask, simplify=False))
-    if expanded is None:
-        return [()]
-    return expanded or [(sympy.false,)]
+    return [(sympy.false,)] if expanded == [] else expanded
 
 
 def _distribute(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
