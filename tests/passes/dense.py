@@ -1,0 +1,142 @@
+"""A variant on all pairs at once, from what the passes derived, in float64."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+import attncc as ac
+from attncc.ir.graph import VariantGraph
+from attncc.passes.stream import Online
+from attncc.runtime.evaluate import evaluate
+from attncc.runtime.samples import Sample
+
+
+def unit_length(score, row):
+    p = ac.exp(score - row.max(score))
+    return p / ac.sqrt(row.sum(p * p))
+
+
+def squares(score, row):
+    p = (score / row.max(ac.abs(score))) ** 2
+    return p / row.sum(p)
+
+
+def doubled(score, row):
+    p = ac.exp(2 * score - 2 * row.max(score))
+    return p / row.sum(p)
+
+
+def beside_a_sink(score, row, h, sink):
+    m = ac.maximum(row.max(score), sink[h] + 1)
+    p = ac.exp(score - m)
+    return p / (row.sum(p) + ac.exp(sink[h] - m))
+
+
+def gated(score, row, b, kv_idx, gate):
+    p = ac.exp(score - row.max(score)) * gate[b, kv_idx] ** 2
+    return p / row.sum(p)
+
+
+def two_sums(score, row):
+    p = ac.exp(score - row.max(score))
+    return p / (row.sum(p) + ac.sqrt(row.sum(p * p)))
+
+
+def softplus_mean(score, row):
+    return ac.softplus(score) / row.sum(ac.softplus(score))
+
+
+#: what nobody ships
+UNSHIPPED = {
+    "unit_length": ac.Variant(normalizer=unit_length, mask=ac.causal),
+    "squares": ac.Variant(normalizer=squares, mask=ac.causal),
+    "doubled": ac.Variant(normalizer=doubled, mask=ac.window(3, 1)),
+    "beside_a_sink": ac.Variant(
+        normalizer=beside_a_sink, mask=ac.causal, inputs={"sink": ac.Input("h", grad=True)}, score=ac.softcap(3.0)
+    ),
+    "gated": ac.Variant(normalizer=gated, mask=ac.causal, inputs={"gate": ac.Input("b", "kv_idx", grad=True)}),
+    "two_sums": ac.Variant(normalizer=two_sums, mask=ac.causal | ac.prefix(2)),
+    "softplus_mean": ac.Variant(normalizer=softplus_mean, mask=ac.causal, score=ac.alibi()),
+    "weighed_values": ac.Variant(
+        reduction=lambda weight, v_vec, row, kv_idx: row.sum(weight / (1 + kv_idx) * v_vec), mask=ac.causal
+    ),
+    "learned_gain": ac.Variant(
+        score=lambda score, h, gain: score * gain[h] + gain[h] ** 2, inputs={"gain": ac.Input("h", grad=True)}
+    ),
+}
+
+
+def variant(name: str) -> ac.Variant:
+    """Shipped or not."""
+    return UNSHIPPED[name] if name in UNSHIPPED else ac.variants.get(name)
+
+
+class Pairs:
+    """The values of one call on all pairs (B, H, M, N); keys and values are repeated for the heads that share them."""
+
+    def __init__(self, graph: VariantGraph, sample: Sample):
+        q, k, v = sample.q, sample.k, sample.v
+        batch, heads, q_len, d_qk = q.shape
+        self.group, kv_len = heads // k.shape[1], k.shape[2]
+        self.shape = (batch, heads, q_len, kv_len)
+        self.q, self.k, self.v = q, k.repeat_interleave(self.group, 1), v.repeat_interleave(self.group, 1)
+        axes = {name: self._axis(i) for i, name in enumerate(("b", "h", "q_idx", "kv_idx"))}
+        self.env: dict[str, Any] = {
+            **axes,
+            "h_kv": axes["h"] // self.group,
+            "q_len": q_len,
+            "kv_len": kv_len,
+            "num_heads": heads,
+            "scale": d_qk**-0.5,
+            "qk": q @ self.k.mT,
+            **sample.inputs,
+        }
+        for stage in ("raw_score", "score"):
+            self.env[stage] = self(graph[stage].expr)
+        self.visible = self(graph["mask"].expr)
+
+    def _axis(self, axis: int) -> Tensor:
+        return torch.arange(self.shape[axis]).reshape([self.shape[axis] if a == axis else 1 for a in range(4)])
+
+    def __call__(self, expr: Any, **more: Any) -> Tensor:
+        """(B, H, M, N)"""
+        return evaluate(expr, {**self.env, **more}).expand(self.shape)
+
+    def rows(self, expr: Any, rows: dict[str, Tensor]) -> Tensor:
+        """(B, H, M, 1), from row values alone"""
+        return evaluate(expr, {**self.env, **rows}).expand(*self.shape[:3], 1)
+
+    def accumulate(self, online: Online, among: Tensor | None = None) -> dict[str, Tensor]:
+        """Maxima and accumulators (B, H, M, 1) over the visible keys `among`; that of the output is (B, H, M, Dv)."""
+        seen = self.visible if among is None else self.visible & among
+        found = {m.name: torch.where(seen, self(g), -torch.inf).amax(-1, keepdim=True) for m, g in online.maxes}
+        for running in (online.numerator, *online.sums):
+            term = torch.where(seen, self(running.term, **found), 0.0)
+            found[running.symbol.name] = term @ self.v if running is online.numerator else term.sum(-1, keepdim=True)
+        return found
+
+    def merged(self, online: Online, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Partial results over different keys as one, by the derived factors."""
+        maxima = {m.name: functools.reduce(torch.maximum, (p[m.name] for p in parts)) for m in online.max_symbols}
+        moved = {f"{name}_new": value for name, value in maxima.items()}
+        result = dict(maxima)
+        for name, factor in online.merge().items():
+            result[name] = sum(evaluate(factor, {**self.env, **part, **moved}) * part[name] for part in parts)
+        return result
+
+
+def gradient(pairs: Pairs, read: sympy.Basic, cotangent: Tensor, like: Tensor) -> Tensor:
+    """The cotangents (B, H, M, N or 1) of an element read, added up where they belong in the input."""
+    result = torch.zeros_like(like)
+    index = [evaluate(i, pairs.env).expand(*pairs.shape[:3], cotangent.shape[-1]) for i in read.index]
+    if not index:
+        return cotangent.sum()
+    inside = functools.reduce(
+        torch.logical_and, ((i >= 0) & (i < size) for i, size in zip(index, like.shape, strict=True))
+    )
+    return result.index_put(tuple(i[inside] for i in index), cotangent[inside], accumulate=True)

@@ -1,0 +1,103 @@
+"""The unit of the score: what a kernel computes is the score again, and exp2 stands for exp everywhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import sympy
+import torch
+
+import attncc as ac
+from attncc.ir import symbols as sym
+from attncc.ir.vocabulary import absolute, maximum
+from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, per_ln2
+from attncc.passes.stream import stream
+from attncc.runtime.evaluate import evaluate
+from attncc.runtime.samples import Shape, sample_inputs
+
+from .dense import UNSHIPPED, Pairs, variant
+
+SHAPE = Shape(2, 4, 2, 5, 7, 4, 3)
+NAMES = (*ac.variants.names(), *UNSHIPPED)
+
+
+def plain(expr):
+    """A kernel's expression in the vocabulary of the reference."""
+    return expr.replace(exp2, lambda x: sympy.exp(LN2 * x)).xreplace({LN2: sympy.Float(math.log(2.0), 17)})
+
+
+def folded(name):
+    graph = variant(name).graph
+    online = stream(graph)
+    pairs = Pairs(graph, sample_inputs(graph, SHAPE, torch.float64, seed=3))
+    return online, fold(graph, online), pairs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folded_score_is_the_score(name):
+    _, found, pairs = folded(name)
+    unit = LN2 * found.unit if found.log2 else found.unit
+    torch.testing.assert_close(pairs(plain(unit * found.score)), pairs(sym.SCORE), rtol=1e-12, atol=1e-13)
+    assert (pairs(plain(unit)) > 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_keep_their_value_in_the_new_unit(name):
+    online, found, pairs = folded(name)
+    # any finite maxima will do: the algebra must not depend on which
+    maxima = {m.name: pairs(sym.SCORE).abs().amax(-1, keepdim=True) + 0.5 for m in online.max_symbols}
+    ln2 = math.log(2.0) if found.log2 else 1.0
+    s = {S.name: pairs(plain(found.score))}
+    for running in (online.numerator, *online.sums):
+        lowered = found.apply_online(running.term, online.max_symbols)
+        assert not lowered.has(sympy.exp)
+        value = pairs(plain(lowered), **s, **{name: m / ln2 for name, m in maxima.items()})
+        torch.testing.assert_close(value, pairs(running.term, **maxima), rtol=1e-11, atol=1e-13)
+    for _, operand in online.maxes:
+        value = pairs(plain(found.maximum_of(operand)), **s) * ln2
+        torch.testing.assert_close(value, pairs(operand), rtol=1e-11, atol=1e-13)
+
+
+def test_the_scale_and_the_constant_become_one_factor():
+    graph = ac.Variant().graph
+    found = fold(graph, stream(graph))
+    assert found.log2
+    assert (found.score, found.unit) == (sym.QK, sym.SCALE / LN2)
+    assert found.maximum_of(sym.SCORE) == found.unit * S
+
+
+def test_without_an_exponential_there_is_no_constant():
+    graph = ac.variants.get("relu").graph
+    found = fold(graph, stream(graph))
+    assert not found.log2
+    assert (found.score, found.unit) == (sym.QK, sym.SCALE)
+
+
+X, Y = sympy.Symbol("x", real=True), sympy.Symbol("y", real=True)
+EXPRESSIONS = [
+    sympy.exp(X),
+    sympy.exp(LN2 * X - LN2 * Y),
+    sympy.exp(X - Y) * sympy.exp(-Y) + 1,
+    1 / (1 + sympy.exp(-X)) ** 2,
+    sympy.exp(-sympy.exp(-X)),
+    sympy.exp(absolute(LN2 * X) - maximum(LN2 * Y, 0)),
+    sympy.exp(2 * (X + LN2 * Y)),
+    sympy.log(1 + sympy.exp(X)),
+]
+
+
+@pytest.mark.parametrize("expr", EXPRESSIONS, ids=str)
+def test_lowering_keeps_the_value(expr):
+    env = {"x": torch.linspace(-4, 4, 41, dtype=torch.float64)[:, None], "y": torch.linspace(-2, 3, 11).double()}
+    lowered = lower_exp(expr)
+    assert lowered.has(exp2)
+    assert not lowered.has(sympy.exp)
+    torch.testing.assert_close(evaluate(plain(lowered), env), evaluate(plain(expr), env), rtol=1e-13, atol=0)
+
+
+def test_the_constant_leaves_where_it_can():
+    assert lower_exp(sympy.exp(LN2 * X - LN2 * Y)) == exp2(X - Y)
+    assert per_ln2(LN2 * absolute(X)) == absolute(X)
+    assert per_ln2(maximum(LN2 * X, LN2 * Y)) == maximum(X, Y)
+    assert lower_exp(X + 1) == X + 1
