@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
@@ -141,19 +142,23 @@ def verify_variant(
 ) -> list[Row]:
     """Compile `variant` (unless `op` is given), hold outputs and all gradients against the reference at each shape.
 
-    Every call is made twice and compared bit for bit. lse is checked where the normalizer has one.
+    Every call is made twice and compared bit for bit. lse is checked where the normalizer has one, and gradients where
+    a backward can be derived.
     """
     import attncc
 
     op = attncc.compile(variant) if op is None else op
     outputs = ("out", "lse") if _has_lse(variant.graph) else ("out",)
+    with_gradients = Plan(variant.graph).has_backward is None
     rows: list[Row] = []
     for seed, shape in enumerate(shapes_for(device) if shapes is None else shapes):
         sample = sample_inputs(variant.graph, shape, dtype, device, seed)
         differentiable = tuple(d.name for d in variant.graph.inputs if d.grad)
-        got, again = (_results(op, sample, outputs, differentiable) for _ in range(2))
-        exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(sample), outputs, differentiable)
-        plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, outputs, differentiable)
+        got, again = (_results(op, sample, outputs, differentiable, with_gradients) for _ in range(2))
+        exact = _results(
+            lambda *a, **k: reference(variant, *a, **k), _double(sample), outputs, differentiable, with_gradients
+        )
+        plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, outputs, differentiable, with_gradients)
         for name, value in got.items():
             kind: Kind = "forward" if name in outputs else "gradient"
             found = check(name, value, exact[name], plain[name], kind, dtype=dtype, tf32=tf32)
@@ -170,9 +175,13 @@ def _has_lse(graph: VariantGraph) -> bool:
 
 
 def _results(
-    function: Callable[..., Any], sample: Sample, outputs: tuple[str, ...], differentiable: tuple[str, ...]
+    function: Callable[..., Any],
+    sample: Sample,
+    outputs: tuple[str, ...],
+    differentiable: tuple[str, ...],
+    with_gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """The outputs of a call by name, and the gradients dq, dk, dv, d<input> under random cotangents."""
+    """The outputs of a call by name, and if wanted the gradients dq, dk, dv, d<input> under random cotangents."""
     leaves = {name: getattr(sample, name).detach().requires_grad_() for name in ("q", "k", "v")}
     inputs = {
         name: value.detach().requires_grad_() if name in differentiable else value
@@ -180,6 +189,9 @@ def _results(
     }
     results = function(leaves["q"], leaves["k"], leaves["v"], outputs=outputs, **inputs)
     results = (results,) if isinstance(results, Tensor) else results
+    named = dict(zip(outputs, (r.detach() for r in results), strict=True))
+    if not with_gradients:
+        return named
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(r.shape, generator=generator).to(sample.q.dtype).to(r) for r in results]
     leaves |= {name: inputs[name] for name in differentiable}
@@ -188,7 +200,6 @@ def _results(
     gradients = torch.autograd.grad(
         [r for r, _ in moving], tuple(leaves.values()), [c for _, c in moving], materialize_grads=True
     )
-    named = dict(zip(outputs, (r.detach() for r in results), strict=True))
     return named | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
