@@ -175,6 +175,10 @@ class maximum(Op):
     nargs = 2
     result = "join"
 
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        return max(a, b) if a.is_Integer and b.is_Integer else None
+
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args
         return where(a > b, 1, 0) if argindex == 1 else where(a > b, 0, 1)
@@ -185,6 +189,10 @@ class minimum(Op):
 
     nargs = 2
     result = "join"
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        return min(a, b) if a.is_Integer and b.is_Integer else None
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args
