@@ -1,0 +1,218 @@
+"""The generated text: deterministic, self-contained, readable, and linear in memory."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import linecache
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+import attncc as ac
+from attncc.codegen.module import load_source
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
+from attncc.codegen.standalone import standalone
+from attncc.ir.text import formula, to_text
+from attncc.runtime import interpreter
+from attncc.runtime.verify import eager
+from attncc.schedule import KernelSchedule, Schedule, device_for
+
+NAMES = ac.variants.names()
+#: characters of a line, unless the user's own formula takes more
+WIDEST = 280
+SMALL = KernelSchedule(16, 16, 4, 1)
+
+
+@cache
+def plan(name):
+    return Plan(ac.variants.get(name).graph)
+
+
+@cache
+def source(name, d_qk=64, d_v=64):
+    return render(plan(name), d_qk, d_v, True)
+
+
+def functions(text):
+    return {node.name: node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_is_tidy_python(name):
+    text = source(name)
+    compile(text, name, "exec")
+    lines = text.split("\n")
+    assert [line for line in lines if line != line.rstrip()] == []
+    longest = max(len(formula(stage.expr)) for stage in plan(name).graph.stages)
+    assert max(map(len, lines)) <= max(WIDEST, 2 * longest)
+    assert "\n\n\n\n" not in text
+    assert "{{" not in text
+    assert "{%" not in text
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_header_has_the_formula_and_its_proof(name):
+    header = ast.get_docstring(ast.parse(source(name)))
+    lines = {line.strip() for line in header.splitlines()}
+    assert {line.strip() for line in to_text(plan(name).graph).splitlines()} <= lines
+    assert set(plan(name).online.proof) <= lines
+    assert f"'{name}', head dimensions 64 and 64" in header
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_function_is_used(name):
+    """Helpers, summaries and host functions are there only where something calls them."""
+    found = functions(source(name))
+    used = {node.id for node in ast.walk(ast.parse(source(name))) if isinstance(node, ast.Name)}
+    assert set(found) - used == {"forward", "backward"}
+
+
+def test_lines_of_the_shelf_are_short_enough_to_read():
+    assert [n for n in NAMES if max(map(len, source(n).split("\n"))) > WIDEST] == ["t5_bias"]
+
+
+def test_helpers_come_with_what_calls_them():
+    assert "tanh" not in source("causal").split('"""')[2]
+    assert any("tanh" in name for name in functions(source("softcap")))
+    assert "bounds_kv_kernel" in functions(source("document"))
+    assert "bounds_kv_kernel" not in functions(source("causal"))
+    assert "delta_kernel" in functions(source("causal"))
+    assert "delta_kernel" not in functions(source("sigmoid"))
+    assert "dkdv_kernel" not in functions(render(plan("causal"), 64, 64, False))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dense_bias"])
+def test_no_tensor_has_a_row_for_each_query_and_a_column_for_each_key(name):
+    """Every allocation of the host code, by the sizes in it."""
+    host = [f for n, f in functions(source(name)).items() if not n.endswith("_kernel")]
+    calls = [
+        node
+        for function in host
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1].removeprefix("new_")
+        in ("empty", "zeros", "ones", "full", "empty_like")
+    ]
+    assert calls
+    for call in calls:
+        text = ast.unparse(call)
+        by_query = re.search(r"\bq_len\b|q\.shape\[2\]", text)
+        by_key = re.search(r"\bkv_len\b|[kv]\.shape\[2\]", text)
+        assert not (by_query and by_key), text
+
+
+SCRIPT = """
+import hashlib, json, sys
+import attncc as ac
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
+names = json.loads(sys.argv[1])
+texts = {n: render(Plan(ac.variants.get(n).graph), 96, 64, True) for n in names}
+print(json.dumps({n: hashlib.sha256(t.encode()).hexdigest() for n, t in texts.items()}))
+"""
+
+
+def test_two_processes_generate_the_same_text():
+    names = json.dumps(["gemma2_local", "prefix_lm", "document", "t5_bias", "sink", "cog"])
+    found = []
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-c", SCRIPT, names], env=env, capture_output=True, text=True, check=True)
+        found.append(json.loads(run.stdout))
+    here = {n: hashlib.sha256(source(n, 96, 64).encode()).hexdigest() for n in json.loads(names)}
+    assert found == [here, here]
+
+
+def test_loaded_text_is_found_by_tracebacks_and_kept_apart():
+    module = load_source(source("causal"), "causal")
+    other = load_source(source("softcap"), "causal")
+    assert module.__file__ != other.__file__
+    linecache.checkcache()
+    assert linecache.getline(module.__file__, 1).startswith('"""Attention kernels for')
+
+
+def file_of(name, folder):
+    path = folder / f"{name}_kernel.py"
+    schedule = Schedule(SMALL, SMALL, SMALL)
+    path.write_text(standalone(plan(name), 16, 16, schedule, "fp32", device_for("h100")))
+    return path
+
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        assert name.split(".")[0] != "attncc", name
+
+sys.meta_path.insert(0, Blocked())
+import importlib.util
+spec = importlib.util.spec_from_file_location("kernel", sys.argv[1])
+kernel = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernel)
+assert "attncc" not in sys.modules
+import torch
+try:
+    kernel.attention(*torch.zeros(3, 1, 1, 4, 16), slopes=torch.zeros(1))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_standalone_file_needs_torch_and_triton_alone(tmp_path):
+    path = file_of("alibi", tmp_path)
+    imported = {
+        alias.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    assert imported == {"torch", "triton", "triton.language"}
+    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(path.read_text())))
+    run = subprocess.run(
+        [sys.executable, "-c", BLOCKED, str(path)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "must be on one GPU" in run.stdout
+
+
+def test_a_standalone_file_computes_the_variant(tmp_path):
+    """Its host code with the launches sent to the interpreter."""
+    path = file_of("sink", tmp_path)
+    spec = importlib.util.spec_from_file_location("sink_kernel", path)
+    kernel = importlib.util.module_from_spec(spec)
+    with interpreter.decorating():
+        spec.loader.exec_module(kernel)
+    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
+    sink = torch.tensor([0.5, -1.0])
+    with interpreter.interpreting():
+        options = kernel._options(q) | {"FAST_MATH": False}
+        out, lse = kernel.forward(q, k, v, sink, 0.25, kernel.SCHEDULE, options)
+    exact = eager("sink", q, k, v, sink=sink, outputs=("out", "lse"))
+    for found, expected in zip((out, lse), exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_standalone_file_says_why_it_has_no_backward():
+    graph = ac.Variant(normalizer=lambda score, row: ac.exp(score - row.max(score))).graph
+    text = standalone(Plan(graph), 16, 16, Schedule(SMALL, SMALL, SMALL), "fp32", device_for("h100"))
+    compile(text, "kernel", "exec")
+    assert "raise NotImplementedError(" in text
+    assert "flows through the maximum" in text
+
+
+def test_the_formulas_stand_where_they_are_computed():
+    text = source("softcap")
+    graph = plan("softcap").graph
+    for stage in ("score", "mask"):
+        assert text.count(formula(graph[stage].expr)) > 1  # in the header, and at least once in a kernel

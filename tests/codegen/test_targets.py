@@ -1,0 +1,94 @@
+"""A variant that nobody ships, compiled for every architecture with the schedule that the model chooses."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+import attncc as ac
+from attncc.codegen.crosscompile import cross_compile, kernel_names
+from attncc.codegen.module import load_source
+from attncc.codegen.plan import Plan
+from attncc.codegen.problem import problem_of
+from attncc.codegen.render import render
+from attncc.errors import UnsupportedError
+from attncc.schedule import KERNELS, KernelSchedule, Schedule, choose, device_for, shared_memory
+from attncc.schedule.candidates import candidates
+
+#: bytes a thread that a first choice may spill: none, but where the estimate of registers is known to be a few too low
+SPILLS_ALLOWED = {("sm_90", 128, "dkdv"): 32, ("gfx942", 128, "forward"): 32}
+
+
+def unit_length(score, row):
+    p = ac.exp(score - row.max(score))
+    return p / ac.sqrt(row.sum(p * p))
+
+
+GRAPH = ac.Variant(
+    name="unit_length",
+    score=ac.softcap(30.0) >> ac.alibi(),
+    mask=ac.causal & ac.window(512, 0) | ac.prefix(16),
+    normalizer=unit_length,
+).graph
+
+
+@cache
+def generated(dim):
+    plan = Plan(GRAPH)
+    return plan, load_source(render(plan, dim, dim, True), f"targets_{dim}")
+
+
+def sizes(dim):
+    return {"b": 4, "h": 16, "h_kv": 16, "q_idx": 4096, "kv_idx": 4096, "d_qk": dim, "d_v": dim}
+
+
+@pytest.mark.parametrize(
+    ("target", "dim", "kernels"),
+    [
+        ("sm_80", 128, KERNELS),
+        ("sm_89", 64, ("dkdv",)),
+        ("sm_90", 64, ("forward",)),
+        ("sm_90", 128, KERNELS),
+        ("sm_100", 128, ("forward", "dkdv")),
+        ("sm_120", 64, ("dq",)),
+        ("gfx942", 128, ("forward",)),
+        ("gfx942", 64, ("dkdv",)),
+    ],
+)
+def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
+    device, (plan, module) = device_for(target), generated(dim)
+    problem = problem_of(plan, sizes(dim), "bf16", "ieee", {})
+    schedule = choose(problem, device)
+    only = tuple(f"{kernel}_kernel" for kernel in kernels)
+    compiled = cross_compile(module, GRAPH, schedule, device, "bf16", only=only)
+    assert tuple(compiled) == tuple(name for name in kernel_names(module) if name in only)
+    for kernel in kernels:
+        fact, tiling = compiled[f"{kernel}_kernel"], schedule.of(kernel)
+        assert fact.shared <= shared_memory(kernel, tiling, problem, device) <= device.smem_per_block
+        assert 0 < fact.registers <= device.regs_per_thread_max
+        allowed = SPILLS_ALLOWED.get((target, dim, kernel), 0)
+        assert fact.spills <= allowed, f"{kernel} {tiling} spills {fact.spills} bytes a thread"
+        assert fact.binary.startswith(b"\x7fELF")
+        assert fact.kind == ("amdgcn" if device.backend == "hip" else "ptx")
+        assert f".target {target}" in fact.ptx if device.backend == "cuda" else target in fact.ptx
+
+
+def test_what_does_not_compile_is_refused_with_the_kernel_and_the_target():
+    _, module = generated(64)
+    wrong = KernelSchedule(48, 64, 4, 2)  # a block that is no power of two
+    with pytest.raises(UnsupportedError, match="forward_kernel does not compile for sm_90"):
+        cross_compile(
+            module, GRAPH, Schedule(wrong, wrong, wrong), device_for("sm_90"), "bf16", only=("forward_kernel",)
+        )
+
+
+def test_grouped_heads_change_the_kernel_of_keys_alone():
+    device, (plan, module) = device_for("sm_80"), generated(64)
+    problem = problem_of(plan, sizes(64), "bf16", "ieee", {})
+    schedule = Schedule(*(candidates(kernel, problem, device)[0] for kernel in KERNELS))
+    one, four = (
+        cross_compile(module, GRAPH, schedule, device, "bf16", only=("dkdv_kernel",), group=group)["dkdv_kernel"]
+        for group in (1, 4)
+    )
+    assert one.ptx != four.ptx
