@@ -316,7 +316,8 @@ class Lowering:
 
     def _sigmoid(self, expr: Any, level: Level) -> str:
         power = exp2(per_ln2(lower_exp(sympy.expand(-expr.args[0]))))
-        return f"(1.0 / (1.0 + {self._operand(power, level, True)}))"
+        self.helpers.add("_reciprocal")
+        return f"_reciprocal(1.0 + {self._operand(power, level, True)}, FAST_MATH)"
 
     def _silu(self, expr: Any, level: Level) -> str:
         x = expr.args[0]
