@@ -119,10 +119,11 @@ def _cotangent(normal: _Normal, wrt: sympy.Expr) -> sympy.Expr:
 
 
 def _program_factor(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """(factors that are the same for the whole program, the rest)."""
+    """(factors that are the same for the whole program, the rest). A program of dK/dV has all query heads of a key
+    head."""
     scale, rest = sympy.S.One, sympy.S.One
     for f in sympy.Mul.make_args(expr):
-        if level(f) == Level.PROGRAM and not f.atoms(Read):
+        if level(f) == Level.PROGRAM and not f.atoms(Read) and sym.H not in f.free_symbols:
             scale *= f
         else:
             rest *= f
