@@ -115,6 +115,8 @@ class Dense:
         values = {name: value[self.live] for name, value in self.rows.items()}
         env = {**self.constants, **self._indices(self.live * n, n), **values}
         value = evaluate(log_denominator(self.graph), env, self.number, self.device).expand(self.live.shape)
+        if not value.is_floating_point():  # a constant denominator
+            value = value.to(self.number)
         empty = torch.full((b * h * m,), -torch.inf, dtype=value.dtype, device=self.device)
         return empty.index_put((self.live,), value).reshape(b, h, m)
 
