@@ -65,6 +65,7 @@ UNSHIPPED = {
     "weighed_values": ac.Variant(
         reduction=lambda weight, v_vec, row, kv_idx: row.sum(weight / (1 + kv_idx) * v_vec), mask=ac.causal
     ),
+    "by_head": ac.Variant(score=lambda score, h, kv_len: score * (1 + h) / kv_len, mask=ac.causal),
     "learned_gain": ac.Variant(
         score=lambda score, h, gain: score * gain[h] + gain[h] ** 2, inputs={"gain": ac.Input("h", grad=True)}
     ),

@@ -107,6 +107,11 @@ def test_where_no_exponential_moves_the_sums_are_saved():
     assert [s.name for s, _ in derived("squares").saved] == ["row_max_0", "row_sum_0"]
 
 
+def test_what_differs_between_query_heads_is_no_factor_of_the_program():
+    backward = derived("by_head")
+    assert {s.name for s in backward.dqk_scale.free_symbols} == {"scale", "kv_len"}
+
+
 def test_only_inputs_that_ask_get_a_gradient():
     variant = ac.Variant(score=lambda score, h, m: score * m[h], inputs={"m": ac.Input("h")})
     assert differentiate(variant.graph, stream(variant.graph)).dreads == ()

@@ -92,6 +92,16 @@ def test_unusual_masks(mask):
     assert failures(rows) == []
 
 
+def test_a_factor_of_each_query_head_among_heads_that_share_keys():
+    variant = ac.Variant(score=lambda score, h: score / (1 + h), mask=ac.causal)
+    assert failures(verify_variant(variant, shapes=[Shape(1, 4, 2, 19, 23, 16, 16)])) == []
+
+
+def test_a_constant_denominator_has_an_lse():
+    variant = ac.Variant(normalizer=lambda score: ac.exp(-(score**2)), mask=ac.causal)
+    assert failures(verify_variant(variant, shapes=[Shape(1, 2, 1, 19, 7, 16, 16)])) == []
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_agrees():
     q, k, v = tensors(2, 4, 17, 17)
