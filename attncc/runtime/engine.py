@@ -62,7 +62,7 @@ class Engine:
         self._sources: dict[tuple[int, int], str] = {}
         self._modules: dict[tuple[int, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
-        self._recordings: dict[Any, Recording] = {}
+        self._recordings: dict[Any, tuple[Recording, Bound]] = {}
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
@@ -179,24 +179,73 @@ class Engine:
             )
 
     def infer(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]
-    ) -> tuple[Tensor, ...]:
-        """`forward` of CUDA tensors with no gradient wanted: checked and prepared once for each kind of call."""
-        key = (key_of(q, k, v, scale, inputs), self.precision())
-        recording = self._recordings.get(key)
-        if recording is not None and usable():
-            given = [x for x in inputs.values() if isinstance(x, Tensor)]
-            if torch.cuda.current_device() == recording.device.index:
-                return recording.play([q, k, v, *given])
-            with torch.cuda.device(recording.device):
-                return recording.play([q, k, v, *given])
-        bound = bind(self.graph, q, k, v, scale, inputs)
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        inputs: Mapping[str, Any],
+        then_backward: bool = False,
+    ) -> tuple[tuple[Tensor, ...], Bound]:
+        """`forward` of CUDA tensors, checked once for each kind of call; with it, what the call was bound to."""
+        key = ("forward", key_of(q, k, v, scale, inputs), self.precision())
         given = [x for x in inputs.values() if isinstance(x, Tensor)]
+        found = self._recordings.get(key)
+        if found is not None and usable():
+            recording, bound = found
+            tensors = {name: inputs.get(name, x) for name, x in bound.tensors.items()}
+            return self._play(recording, [q, k, v, *given]), replace(bound, tensors=tensors)
+        bound = bind(self.graph, q, k, v, scale, inputs)
         defaults = [x for name, x in bound.tensors.items() if name not in inputs]
-        results, recording = recorder.record(lambda: self.forward(bound, q, k, v), [q, k, v, *given], defaults)
+        results, recording = recorder.record(
+            lambda: self.forward(bound, q, k, v, then_backward), [q, k, v, *given], defaults
+        )
         if not _capturing():
-            self._recordings[key] = recording
-        return results
+            # of the caller's tensors only the kind is kept
+            own = {name: x if name not in inputs else warm.ghost(x) for name, x in bound.tensors.items()}
+            self._recordings[key] = (recording, replace(bound, tensors=own))
+        return results, bound
+
+    def _play(self, recording: Recording, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        if torch.cuda.current_device() == recording.device.index:
+            return recording.play(tensors)
+        with torch.cuda.device(recording.device):
+            return recording.play(tensors)
+
+    def gradients(
+        self,
+        bound: Bound,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        saved: tuple[Tensor, ...],
+        dout: Tensor,
+        dlse: Tensor | None,
+        wanted: tuple[str, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """`backward` of CUDA tensors; recorded where it is launches alone, with no gradient of an input to collect."""
+        if wanted or not q.is_cuda or dout.stride(-1) != 1 or (dlse is not None and not dlse.is_contiguous()):
+            return self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
+        rows = {f" {name}": row for name, row in zip(self.plan.saved_names, saved, strict=True)}
+        own = {" out": out, " dout": dout, **rows, **bound.tensors}  # no input's name begins with a blank
+        if dlse is not None:
+            own[" dlse"] = dlse
+        key = ("backward", key_of(q, k, v, bound.scale, {**own, **bound.scalars}), self.precision())
+        given = list(own.values())
+        found = self._recordings.get(key)
+        absent = (None,) * sum(d.grad for d in self.graph.inputs)
+        if found is not None and usable():
+            return (*self._play(found[0], [q, k, v, *given]), *absent)
+
+        def call() -> tuple[Tensor, ...]:
+            results = self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
+            return cast(tuple[Tensor, ...], results[:3])
+
+        results, recording = recorder.record(call, [q, k, v, *given], [])
+        if not _capturing():
+            self._recordings[key] = (recording, replace(bound, tensors={}))
+        return (*results, *absent)
 
     def backward(
         self,

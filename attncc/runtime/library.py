@@ -143,18 +143,26 @@ class EagerAttention(torch.autograd.Function):
     """The same pair without the dispatcher, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(ctx: Any, engine: Engine, bound: Bound, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Any:
-        """out and the stored rows; `inputs` are bound's tensors, given again so that autograd sees them."""
-        results = engine.forward(bound, q, k, v, then_backward=True)
+    def forward(
+        ctx: Any, engine: Engine, call: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor
+    ) -> Any:
+        """out and the stored rows. `call` is (scale, names of `inputs`, the rest of the call's inputs)."""
+        scale, names, others = call
+        named = {**dict(zip(names, inputs, strict=True)), **others}
+        if q.is_cuda:
+            results, bound = engine.infer(q, k, v, scale, named, then_backward=True)
+        else:
+            bound = bind(engine.graph, q, k, v, scale, named)
+            results = engine.forward(bound, q, k, v, then_backward=True)
         plan = engine.plan
         if plan.has_backward is None:
-            names = [name for name, _ in plan.stored]
-            saved = [results[1 + names.index(name)] for name in plan.saved_names]
-            ctx.save_for_backward(q, k, v, results[0], *inputs, *saved)
-            ctx.lse_index = names.index("lse") + 1 if "lse" in names else None
+            rows = [name for name, _ in plan.stored]
+            saved = [results[1 + rows.index(name)] for name in plan.saved_names]
+            ctx.save_for_backward(q, k, v, results[0], *bound.tensors.values(), *saved)
+            ctx.lse_index = rows.index("lse") + 1 if "lse" in rows else None
             ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in (0, ctx.lse_index)))
-        ctx.engine, ctx.numbers, ctx.count = engine, (bound.sizes, bound.scale, bound.scalars), len(inputs)
-        ctx.names = tuple(bound.tensors)
+        ctx.engine, ctx.numbers, ctx.names = engine, (bound.sizes, bound.scale, bound.scalars), names
+        ctx.bound_names = tuple(bound.tensors)
         ctx.set_materialize_grads(False)
         return results
 
@@ -166,15 +174,16 @@ class EagerAttention(torch.autograd.Function):
         if engine.plan.has_backward is not None:
             raise engine.plan.has_backward
         q, k, v, out, *rest = ctx.saved_tensors
-        inputs, saved = rest[: ctx.count], tuple(rest[ctx.count :])
+        count = len(ctx.bound_names)
         sizes, scale, scalars = ctx.numbers
-        bound = Bound(sizes, scale, dict(zip(ctx.names, inputs, strict=True)), scalars)
+        bound = Bound(sizes, scale, dict(zip(ctx.bound_names, rest[:count], strict=True)), scalars)
         dlse = grads[ctx.lse_index] if ctx.lse_index is not None else None
         if grads[0] is None and dlse is None:
-            return (None,) * (5 + ctx.count)
+            return (None,) * (5 + len(ctx.names))
         dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
-        needed = zip(engine.graph.inputs, ctx.needs_input_grad[5:], strict=True)
-        wanted = tuple(d.name for d, need in needed if d.grad and need)
-        dq, dk, dv, *found = engine.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
-        results = iter(found)
-        return None, None, dq, dk, dv, *(next(results) if d.grad else None for d in engine.graph.inputs)
+        needed = dict(zip(ctx.names, ctx.needs_input_grad[5:], strict=True))
+        decls = engine.graph.inputs
+        wanted = tuple(d.name for d in decls if d.grad and needed.get(d.name))
+        dq, dk, dv, *found = engine.gradients(bound, q, k, v, out, tuple(rest[count:]), dout, dlse, wanted)
+        of_inputs = dict(zip((d.name for d in decls if d.grad), found, strict=True))
+        return None, None, dq, dk, dv, *(of_inputs.get(name) for name in ctx.names)

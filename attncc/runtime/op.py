@@ -62,18 +62,20 @@ class AttentionOp:
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = _autocast(q, k, v)
         traced = torch.compiler.is_compiling() or _is_special(q, k, v) or torch._C._len_torch_dispatch_stack() > 0
-        if not traced and q.is_cuda and not _wants_gradient(q, k, v, inputs):
-            results: Any = self.engine.infer(q, k, v, scale, inputs)
-        else:
+        results: Any
+        if traced:
             bound = bind(self.graph, q, k, v, scale, inputs)
-            if traced:
-                tensors = list(bound.tensors.values())
-                scalars = [float(x) for x in bound.scalars.values()]
-                results = library.forward_op(q, k, v, tensors, scalars, bound.scale, self._key)
-            elif _wants_gradient(q, k, v, bound.tensors):
-                results = library.EagerAttention.apply(self.engine, bound, q, k, v, *bound.tensors.values())
-            else:
-                results = self.engine.forward(bound, q, k, v)
+            scalars = [float(x) for x in bound.scalars.values()]
+            results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
+        elif _wants_gradient(q, k, v, inputs):
+            tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+            others = {name: x for name, x in inputs.items() if name not in tensors}
+            call = (scale, tuple(tensors), others)
+            results = library.EagerAttention.apply(self.engine, call, q, k, v, *tensors.values())
+        elif q.is_cuda:
+            results, _ = self.engine.infer(q, k, v, scale, inputs)
+        else:
+            results = self.engine.forward(bind(self.graph, q, k, v, scale, inputs), q, k, v)
         if outputs == "out":
             return results[0]
         return self._pick(results, outputs)
