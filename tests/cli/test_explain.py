@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -6,7 +7,17 @@ import attncc as ac
 from attncc.schedule.cache import Cache
 
 
-def test_explain_says_what_is_derived_and_chosen(attncc):
+@pytest.fixture
+def nothing_shipped(monkeypatch):
+    """Without the tables of measured schedules, so that the model chooses."""
+    monkeypatch.setattr(importlib.import_module("attncc.schedule.choose"), "_table", lambda device: ())
+
+
+def test_a_shipped_schedule_is_named_as_measured():
+    assert "is measured, and shipped with attncc" in ac.compile("causal").explain(target="h100")
+
+
+def test_explain_says_what_is_derived_and_chosen(nothing_shipped, attncc):
     text = attncc("explain", "alibi", "--target", "h100", "--q-len", "2048").stdout
     assert "exp(row_max_0 - row_max_0_new), free of s" in text
     assert "dqk" in text
@@ -79,7 +90,7 @@ def test_impossible_requests_are_refused(attncc, words, finding):
     assert finding in result.stderr
 
 
-def test_a_tuned_schedule_is_named_as_such_and_a_corrupt_one_is_a_warning(attncc, own_cache):
+def test_a_tuned_schedule_is_named_as_such_and_a_corrupt_one_is_a_warning(nothing_shipped, attncc, own_cache):
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
     from attncc.runtime.explain import sizes_of
