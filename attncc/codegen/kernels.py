@@ -138,10 +138,12 @@ def forward_slots(plan: Plan) -> dict[str, Any]:
         kept = f"{r.symbol.name} * {factor_names[factor]}" if factor != 1 else r.symbol.name
         sum_lines.append(f"{r.symbol.name} = {kept} + tl.sum({names[term]}, 1)")
     after = lowering.after_loop()
-    scale = folded.apply_online(online.scale, maxima)
+    scale = folded.apply_online(online.coefficient * online.scale, maxima)
     stored = [(n, folded.apply_online(e, maxima)) for n, e in plan.stored]
     after.count([scale, *(e for _, e in stored)])
     final = after.emit(scale) if scale != 1 else None
+    if final is not None and not _needs_guard(plan) and after.level_of(scale) == Level.ROW:
+        final = f"({final})[:, None]"
     final_lines = _take(after)
     stores = []
     for name, e in stored:

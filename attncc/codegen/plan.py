@@ -39,6 +39,8 @@ class Plan:
 
     @cached_property
     def online(self) -> Online:
+        if self.graph.branches > 1:
+            raise UnsupportedError("kernels for several branches are not generated yet")
         return stream(self.graph)
 
     @cached_property

@@ -20,7 +20,10 @@ DEFAULTS = {
 
 
 def stage_texts(graph: VariantGraph) -> dict[str, str]:
-    """score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec."""
+    """score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec. What differs
+    between the branches of a variant has an entry a branch, such as `score[1]`."""
+    if graph.branches > 1:
+        return _branch_texts(graph)
     rows: dict[Any, Any] = {}
     for stage in graph.rows:
         # a reduction prints as a name, so that whatever it stands in keeps its form
@@ -34,9 +37,18 @@ def stage_texts(graph: VariantGraph) -> dict[str, str]:
     }
 
 
+def _branch_texts(graph: VariantGraph) -> dict[str, str]:
+    branches = [stage_texts(part) for part in graph.parts]
+    found: dict[str, str] = {}
+    for stage in ("score", "mask", "normalizer"):
+        texts = [texts[stage] for texts in branches]
+        found |= {stage: texts[0]} if len(set(texts)) == 1 else {f"{stage}[{i}]": t for i, t in enumerate(texts)}
+    return {**found, "reduction": f"row.sum({formula(graph['out'].expr)})"}
+
+
 def own_stages(graph: VariantGraph) -> dict[str, str]:
     """The stages in which a variant differs from plain attention; "softmax" where there are none."""
-    own = {stage: text for stage, text in stage_texts(graph).items() if text != DEFAULTS[stage]}
+    own = {stage: text for stage, text in stage_texts(graph).items() if text != DEFAULTS[stage.split("[")[0]]}
     return own or {"normalizer": "softmax"}
 
 

@@ -7,6 +7,9 @@
             | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
             | out  = row.sum(expr * v_vec)          the output row
 
+A variant may have several branches: each has the stages of a variant of its own, named `score[0]`, `score[1]` and so
+on, and `out` is linear in their weights.
+
 An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of
 earlier stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes
 make new ones.
@@ -15,7 +18,7 @@ make new ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +26,7 @@ import networkx as nx
 import sympy
 
 from attncc.errors import Span
+from attncc.ir import symbols as sym
 from attncc.ir.vocabulary import Read, type_of
 
 #: dimensions an input may be indexed by, besides free ones
@@ -76,8 +80,10 @@ class VariantGraph:
         inputs: Iterable[InputDecl] = (),
         scalars: Iterable[ScalarDecl] = (),
         cites: str = "",
+        branches: int = 1,
     ):
         self.name = name
+        self.branches = branches
         self.cites = cites
         self.inputs = tuple(sorted(inputs, key=lambda d: d.name))
         self.scalars = tuple(sorted(scalars, key=lambda d: d.name))
@@ -87,7 +93,7 @@ class VariantGraph:
         for stage in stages:
             self.dag.add_node(stage.name, stage=stage)
         for stage in stages:
-            for used in sorted(sym.name for sym in stage.expr.free_symbols):
+            for used in sorted(s.name for s in stage.expr.free_symbols):
                 if used in names:
                     self.dag.add_edge(used, stage.name)
         nx.freeze(self.dag)
@@ -108,6 +114,11 @@ class VariantGraph:
     def rows(self) -> tuple[Stage, ...]:
         """The row reductions, without `out`."""
         return tuple(s for s in self.stages if s.op is not None and s.name != "out")
+
+    @cached_property
+    def parts(self) -> tuple[VariantGraph, ...]:
+        """One graph a branch, with the plain names: variants of their own, whose output rows add up to `out`."""
+        return split(self) if self.branches > 1 else (self,)
 
     def input(self, name: str) -> InputDecl:
         return next(d for d in self.inputs if d.name == name)
@@ -135,3 +146,27 @@ class VariantGraph:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+
+def tagged(stages: Iterable[Stage], branch: int) -> tuple[Stage, ...]:
+    """A branch's stages by the names that they have beside those of other branches."""
+    stages = tuple(stages)
+    names = {sym.QK, *(sympy.Symbol(s.name, real=True) for s in stages)}
+    moved = {symbol: sym.of_branch(symbol, branch) for symbol in names}
+    return tuple(replace(s, name=f"{s.name}[{branch}]", expr=s.expr.xreplace(moved)) for s in stages)
+
+
+def split(graph: VariantGraph) -> tuple[VariantGraph, ...]:
+    """The inverse of `tagged` for every branch, each with its own share of `out`."""
+    parts = []
+    factor = graph["out"].expr.coeff(sym.V_VEC)
+    for branch in range(graph.branches):
+        suffix = f"[{branch}]"
+        own = [s for s in graph.stages if s.name.endswith(suffix)]
+        moved = {sym.of_branch(sym.QK, branch): sym.QK}
+        moved |= {sympy.Symbol(s.name, real=True): sympy.Symbol(s.name.removesuffix(suffix), real=True) for s in own}
+        stages = [replace(s, name=s.name.removesuffix(suffix), expr=s.expr.xreplace(moved)) for s in own]
+        share = factor.diff(sym.of_branch(sym.WEIGHT, branch)) * sym.WEIGHT
+        stages.append(replace(graph["out"], expr=share * sym.V_VEC))
+        parts.append(VariantGraph(f"{graph.name}{suffix}", stages, graph.inputs, graph.scalars))
+    return tuple(parts)

@@ -36,6 +36,11 @@ def row_symbol(op: str, number: int) -> sympy.Symbol:
     return sympy.Symbol(f"row_{op}_{number}", real=True)
 
 
+def of_branch(symbol: sympy.Symbol, branch: int) -> sympy.Symbol:
+    """A value of one branch, e.g. `weight[1]`, where a variant has several."""
+    return sympy.Symbol(f"{symbol.name}[{branch}]", real=True)
+
+
 def scalar_symbol(name: str, is_int: bool) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True) if is_int else sympy.Symbol(name, real=True)
 

@@ -85,7 +85,8 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
         # the default is a call-time convenience, no part of the mathematics
         shown = f" = {scalar.default!r}" if header else ""
         lines.append(f"  scalar {scalar.name} : {'int' if scalar.is_int else 'float'}{shown}")
-    lines.append("  input  qk = dot(q_vec, k_vec) : float")
+    for at in [f"[{i}]" for i in range(graph.branches)] if graph.branches > 1 else [""]:
+        lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")
     kind = {None: "pair", "max": "row", "sum": "row"}
     width = max(len(s.name) for s in graph.stages)
     for s in graph.stages:

@@ -17,6 +17,10 @@ _EXPECTED = {"mask": "bool"}
 
 def verify(graph: VariantGraph) -> None:
     """Raise SpecError unless the graph is acyclic, typed, closed over its declarations, and linear in v_vec."""
+    if graph.branches > 1:
+        for part in graph.parts:
+            verify(part)
+        return
     for name in _REQUIRED:
         if name not in graph:
             raise SpecError(f"the graph has no stage '{name}'")

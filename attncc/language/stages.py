@@ -12,11 +12,12 @@ import sympy
 
 from attncc.errors import Span, SpecError
 from attncc.ir import symbols as sym
-from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph
+from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph, tagged
 from attncc.ir.text import formula
 from attncc.ir.verify import verify
 from attncc.language import functions
-from attncc.language.values import InputTensor, Value, boolean, fail, number
+from attncc.language.reduction import by_branch, canonical
+from attncc.language.values import InputTensor, Value, Weights, boolean, fail, number
 
 _PAIR = ("b", "h", "h_kv", "q_idx", "kv_idx", "q_len", "kv_len", "num_heads")
 #: names that each stage sees besides the inputs and scalars of the variant
@@ -26,9 +27,21 @@ SEES: dict[str, tuple[str, ...]] = {
     "normalizer": ("score", *_PAIR, "row"),
     "reduction": ("weight", "v_vec", *_PAIR, "row"),
 }
+#: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
+BRANCH = "branch"
 _STAGE_NAME = r"row_(max|sum)_\d+(_new)?|raw_score|out|mask|lse|acc|delta"
 #: names that a user's input or scalar cannot have
-_RESERVED = {*sym.INDICES, *(n for names in SEES.values() for n in names), "scale", "q", "k", "v", "outputs", "qk"}
+_RESERVED = {
+    *sym.INDICES,
+    *(n for names in SEES.values() for n in names),
+    "scale",
+    "q",
+    "k",
+    "v",
+    "outputs",
+    "qk",
+    BRANCH,
+}
 
 
 class Row:
@@ -126,6 +139,7 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
         "weight": "only the reduction stage sees the weight",
         "row": "only the normalizer and the reduction see row reductions",
         "score": "the mask decides before any score is known; hide pairs by index or input",
+        BRANCH: "a variant with branches=2 or more has them; the reduction sees the weight of each, weight[0]",
     }
     visible = list(SEES[stage]) + [n for n in env if n not in sym.INDICES]
     near = difflib.get_close_matches(name, [*visible, *callables], n=1, cutoff=0.6)
@@ -147,13 +161,13 @@ def assemble(
     scalars: Mapping[str, ScalarDecl],
     evaluate: Mapping[str, tuple[Callable[[dict[str, Any]], Any], Span | None]],
     cites: str = "",
+    branches: int = 1,
 ) -> VariantGraph:
     """Run each stage's evaluator on its names and build the verified graph.
 
     `evaluate[stage]` is a function from the environment to the stage's result, with the place it came from.
     """
     base = environment(inputs, scalars)
-    stages = [Stage("raw_score", sym.SCALE * sym.QK)]
 
     def run(stage: str, extra: dict[str, Any], check: Callable[[Any], Any]) -> tuple[Any, Span | None]:
         function, span = evaluate[stage]
@@ -166,26 +180,13 @@ def assemble(
                 )
             raise error.at(span, stage) from None
 
-    score, span = run("score", {"score": Value(sym.RAW_SCORE)}, number)
-    stages.append(Stage("score", score, span=span))
-    mask, span = run("mask", {}, boolean)
-    stages.append(Stage("mask", mask, span=span))
-    rows: list[Stage] = []
-    weight, span = run("normalizer", {"score": Value(sym.SCORE), "row": Row(rows)}, number)
-    rows, weight = _canonical(rows, weight)
-    stages += [Stage(r.name, r.expr, r.op, span) for r in rows]
-    stages.append(Stage("weight", weight, span=span))
-    sums: list[Stage] = []
-    extra = {"weight": Value(sym.WEIGHT), "v_vec": Value(sym.V_VEC), "row": Row(sums)}
-    out, span = run("reduction", extra, number)
-    if len(sums) != 1 or out != sym.row_symbol("sum", 0) or not sums[0].expr.has(sym.V_VEC):
-        raise SpecError(
-            "the reduction must be one row.sum(... * v_vec)",
-            stage="reduction",
-            span=span,
-            remedy="write row.sum(weight * v_vec), or row.sum(weight * factor * v_vec)",
-        )
-    stages.append(Stage("out", sums[0].expr, "sum", span))
+    stages: list[Stage] = []
+    if branches == 1:
+        stages += _branch(run, {})
+    else:
+        for branch in range(branches):
+            stages += tagged(_branch(run, {BRANCH: branch}), branch)
+    stages.append(_reduction(run, branches))
     used: set[sympy.Symbol] = set().union(*(s.expr.free_symbols for s in stages))
     names = {u.name for u in used}
     for kind, decls in (("input", inputs), ("scalar", scalars)):
@@ -194,6 +195,42 @@ def assemble(
                 f"the {kind} '{unused}' is declared but no stage reads it",
                 remedy=f"read it, or drop it from the {kind}s",
             )
-    graph = VariantGraph(name, stages, inputs.values(), scalars.values(), cites)
+    graph = VariantGraph(name, stages, inputs.values(), scalars.values(), cites, branches=branches)
     verify(graph)
     return graph
+
+
+Run = Callable[[str, dict[str, Any], Callable[[Any], Any]], tuple[Any, Span | None]]
+
+
+def _branch(run: Run, extra: dict[str, Any]) -> list[Stage]:
+    """The stages of one branch, from the raw score to the weight."""
+    stages = [Stage("raw_score", sym.SCALE * sym.QK)]
+    score, span = run("score", {"score": Value(sym.RAW_SCORE), **extra}, number)
+    stages.append(Stage("score", score, span=span))
+    mask, span = run("mask", extra, boolean)
+    stages.append(Stage("mask", mask, span=span))
+    rows: list[Stage] = []
+    weight, span = run("normalizer", {"score": Value(sym.SCORE), "row": Row(rows), **extra}, number)
+    rows, weight = _canonical(rows, weight)
+    stages += [Stage(r.name, r.expr, r.op, span) for r in rows]
+    stages.append(Stage("weight", weight, span=span))
+    return stages
+
+
+def _reduction(run: Run, branches: int) -> Stage:
+    """The sum over the keys."""
+    sums: list[Stage] = []
+    weights = tuple(sym.of_branch(sym.WEIGHT, i) for i in range(branches)) if branches > 1 else (sym.WEIGHT,)
+    extra = {
+        "weight": Weights(weights) if branches > 1 else Value(sym.WEIGHT),
+        "v_vec": Value(sym.V_VEC),
+        "row": Row(sums),
+    }
+    result, span = run("reduction", extra, number)
+    try:
+        operand = canonical(result, sums, weights)
+        operand = by_branch(operand, weights) if branches > 1 else operand
+    except SpecError as error:
+        raise error.at(span, "reduction") from None
+    return Stage("out", operand, "sum", span)

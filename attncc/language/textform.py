@@ -27,10 +27,10 @@ from attncc.language import masks, mods
 from attncc.language.combinators import Mask, ScoreMod
 from attncc.language.expression import Source, parse, stage_function
 from attncc.language.stages import SEES, assemble, check_name
-from attncc.language.variant import Input, Scalar, Variant
+from attncc.language.variant import Input, Scalar, Variant, check_branches
 
 _DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
-_TOP = ("name", "cites", "description", "stages", "inputs", "scalars")
+_TOP = ("name", "cites", "description", "branches", "stages", "inputs", "scalars")
 
 
 def load_toml(path: str | Path) -> Variant:
@@ -76,12 +76,17 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
                 span=_key_span(lines, file, ("stages",), stage),
             )
         sources[stage] = _value_source(lines, file, stage, value)
+    try:
+        check_branches(data.get("branches", 1))
+    except SpecError as error:
+        raise error.at(_key_span(lines, file, (), "branches")) from None
     return from_sources(
         sources,
         name=_string(data, "name", Path(file).stem if file.endswith(".toml") else "variant", file, lines),
         cites=_string(data, "cites", "", file, lines),
         inputs=_inputs(_table(data, "inputs", file, lines), file, lines),
         scalars=_scalars(_table(data, "scalars", file, lines), file, lines),
+        branches=data.get("branches", 1),
     )
 
 
@@ -97,6 +102,7 @@ def from_sources(
     cites: str = "",
     inputs: Mapping[str, InputDecl] | None = None,
     scalars: Mapping[str, ScalarDecl] | None = None,
+    branches: int = 1,
 ) -> Variant:
     """A variant from the texts of its stages."""
     decls, numbers = dict(inputs or {}), dict(scalars or {})
@@ -109,7 +115,7 @@ def from_sources(
             for key, scalar in piece.scalars.items():
                 numbers.setdefault(key, scalar)
         evaluate[stage] = (stage_function(source, stage), source.whole())
-    graph = assemble(name, decls, numbers, evaluate, cites)
+    graph = assemble(name, decls, numbers, evaluate, cites, branches=branches)
     return Variant.from_graph(graph)
 
 

@@ -7,6 +7,7 @@ the text parser) knows where in the source it happened and adds the place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import sympy
@@ -179,7 +180,28 @@ class Value:
         fail("a value of the formula cannot be iterated")
 
 
-class InputTensor:
+class Indexed:
+    """What a formula may only index. Any other use fails, in the words of `_how`: (what is wrong, what to write)."""
+
+    def _how(self) -> tuple[str, str]:
+        raise NotImplementedError
+
+    def _unindexed(self, *_: Any) -> NoReturn:
+        fail(*self._how())
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._unindexed()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _unindexed
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _unindexed
+    __neg__ = __pos__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _unindexed
+    __eq__ = __ne__ = _unindexed
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = _unindexed
+    __bool__ = __float__ = __int__ = __index__ = __iter__ = __len__ = _unindexed
+    __hash__ = None  # type: ignore[assignment]
+
+
+class InputTensor(Indexed):
     """A user's tensor inside a formula: `slopes[h]` reads one element."""
 
     def __init__(self, decl: InputDecl):
@@ -203,27 +225,35 @@ class InputTensor:
             exprs.append(expr)
         return Value(voc.Read(self._symbol, *exprs))
 
-    def __getattr__(self, name: str) -> NoReturn:
-        self._unindexed()
-
-    def _unindexed(self, *_: Any) -> NoReturn:
+    def _how(self) -> tuple[str, str]:
         name, pattern = self._decl.name, ", ".join(self._decl.pattern)
-        fail(f"the input '{name}' is a tensor and must be indexed", f"write {name}[{pattern}]")
+        return f"the input '{name}' is a tensor and must be indexed", f"write {name}[{pattern}]"
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _unindexed
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _unindexed
-    __neg__ = __pos__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _unindexed
-    __eq__ = __ne__ = _unindexed
-    __and__ = __rand__ = __or__ = __ror__ = __invert__ = _unindexed
-    __bool__ = __float__ = __int__ = __index__ = __iter__ = __len__ = _unindexed
-    __hash__ = None  # type: ignore[assignment]
+
+class Weights(Indexed):
+    """The weights of a variant with several branches: `weight[0]` is that of the first."""
+
+    def __init__(self, symbols: Sequence[sympy.Symbol]):
+        self._symbols = tuple(symbols)
+
+    def __getitem__(self, index: Any) -> Value:
+        (at,) = index if isinstance(index, tuple) and len(index) == 1 else (index,)
+        expr = at.expr if isinstance(at, Value) else sympy.sympify(at)
+        last = len(self._symbols) - 1
+        if not (getattr(expr, "is_Integer", False) and 0 <= expr <= last):
+            fail(f"the branches are weight[0] to weight[{last}]: there is no weight[{at}]", "a branch is a constant")
+        return Value(self._symbols[int(expr)])
+
+    def _how(self) -> tuple[str, str]:
+        count = len(self._symbols)
+        return f"there are {count} branches, each with its own weight", "write weight[0], weight[1]"
 
 
 def lift(x: Any) -> Value:
     """A Python number, boolean or Value as a Value."""
     if isinstance(x, Value):
         return x
-    if isinstance(x, InputTensor):
+    if isinstance(x, Indexed):
         x._unindexed()
     if isinstance(x, bool):
         return Value(sympy.true if x else sympy.false)

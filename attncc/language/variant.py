@@ -14,6 +14,9 @@ from attncc.language.combinators import Mask, ScoreMod, call_by_name
 from attncc.language.places import return_span, traceback_span
 from attncc.language.stages import assemble
 
+#: each takes an accumulator of its own, and there are only so many registers
+MAX_BRANCHES = 4
+
 
 class Input:
     """A tensor that a formula reads, declared with its index pattern.
@@ -72,6 +75,9 @@ class Variant:
     """An attention variant. A stage that is not given is plain attention's: the score as it is, every pair visible,
     softmax, the sum of weight * v.
 
+    With `branches=2` or more there are as many weights, `weight[0]` and so on, and `out` is a sum of them times v. q
+    holds the branches side by side along its last dimension, as k does unless they share one; each stage but the
+    reduction is evaluated for every `branch`, an integer that it may use.
     `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`.
     Raises SpecError, with file, line and a caret, when a stage is wrong.
     """
@@ -87,8 +93,10 @@ class Variant:
         mask: Callable[..., Any] | Mask | None = None,
         normalizer: Callable[..., Any] | str = normalizers.softmax,
         reduction: Callable[..., Any] = normalizers.weighted_sum,
+        branches: int = 1,
         cites: str = "",
     ):
+        check_branches(branches)
         decls, scalars = _declarations(inputs or {})
         if isinstance(normalizer, str):
             normalizer = named_normalizer(normalizer)
@@ -107,7 +115,7 @@ class Variant:
             run = pieces[stage].run if stage in pieces else _runner(function, stage)
             stages[stage] = (_located(run, stage), return_span(function))
         self.name = name
-        self.graph = assemble(name, decls, scalars, stages, cites)
+        self.graph = assemble(name, decls, scalars, stages, cites, branches=branches)
 
     @classmethod
     def from_graph(cls, graph: VariantGraph) -> Variant:
@@ -118,6 +126,12 @@ class Variant:
 
     def __repr__(self) -> str:
         return f"<Variant {self.name} {self.graph.digest}>"
+
+
+def check_branches(count: Any) -> None:
+    """Raise SpecError unless a variant can have so many branches."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_BRANCHES:
+        raise SpecError(f"branches is {count!r}", remedy=f"a variant has 1 to {MAX_BRANCHES} branches")
 
 
 def named_normalizer(name: str) -> Callable[..., Any]:

@@ -5,15 +5,16 @@ With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j),
 
     dy_j = G * dA/dy * dp_j  +  (delta - dlse) * sum_k (d log G / d L_k) * dB_k/dy
 
-because lse = M - log G, so that a cotangent of lse is one more term of delta. The running maximum counts as a
-constant: `_shift_invariant` proves that the weight does not change when it moves. Where the weight has an exponential,
-the proof lets us put the maximum at lse itself, where G = 1: then lse is the only row statistic that the backward
-needs. Elsewhere the forward stores the sums themselves.
+because lse = M - log G, so that a cotangent of lse is one more term of delta. A factor of the whole row, which the
+reduction may have, is one of A's here: o has it, too. The running maximum counts as a constant: `_shift_invariant`
+proves that the weight does not change when it moves. Where the weight has an exponential, the proof lets us put the
+maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the forward
+stores the sums themselves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -77,6 +78,7 @@ def differentiate(graph: VariantGraph, online: Online) -> Backward:
             remedy="divide by a sum that scales with it, as softmax does, or call the op without gradients",
         )
     normal = _at_lse(online) or _with_sums(online)
+    normal = replace(normal, numerator=online.coefficient * normal.numerator)
     wanted = {d.name for d in graph.inputs if d.grad}
     dscore = _cotangent(normal, sym.SCORE)
     score = graph["score"].expr

@@ -6,7 +6,7 @@ finding has an example; what depends on scores is found by bounds on what they c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,9 +54,14 @@ class Finding:
 
 def lint(graph: VariantGraph) -> tuple[Finding, ...]:
     """Everything that is found, errors first."""
-    found = [finding for check in CHECKS for finding in check(graph)]
+    found = [finding for check in CHECKS for finding in _of_parts(check, graph)]
     order = ("error", "warning", "note")
     return tuple(sorted(found, key=lambda f: order.index(f.level)))
+
+
+def _of_parts(check: Callable[[VariantGraph], Iterator[Finding]], graph: VariantGraph) -> Iterator[Finding]:
+    """What a check finds in the branches of a variant, each finding once."""
+    yield from dict.fromkeys(finding for part in graph.parts for finding in check(part))
 
 
 def hidden_rows(graph: VariantGraph) -> Iterator[Finding]:

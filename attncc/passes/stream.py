@@ -47,6 +47,7 @@ class Online:
 
     maxes: running maxima, in order; numerator: the accumulator of the output row (its term multiplies v);
     sums: the running sums; scale: G, over maxima, sums and row values;
+    coefficient: what the reduction multiplies a whole row by: out = coefficient * G * acc;
     shift: M(m), where the weight is a(s) exp(x(s) - M) * G, else None;
     lse: M - log G, the log of the denominator (None where the row has no statistic); proof: the steps, for `explain`.
     """
@@ -58,6 +59,7 @@ class Online:
     shift: sympy.Expr | None
     lse: sympy.Expr | None
     proof: tuple[str, ...]
+    coefficient: sympy.Expr = sympy.S.One
 
     @property
     def max_symbols(self) -> tuple[sympy.Symbol, ...]:
@@ -88,7 +90,6 @@ def stream(graph: VariantGraph) -> Online:
             remedy="write the weight as f(score) times a factor of the row; multi-pass plans are not generated yet",
         )
     factor = graph["out"].expr.coeff(sym.V_VEC)
-    numerator_term = factor.subs(sym.WEIGHT, pair)
     if not _linear_in_weight(factor):
         raise UnsupportedError(
             f"the reduction weighs v by '{formula(factor)}', which is not the weight times a factor",
@@ -96,8 +97,9 @@ def stream(graph: VariantGraph) -> Online:
             span=graph["out"].span,
             remedy="write row.sum(weight * factor * v_vec)",
         )
+    coefficient, inner = _row_and_pair(factor.diff(sym.WEIGHT))
     symbols = tuple(sympy.Symbol(s.name, real=True) for s in maxes)
-    numerator = _running(sympy.Symbol("acc", real=True), numerator_term, symbols, graph["weight"], proof)
+    numerator = _running(sympy.Symbol("acc", real=True), inner * pair, symbols, graph["weight"], proof)
     running = tuple(_running(sympy.Symbol(s.name, real=True), s.expr, symbols, s, proof) for s in sums)
     shift = _shift(pair)
     sums_used = any(sympy.Symbol(s.name, real=True) in scale.free_symbols for s in sums)
@@ -105,9 +107,10 @@ def stream(graph: VariantGraph) -> Online:
     if lse is not None:
         proof.append(f"lse = {formula(lse)}")
     proof.append(f"weight = ({formula(pair)}) * ({formula(scale)}): one pass over the keys")
-    return Online(
-        tuple(zip(symbols, (s.expr for s in maxes), strict=True)), numerator, running, scale, shift, lse, tuple(proof)
-    )
+    if coefficient != 1:
+        proof.append(f"out = ({formula(coefficient)}) * ({formula(scale)}) * acc: a factor of the row comes last")
+    operands = tuple(zip(symbols, (s.expr for s in maxes), strict=True))
+    return Online(operands, numerator, running, scale, shift, lse, tuple(proof), coefficient)
 
 
 def _independent(stage: Stage, maxes: list[Stage], sums: list[Stage]) -> None:
@@ -149,6 +152,17 @@ def _row_factors(pair: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
         else:
             out *= f
     return out, rest
+
+
+def _row_and_pair(factor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """A product as (factors that are the same for the whole row, the rest)."""
+    row, pair = sympy.S.One, sympy.S.One
+    for f in sympy.Mul.make_args(factor):
+        if varies_by_key(f):
+            pair *= f
+        else:
+            row *= f
+    return row, pair
 
 
 def _linear_in_weight(factor: sympy.Expr) -> bool:

@@ -59,9 +59,42 @@ def reference(
     graph = graph_of(variant)
     names = output_names(outputs)
     bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
-    run = Dense(graph, q.double(), k.double(), v.double(), bound, torch.float64)
+    run = dense(graph, q.double(), k.double(), v.double(), bound, torch.float64)
     results = tuple(getattr(run, name)() for name in names)
     return results[0] if len(results) == 1 else results
+
+
+def dense(
+    graph: VariantGraph, q: Tensor, k: Tensor, v: Tensor, bound: Bound, number: torch.dtype
+) -> Dense | DenseBranches:
+    """A variant evaluated on every visible pair, in the dtype of q, k, v; `number` is the dtype of index arithmetic."""
+    return (Dense if graph.branches == 1 else DenseBranches)(graph, q, k, v, bound, number)
+
+
+class DenseBranches:
+    """A variant with several branches: each has its own part of the last dimension of q, and of k where k has parts."""
+
+    def __init__(self, graph: VariantGraph, q: Tensor, k: Tensor, v: Tensor, bound: Bound, number: torch.dtype):
+        self.graph = graph
+        dim = q.shape[3] // graph.branches
+        keys = k.split(dim, -1) if k.shape[3] > dim else (k,) * graph.branches
+        branches = zip(graph.parts, q.split(dim, -1), keys, strict=True)
+        self.parts = [Dense(part, own_q, own_k, v, bound, number) for part, own_q, own_k in branches]
+
+    def out(self) -> Tensor:
+        """(B, Hq, M, Dv): the sum of what the branches give."""
+        return torch.stack([part.out() for part in self.parts]).sum(0)
+
+    def lse(self) -> Tensor:
+        raise no_lse_of_branches(self.graph)
+
+
+def no_lse_of_branches(graph: VariantGraph) -> UnsupportedError:
+    """Which one would be meant?"""
+    return UnsupportedError(
+        f"'{graph.name}' has {graph.branches} branches, each with an lse of its own",
+        remedy="compile a branch as a variant of its own, for its lse",
+    )
 
 
 class Dense:

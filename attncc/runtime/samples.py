@@ -20,7 +20,8 @@ FREE_SIZE = 32
 class Shape:
     """The sizes of a call. `strided` makes q, k, v transposed views of (batch, length, heads, dim) tensors.
 
-    The loop dimensions in `broadcast` have size 1 in the inputs.
+    The loop dimensions in `broadcast` have size 1 in the inputs. `d_qk` is that of one branch; with `shared_key` a
+    variant with several has one k for all.
     """
 
     batch: int
@@ -32,6 +33,7 @@ class Shape:
     d_v: int
     strided: bool = False
     broadcast: tuple[str, ...] = ()
+    shared_key: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -81,8 +83,8 @@ def sample_inputs(
         tensor = normal(*size).to(device, dtype)
         return tensor.transpose(1, 2) if shape.strided else tensor
 
-    q = sequence(shape.heads, shape.q_len, shape.d_qk)
-    k = sequence(shape.kv_heads, shape.kv_len, shape.d_qk)
+    q = sequence(shape.heads, shape.q_len, graph.branches * shape.d_qk)
+    k = sequence(shape.kv_heads, shape.kv_len, (1 if shape.shared_key else graph.branches) * shape.d_qk)
     v = sequence(shape.kv_heads, shape.kv_len, shape.d_v)
     positive = _positive(graph)
     inputs: dict[str, Any] = {}

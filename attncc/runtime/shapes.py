@@ -2,6 +2,9 @@
 
     q (B, Hq, M, Dqk)   k (B, Hkv, N, Dqk)   v (B, Hkv, N, Dv)      Hq a multiple of Hkv, one dtype, one device
 
+Where a variant has several branches, q holds them side by side along its last dimension, and so does k, or they share
+it.
+
 B, M and N may be 0: with no queries there is nothing to compute, and with no keys every row sees nothing.
 """
 
@@ -36,8 +39,9 @@ _DIMENSIONS = {
 class Bound:
     """What a checked call binds the names of a variant to.
 
-    `sizes` has the loop sizes b, h, h_kv, q_idx, kv_idx and the head dims d_qk, d_v. `tensors` holds every declared
-    input as it was passed (a loop dimension of size 1 is not expanded), or its default; `scalars` every scalar.
+    `sizes` has the loop sizes b, h, h_kv, q_idx, kv_idx and the head dims d_qk, d_v, as q and v have them; d_k is that
+    of k, where branches of q share it. `tensors` holds every declared input as it was passed (a loop dimension of size
+    1 is not expanded), or its default; `scalars` every scalar.
     """
 
     sizes: dict[str, int]
@@ -55,7 +59,10 @@ def bind(
     inputs: Mapping[str, Any],
     dtypes: Collection[torch.dtype] = KERNEL_DTYPES,
 ) -> Bound:
-    """Check a call and bind its names. `scale=None` is 1/sqrt(Dqk). Raises InputError, naming what to change."""
+    """Check a call and bind its names. `scale=None` is 1/sqrt(Dqk), of the Dqk of one branch.
+
+    Raises InputError, naming what to change.
+    """
     try:
         batch, heads, q_len, d_qk = q.shape
         k_batch, kv_heads, kv_len, k_dim = k.shape
@@ -68,14 +75,15 @@ def bind(
         or v_batch != batch
         or v_heads != kv_heads
         or v_len != kv_len
-        or k_dim != d_qk
+        or (k_dim != d_qk and (graph.branches == 1 or k_dim * graph.branches != d_qk))
+        or d_qk % graph.branches
         or kv_heads < 1
         or heads < 1
         or heads % kv_heads
         or d_qk < 1
         or d_v < 1
     ):
-        _fail_sizes(q, k, v)
+        _fail_sizes(q, k, v, graph.branches)
     if k.dtype != dtype or v.dtype != dtype or dtype not in dtypes:
         _fail_dtype(q, k, v, dtypes)
     if k.device != device or v.device != device:
@@ -83,7 +91,7 @@ def bind(
     if (q.stride(3) != 1 and d_qk > 1) or (k.stride(3) != 1 and d_qk > 1) or (v.stride(3) != 1 and d_v > 1):
         _fail_strides(q=q, k=k, v=v)
     if scale is None:
-        scale = d_qk**-0.5
+        scale = (d_qk // graph.branches) ** -0.5
     else:
         scale = _scale(scale)
     sizes = {
@@ -95,6 +103,8 @@ def bind(
         "d_qk": d_qk,
         "d_v": d_v,
     }
+    if k_dim != d_qk:
+        sizes["d_k"] = k_dim
     if not inputs and not graph.inputs and not graph.scalars:
         return Bound(sizes, scale, {}, {})
     return Bound(sizes, scale, *_bind_inputs(graph, inputs, sizes, device, dtypes))
@@ -215,14 +225,19 @@ def _fail_dimensions(**tensors: Any) -> NoReturn:
     raise AssertionError("q, k and v have 4 dimensions each")
 
 
-def _fail_sizes(q: Tensor, k: Tensor, v: Tensor) -> NoReturn:
+def _fail_sizes(q: Tensor, k: Tensor, v: Tensor, branches: int) -> NoReturn:
     sizes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     for axis, what in enumerate(("batch", "number of key/value heads", "number of keys")):
         if k.shape[axis] != v.shape[axis]:
             raise InputError(f"k and v differ in their {what}: {k.shape[axis]} and {v.shape[axis]}", remedy=sizes)
     if q.shape[0] != k.shape[0]:
         raise InputError(f"q and k differ in their batch: {q.shape[0]} and {k.shape[0]}", remedy=sizes)
-    if q.shape[3] != k.shape[3]:
+    if q.shape[3] % branches:
+        raise InputError(f"the head dim of q, {q.shape[3]}, does not divide among {branches} branches", remedy=sizes)
+    if branches > 1 and k.shape[3] not in (q.shape[3], q.shape[3] // branches):
+        wanted = f"{q.shape[3]}, or {q.shape[3] // branches} for one that all {branches} branches share"
+        raise InputError(f"the head dim of k is {k.shape[3]}, expected {wanted}", remedy=sizes)
+    if branches == 1 and q.shape[3] != k.shape[3]:
         raise InputError(f"q and k differ in their head dim: {q.shape[3]} and {k.shape[3]}", remedy=sizes)
     if q.shape[3] < 1 or v.shape[3] < 1:
         raise InputError("a head dim is 0", remedy=sizes)

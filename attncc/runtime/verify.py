@@ -19,7 +19,7 @@ from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
-from attncc.runtime.reference import Dense, graph_of, log_denominator, reference
+from attncc.runtime.reference import dense, graph_of, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import REFERENCE_DTYPES, bind, output_names
 
@@ -109,7 +109,7 @@ def eager(
     """The reference's own steps in the dtype of q, k, v, with index arithmetic in float32: what plain PyTorch gives."""
     graph = graph_of(variant)
     bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
-    run = Dense(graph, q, k, v, bound, torch.promote_types(q.dtype, torch.float32))
+    run = dense(graph, q, k, v, bound, torch.promote_types(q.dtype, torch.float32))
     results = tuple(getattr(run, name)() for name in output_names(outputs))
     return results[0] if len(results) == 1 else results
 
@@ -167,6 +167,8 @@ def verify_variant(
 
 
 def _has_lse(graph: VariantGraph) -> bool:
+    if graph.branches > 1:
+        return False
     try:
         log_denominator(graph)
     except UnsupportedError:
