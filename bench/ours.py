@@ -19,7 +19,7 @@ USED: dict[str, tuple[Kernel, ...]] = {"forward": ("forward",), "backward": ("dk
 def schedule_of(op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Tensors) -> Schedule:
     """The schedule that a call uses."""
     bound = bind(op.graph, q, k, v, None, inputs)
-    schedule: Schedule = op.engine.prepare(bound, q.dtype, q.device).schedule
+    schedule: Schedule = op.engine.prepare(bound, q, k, v).schedule
     return schedule
 
 

@@ -104,6 +104,8 @@ def _compile(
             values[(i,)] = True if p.startswith("WANT_") else constants[p]
         elif p in scalars:
             signature[p] = scalars[p]
+        elif "_DESC_" in p:
+            signature[p] = _descriptor(p, tiling, dtype)
         elif p == "scale":
             signature[p] = "fp32"
         elif p.endswith("_PTR") or p.startswith("SUMMARY_"):
@@ -129,6 +131,13 @@ def _tiling(name: str, schedule: Schedule) -> Any:
     if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq
+
+
+def _descriptor(name: str, tiling: Any, dtype: Dtype) -> str:
+    """The type of a descriptor parameter such as K_DESC_128: boxes of 128 columns, and as many rows as a tile of K."""
+    tensor, columns = name.split("_DESC_")
+    rows = tiling.block_m if tensor in ("Q", "DOUT") else tiling.block_n
+    return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
 
 
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:

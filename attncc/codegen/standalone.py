@@ -8,7 +8,7 @@ from typing import Any
 
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import environment, render
-from attncc.schedule.device import Device
+from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.problem import Dtype, KernelSchedule, Schedule
 
 
@@ -35,6 +35,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     """The file's text. It exports `attention(q, k, v, *, <inputs>, scale=None, return_lse=False)`."""
     graph = plan.graph
     backward = plan.has_backward is None
+    tma = backward and loads_boxes(device, dtype, d_qk, d_v)
     context: dict[str, Any] = {
         "graph": graph,
         "d_qk": d_qk,
@@ -52,7 +53,8 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         "number_names": "".join(f"{s.name}, " for s in graph.scalars),
         "input_names": ", ".join(d.name for d in graph.inputs),
         "title": graph.name,
+        "tma": tma,
     }
     text = environment().get_template("standalone.py.j2").render(context)
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
-    return render(plan, d_qk, d_v, backward) + "\n\n" + text.strip("\n") + "\n"
+    return render(plan, d_qk, d_v, backward, tma) + "\n\n" + text.strip("\n") + "\n"

@@ -29,7 +29,7 @@ from attncc.runtime.shapes import Bound, bind
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
-from attncc.schedule.device import Device, device_of
+from attncc.schedule.device import Device, device_of, loads_boxes
 from attncc.schedule.problem import Dtype, Precision, Problem, Schedule
 
 _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
@@ -59,38 +59,49 @@ class Engine:
         self._fixed = schedule
         self._precision = precision
         self._cache = Cache()
-        self._sources: dict[tuple[int, int], str] = {}
-        self._modules: dict[tuple[int, int, bool], ModuleType] = {}
+        self._sources: dict[tuple[int, int, bool], str] = {}
+        self._modules: dict[tuple[int, int, bool, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._recordings: dict[Any, tuple[Recording, Bound]] = {}
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
-    def source(self, d_qk: int, d_v: int) -> str:
+    def source(self, d_qk: int, d_v: int, tma: bool = False) -> str:
         """The generated module's text for these head dimensions, from the disk cache where it lies there."""
         with self._lock:
-            key = (d_qk, d_v)
+            key = (d_qk, d_v, tma)
             if key not in self._sources:
-                self._sources[key] = self._cached_source(d_qk, d_v)
+                self._sources[key] = self._cached_source(d_qk, d_v, tma)
             return self._sources[key]
 
-    def _cached_source(self, d_qk: int, d_v: int) -> str:
+    def source_here(self, d_qk: int, d_v: int) -> str:
+        """The text for 16-bit tensors on the current GPU; with none, the one that needs no feature of any."""
+        tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", d_qk, d_v)
+        return self.source(d_qk, d_v, tma and self.plan.has_backward is None)
+
+    def _cached_source(self, d_qk: int, d_v: int, tma: bool) -> str:
         name = cache_key(
-            kind="source", digest=self.graph.digest, name=self.graph.name, d_qk=d_qk, d_v=d_v, code=fingerprint()
+            kind="source",
+            digest=self.graph.digest,
+            name=self.graph.name,
+            d_qk=d_qk,
+            d_v=d_v,
+            tma=tma,
+            code=fingerprint(),
         )
         found = self._cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None)
+        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None, tma)
         self._cache.put(name, {"kind": "source", "variant": self.graph.name, "text": text})
         return text
 
-    def module(self, d_qk: int, d_v: int, interpreted: bool = False) -> ModuleType:
+    def module(self, d_qk: int, d_v: int, interpreted: bool = False, tma: bool = False) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
         with self._lock:
-            key = (d_qk, d_v, interpreted)
+            key = (d_qk, d_v, interpreted, tma)
             if key not in self._modules:
-                source = self.source(d_qk, d_v)
+                source = self.source(d_qk, d_v, tma)
                 if interpreted:
                     with interpreter.decorating():
                         module = load_source(source, f"{self.graph.name} (interpreted)")
@@ -111,18 +122,21 @@ class Engine:
             return self._precision
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
-    def prepare(self, bound: Bound, dtype: torch.dtype, device: torch.device) -> Prepared:
+    def prepare(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         """The module, schedule and options for calls like this one."""
         sizes = bound.sizes
         precision = self.precision()
-        key = (tuple(sizes.values()), dtype, device, precision, tuple(bound.scalars.values()))
+        boxed = all(map(_fits_boxes, (q, k, v)))
+        key = (tuple(sizes.values()), q.dtype, q.device, precision, tuple(bound.scalars.values()), boxed)
         found = self._prepared.get(key)
         if found is None:
             with self._lock:
-                found = self._prepared[key] = self._prepare(bound, dtype, device, precision)
+                found = self._prepared[key] = self._prepare(bound, q.dtype, q.device, precision, boxed)
         return found
 
-    def _prepare(self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision) -> Prepared:
+    def _prepare(
+        self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision, boxed: bool
+    ) -> Prepared:
         if device.type not in ("cuda", "cpu"):
             raise UnsupportedError(
                 f"there are no kernels for the device '{device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
@@ -131,7 +145,9 @@ class Engine:
         problem = self.problem(bound.sizes, dtype, bound.scalars)
         schedule = self._fixed or choose(problem, target, self._cache)
         interpreted = device.type == "cpu"
-        module = self.module(bound.sizes["d_qk"], bound.sizes["d_v"], interpreted)
+        d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
+        tma = boxed and self.plan.has_backward is None and loads_boxes(target, problem.dtype, d_qk, d_v)
+        module = self.module(d_qk, d_v, interpreted, tma)
         return Prepared(
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
         )
@@ -160,7 +176,7 @@ class Engine:
 
     def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False) -> tuple[Tensor, ...]:
         """out, then the stored row statistics in the plan's order. `then_backward`: compile the backward meanwhile."""
-        prepared = self.prepare(bound, q.dtype, q.device)
+        prepared = self.prepare(bound, q, k, v)
         if not prepared.interpreted:
             self.warm(prepared, bound, q, k, v, then_backward and self.plan.has_backward is None)
         with _on(q.device):
@@ -263,7 +279,7 @@ class Engine:
         wanted."""
         if self.plan.has_backward is not None:
             raise self.plan.has_backward
-        prepared = self.prepare(bound, q.dtype, q.device)
+        prepared = self.prepare(bound, q, k, v)
         with _on(q.device):
             return cast(
                 tuple[Tensor, ...],
@@ -272,6 +288,14 @@ class Engine:
                     *(out, saved, dout, dlse, wanted, prepared.meta, prepared.options),
                 ),
             )
+
+
+def _fits_boxes(x: Tensor) -> bool:
+    """Can descriptors address x? They step by 16 bytes, and neither repeat rows nor hold nothing."""
+    steps = all(
+        n == 1 or (s > 0 and s * x.element_size() % 16 == 0) for n, s in zip(x.shape[:-1], x.stride(), strict=False)
+    )
+    return steps and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
 def _capturing() -> bool:

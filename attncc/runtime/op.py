@@ -94,8 +94,11 @@ class AttentionOp:
         return picked[0] if len(picked) == 1 else tuple(picked)
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
-        """The generated Triton module for these head dimensions."""
-        return self.engine.source(d_qk, d_qk if d_v is None else d_v)
+        """The generated Triton module for these head dimensions, in 16 bits, as it runs on this machine's GPU.
+
+        Without a GPU: the portable form, which any other runs.
+        """
+        return self.engine.source_here(d_qk, d_qk if d_v is None else d_v)
 
     def explain(
         self,

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attncc.runtime.interpreter import compiling
 from attncc.runtime.warm import collector, wait
@@ -30,6 +31,7 @@ class _Launch:
     grid: int
     arguments: tuple[Any, ...]
     slots: tuple[tuple[int, int], ...]  # (position in the arguments, index in the call's tensors)
+    boxes: tuple[tuple[int, int, TensorDescriptor], ...]  # the same for descriptors, with one to copy
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Recording:
             arguments = list(launch.arguments)
             for position, index in launch.slots:
                 arguments[position] = known[index]
+            for position, index, box in launch.boxes:
+                arguments[position] = _moved(box, known[index])
             kernel = launch.kernel
             kernel.run(launch.grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
         return tuple(made[: self.results])
@@ -123,14 +127,23 @@ class Recorder(threading.local):
         known = [*tensors, *defaults]
         launches = []
         for kernel, grid, arguments in noted:
-            slots = []
+            slots, boxes = [], []
             for position, argument in enumerate(arguments):
                 if isinstance(argument, Tensor):
                     slots.append((position, _index(argument, known, made)))
-            blank = tuple(None if isinstance(a, Tensor) else a for a in arguments)
-            launches.append(_Launch(kernel, grid, blank, tuple(slots)))
+                elif isinstance(argument, TensorDescriptor):
+                    boxes.append((position, _index(argument.base, known, made), _moved(argument, None)))
+            blank = tuple(None if isinstance(a, Tensor | TensorDescriptor) else a for a in arguments)
+            launches.append(_Launch(kernel, grid, blank, tuple(slots), tuple(boxes)))
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in made)
         return results, Recording(tuple(launches), shapes, len(results), tensors[0].device, tuple(defaults))
+
+
+def _moved(box: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
+    """The descriptor of another tensor of the same kind, which need not be checked again."""
+    moved = TensorDescriptor.__new__(TensorDescriptor)
+    moved.__dict__.update(box.__dict__, base=base)
+    return moved
 
 
 def _index(argument: Tensor, known: Sequence[Tensor], made: list[Tensor]) -> int:

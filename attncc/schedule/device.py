@@ -22,6 +22,7 @@ class Device:
 
     Bytes for shared memory, GHz, dense TFLOP/s by operand type (`fp32` is the IEEE rate), operations a clock and SM,
     GB/s, MiB, microseconds. `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
+    `tma`: the backward copies its tiles with the tensor memory accelerator.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Device:
     l2_mb: float
     launch_us: float
     tmem_columns: int = 0
+    tma: bool = False
 
     def matmul_tflops(self, dtype: Dtype, precision: Precision) -> float:
         """The matmul rate for operands of `dtype`; float32 operands run at the rate of `precision`."""
@@ -108,7 +110,7 @@ def parse_device(path: Path) -> Device:
     except tomllib.TOMLDecodeError as error:
         raise AttnccError(f"{path}: not a TOML file: {error}") from error
     known = {entry.name: entry for entry in fields(Device) if entry.name != "name"}
-    optional = {"tmem_columns"}
+    optional = {"tmem_columns", "tma"}
     wrong = [f"unknown field {key!r}" for key in sorted(set(data) - set(known))]
     wrong += [f"missing field {key!r}" for key in sorted(set(known) - set(data) - optional)]
     rates = data.get("tensor_tflops", {})
@@ -121,9 +123,16 @@ def parse_device(path: Path) -> Device:
         for key, entry in known.items()
         if key in data and str(entry.type) in numbers and not _is_positive(data[key], numbers[str(entry.type)])
     ]
+    if not isinstance(data.get("tma", False), bool):
+        wrong.append(f"field 'tma' is {data['tma']!r}, expected true or false")
     if wrong:
         raise AttnccError(f"{path}: {'; '.join(wrong)}")
     return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"])})
+
+
+def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int) -> bool:
+    """Whether the backward loads its tiles through descriptors, whose rows must be multiples of 16 bytes."""
+    return device.tma and dtype != "fp32" and d_qk % 8 == 0 and d_v % 8 == 0
 
 
 def device_for(target_or_name: str) -> Device:

@@ -6,7 +6,7 @@ allowances that were fitted to what ptxas reports for the kernels of `templates/
 
 from __future__ import annotations
 
-from attncc.schedule.device import Device
+from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, tiling, warp_grid
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
@@ -26,6 +26,9 @@ IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
 STAGE = {"forward": 0, "dkdv": 64, "dq": 0, "pair": 64}
+# BASE and STAGE where tiles come through descriptors, which the compiler makes use of to keep more matmuls under way.
+BOXES = {"dkdv": 72, "dq": 40}
+BOXES_STAGE = {"dkdv": 20, "dq": 0}
 # The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
 OUTER_LOOP = 96
 # An input that is read by key alone, or its pointers, beside each streamed tile.
@@ -58,14 +61,18 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     vectors = VECTOR * problem.costs.vectors
     if op == "mfma":
         return round(MFMA_BASE + scores + vectors + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
-    wanted = BASE[kernel] + STAGE[kernel] * max(ks.num_stages - 2, 0) + scores + vectors
+    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v)
+    base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
+    wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
     if kernel == "dkdv" and problem.group > 1:
         wanted += OUTER_LOOP
     if op == "tcgen05":
         wanted += TENSOR_MEMORY + (RESCALED if kernel == "forward" else WRITTEN) * accumulator
     else:
         wanted += (RESCALED if kernel == "forward" else 1.0) * accumulator
-    wanted += sum(COPY[kernel] * tile.rows * tile.dim * problem.dtype_bytes / 16 / threads for tile in tiles.streamed)
+    if not boxes:
+        streamed = sum(tile.rows * tile.dim for tile in tiles.streamed)
+        wanted += COPY[kernel] * streamed * problem.dtype_bytes / 16 / threads
     if op == "fma":
         # Each thread computes a small square of the result, and holds its operands along the head dimension.
         side = (pairs / threads) ** 0.5

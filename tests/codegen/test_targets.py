@@ -15,6 +15,7 @@ from attncc.codegen.render import render
 from attncc.errors import UnsupportedError
 from attncc.schedule import KERNELS, KernelSchedule, Schedule, choose, device_for, shared_memory
 from attncc.schedule.candidates import candidates
+from attncc.schedule.device import loads_boxes
 
 #: bytes a thread that a first choice may spill: none, but where the estimate of registers is known to be a few too low
 SPILLS_ALLOWED = {("sm_90", 128, "dkdv"): 32, ("gfx942", 128, "forward"): 32}
@@ -34,9 +35,9 @@ GRAPH = ac.Variant(
 
 
 @cache
-def generated(dim):
+def generated(dim, tma=False):
     plan = Plan(GRAPH)
-    return plan, load_source(render(plan, dim, dim, True), f"targets_{dim}")
+    return plan, load_source(render(plan, dim, dim, True, tma), f"targets_{dim}")
 
 
 def sizes(dim):
@@ -57,7 +58,8 @@ def sizes(dim):
     ],
 )
 def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
-    device, (plan, module) = device_for(target), generated(dim)
+    device = device_for(target)
+    plan, module = generated(dim, loads_boxes(device, "bf16", dim, dim))
     problem = problem_of(plan, sizes(dim), "bf16", "ieee", {})
     schedule = choose(problem, device)
     only = tuple(f"{kernel}_kernel" for kernel in kernels)

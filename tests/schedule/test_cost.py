@@ -45,7 +45,7 @@ def test_hopper_first_choices_are_those_that_measure_well():
     assert shape(first("forward", problem(d_qk=128))) in {(128, 128, 8), (128, 64, 8), (128, 64, 4)}
     assert shape(first("forward", problem(d_qk=64))) in {(128, 128, 4), (128, 128, 8), (128, 64, 8), (128, 64, 4)}
     assert shape(first("dkdv", problem(d_qk=128))) in {(64, 128, 8), (32, 128, 8), (64, 64, 8)}
-    assert shape(first("dq", problem(d_qk=128))) == (128, 64, 8)
+    assert shape(first("dq", problem(d_qk=128))) in {(128, 64, 8), (128, 128, 8), (64, 64, 4)}
     for dim in (64, 128, 256):
         assert first("forward", problem(d_qk=dim)).num_stages >= 2
         assert first("forward", problem(d_qk=dim)).block_m == 128

@@ -13,7 +13,7 @@ from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
 from attncc.schedule import KERNELS, KernelSchedule, Schedule, buffers, device_for, first_choice, shared_memory
-from attncc.schedule.device import INTERPRETER
+from attncc.schedule.device import INTERPRETER, loads_boxes
 from attncc.schedule.memory import instruction, tensor_memory
 from attncc.schedule.registers import registers
 
@@ -24,13 +24,13 @@ ROUNDING = 4096
 
 
 @cache
-def generated(d_qk, d_v):
+def generated(d_qk, d_v, tma):
     graph = ac.variants.get("causal").graph
-    return load_source(render(Plan(graph), d_qk, d_v, True), f"accounting_{d_qk}_{d_v}"), graph
+    return load_source(render(Plan(graph), d_qk, d_v, True, tma), f"accounting_{d_qk}_{d_v}"), graph
 
 
 def compiled(work, schedule, device):
-    module, graph = generated(work.d_qk, work.d_v)
+    module, graph = generated(work.d_qk, work.d_v, loads_boxes(device, work.dtype, work.d_qk, work.d_v))
     only = tuple(f"{kernel}_kernel" for kernel in KERNELS)
     return cross_compile(module, graph, schedule, device, work.dtype, work.precision, only)
 
