@@ -9,6 +9,7 @@ import sympy
 
 from attncc.codegen.bounds import BoundLines, bound_lines, summary_offset
 from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
@@ -224,27 +225,39 @@ def _pair_slots(
     block: str,
     edges: list[str],
     inside: str,
-    with_dqk: bool = True,
+    in_loop: bool = True,
 ) -> dict[str, Any]:
-    """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads."""
+    """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
+
+    in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone.
+    """
     folded, backward = plan.folded, plan.backward
-    lowering = Lowering(plan.graph, backward_leaves(plan), rows_first)
+    lowering = Lowering(plan.graph, {**backward_leaves(plan), **LEAVES}, rows_first, running=RUNNING)
     weight = folded.apply(backward.weight)
+    score = split_distances(folded.score) if in_loop else folded.score
     raw = {sym.RAW_SCORE: plan.graph["raw_score"].expr}
     dqk = folded.apply(backward.dqk.xreplace(raw))
     summed = [g for g in wanted if not plan.row_only(g)]
     dreads = [folded.apply(g.expr.xreplace(raw)) for g in summed]
     mask = plan.graph["mask"].expr
-    lowering.count([folded.score, mask, weight, *([dqk] if with_dqk else []), *dreads])
+    weight_alone = sympy.Dummy("weight")
+    others = [e.xreplace({weight: weight_alone}) for e in (dqk, *dreads)]
+    inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
+    if inlined:
+        # the weight alone reads the score: what both have of a row, or of a column, adds up before it meets a pair
+        whole = weight.xreplace({S: score})
+        weight, dqk, *dreads = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
+    scores = [] if inlined else [score]
+    lowering.count([*scores, mask, weight, *([dqk] if in_loop else []), *dreads])
     bounds = bound_lines(tile, lowering, block, inside)
-    score = lowering.tile(folded.score)
+    score_text = None if inlined else lowering.tile(score)
     visible = _visible(lowering, mask, edges)
     score_lines = _take(lowering)
     lowering.assign("p", weight, Level.PAIR)
     weight_lines = _take(lowering)
     grad_lines: list[str] = []
     hide = []
-    if with_dqk:
+    if in_loop:
         lowering.assign("ds", dqk, Level.PAIR)
         hide.append("ds = tl.where(visible, ds, 0.0)")
     for gradient, expr in zip(summed, dreads, strict=True):
@@ -263,7 +276,8 @@ def _pair_slots(
     return {
         "bounds": bounds,
         "outer": lowering.outer,
-        "score": score,
+        "by_tile": uses_tiles(*scores, weight),
+        "score": score_text,
         "score_lines": score_lines,
         "visible": visible,
         "weight_lines": weight_lines,
@@ -304,7 +318,7 @@ def pair_slots(plan: Plan, gradient: InputGradient) -> dict[str, Any]:
     """Slots of pair_grad.py.j2, for one element read that varies by pair."""
     edges = [_edge("q_idx", True), _edge("kv_idx", True)]
     return {
-        **_pair_slots(plan, True, [gradient], plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", with_dqk=False),
+        **_pair_slots(plan, True, [gradient], plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", in_loop=False),
         "gradient": gradient,
         "by_b": sym.B in gradient.read.free_symbols,
         "by_h": bool({sym.H, sym.H_KV} & gradient.read.free_symbols),
