@@ -24,7 +24,7 @@ from attncc.passes.tiles import (
 _FAR = 2147483647
 
 
-#: what a bounds kernel stores for each block
+#: what a bounds kernel stores for each block, and for each of its ranges
 STORED = ("live_begin", "live_end", "full_begin", "full_end")
 
 
@@ -32,8 +32,8 @@ STORED = ("live_begin", "live_end", "full_begin", "full_end")
 class BoundLines:
     """`setup` computes mixed_tiles and full_tiles; `mixed` and `full` turn the loop counter `i` into `tile`.
 
-    Where a mask must be scanned, `scan` holds the lines of the kernel that does it once a block, and `setup` reads what
-    that stored, from the line that `line` names.
+    Where a kernel of its own finds the bounds once a block, `scan` holds its lines, `stored` the names of what it
+    stores, and `setup` reads that back, from the line that `line` names.
     """
 
     setup: tuple[str, ...]
@@ -41,24 +41,33 @@ class BoundLines:
     full: tuple[str, ...]
     scan: tuple[str, ...] = ()
     line: str = ""
+    stored: tuple[str, ...] = ()
 
 
-def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str) -> BoundLines:
-    """Lines for one kernel. `block` is the constexpr of the inner block; `inside` masks the outer block's real rows."""
+def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart: bool = False) -> BoundLines:
+    """Lines for one kernel. `block` is the constexpr of the inner block; `inside` masks the outer block's real rows.
+
+    A mask that must be scanned has a kernel of its own for that; `apart` gives one to bounds that depend on reads along
+    the outer axis, too, for kernels in which no warp holds all rows of a block.
+    """
     scope = _Scope(plan, kernel, block)
-    if plan.scan is None:
+    if plan.scan is None and not (apart and plan.outer_reads):
         outer = scope.outer_lines(kernel, inside)
         return _loop_lines([*outer, *scope.segment_lines()], len(plan.segments))
     line = "b * heads + h" if _by_head(plan) else "b"
     blocks, number = ("m_blocks", "m_block") if plan.outer == sym.Q_IDX else ("n_blocks", "n_block")
-    setup = [f"bounds_at = BOUNDS_PTR + (({line}) * {blocks} + {number}) * 4"]
-    setup += [f"{name} = tl.load(bounds_at + {i})" for i, name in enumerate(STORED)]
-    found = _loop_lines(setup, 1)
+    tags = [""] if len(plan.segments) == 1 else [f"_{i}" for i in range(len(plan.segments))]
+    stored = tuple(f"{name}{tag}" for tag in tags for name in STORED)
+    setup = [f"bounds_at = BOUNDS_PTR + (({line}) * {blocks} + {number}) * {len(stored)}"]
+    setup += [f"{name} = tl.load(bounds_at + {i})" for i, name in enumerate(stored)]
+    found = _loop_lines(setup, len(plan.segments))
     separate = Lowering(kernel.graph, kernel.leaves, kernel.rows_first, helpers=kernel.helpers)
     scanner = _Scope(plan, separate, block)
     reads = scanner.outer_lines(separate, inside)
-    scan = (*separate.outer, *separate.body, *reads, *scanner.segment_lines(), *scanner.scan_lines())
-    return BoundLines(found.setup, found.mixed, found.full, scan, line)
+    ranges = scanner.segment_lines()
+    narrowed = scanner.scan_lines() if plan.scan is not None else []
+    scan = (*separate.outer, *separate.body, *reads, *ranges, *narrowed)
+    return BoundLines(found.setup, found.mixed, found.full, scan, line, stored)
 
 
 def _by_head(plan: TilePlan) -> bool:

@@ -15,8 +15,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attncc.codegen.launch import launch_meta
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
+from attncc.schedule import hopper
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Dtype, Precision, Schedule
 
@@ -78,6 +80,7 @@ def _compile(
     group: int,
 ) -> CompiledKernel:
     tiling = _tiling(name, schedule)
+    gluon = kernel.is_gluon()
     fast = dtype != "fp32" and device.backend == "cuda"
     constants: dict[str, Any] = {
         "BLOCK_M": tiling.block_m if name != "delta_kernel" else 32,
@@ -91,6 +94,7 @@ def _compile(
         "KEEP_B": True,
         "KEEP_H": True,
         "GROUP": group,
+        "STAGES": tiling.num_stages,
     }
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -115,13 +119,21 @@ def _compile(
             signature[p] = "i32"
             if p.startswith("stride_"):
                 attributes[(i,)] = [["tt.divisibility", _ROWS]]
-    source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    source = (_gluon_source() if gluon else ASTSource)(kernel, signature, values, attributes)
+    meta = launch_meta(tiling)
+    options = {name: meta[name] for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
     try:
         result = triton.compile(source, target=gpu_target(device), options=options)
     except Exception as error:
         raise UnsupportedError(f"{name} does not compile for {device.target}: {error}") from error
     return _resources(name, result, device)
+
+
+def _gluon_source() -> Any:
+    """Gluon's kind of source. It is imported where it is used: Triton's releases have it in different places."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _tiling(name: str, schedule: Schedule) -> Any:
@@ -136,8 +148,14 @@ def _tiling(name: str, schedule: Schedule) -> Any:
 def _descriptor(name: str, tiling: Any, dtype: Dtype) -> str:
     """The type of a descriptor parameter such as K_DESC_128: boxes of 128 columns, and as many rows as a tile of K."""
     tensor, columns = name.split("_DESC_")
-    rows = tiling.block_m if tensor in ("Q", "DOUT") else tiling.block_n
-    return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
+    if tiling.backend == "triton":
+        rows = tiling.block_m if tensor in ("Q", "DOUT") else tiling.block_n
+        return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
+    from triton.experimental.gluon import language as gl
+
+    shape = [1, 1, hopper.ROWS if tensor in ("Q", "OUT") else tiling.block_n, int(columns)]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype])
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
 
 
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:

@@ -78,8 +78,8 @@ def _edge(axis: str, rows_first: bool) -> str:
     return f"({axis} < {length}){'[:, None]' if first else '[None, :]'}"
 
 
-def forward_slots(plan: Plan) -> dict[str, Any]:
-    """Slots of forward.py.j2."""
+def forward_slots(plan: Plan, bounds_apart: bool = False) -> dict[str, Any]:
+    """Slots of forward.py.j2; `bounds_apart` is that of `bound_lines`."""
     online, folded = plan.online, plan.folded
     maxima = online.max_symbols
     extra = {}
@@ -98,7 +98,7 @@ def forward_slots(plan: Plan) -> dict[str, Any]:
     vanishes = all(_vanishes(t, scaled) for t in terms) and all(o == scaled for o in operands)
     lowering.count([folded.score, plan.graph["mask"].expr, *operands, *terms])
     _prefer_shared(lowering, terms)
-    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len")
+    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", bounds_apart)
     score = lowering.tile(folded.score)
     visible = _visible(lowering, plan.graph["mask"].expr, [_edge("kv_idx", True)])
     score_lines = _take(lowering)
@@ -353,6 +353,7 @@ def bounds_slots(tile: TilePlan, bounds: BoundLines) -> dict[str, Any]:
         "length": "q_len" if by_rows else "kv_len",
         "block": "BLOCK_M" if by_rows else "BLOCK_N",
         "inner_block": "BLOCK_N" if by_rows else "BLOCK_M",
+        "stored": bounds.stored,
         "by_head": bounds.line != "b",
         "summaries": [{"index": i} for i, _ in enumerate(tile.summaries)],
     }

@@ -5,26 +5,29 @@ from __future__ import annotations
 import functools
 import re
 import textwrap
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 
 from attncc.codegen.bounds import BoundLines
+from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.indices import collect_lines
 from attncc.codegen.kernels import bounds_slots, chunks, dkdv_slots, dq_slots, forward_slots, pair_slots, summary_slots
 from attncc.codegen.plan import Plan
+from attncc.codegen.statements import in_gluon
 from attncc.ir import symbols as sym
 from attncc.ir.text import formula, to_text
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
+from attncc.schedule.problem import Backend
 from attncc.version import __version__
 
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The Triton templates. An undefined slot is an error, never an empty string."""
+    """The templates of both backends. An undefined slot is an error, never an empty string."""
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(str(path("templates") / "triton")),
+        loader=jinja2.FileSystemLoader([str(path("templates") / backend) for backend in get_args(Backend)]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -32,15 +35,17 @@ def environment() -> jinja2.Environment:
     )
 
 
-def render(plan: Plan, d_qk: int, d_v: int, backward: bool, tma: bool = False) -> str:
+def render(plan: Plan, d_qk: int, d_v: int, backward: bool, tma: bool = False, forward_in: Backend = "triton") -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
-    tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator.
+    tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
+    language of the forward kernel.
     """
-    graph = plan.graph
+    graph, hopper = plan.graph, forward_in == "gluon"
     names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     context: dict[str, Any] = {
         "graph": graph,
+        "hopper": hopper,
         "d_qk": d_qk,
         "d_v": d_v,
         "qk_chunks": chunks(d_qk),
@@ -58,10 +63,10 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool, tma: bool = False) -
         "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
         "text": {k: formula(graph[k].expr) for k in ("score", "mask", "weight")},
     }
-    f = forward_slots(plan)
+    f = hopper_forward_slots(plan, d_qk, d_v) if hopper else forward_slots(plan)
     helpers = set(f["helpers"])
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"])
-    kernels = [("forward.py.j2", {"f": f})]
+    kernels = [("hopper_forward.py.j2" if hopper else "forward.py.j2", {"f": f})]
     host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "needs_delta": False, "pair": {}}
     if backward:
         kv, dq = dkdv_slots(plan), dq_slots(plan)
@@ -95,6 +100,9 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool, tma: bool = False) -
         scans.append(("bounds.py.j2", {"u": u["slots"], "name": f"{u['name']}_kernel"}))
     kernels = scans + kernels
     parts = [_header(plan, d_qk, d_v, context["tma"]), _render("helpers.py.j2", context, helpers=helpers)]
+    if hopper:
+        parts.append(_render("gluon_helpers.py.j2", context))
+        parts.append(in_gluon(_render("helpers.py.j2", context, helpers=f["helpers"])))
     parts += [_render(template, context, **slots) for template, slots in kernels]
     parts.append(_render("host.py.j2", context, bounds=bounds, **host))
     return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")

@@ -6,29 +6,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from attncc.codegen.launch import schedule_meta
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import environment, render
 from attncc.schedule.device import Device, loads_boxes
-from attncc.schedule.problem import Dtype, KernelSchedule, Schedule
-
-
-def launch_meta(schedule: KernelSchedule) -> dict[str, int]:
-    """A kernel's schedule in the words of a Triton launch."""
-    return {
-        "BLOCK_M": schedule.block_m,
-        "BLOCK_N": schedule.block_n,
-        "num_warps": schedule.num_warps,
-        "num_stages": schedule.num_stages,
-    }
-
-
-def schedule_meta(schedule: Schedule) -> dict[str, dict[str, int]]:
-    """Launch words for every kernel. The bands of a pair kernel are diagonals, so its tiles are square."""
-    meta = {name: launch_meta(schedule.of(name)) for name in ("forward", "dkdv", "dq")}
-    pair = launch_meta(schedule.pair or schedule.dq)
-    side = min(pair["BLOCK_M"], pair["BLOCK_N"])
-    meta["pair"] = {**pair, "BLOCK_M": side, "BLOCK_N": side}
-    return meta
+from attncc.schedule.problem import Dtype, Schedule
 
 
 def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype, device: Device) -> str:
@@ -41,11 +23,12 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         "d_qk": d_qk,
         "d_v": d_v,
         "where": f"Chosen for {device.title}, {dtype} ({schedule.origin}).",
-        "schedule": schedule_meta(schedule),
+        "schedule": schedule_meta(schedule, device),
         "stored_names": repr(tuple(name for name, _ in plan.stored)),
         "saved_names": repr(plan.saved_names if backward else ()),
         "has_lse": plan.has_lse,
         "backward": backward,
+        "hopper": schedule.forward.backend == "gluon",
         "refusal": str(plan.has_backward or ""),
         "grad_names": repr(tuple(d.name if d.grad else None for d in graph.inputs)),
         "parameters": "".join(f"{d.name}, " for d in graph.inputs)
@@ -57,4 +40,5 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     }
     text = environment().get_template("standalone.py.j2").render(context)
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
-    return render(plan, d_qk, d_v, backward, tma) + "\n\n" + text.strip("\n") + "\n"
+    kernels = render(plan, d_qk, d_v, backward, tma, schedule.forward.backend)
+    return kernels + "\n\n" + text.strip("\n") + "\n"

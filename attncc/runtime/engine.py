@@ -15,12 +15,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from attncc.codegen.launch import schedule_meta
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.codegen.render import render
-from attncc.codegen.standalone import schedule_meta
-from attncc.errors import UnsupportedError
+from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.resources import fingerprint
 from attncc.runtime import interpreter, warm
@@ -30,7 +30,7 @@ from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of, loads_boxes
-from attncc.schedule.problem import Dtype, Precision, Problem, Schedule
+from attncc.schedule.problem import Backend, Dtype, Precision, Problem, Schedule
 
 _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
     torch.float16: ("fp16", tl.float16),
@@ -53,55 +53,57 @@ class Prepared:
 class Engine:
     """The generated kernels of one variant, for every device, dtype and size that calls bring."""
 
-    def __init__(self, graph: VariantGraph, schedule: Schedule | None = None, precision: Precision | None = None):
+    def __init__(
+        self,
+        graph: VariantGraph,
+        schedule: Schedule | None = None,
+        precision: Precision | None = None,
+        backend: Backend | None = None,
+    ):
         self.graph = graph
         self.plan = Plan(graph)
         self._fixed = schedule
         self._precision = precision
+        self._backend = backend
         self._cache = Cache()
-        self._sources: dict[tuple[int, int, bool], str] = {}
-        self._modules: dict[tuple[int, int, bool, bool], ModuleType] = {}
+        self._sources: dict[tuple[int, int, bool, Backend], str] = {}
+        self._modules: dict[tuple[int, int, bool, Backend, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._recordings: dict[Any, tuple[Recording, Bound]] = {}
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
-    def source(self, d_qk: int, d_v: int, tma: bool = False) -> str:
+    def source(self, d_qk: int, d_v: int, tma: bool = False, backend: Backend = "triton") -> str:
         """The generated module's text for these head dimensions, from the disk cache where it lies there."""
         with self._lock:
-            key = (d_qk, d_v, tma)
+            key = (d_qk, d_v, tma, backend)
             if key not in self._sources:
-                self._sources[key] = self._cached_source(d_qk, d_v, tma)
+                self._sources[key] = self._cached_source(*key)
             return self._sources[key]
 
     def source_here(self, d_qk: int, d_v: int) -> str:
         """The text for 16-bit tensors on the current GPU; with none, the one that needs no feature of any."""
         tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", d_qk, d_v)
-        return self.source(d_qk, d_v, tma and self.plan.has_backward is None)
+        return self.source(d_qk, d_v, tma and self.plan.has_backward is None, self._backend or "triton")
 
-    def _cached_source(self, d_qk: int, d_v: int, tma: bool) -> str:
-        name = cache_key(
-            kind="source",
-            digest=self.graph.digest,
-            name=self.graph.name,
-            d_qk=d_qk,
-            d_v=d_v,
-            tma=tma,
-            code=fingerprint(),
-        )
+    def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend) -> str:
+        facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": backend}
+        name = cache_key(kind="source", d_qk=d_qk, d_v=d_v, tma=tma, code=fingerprint(), **facts)
         found = self._cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None, tma)
+        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None, tma, backend)
         self._cache.put(name, {"kind": "source", "variant": self.graph.name, "text": text})
         return text
 
-    def module(self, d_qk: int, d_v: int, interpreted: bool = False, tma: bool = False) -> ModuleType:
+    def module(
+        self, d_qk: int, d_v: int, interpreted: bool = False, tma: bool = False, backend: Backend = "triton"
+    ) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
         with self._lock:
-            key = (d_qk, d_v, interpreted, tma)
+            key = (d_qk, d_v, tma, backend, interpreted)
             if key not in self._modules:
-                source = self.source(d_qk, d_v, tma)
+                source = self.source(d_qk, d_v, tma, backend)
                 if interpreted:
                     with interpreter.decorating():
                         module = load_source(source, f"{self.graph.name} (interpreted)")
@@ -143,11 +145,16 @@ class Engine:
             )
         target = device_of(device)
         problem = self.problem(bound.sizes, dtype, bound.scalars)
-        schedule = self._fixed or choose(problem, target, self._cache)
+        schedule = self._fixed or choose(problem, target, self._cache, self._backend if boxed else "triton")
+        if schedule.forward.backend == "gluon" and not boxed:
+            raise InputError(
+                "the given schedule has a Gluon kernel, which cannot copy these tensors",
+                remedy="align q, k, v and their strides to 16 bytes, or give a schedule for Triton",
+            )
         interpreted = device.type == "cpu"
         d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
         tma = boxed and self.plan.has_backward is None and loads_boxes(target, problem.dtype, d_qk, d_v)
-        module = self.module(d_qk, d_v, interpreted, tma)
+        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend)
         return Prepared(
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
         )
@@ -330,7 +337,7 @@ def _interpreted_launch(launch: Callable[..., None]) -> Callable[..., None]:
 def _meta(schedule: Schedule, problem: Problem, device: Device) -> dict[str, dict[str, int]]:
     if schedule.pair is None:
         schedule = replace(schedule, pair=candidates("pair", problem, device)[0])
-    return schedule_meta(schedule)
+    return schedule_meta(schedule, device)
 
 
 def _options(dtype: torch.dtype, precision: Precision, device: Device) -> dict[str, Any]:

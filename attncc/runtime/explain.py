@@ -13,12 +13,13 @@ from attncc.codegen.problem import problem_of
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.formulas import stage_texts
 from attncc.ir.text import formula
+from attncc.schedule import hopper
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import choose, first_choice
 from attncc.schedule.cost import Prediction, predict, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
-from attncc.schedule.problem import KERNELS, Dtype, Kernel, KernelSchedule, Precision, Problem, Schedule
+from attncc.schedule.problem import KERNELS, Backend, Dtype, Kernel, KernelSchedule, Precision, Problem, Schedule
 from attncc.schedule.registers import registers
 
 #: candidates of a kernel that are shown
@@ -63,12 +64,13 @@ def facts(
     cache: Cache | None = None,
     shown: int = SHOWN,
     schedule: Schedule | None = None,
+    backend: Backend | None = "triton",
 ) -> dict[str, Any]:
     """Everything `explain` says, as plain JSON values. `sizes` is that of `sizes_of`; times are in microseconds.
 
-    Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one. Scalars
-    that are not given have their defaults. UnsupportedError for a variant without a one-pass form, InputError for a
-    scalar that the variant has not, ScheduleError if no tiling fits the device.
+    Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one; `backend`
+    is that of `choose`. Scalars that are not given have their defaults. UnsupportedError for a variant without a
+    one-pass form, InputError for a scalar that the variant has not, ScheduleError if no tiling fits the device.
     """
     graph = plan.graph
     numbers = {**{s.name: s.default for s in graph.scalars}, **(scalars or {})}
@@ -76,7 +78,7 @@ def facts(
     if unknown:
         raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'")
     problem = problem_of(plan, sizes, dtype, precision, numbers)
-    schedule = schedule or choose(problem, device, cache)
+    schedule = schedule or choose(problem, device, cache, backend)
     return {
         "name": graph.name,
         "digest": graph.digest,
@@ -91,7 +93,7 @@ def facts(
         "backward": _backward(plan),
         "origin": schedule.origin,
         "kernels": {
-            kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown)
+            kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend)
             for kernel in kernels_of(plan)
         },
     }
@@ -127,14 +129,18 @@ _SUMMED = {
 }
 
 
-def _kernel(kernel: Kernel, chosen: KernelSchedule, problem: Problem, device: Device, shown: int) -> dict[str, Any]:
+def _kernel(
+    kernel: Kernel, chosen: KernelSchedule, problem: Problem, device: Device, shown: int, backend: Backend | None
+) -> dict[str, Any]:
     live = problem.costs.live(chosen.block_m, chosen.block_n)
-    order = ranked(kernel, problem, device)
+    order = ranked(kernel, problem, device, backend)
     entries = [(ks, prediction) for ks, prediction in order[:shown]]
     if chosen not in [ks for ks, _ in entries]:
         entries.append((chosen, predict(kernel, chosen, problem, device)))
     return {
         "chosen": chosen.to_json(),
+        "backend": chosen.backend,
+        "no_gluon": None if backend == "triton" else hopper.refusal(kernel, problem, device),
         "tiles": {"full": live.full, "mixed": live.mixed, "empty": live.total - live.live, "total": live.total},
         "candidates": [_candidate(kernel, ks, p, problem, device, ks == chosen) for ks, p in entries],
         "considered": len(order),
@@ -165,9 +171,10 @@ def explain(
     cache: Cache | None = None,
     shown: int = SHOWN,
     schedule: Schedule | None = None,
+    backend: Backend | None = "triton",
 ) -> str:
     """The facts as text, for people. Arguments and errors are those of `facts`."""
-    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule))
+    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule, backend))
 
 
 def text_of(found: Mapping[str, Any]) -> str:
@@ -220,16 +227,19 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
     tiles = kernel["tiles"]
     live = tiles["full"] + tiles["mixed"]
     chosen = KernelSchedule(**kernel["chosen"])
+    written = f"{name}, in Gluon" if chosen.backend == "gluon" else name
+    if kernel["no_gluon"]:
+        written = f"{name}, in Triton ({kernel['no_gluon']})"
     lines = [
-        f"{name}: tiles of {chosen.block_m} x {chosen.block_n}, a head: {tiles['full']} full, {tiles['mixed']} mixed, "
-        f"{tiles['empty']} empty ({live / tiles['total']:.0%} visited)",
+        f"{written}: tiles of {chosen.block_m} x {chosen.block_n}, a head: {tiles['full']} full, "
+        f"{tiles['mixed']} mixed, {tiles['empty']} empty ({live / tiles['total']:.0%} visited)",
         f"    {'block':>9} {'warps':>5} {'stages':>6} {'us':>9}  {'limit':<7}{'shared':>8} {'registers':>9}  "
         "unit times",
     ]
     for c in kernel["candidates"]:
         ks = KernelSchedule(**c["schedule"])
         mark = "->" if c["chosen"] else "  "
-        block = f"{ks.block_m} x {ks.block_n}"
+        block = f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m} x {ks.block_n}"
         units = ", ".join(f"{unit} {us:.0f}" for unit, us in c["terms"].items())
         lines.append(
             f" {mark} {block:>9} {ks.num_warps:>5} {ks.num_stages:>6} {c['us']:>9.1f}  {c['limit']:<7}"

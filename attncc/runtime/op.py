@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from attncc.runtime.engine import Engine
 from attncc.runtime.explain import explain, explained_device, sizes_of
 from attncc.runtime.shapes import bind, output_names
 from attncc.schedule.cache import Cache
-from attncc.schedule.problem import Dtype, Precision, Schedule
+from attncc.schedule.problem import Backend, Dtype, Precision, Schedule
 
 
 class AttentionOp:
@@ -30,13 +30,20 @@ class AttentionOp:
     speed.
     """
 
-    def __init__(self, graph: VariantGraph, schedule: Schedule | None = None, precision: Precision | None = None):
+    def __init__(
+        self,
+        graph: VariantGraph,
+        schedule: Schedule | None = None,
+        precision: Precision | None = None,
+        backend: Backend | None = "triton",
+    ):
         self.graph = graph
-        self.engine = Engine(graph, schedule, precision)
-        self._schedule = schedule
+        self.engine = Engine(graph, schedule, precision, backend)
+        self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
         self.plan.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
-        token = "" if schedule is None and precision is None else f":{schedule}:{precision}"
+        asked = (schedule, precision, backend)
+        token = "" if asked == (None, None, "triton") else f":{asked}"
         self._key = library.register(f"{graph.digest}{token}", self.engine)
         self._stored = [name for name, _ in self.plan.stored]
 
@@ -94,7 +101,8 @@ class AttentionOp:
         return picked[0] if len(picked) == 1 else tuple(picked)
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
-        """The generated Triton module for these head dimensions, in 16 bits, as it runs on this machine's GPU.
+        """The generated module for these head dimensions, in 16 bits and the backend asked for, as it runs on this
+        machine's GPU.
 
         Without a GPU: the portable form, which any other runs.
         """
@@ -120,7 +128,8 @@ class AttentionOp:
         """
         sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v)
         device, precision = explained_device(target), self.engine.precision()
-        return explain(self.plan, sizes, dtype, device, scalars, precision, Cache(), schedule=self._schedule)
+        cache, schedule, backend = Cache(), self._schedule, self._backend
+        return explain(self.plan, sizes, dtype, device, scalars, precision, cache, schedule=schedule, backend=backend)
 
     def torch_op(self) -> Any:
         """The registered operator, for `torch.library.opcheck`."""
@@ -156,25 +165,27 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
 def compile(
     variant: Variant | VariantGraph | str | Path,
     *,
-    backend: str = "triton",
+    backend: Backend | None = "triton",
     schedule: Schedule | None = None,
     precision: Precision | None = None,
 ) -> AttentionOp:
     """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file.
 
+    `backend` is "triton" or "gluon", the latter for the forward kernel on Hopper GPUs; where Gluon has no kernel for a
+    call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
     `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
     meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). Kernels are
     generated and compiled at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if
     it cannot be compiled yet.
     """
-    if backend != "triton":
-        raise UnsupportedError(f"there is no backend '{backend}'", remedy="backends: triton")
+    if backend not in (None, *get_args(Backend)):
+        raise UnsupportedError(f"there is no backend '{backend}'", remedy=f"backends: {', '.join(get_args(Backend))}")
     if precision not in (None, "ieee", "tf32"):
         raise InputError(f"precision is {precision!r}", remedy="one of 'ieee', 'tf32'")
     if isinstance(variant, str | Path):
         variant = _named(variant)
     graph = variant.graph if isinstance(variant, Variant) else variant
-    return AttentionOp(graph, schedule, precision)
+    return AttentionOp(graph, schedule, precision, backend)
 
 
 def _named(spec: str | Path) -> Variant:

@@ -17,7 +17,6 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attncc.runtime.interpreter import compiling
 from attncc.runtime.warm import collector, wait
@@ -31,7 +30,7 @@ class _Launch:
     grid: int
     arguments: tuple[Any, ...]
     slots: tuple[tuple[int, int], ...]  # (position in the arguments, index in the call's tensors)
-    boxes: tuple[tuple[int, int, TensorDescriptor], ...]  # the same for descriptors, with one to copy
+    boxes: tuple[tuple[int, int, Any], ...]  # the same for descriptors, with one to copy
 
 
 @dataclass(frozen=True)
@@ -131,17 +130,22 @@ class Recorder(threading.local):
             for position, argument in enumerate(arguments):
                 if isinstance(argument, Tensor):
                     slots.append((position, _index(argument, known, made)))
-                elif isinstance(argument, TensorDescriptor):
+                elif _is_descriptor(argument):
                     boxes.append((position, _index(argument.base, known, made), _moved(argument, None)))
-            blank = tuple(None if isinstance(a, Tensor | TensorDescriptor) else a for a in arguments)
+            blank = tuple(None if isinstance(a, Tensor) or _is_descriptor(a) else a for a in arguments)
             launches.append(_Launch(kernel, grid, blank, tuple(slots), tuple(boxes)))
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in made)
         return results, Recording(tuple(launches), shapes, len(results), tensors[0].device, tuple(defaults))
 
 
-def _moved(box: TensorDescriptor, base: Tensor | None) -> TensorDescriptor:
+def _is_descriptor(argument: Any) -> bool:
+    """Is it a descriptor of a tensor? Triton and Gluon each have a class of them."""
+    return hasattr(argument, "block_shape")
+
+
+def _moved(box: Any, base: Tensor | None) -> Any:
     """The descriptor of another tensor of the same kind, which need not be checked again."""
-    moved = TensorDescriptor.__new__(TensorDescriptor)
+    moved: Any = object.__new__(type(box))
     moved.__dict__.update(box.__dict__, base=base)
     return moved
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import product
 
 from attncc.errors import ScheduleError
+from attncc.schedule import hopper
 from attncc.schedule.device import Device
 from attncc.schedule.memory import buffers, shared_memory, tensor_memory
-from attncc.schedule.problem import Kernel, KernelSchedule, Problem
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 BLOCKS = (16, 32, 64, 128)
@@ -21,14 +22,21 @@ PAIRS_A_WARP = (64, 4096)
 SPILL_TOLERANCE = 1.15
 
 
-def candidates(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
+def candidates(
+    kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
+) -> tuple[KernelSchedule, ...]:
     """Tilings of `kernel` that fit `device` in shared memory, tensor memory and registers.
+
+    Those of one backend, or with None of both; Triton's where there is no Gluon kernel for the problem.
 
     Where none does in the usual sizes, the one that wants the fewest registers among all that fit in memory, down to
     16 x 16 in one stage. ScheduleError, naming the largest buffer and the bytes over, if not even that fits.
     """
     if device.is_interpreter:
         return (_interpreted(problem),)
+    gluon = hopper.tilings(kernel, problem, device) if backend != "triton" else ()
+    if gluon:
+        return gluon if backend == "gluon" else (*candidates(kernel, problem, device), *gluon)
     usual = tuple(
         ks
         for ks in _tilings(problem, device, WARPS, STAGES[device.backend])

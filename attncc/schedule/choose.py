@@ -11,26 +11,30 @@ from typing import Any
 
 from attncc import resources
 from attncc.errors import AttnccWarning
+from attncc.schedule import hopper
 from attncc.schedule.cache import Cache, bucket, cache_key
 from attncc.schedule.cost import ranked
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
-from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Problem, Schedule
+from attncc.schedule.problem import KERNELS, Backend, Kernel, KernelSchedule, Problem, Schedule
 
 # What a row of a shipped table may ask of a problem; what it leaves out fits every problem.
 MATCHED = ("digest", "dtype", "precision", "d_qk", "d_v", "group", "q_bucket", "kv_bucket")
 
 
-def choose(problem: Problem, device: Device, cache: Cache | None = None) -> Schedule:
+def choose(
+    problem: Problem, device: Device, cache: Cache | None = None, backend: Backend | None = "triton"
+) -> Schedule:
     """The schedule for `problem` on `device`, with its origin: "tuned" from `cache`, "shipped", or "model".
 
+    `backend` is the one that the caller asks for, or None for the faster; where Gluon has no kernel, Triton's is taken.
     Nothing is measured and nothing compiled. ScheduleError if no tiling of a kernel fits.
     """
     for found in (_tuned(problem, device, cache), _shipped(problem, device)):
-        if found is not None:
+        if found is not None and _is_in(found, backend, problem, device):
             return found
     return Schedule(
-        forward=first_choice("forward", problem, device),
+        forward=first_choice("forward", problem, device, backend),
         dkdv=first_choice("dkdv", problem, device),
         dq=first_choice("dq", problem, device),
         pair=first_choice("pair", problem, device),
@@ -38,9 +42,17 @@ def choose(problem: Problem, device: Device, cache: Cache | None = None) -> Sche
     )
 
 
-def first_choice(kernel: Kernel, problem: Problem, device: Device) -> KernelSchedule:
+def first_choice(
+    kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
+) -> KernelSchedule:
     """The candidate that the model predicts to be the fastest."""
-    return ranked(kernel, problem, device)[0][0]
+    return ranked(kernel, problem, device, backend)[0][0]
+
+
+def _is_in(schedule: Schedule, backend: Backend | None, problem: Problem, device: Device) -> bool:
+    """Is the schedule's forward kernel in the backend that was asked for, as far as that has one?"""
+    wanted = "triton" if backend == "gluon" and hopper.refusal("forward", problem, device) else backend
+    return wanted in (None, schedule.forward.backend)
 
 
 def schedule_key(problem: Problem, device: Device) -> str:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
+from attncc.schedule import hopper
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling, warp_grid
-from attncc.schedule.problem import Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
+_LIMITS: tuple[Limit, ...] = ("tensor", "sfu", "alu", "memory", "launch")
 
 SMEM_BYTES_PER_CLK = 128
 # What an SM gets from the level-two cache when all of them read.
@@ -68,6 +70,9 @@ class _TileClocks:
 
 def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> Prediction:
     """The time of one launch of `kernel` with the tiling `ks`."""
+    if ks.backend == "gluon":
+        us, terms = hopper.predict(ks, problem, device)
+        return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
     live = problem.costs.live(ks.block_m, ks.block_n)
     tiles_total = live.live * problem.batch * problem.heads
     programs = _programs(kernel, ks, problem)
@@ -99,16 +104,18 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         "launch": launch,
     }
     us = max(us, terms["memory"] + launch)
-    limits: tuple[Limit, ...] = ("tensor", "sfu", "alu", "memory", "launch")
-    return Prediction(us, max(limits, key=lambda name: terms[name]), terms)
+    return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
 
 
-def ranked(kernel: Kernel, problem: Problem, device: Device) -> tuple[tuple[KernelSchedule, Prediction], ...]:
-    """Every candidate with its prediction, the fastest first; ScheduleError if nothing fits.
+def ranked(
+    kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
+) -> tuple[tuple[KernelSchedule, Prediction], ...]:
+    """Every candidate with its prediction, the fastest first; ScheduleError if nothing fits. `backend` as in
+    `candidates`.
 
     Candidates that are expected to spill come last: how much that costs cannot be told from outside the compiler.
     """
-    found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device)]
+    found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
     return tuple(
         sorted(found, key=lambda entry: (spilled_registers(kernel, entry[0], problem, device) > 0, entry[1].us))
     )

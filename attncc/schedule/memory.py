@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from attncc.schedule import hopper
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
@@ -104,6 +105,8 @@ def instruction(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: De
 
 def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """Bytes of shared memory that one program of `kernel` takes: an upper bound, and close to the fact."""
+    if ks.backend == "gluon":
+        return hopper.shared_memory(ks, problem)
     return sum(buffer.bytes for buffer in buffers(kernel, ks, problem, device))
 
 

@@ -12,6 +12,7 @@ Kernel = Literal["forward", "dkdv", "dq", "pair"]
 Dtype = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["ieee", "tf32"]
 Origin = Literal["model", "tuned", "shipped", "user"]
+Backend = Literal["triton", "gluon"]
 
 # What every op with a backward runs; "pair" is the kernel of gradients that have an entry a pair, such as a bias's.
 KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq")
@@ -115,38 +116,45 @@ class Problem:
         return self.heads // self.kv_heads
 
 
+_SIZES = ("block_m", "block_n", "num_warps", "num_stages")
+
+
 @dataclass(frozen=True)
 class KernelSchedule:
-    """The tiling of one kernel: tile rows (queries) and columns (keys), warps a program, stages of the load loop."""
+    """The tiling of one kernel: tile rows (queries) and columns (keys), warps a program, stages of the load loop.
+
+    `backend` is the language that the kernel is written in. A Gluon kernel has warps of its own for its loads, which
+    `num_warps` does not count.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    backend: Backend = "triton"
 
-    def to_json(self) -> dict[str, int]:
-        """A plain dict for cache files and tuned tables."""
-        return {
-            "block_m": self.block_m,
-            "block_n": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for cache files and tuned tables; the backend is named where it is not Triton."""
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        return sizes if self.backend == "triton" else {**sizes, "backend": self.backend}
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """The inverse of `to_json`; ValueError if `data` is not four positive integers under those names."""
-        names = ("block_m", "block_n", "num_warps", "num_stages")
-        if not isinstance(data, dict) or set(data) != set(names):
-            raise ValueError(f"a kernel schedule has exactly the fields {', '.join(names)}; got {data!r}")
-        if not all(type(data[name]) is int and data[name] > 0 for name in names):
+        """The inverse of `to_json`; ValueError if `data` is not four positive integers, and a backend, under those
+        names."""
+        if not isinstance(data, dict) or set(data) - {"backend"} != set(_SIZES):
+            raise ValueError(f"a kernel schedule has exactly the fields {', '.join(_SIZES)}; got {data!r}")
+        if not all(type(data[name]) is int and data[name] > 0 for name in _SIZES):
             raise ValueError(f"the fields of a kernel schedule are positive integers; got {data!r}")
+        if data.get("backend", "triton") not in get_args(Backend):
+            raise ValueError(f"the backend of a kernel schedule is one of {', '.join(get_args(Backend))}; got {data!r}")
         return cls(**data)
 
     def __str__(self) -> str:
         warps = "1 warp" if self.num_warps == 1 else f"{self.num_warps} warps"
         stages = "1 stage" if self.num_stages == 1 else f"{self.num_stages} stages"
-        return f"{self.block_m}x{self.block_n}, {warps}, {stages}"
+        backend = "" if self.backend == "triton" else f", {self.backend}"
+        return f"{self.block_m}x{self.block_n}, {warps}, {stages}{backend}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ allowances that were fitted to what ptxas reports for the kernels of `templates/
 
 from __future__ import annotations
 
+from attncc.schedule import hopper
 from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, tiling, warp_grid
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
@@ -44,6 +45,8 @@ MFMA_ROWS = 32
 
 def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """32-bit registers that a thread of `kernel` would like to have; what exceeds `register_limit` is spilled."""
+    if ks.backend == "gluon":
+        return hopper.registers(ks, problem)
     tiles = tiling(kernel, ks, problem)
     op = instruction(kernel, ks, problem, device)
     threads = ks.num_warps * device.warp_size
@@ -84,6 +87,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
 
 def register_limit(ks: KernelSchedule, device: Device) -> int:
     """Registers that a thread can have: the instruction set's limit, or its share of the SM's."""
+    if ks.backend == "gluon":
+        return hopper.REGISTERS[ks.num_warps // 4]
     return min(device.regs_per_thread_max, device.regs_per_sm // (ks.num_warps * device.warp_size))
 
 

@@ -22,9 +22,9 @@ def boxed(monkeypatch):
     made = []
     module = engine.Engine.module
 
-    def noted(self, d_qk, d_v, interpreted=False, tma=False):
+    def noted(self, d_qk, d_v, interpreted=False, tma=False, *backend):
         made.append(tma)
-        return module(self, d_qk, d_v, interpreted, tma)
+        return module(self, d_qk, d_v, interpreted, tma, *backend)
 
     monkeypatch.setattr(engine.Engine, "module", noted)
     return made

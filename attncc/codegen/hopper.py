@@ -1,0 +1,79 @@
+"""The slots of the Gluon templates for Hopper: those of the Triton kernels, cut into the functions of its warps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from attncc.codegen.kernels import forward_slots
+from attncc.codegen.plan import Plan
+from attncc.codegen.statements import free_names, in_gluon
+from attncc.schedule import hopper
+
+#: arguments of the kernel that its warps may need, besides the variant's inputs
+_COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
+
+
+def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
+    """Slots of hopper_forward.py.j2: those of forward.py.j2 in Gluon, and which names each function is handed.
+
+    `weigh` has the stages of one tile: it takes the running row values `state` and gives them back, after the tile's
+    weights and the factor of the accumulator. `loads` and `attends` name the kernel's arguments that the warps need
+    which load, and those which compute.
+    """
+    f = forward_slots(plan, bounds_apart=True)
+    state = [(m, f"tl.full([ROWS], {f['negative']}, tl.float32, layout=BY_ROW)") for m, _ in f["moves"]]
+    state += [(s, "tl.zeros([ROWS], tl.float32, layout=BY_ROW)") for s in f["sums"]]
+    if f["count_seen"]:
+        state.append(("seen", "tl.zeros([ROWS], tl.int32, layout=BY_ROW)"))
+    names = [name for name, _ in state]
+    weigh = [*f["score_lines"], f"s = {f['score']}", *f["visible"], *f["max_lines"], *f["weight_lines"], *f["hide"]]
+    weigh += [*f["rescale_lines"], *f["sum_lines"]]
+    taken = [n for n in free_names(weigh) if n not in (*names, "qk", "phase")]
+    bounds = f["bounds"]
+    tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
+    final = [*f["final_lines"], f"final = {f['final']}", f"alive = {f['alive']}", *f["stores"]]
+    arguments = _arguments(plan, f)
+    loads = free_names(["n = q_len + heads + group", *tiles])
+    attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *weigh, *final])
+    slots = {key: _translated(value) for key, value in f.items()}
+    by_row = bool(f["final"]) and (f["guard"] or f["final"].endswith("[:, None]"))
+    slots.update(
+        state=[(name, in_gluon(start)) for name, start in state],
+        taken=taken,
+        given=["p", *([f["acc_rescale"]] if f["acc_rescale"] else []), *names],
+        arguments=arguments,
+        loads=[n for n in arguments if n in loads],
+        attends=[n for n in arguments if n in attends],
+        tiles=[in_gluon(line) for line in bounds.setup],
+        mixed=[in_gluon(line) for line in bounds.mixed],
+        full=[in_gluon(line) for line in bounds.full],
+        scan=bounds.scan,
+        final=in_gluon(f["final"].removesuffix("[:, None]")) if f["final"] else None,
+        final_by_row=by_row,
+        out_in_q=hopper.out_in_q(d_qk, d_v),
+        shared_limit=hopper.TILE_BYTES,
+        uneven=plan.graph["mask"].expr is not sympy.true,
+    )
+    return slots
+
+
+def _arguments(plan: Plan, f: dict[str, Any]) -> list[str]:
+    """The kernel's arguments that hold no tile, in the order of its signature."""
+    names = [f"{name.upper()}_PTR" for name, _ in plan.stored]
+    names += ["BOUNDS_PTR"] if f["bounds"].scan else []
+    for d in plan.graph.inputs:
+        names.append(f"{d.name.upper()}_PTR")
+        for i, _ in enumerate(d.pattern):
+            names += [f"stride_{d.name}_{i}", f"size_{d.name}_{i}"]
+    return [*names, *(s.name for s in plan.graph.scalars), *_COMMON]
+
+
+def _translated(value: Any) -> Any:
+    """Lines, and texts of expressions, in Gluon; whatever else is in a slot as it is."""
+    if isinstance(value, str):
+        return in_gluon(value)
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return [in_gluon(line) for line in value]
+    return value

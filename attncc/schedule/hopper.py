@@ -1,0 +1,112 @@
+"""The Gluon kernels for Hopper as the scheduler sees them: what they serve, their tilings, memory and registers.
+
+A program has one warp that loads by TMA and two or three warpgroups that compute, 64 rows each.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import ceil
+
+from attncc.schedule.device import Device
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
+
+#: rows of a tile that one warpgroup owns
+ROWS = 64
+#: registers of a thread that computes, by the number of warpgroups: what the 65,536 of an SM leave it
+REGISTERS = {2: 240, 3: 160}
+KEYS = (64, 128)
+STAGES = (2, 3, 4)
+#: barriers, and what the compiler keeps for handing arguments to the warps
+RESERVED_BYTES = 2048
+#: bytes of shared memory for tiles, of the 227 KiB that a program may have
+TILE_BYTES = 232448 - RESERVED_BYTES
+#: registers beside the accumulator, the scores and the weights: row values, addresses, loop counters
+BESIDE = 36
+WIDEST_HEAD = 256
+#: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the last matmul's way out
+TURN = 200
+#: clocks of a block of queries: its loads, its first scores, its output
+BLOCK_OVERHEAD = 2500
+#: the share of its peak that a matmul instruction reaches between two such warpgroups
+TENSOR_EFFICIENCY = 0.85
+
+
+def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
+    """Why there is no Gluon kernel for this problem, or None where there is one."""
+    if device.target != "sm_90":
+        return f"Gluon kernels are for sm_90, and this is {device.target}"
+    if kernel != "forward":
+        return "the Gluon backend has no such kernel yet"
+    if problem.dtype == "fp32":
+        return "Gluon kernels multiply 16-bit operands"
+    for dim in (problem.d_qk, problem.d_v):
+        if dim % 8 or dim > WIDEST_HEAD:
+            return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"
+    if not _fitting(problem, device):
+        return "no tiling fits its registers and shared memory"
+    return None
+
+
+def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
+    """The tilings of a Gluon kernel that fit; none where it does not serve the problem."""
+    return () if refusal(kernel, problem, device) else _fitting(problem, device)
+
+
+def _fitting(problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
+    found = []
+    for groups, keys, stages in product(REGISTERS, KEYS, STAGES):
+        ks = KernelSchedule(groups * ROWS, keys, 4 * groups, stages, "gluon")
+        fits = shared_memory(ks, problem) <= device.smem_per_block
+        if fits and registers(ks, problem) <= REGISTERS[groups]:
+            found.append(ks)
+    return tuple(found)
+
+
+def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
+    """Bytes of shared memory of a program: tiles of q, a ring of k and v, and of out where they fit beside q's."""
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    ring = ks.num_stages * ks.block_n * (qk + v)
+    needed = (ks.block_m * qk + ring) * problem.dtype_bytes
+    apart = needed + ks.block_m * v * problem.dtype_bytes
+    shares = out_in_q(problem.d_qk, problem.d_v) and apart > TILE_BYTES
+    return (needed if shares else apart) + RESERVED_BYTES
+
+
+def out_in_q(d_qk: int, d_v: int) -> bool:
+    """Can a tile of out take the place of the tile of q? Its chunks must be the first of q's."""
+    qk, v = head_chunks(d_qk), head_chunks(d_v)
+    return qk[: len(v)] == v
+
+
+def registers(ks: KernelSchedule, problem: Problem) -> int:
+    """What a thread that computes wants: the accumulator, a tile of scores, and its weights as the next operand."""
+    v = sum(head_chunks(problem.d_v))
+    return ROWS * (v + ks.block_n + ks.block_n // 2) // 128 + BESIDE
+
+
+def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
+    """The time of a launch in microseconds, and each unit's own: a model for ranking, as that of the Triton kernels.
+
+    One warpgroup's matmuls run beside the other's arithmetic, so a tile takes as long as the busier unit, or
+    as one warpgroup alone needs from its scores to the next issue.
+    """
+    live = problem.costs.live(ks.block_m, ks.block_n)
+    tiles = live.live * problem.batch * problem.heads
+    blocks = ceil(problem.q_len / ks.block_m) * problem.batch * problem.heads
+    pairs = ks.block_m * ks.block_n
+    work, mask = problem.costs.pair("forward"), problem.costs.mask
+    share = live.mixed / live.live if live.live else 0.0
+    depth = sum(head_chunks(problem.d_qk)) + sum(head_chunks(problem.d_v))
+    flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
+    tensor = 2 * pairs * depth / flops
+    sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
+    alu = (work.fma + share * mask.fma) * pairs + ks.block_m * sum(head_chunks(problem.d_v))
+    alu = alu / device.fma_per_clk_sm + (work.int + share * mask.int) * pairs / device.int_per_clk_sm
+    groups = ks.block_m // ROWS
+    alone = (tensor + sfu + alu) / groups + TURN
+    busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone)
+    spread = ceil(blocks / device.sms) / (blocks / device.sms) / device.sms / (device.clock_ghz * 1e3)
+    us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + device.launch_us
+    terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
+    return us, {**terms, "memory": 0.0, "launch": device.launch_us}
