@@ -163,7 +163,8 @@ def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
         return "i32" if inputs[name].dtype == "int" else "fp32"
     if name.startswith("SUMMARY_") or name in ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR"):
         return "i32"
-    if name in ("Q_PTR", "K_PTR", "V_PTR", "OUT_PTR", "DOUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR"):
+    rows = ("Q_PTR", "K_PTR", "V_PTR", "OUT_PTR", "DOUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR")
+    if name in rows or name.startswith("SHARE_"):
         return dtype
     return "fp32"
 

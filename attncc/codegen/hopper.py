@@ -23,6 +23,8 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     which load, and those which compute.
     """
     f = forward_slots(plan, bounds_apart=True)
+    (chain,) = f.pop("chains")
+    f = {**f, **chain, "visible": chain["show"]}
     state = [(m, f"tl.full([ROWS], {f['negative']}, tl.float32, layout=BY_ROW)") for m, _ in f["moves"]]
     state += [(s, "tl.zeros([ROWS], tl.float32, layout=BY_ROW)") for s in f["sums"]]
     if f["count_seen"]:

@@ -17,7 +17,7 @@ from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.fold import LN2, S, exp2
-from attncc.passes.stream import renamed
+from attncc.passes.stream import LSE, renamed
 from attncc.passes.tiles import TilePlan
 from attncc.schedule.problem import head_chunks
 
@@ -27,25 +27,32 @@ NEGATIVE = "-1.0e30"
 
 @dataclass(frozen=True)
 class Chunk:
-    """A power-of-two piece of a head dimension: columns [start, start + real), held in a tile `width` wide."""
+    """A power-of-two piece of a head dimension: columns [start, start + real), held in a tile `width` wide.
+
+    `branch` says whose it is, `key` which piece of k it meets, where branches of q may share one k."""
 
     index: int
     start: int
     width: int
     real: int
+    branch: int
+    key: int
 
     @property
     def partial(self) -> bool:
         return self.real < self.width
 
 
-def chunks(dim: int) -> tuple[Chunk, ...]:
-    """A head dimension as tiles, as the scheduler counts them."""
+def chunks(dim: int, branches: int = 1, shared_key: bool = False) -> tuple[Chunk, ...]:
+    """A head dimension as tiles, as the scheduler counts them: those of each branch, one branch after the other."""
     found: list[Chunk] = []
-    start = 0
-    for width in head_chunks(dim):
-        found.append(Chunk(len(found), start, width, min(width, dim - start)))
-        start += width
+    own = dim // branches
+    for branch in range(branches):
+        start = 0
+        for piece, width in enumerate(head_chunks(own)):
+            key = piece if shared_key else len(found)
+            found.append(Chunk(len(found), branch * own + start, width, min(width, own - start), branch, key))
+            start += width
     return tuple(found)
 
 
@@ -58,18 +65,25 @@ def _leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
         leaves[scalar.name] = Leaf(scalar.name, Level.PROGRAM)
     leaves["q_idx"] = Leaf("q_idx", Level.ROW)
     leaves["kv_idx"] = Leaf("kv_idx", Level.COL)
-    leaves["qk"] = Leaf("qk", Level.PAIR)
-    leaves[S.name] = Leaf("s", Level.PAIR)
+    for part in plan.parts:
+        for name in ("qk", S.name):
+            leaves[part.own(name)] = Leaf(part.own(name), Level.PAIR)
     return {**leaves, **extra}
 
 
-def _visible(lowering: Lowering, mask: Any, edges: list[str]) -> list[str]:
+def _visible(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
     """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts."""
     scope = lowering.branch()
     conditions = list(edges)
     if mask is not sympy.true:
         conditions.append(scope.emit(mask, Level.PAIR))
-    return [*scope.body, f"visible = {' & '.join(conditions)}"]
+    return [*scope.body, f"{name} = {' & '.join(conditions)}"]
+
+
+def _shown(plan: Plan) -> list[tuple[Plan, str, bool]]:
+    """Each part with the name of what its mask shows, and whether that is computed for it: equal masks share it."""
+    own = len(plan.masks) > 1
+    return [(part, part.own("visible") if own else "visible", own or i == 0) for i, part in enumerate(plan.parts)]
 
 
 def _edge(axis: str, rows_first: bool) -> str:
@@ -78,72 +92,144 @@ def _edge(axis: str, rows_first: bool) -> str:
     return f"({axis} < {length}){'[:, None]' if first else '[None, :]'}"
 
 
+@dataclass(frozen=True)
+class _Terms:
+    """What the forward computes for one part, in the unit of its score: operands of the running maxima, accumulated
+    terms (that of the output row first) and the factors that rescale them."""
+
+    part: Plan
+    score: Any
+    operands: list[Any]
+    terms: list[Any]
+    rescales: list[Any]
+    scaled: Any
+
+    @property
+    def vanishes(self) -> bool:
+        """Where everything is exp2(score - m), a hidden score of -inf does all that a mask must do."""
+        s = sympy.Symbol(self.part.own(S.name), real=True)
+        return all(_vanishes(t, s) for t in self.terms) and all(o == self.scaled for o in self.operands)
+
+
+def _terms(part: Plan) -> _Terms:
+    online, folded = part.online, part.folded
+    maxima = online.max_symbols
+    to_new = {m: renamed(m) for m in maxima}
+    accumulated = (online.numerator, *online.sums)
+    return _Terms(
+        part,
+        part.tagged(folded.score),
+        [part.tagged(folded.maximum_of(g)) for _, g in online.maxes],
+        [part.tagged(folded.apply_online(r.term.xreplace(to_new), maxima)) for r in accumulated],
+        [part.tagged(folded.apply_online(r.rescale, maxima)) for r in accumulated],
+        part.tagged(folded.unit * S),
+    )
+
+
 def forward_slots(plan: Plan, bounds_apart: bool = False) -> dict[str, Any]:
     """Slots of forward.py.j2; `bounds_apart` is that of `bound_lines`."""
-    online, folded = plan.online, plan.folded
-    maxima = online.max_symbols
     extra = {}
-    for m in maxima:
-        extra[m.name] = Leaf(m.name, Level.ROW)
-        extra[renamed(m).name] = Leaf(renamed(m).name, Level.ROW)
-    for r in online.sums:
-        extra[r.symbol.name] = Leaf(r.symbol.name, Level.ROW)
+    for part in plan.parts:
+        for m in part.online.max_symbols:
+            extra[part.own(m.name)] = Leaf(part.own(m.name), Level.ROW)
+            extra[part.own(renamed(m).name)] = Leaf(part.own(renamed(m).name), Level.ROW)
+        for r in part.online.sums:
+            extra[part.own(r.symbol.name)] = Leaf(part.own(r.symbol.name), Level.ROW)
     lowering = Lowering(plan.graph, _leaves(plan, extra), running=frozenset(extra))
-    to_new = {m: renamed(m) for m in maxima}
-    operands = [folded.maximum_of(g) for _, g in online.maxes]
-    terms = [folded.apply_online(r.term.xreplace(to_new), maxima) for r in (online.numerator, *online.sums)]
-    rescales = [folded.apply_online(r.rescale, maxima) for r in (online.numerator, *online.sums)]
-    scaled = folded.unit * S
-    # where everything is exp2(score - m), a hidden score of -inf does all that a mask must do
-    vanishes = all(_vanishes(t, scaled) for t in terms) and all(o == scaled for o in operands)
-    lowering.count([folded.score, plan.graph["mask"].expr, *operands, *terms])
-    _prefer_shared(lowering, terms)
+    computed = [_terms(part) for part in plan.parts]
+    for t in computed:
+        lowering.count([t.score, t.part.graph["mask"].expr, *t.operands, *t.terms])
+        _prefer_shared(lowering, t.terms)
     bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", bounds_apart)
-    score = lowering.tile(folded.score)
-    visible = _visible(lowering, plan.graph["mask"].expr, [_edge("kv_idx", True)])
+    chains = [
+        _forward_chain(t, lowering, visible, fresh)
+        for t, (_, visible, fresh) in zip(computed, _shown(plan), strict=True)
+    ]
+    after = lowering.after_loop()
+    for chain, t in zip(chains, computed, strict=True):
+        chain.update(_forward_end(t.part, after))
+    return {
+        "bounds": bounds,
+        "outer": lowering.outer,
+        "chains": chains,
+        "negative": NEGATIVE,
+        "helpers": lowering.helpers,
+    }
+
+
+def _forward_chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool) -> dict[str, Any]:
+    """What one part does with a tile of its scores, up to its share of the accumulation."""
+    part, online, unit = t.part, t.part.online, t.part.tagged(t.part.folded.unit)
+    own = part.own
+    score = lowering.tile(t.score)
+    shown = _visible(lowering, part.graph["mask"].expr, [_edge("kv_idx", True)], visible) if fresh else []
     score_lines = _take(lowering)
     max_lines = []
-    for number, ((m, _), operand) in enumerate(zip(online.maxes, operands, strict=True)):
+    for number, ((m, _), operand) in enumerate(zip(online.maxes, t.operands, strict=True)):
         # unit is positive, so it can multiply the row's maximum and not every pair
-        by_unit = operand == scaled and folded.unit != 1
-        text = "s" if operand == scaled else lowering.tile(operand)
-        unit = f" * {lowering.hoisted(folded.unit)}" if by_unit else ""
+        by_unit = operand == t.scaled and unit != 1
+        text = own("s") if operand == t.scaled else lowering.tile(operand)
+        factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
         max_lines += _take(lowering)
-        if not vanishes:
-            max_lines += [f"shown_{number} = {text}", "if phase == 0:"]
-            max_lines.append(f'    shown_{number} = tl.where(visible, {text}, float("-inf"))')
-            text = f"shown_{number}"
-        max_lines.append(f"{renamed(m).name} = tl.maximum({m.name}, tl.max({text}, 1){unit})")
-    lowering.assign("p", terms[0], Level.PAIR)
+        if not t.vanishes:
+            name = own(f"shown_{number}")
+            max_lines += [f"{name} = {text}", "if phase == 0:"]
+            max_lines.append(f'    {name} = tl.where({visible}, {text}, float("-inf"))')
+            text = name
+        max_lines.append(f"{own(renamed(m).name)} = tl.maximum({own(m.name)}, tl.max({text}, 1){factor})")
+    lowering.assign(own("p"), t.terms[0], Level.PAIR)
     weight_lines = _take(lowering)
-    names = {terms[0]: "p"}
-    for k, term in enumerate(terms[1:]):
+    names = {t.terms[0]: own("p")}
+    for k, term in enumerate(t.terms[1:]):
         if term not in names:
-            names[term] = f"term_{k}"
+            names[term] = own(f"term_{k}")
             lowering.assign(names[term], term, Level.PAIR)
             weight_lines += _take(lowering)
-    hide = [] if vanishes else [f"{n} = tl.where(visible, {n}, 0.0)" for n in names.values()]
+    hide = [] if t.vanishes else [f"{n} = tl.where({visible}, {n}, 0.0)" for n in names.values()]
     factor_names: dict[Any, str] = {}
     rescale_lines = []
-    for factor in rescales:
-        if factor != 1 and factor not in factor_names:
-            name = "alpha" if not factor_names else f"alpha_{len(factor_names)}"
-            factor_names[factor] = name
-            text = lowering.emit(factor)
+    for rescale in t.rescales:
+        if rescale != 1 and rescale not in factor_names:
+            name = own("alpha" if not factor_names else f"alpha_{len(factor_names)}")
+            factor_names[rescale] = name
+            text = lowering.emit(rescale)
             rescale_lines += _take(lowering)
-            if not isinstance(factor, exp2):  # only exp2 is known to be finite at the start, when m is still NEGATIVE
-                text = f"tl.where({maxima[0].name} > {NEGATIVE}, {text}, 0.0)"
+            if not isinstance(rescale, exp2):  # only exp2 is known to be finite at the start, when m is still NEGATIVE
+                text = f"tl.where({own(online.max_symbols[0].name)} > {NEGATIVE}, {text}, 0.0)"
             rescale_lines.append(f"{name} = {text}")
     sum_lines = []
-    for r, term, factor in zip(online.sums, terms[1:], rescales[1:], strict=True):
-        kept = f"{r.symbol.name} * {factor_names[factor]}" if factor != 1 else r.symbol.name
-        sum_lines.append(f"{r.symbol.name} = {kept} + tl.sum({names[term]}, 1)")
-    after = lowering.after_loop()
-    scale = folded.apply_online(online.coefficient * online.scale, maxima)
-    stored = [(n, folded.apply_online(e, maxima)) for n, e in plan.stored]
+    for r, term, rescale in zip(online.sums, t.terms[1:], t.rescales[1:], strict=True):
+        name = own(r.symbol.name)
+        kept = f"{name} * {factor_names[rescale]}" if rescale != 1 else name
+        sum_lines.append(f"{name} = {kept} + tl.sum({names[term]}, 1)")
+    return {
+        "tag": part.tag,
+        "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
+        "score": score,
+        "score_lines": score_lines,
+        "visible": visible,
+        "show": shown,
+        "vanishes": t.vanishes,
+        "max_lines": max_lines,
+        "weight_lines": weight_lines,
+        "hide": hide,
+        "rescale_lines": rescale_lines,
+        "acc_rescale": factor_names.get(t.rescales[0]),
+        "sum_lines": sum_lines,
+        "moves": [(own(m.name), own(renamed(m).name)) for m in online.max_symbols],
+        "sums": [own(r.symbol.name) for r in online.sums],
+    }
+
+
+def _forward_end(part: Plan, after: Lowering) -> dict[str, Any]:
+    """What is left of a part when its last key is seen: its row's factor, and the statistics that are stored."""
+    online, folded, guard = part.online, part.folded, _needs_guard(part)
+    maxima = online.max_symbols
+    scale = part.tagged(folded.apply_online(online.coefficient * online.scale, maxima))
+    stored = [(n, part.tagged(folded.apply_online(e, maxima))) for n, e in part.stored]
     after.count([scale, *(e for _, e in stored)])
     final = after.emit(scale) if scale != 1 else None
-    if final is not None and not _needs_guard(plan) and after.level_of(scale) == Level.ROW:
+    if final is not None and not guard and after.level_of(scale) == Level.ROW:
         final = f"({final})[:, None]"
     final_lines = _take(after)
     stores = []
@@ -151,37 +237,21 @@ def forward_slots(plan: Plan, bounds_apart: bool = False) -> dict[str, Any]:
         text = after.emit(e)
         stores += _take(after)
         empty = 'float("-inf")' if name == "lse" else "0.0"
-        if _needs_guard(plan):
-            text = f"tl.where(alive, {text}, {empty})"
-        stores.append(f"tl.store({name.upper()}_PTR + bh * q_len + q_idx, {text}, mask=q_idx < q_len)")
+        if guard:
+            text = f"tl.where({part.own('alive')}, {text}, {empty})"
+        stores.append(f"tl.store({part.own(name).upper()}_PTR + bh * q_len + q_idx, {text}, mask=q_idx < q_len)")
     alive = None
     if maxima:
-        alive = f"{maxima[0].name} > {NEGATIVE}"
-    elif _needs_guard(plan):
-        alive = "seen > 0"
+        alive = f"{part.own(maxima[0].name)} > {NEGATIVE}"
+    elif guard:
+        alive = f"{part.own('seen')} > 0"
     return {
-        "bounds": bounds,
-        "outer": lowering.outer,
-        "score": score,
-        "score_lines": score_lines,
-        "visible": visible,
-        "vanishes": vanishes,
-        "max_lines": max_lines,
-        "weight_lines": weight_lines,
-        "hide": hide,
-        "rescale_lines": rescale_lines,
-        "acc_rescale": factor_names.get(rescales[0]),
-        "sum_lines": sum_lines,
-        "moves": [(m.name, renamed(m).name) for m in maxima],
-        "sums": [r.symbol.name for r in online.sums],
         "final_lines": final_lines,
         "final": final,
-        "guard": _needs_guard(plan),
+        "guard": guard,
         "alive": alive,
-        "count_seen": _needs_guard(plan) and not maxima,
+        "count_seen": guard and not maxima,
         "stores": stores,
-        "negative": NEGATIVE,
-        "helpers": lowering.helpers,
     }
 
 
@@ -196,13 +266,13 @@ def _prefer_shared(lowering: Lowering, terms: list[Any]) -> None:
     lowering.count(terms[1:])
 
 
-def _vanishes(term: Any, scaled: Any) -> bool:
-    """Is the term exp2(k * score - a row value), which is 0 at a score of -inf?"""
+def _vanishes(term: Any, s: sympy.Symbol) -> bool:
+    """Is the term exp2(k * s - a row value), which is 0 at a score of -inf?"""
     if not isinstance(term, exp2):
         return False
-    coefficient = sympy.expand(term.args[0]).coeff(S)
-    rest = sympy.expand(term.args[0] - coefficient * S)
-    return bool(coefficient.is_positive) and S not in rest.free_symbols and sym.KV_IDX not in rest.free_symbols
+    coefficient = sympy.expand(term.args[0]).coeff(s)
+    rest = sympy.expand(term.args[0] - coefficient * s)
+    return bool(coefficient.is_positive) and s not in rest.free_symbols and sym.KV_IDX not in rest.free_symbols
 
 
 def _needs_guard(plan: Plan) -> bool:
@@ -213,7 +283,7 @@ def _needs_guard(plan: Plan) -> bool:
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
     extra = {name: Leaf(name, Level.ROW) for name in plan.saved_names}
     extra[DP.name] = Leaf("dp", Level.PAIR)
-    extra[DELTA.name] = Leaf("delta", Level.ROW)
+    extra |= {part.own(DELTA.name): Leaf(part.own(DELTA.name), Level.ROW) for part in plan.parts}
     return _leaves(plan, extra)
 
 
@@ -229,17 +299,74 @@ def _pair_slots(
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
-    in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone.
+    in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
+    only their own parts are computed.
     """
-    folded, backward = plan.folded, plan.backward
     lowering = Lowering(plan.graph, {**backward_leaves(plan), **LEAVES}, rows_first, running=RUNNING)
+    shown = [s for i, s in enumerate(_shown(plan)) if in_loop or any(g.part == i for g in wanted)]
+    own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
+    one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1
+    computed = [
+        _backward_exprs(part, gradients, in_loop, one_scale) for (part, _, _), gradients in zip(shown, own, strict=True)
+    ]
+    for (part, _, _), e in zip(shown, computed, strict=True):
+        lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dqk, *e.dreads])
+    bounds = bound_lines(tile, lowering, block, inside)
+    chains = []
+    for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True)):
+        chains.append(_backward_chain(part, e, lowering, visible, edges if fresh or i == 0 else None))
+    after = lowering.after_loop()
+    final_lines, row_lines = [], []
+    for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
+        chain["dqk_scale"] = after.emit(part.tagged(part.backward.dqk_scale)) if one_scale else "1"
+        final_lines += _take(after)
+        row_only = [g for g in gradients if g.row_only]
+        if row_only:
+            row_lines.append(f"{part.own('alive')} = {_alive(part)}")
+        for gradient in row_only:
+            text = after.emit(part.tagged(part.folded.apply(gradient.expr)), Level.ROW)
+            row_lines += _take(after)
+            row_lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
+    deltas = [part.own("delta") for part, _, _ in shown] if plan.needs_delta else []
+    saved = [part.own(s.name) for part, _, _ in shown for s, _ in part.backward.saved]
+    return {
+        "bounds": bounds,
+        "outer": lowering.outer,
+        "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight))),
+        "chains": chains,
+        "final_lines": final_lines,
+        "row_lines": row_lines,
+        "saved": saved,
+        "deltas": deltas,
+        "rows": (*saved, *deltas),
+        "gradients": wanted,
+        "summed": [g for g in wanted if not g.row_only],
+        "helpers": lowering.helpers,
+    }
+
+
+@dataclass(frozen=True)
+class _Cotangents:
+    """What a backward kernel computes for one part, in the unit of its score. There is no score where the weight has it
+    inlined; `names` are those of the summed cotangents `dreads`."""
+
+    score: list[Any]
+    weight: Any
+    dqk: list[Any]
+    dreads: list[Any]
+    names: list[str]
+
+
+def _backward_exprs(part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool) -> _Cotangents:
+    """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
+    accumulator."""
+    folded, backward = part.folded, part.backward
+    raw = {sym.RAW_SCORE: part.graph["raw_score"].expr}
     weight = folded.apply(backward.weight)
     score = split_distances(folded.score) if in_loop else folded.score
-    raw = {sym.RAW_SCORE: plan.graph["raw_score"].expr}
-    dqk = folded.apply(backward.dqk.xreplace(raw))
-    summed = [g for g in wanted if not plan.row_only(g)]
+    dqk = folded.apply((backward.dqk if one_scale else backward.dqk * backward.dqk_scale).xreplace(raw))
+    summed = [g for g in gradients if not g.row_only]
     dreads = [folded.apply(g.expr.xreplace(raw)) for g in summed]
-    mask = plan.graph["mask"].expr
     weight_alone = sympy.Dummy("weight")
     others = [e.xreplace({weight: weight_alone}) for e in (dqk, *dreads)]
     inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
@@ -247,58 +374,51 @@ def _pair_slots(
         # the weight alone reads the score: what both have of a row, or of a column, adds up before it meets a pair
         whole = weight.xreplace({S: score})
         weight, dqk, *dreads = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
-    scores = [] if inlined else [score]
-    lowering.count([*scores, mask, weight, *([dqk] if in_loop else []), *dreads])
-    bounds = bound_lines(tile, lowering, block, inside)
-    score_text = None if inlined else lowering.tile(score)
-    visible = _visible(lowering, mask, edges)
+    return _Cotangents(
+        [] if inlined else [part.tagged(score)],
+        part.tagged(weight),
+        [part.tagged(dqk)] if in_loop else [],
+        [part.tagged(e) for e in dreads],
+        [f"{g.name}_tile" for g in summed],
+    )
+
+
+def _backward_chain(
+    part: Plan, exprs: _Cotangents, lowering: Lowering, visible: str, edges: list[str] | None
+) -> dict[str, Any]:
+    """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already."""
+    score = next((lowering.tile(e) for e in exprs.score), None)
+    mask = part.graph["mask"].expr
+    shown = _visible(lowering, mask, edges, visible) if edges is not None else []
     score_lines = _take(lowering)
-    lowering.assign("p", weight, Level.PAIR)
+    lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
     weight_lines = _take(lowering)
-    grad_lines: list[str] = []
     hide = []
-    if in_loop:
-        lowering.assign("ds", dqk, Level.PAIR)
-        hide.append("ds = tl.where(visible, ds, 0.0)")
-    for gradient, expr in zip(summed, dreads, strict=True):
-        lowering.assign(f"{gradient.name}_tile", expr, Level.PAIR)
-        hide.append(f"{gradient.name}_tile = tl.where(visible, {gradient.name}_tile, 0.0)")
-    grad_lines += _take(lowering)
-    after = lowering.after_loop()
-    dqk_scale = after.emit(backward.dqk_scale)
-    final_lines = _take(after)
-    row_lines = []
-    for gradient in wanted:
-        if plan.row_only(gradient):
-            text = after.emit(folded.apply(gradient.expr), Level.ROW)
-            row_lines += _take(after)
-            row_lines.append(f"{gradient.name}_row = tl.where(alive, {text}, 0.0)")
+    for dqk in exprs.dqk:
+        lowering.assign(part.own("ds"), dqk, Level.PAIR)
+        hide.append(f"{part.own('ds')} = tl.where({visible}, {part.own('ds')}, 0.0)")
+    for name, expr in zip(exprs.names, exprs.dreads, strict=True):
+        lowering.assign(name, expr, Level.PAIR)
+        hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
     return {
-        "bounds": bounds,
-        "outer": lowering.outer,
-        "by_tile": uses_tiles(*scores, weight),
-        "score": score_text,
+        "tag": part.tag,
+        "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
+        "score": score,
         "score_lines": score_lines,
         "visible": visible,
+        "show": shown,
         "weight_lines": weight_lines,
-        "grad_lines": grad_lines,
+        "grad_lines": _take(lowering),
         "hide": hide,
-        "dqk_scale": dqk_scale,
-        "final_lines": final_lines,
-        "row_lines": row_lines,
-        "saved": plan.saved_names,
-        "needs_delta": backward.needs_delta,
-        "rows": (*plan.saved_names, *(("delta",) if backward.needs_delta else ())),
-        "gradients": wanted,
-        "summed": summed,
-        "helpers": lowering.helpers,
-        "alive": f'{plan.saved_names[0]} > float("-inf")' if "lse" in plan.saved_names else _alive(plan),
     }
 
 
-def _alive(plan: Plan) -> str:
-    """In the backward, whether a row saw any key: stored statistics of an empty row are 0."""
-    return " | ".join(f"({n} != 0.0)" for n in plan.saved_names) or "q_idx < q_len"
+def _alive(part: Plan) -> str:
+    """In the backward, whether a row saw any key: its lse is finite, or its other statistics are not all 0."""
+    names = part.saved_names
+    if part.own(LSE.name) in names:
+        return f'{names[0]} > float("-inf")'
+    return " | ".join(f"({n} != 0.0)" for n in names) or "q_idx < q_len"
 
 
 def dkdv_slots(plan: Plan) -> dict[str, Any]:

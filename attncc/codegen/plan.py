@@ -1,9 +1,14 @@
-"""Everything the passes found out about a variant, computed once and handed to every kernel."""
+"""Everything the passes found out about a variant, computed once and handed to every kernel.
+
+A variant with several branches has a part for each, which is the plan of a variant of its own. In a kernel the parts
+stand side by side, and what each has for itself (a score, a running maximum, lse) is called by its name and a tag.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import sympy
 
@@ -11,10 +16,10 @@ from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.vocabulary import Read
-from attncc.passes.differentiate import Backward, differentiate
-from attncc.passes.fold import Folded, fold
-from attncc.passes.stream import LSE, Online, stream
-from attncc.passes.tiles import TilePlan, tile_plan
+from attncc.passes.differentiate import DELTA, Backward, differentiate
+from attncc.passes.fold import Folded, S, fold
+from attncc.passes.stream import LSE, Online, renamed, stream
+from attncc.passes.tiles import TilePlan, tile_plan_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class InputGradient:
     expr: sympy.Expr
     kind: str  # program | row | col | band | tile
     number: int
+    part: int = 0
+    row_only: bool = False  # is it one value a row already (a sink), rather than a sum over keys?
 
     @property
     def name(self) -> str:
@@ -34,13 +41,19 @@ class InputGradient:
 class Plan:
     """The facts about one graph. Each is computed when first asked for, so a forward pays for no backward."""
 
-    def __init__(self, graph: VariantGraph):
+    def __init__(self, graph: VariantGraph, tag: str = ""):
         self.graph = graph
+        self.tag = tag
+
+    @cached_property
+    def parts(self) -> tuple[Plan, ...]:
+        """The plans of the branches: this one, where there is one branch."""
+        if self.graph.branches == 1:
+            return (self,)
+        return tuple(Plan(part, f"_{i}") for i, part in enumerate(self.graph.parts))
 
     @cached_property
     def online(self) -> Online:
-        if self.graph.branches > 1:
-            raise UnsupportedError("kernels for several branches are not generated yet")
         return stream(self.graph)
 
     @cached_property
@@ -51,7 +64,8 @@ class Plan:
     def has_backward(self) -> UnsupportedError | None:
         """None, or why there is no backward."""
         try:
-            self.backward  # noqa: B018
+            for part in self.parts:
+                part.backward  # noqa: B018
         except UnsupportedError as error:
             return error
         return None
@@ -61,16 +75,38 @@ class Plan:
         return fold(self.graph, self.online)
 
     @cached_property
+    def masks(self) -> tuple[sympy.Basic, ...]:
+        """The masks of the branches, each once."""
+        return tuple(dict.fromkeys(part["mask"].expr for part in self.graph.parts))
+
+    @cached_property
     def over_keys(self) -> TilePlan:
-        return tile_plan(self.graph["mask"].expr, sym.KV_IDX)
+        return tile_plan_of(self.masks, sym.KV_IDX)
 
     @cached_property
     def over_queries(self) -> TilePlan:
-        return tile_plan(self.graph["mask"].expr, sym.Q_IDX)
+        return tile_plan_of(self.masks, sym.Q_IDX)
+
+    def own(self, name: str) -> str:
+        """The name in a kernel of what each part has for itself."""
+        return f"{name}{self.tag}"
+
+    def tagged(self, expr: Any) -> Any:
+        """An expression of this part, over the names that it has in a kernel beside other parts."""
+        if not self.tag:
+            return expr
+        return expr.xreplace({s: sympy.Symbol(self.own(s.name), real=True) for s in self._own_symbols})
+
+    @cached_property
+    def _own_symbols(self) -> frozenset[sympy.Symbol]:
+        own = {S, sym.QK, LSE, DELTA, *self.online.max_symbols, *(r.symbol for r in self.online.sums)}
+        return frozenset({*own, *map(renamed, self.online.max_symbols)})
 
     @cached_property
     def stored(self) -> tuple[tuple[str, sympy.Expr], ...]:
         """The row statistics that the forward writes: what the backward needs, and lse where there is one."""
+        if len(self.parts) > 1:
+            return tuple((part.own(name), e) for part in self.parts for name, e in part.stored)
         rows: list[tuple[str, sympy.Expr]] = []
         if self.has_backward is None:
             rows += [(s.name, e) for s, e in self.backward.saved]
@@ -80,24 +116,47 @@ class Plan:
 
     @property
     def has_lse(self) -> bool:
-        return self.online.lse is not None
+        """Is there one lse, as an output? Branches have each their own."""
+        return len(self.parts) == 1 and self.online.lse is not None
 
     @cached_property
     def saved_names(self) -> tuple[str, ...]:
         """The stored rows that the backward reads."""
-        return tuple(s.name for s, _ in self.backward.saved)
+        return tuple(part.own(s.name) for part in self.parts for s, _ in part.backward.saved)
+
+    @cached_property
+    def shares(self) -> tuple[str, ...]:
+        """Saved for the backward where branches need their own delta: what each but the first adds to `out`.
+
+        The delta of the first is that of `out` without theirs."""
+        needed = len(self.parts) > 1 and self.has_backward is None and self.needs_delta
+        return tuple(part.own("share") for part in self.parts[1:]) if needed else ()
+
+    @cached_property
+    def needs_delta(self) -> bool:
+        return any(part.backward.needs_delta for part in self.parts)
+
+    @cached_property
+    def results(self) -> tuple[str, ...]:
+        """What the forward returns behind `out`: row statistics, then rows as long as those of `out`."""
+        return (*(name for name, _ in self.stored), *self.shares)
+
+    @cached_property
+    def saved(self) -> tuple[str, ...]:
+        """Of the results, those that the backward reads."""
+        return (*self.saved_names, *self.shares)
 
     @cached_property
     def gradients(self) -> tuple[InputGradient, ...]:
         """One entry a differentiable element read."""
-        found = []
-        for number, (read, expr) in enumerate((*self.backward.dreads, *self.backward.row_dreads)):
-            found.append(InputGradient(read, expr, _kind(read), number))
+        found: list[InputGradient] = []
+        for i, part in enumerate(self.parts):
+            reads = [(r, e, False) for r, e in part.backward.dreads] + [
+                (r, e, True) for r, e in part.backward.row_dreads
+            ]
+            for read, expr, row_only in reads:
+                found.append(InputGradient(read, expr, _kind(read), len(found), i, row_only))
         return tuple(found)
-
-    def row_only(self, gradient: InputGradient) -> bool:
-        """Is this cotangent one value a row already (a sink), rather than a sum over keys?"""
-        return gradient.number >= len(self.backward.dreads)
 
 
 def _kind(read: Read) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ def problem_of(
     """The problem of one call. `sizes` has b, h, h_kv, q_idx, kv_idx, d_qk, d_v; an empty dimension counts as 1."""
     size = {name: max(n, 1) for name, n in sizes.items()}
     live = live_tiles(plan.over_keys, plan.graph, size["h"], size["q_idx"], size["kv_idx"], scalars)
-    vectors = len({r for r in plan.graph.reads if level(r) == Level.COL})
+    vectors = len({r for part in plan.graph.parts for r in part.reads if level(r) == Level.COL})
     costs = KernelCosts(*_costs(plan), live=lru_cache(maxsize=None)(live), vectors=vectors)
     return Problem(
         dtype=dtype,
@@ -38,10 +38,25 @@ def problem_of(
         d_v=size["d_v"],
         costs=costs,
         digest=plan.graph.digest,
+        branches=plan.graph.branches,
     )
 
 
 def _costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
+    """The work of a pair: forward, backward, mask. Branches add up, and equal masks count once."""
+    found = [_part_costs(part) for part in plan.parts]
+    if len(found) == 1:
+        return found[0]
+    forward, backward, mask = (_total(costs) for costs in zip(*found, strict=True))
+    return forward, backward, mask if len(plan.masks) > 1 else found[0][2]
+
+
+def _total(costs: Iterable[PairCosts]) -> PairCosts:
+    found = tuple(costs)
+    return PairCosts(*(sum(getattr(c, name) for c in found) for name in ("fma", "sfu", "int", "loads")))
+
+
+def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     online, folded = plan.online, plan.folded
     to_new = {m: renamed(m) for m in online.max_symbols}
     terms = [folded.apply_online(r.term.xreplace(to_new), online.max_symbols) for r in (online.numerator, *online.sums)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import jinja2
@@ -12,7 +13,16 @@ import jinja2
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.indices import collect_lines
-from attncc.codegen.kernels import bounds_slots, chunks, dkdv_slots, dq_slots, forward_slots, pair_slots, summary_slots
+from attncc.codegen.kernels import (
+    Chunk,
+    bounds_slots,
+    chunks,
+    dkdv_slots,
+    dq_slots,
+    forward_slots,
+    pair_slots,
+    summary_slots,
+)
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import in_gluon
 from attncc.ir import symbols as sym
@@ -35,39 +45,54 @@ def environment() -> jinja2.Environment:
     )
 
 
-def render(plan: Plan, d_qk: int, d_v: int, backward: bool, tma: bool = False, forward_in: Backend = "triton") -> str:
+def render(
+    plan: Plan,
+    d_qk: int,
+    d_v: int,
+    backward: bool,
+    tma: bool = False,
+    forward_in: Backend = "triton",
+    d_k: int | None = None,
+) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel.
+    language of the forward kernel. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q share it.
     """
     graph, hopper = plan.graph, forward_in == "gluon"
+    d_k = d_qk if d_k is None else d_k
+    qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk)
     names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     context: dict[str, Any] = {
         "graph": graph,
         "hopper": hopper,
         "d_qk": d_qk,
+        "d_k": d_k,
         "d_v": d_v,
-        "qk_chunks": chunks(d_qk),
+        "qk_chunks": qk_chunks,
+        "k_chunks": tuple(c for c in qk_chunks if c.key == c.index),
         "v_chunks": chunks(d_v),
         "stored": plan.stored,
+        "results": plan.results if backward else tuple(name for name, _ in plan.stored),
+        "shares": plan.shares if backward else (),
+        "deltas": tuple(part.own("delta") for part in plan.parts) if backward and plan.needs_delta else (),
         "backward": backward,
         "tma": tma and backward,
-        "widths_qk": _widths(d_qk),
-        "widths_v": _widths(d_v),
+        "widths_qk": _widths(qk_chunks),
+        "widths_v": _widths(chunks(d_v)),
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),
         "input_args": "".join(f"*_addressing({d.name}), " for d in graph.inputs)
         + "".join(f"{s.name}, " for s in graph.scalars),
         "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
-        "text": {k: formula(graph[k].expr) for k in ("score", "mask", "weight")},
     }
     f = hopper_forward_slots(plan, d_qk, d_v) if hopper else forward_slots(plan)
     helpers = set(f["helpers"])
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"])
-    kernels = [("hopper_forward.py.j2" if hopper else "forward.py.j2", {"f": f})]
-    host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "needs_delta": False, "pair": {}}
+    forward = "hopper_forward.py.j2" if hopper else "forward.py.j2"
+    kernels: list[tuple[str, dict[str, Any]]] = [(forward, {"f": f})]
+    host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "pair": {}}
     if backward:
         kv, dq = dkdv_slots(plan), dq_slots(plan)
         pair = {g.number: pair_slots(plan, g) for g in plan.gradients if g.kind in ("tile", "band")}
@@ -77,19 +102,17 @@ def render(plan: Plan, d_qk: int, d_v: int, backward: bool, tma: bool = False, f
             if g.number in pair:
                 pair[g.number].update(_kept(plan, g))
         bounds += _bounds(plan, "q", plan.over_queries, kv["bounds"])
-        if kv["needs_delta"]:
+        if plan.needs_delta:
             kernels.append(("delta.py.j2", {}))
         kernels += [("dkdv.py.j2", {"k": kv}), ("dq.py.j2", {"k": dq})]
         for p in pair.values():
-            text = {**context["text"], "gradient": formula(p["gradient"].read)}
-            kernels.append(("pair_grad.py.j2", {"k": p, "text": text}))
+            kernels.append(("pair_grad.py.j2", {"k": p, "what": formula(p["gradient"].read)}))
         host.update(
             kv=kv,
             dq=dq,
             pair=pair,
             gradients=plan.gradients,
-            saved=plan.saved_names,
-            needs_delta=kv["needs_delta"],
+            saved=plan.saved,
             collects=collect_lines(plan),
         )
     scans = []
@@ -137,14 +160,14 @@ def _bounds(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines) -> list[di
     return [{"name": f"bounds_{axis}", "slots": bounds_slots(tile, lines), "summaries": summaries}]
 
 
-def _widths(dim: int) -> str:
-    """The widths that its chunks have, each once: a descriptor serves all chunks of one width."""
-    return repr(tuple(dict.fromkeys(c.width for c in chunks(dim))))
+def _widths(pieces: Iterable[Chunk]) -> str:
+    """The widths of chunks, each once: a descriptor serves all chunks of one width."""
+    return repr(tuple(dict.fromkeys(c.width for c in pieces)))
 
 
 def _header(plan: Plan, d_qk: int, d_v: int, tma: bool) -> str:
     body = textwrap.indent(to_text(plan.graph), "    ")
-    proof = "\n".join(f"    {line}" for line in plan.online.proof)
+    proof = "\n\n".join("\n".join(f"    {line}" for line in part.online.proof) for part in plan.parts)
     quotes = '"""'
     return (
         f"{quotes}Attention kernels for '{plan.graph.name}', head dimensions {d_qk} and {d_v}. "

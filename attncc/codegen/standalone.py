@@ -17,15 +17,15 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     """The file's text. It exports `attention(q, k, v, *, <inputs>, scale=None, return_lse=False)`."""
     graph = plan.graph
     backward = plan.has_backward is None
-    tma = backward and loads_boxes(device, dtype, d_qk, d_v)
+    tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches)
     context: dict[str, Any] = {
         "graph": graph,
         "d_qk": d_qk,
         "d_v": d_v,
         "where": f"Chosen for {device.title}, {dtype} ({schedule.origin}).",
         "schedule": schedule_meta(schedule, device),
-        "stored_names": repr(tuple(name for name, _ in plan.stored)),
-        "saved_names": repr(plan.saved_names if backward else ()),
+        "stored_names": repr(plan.results),
+        "saved_names": repr(plan.saved if backward else ()),
         "has_lse": plan.has_lse,
         "backward": backward,
         "hopper": schedule.forward.backend == "gluon",

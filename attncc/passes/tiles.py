@@ -7,8 +7,8 @@ integer inputs (documents, token types) is scanned: the same interval arithmetic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -73,6 +73,15 @@ class TilePlan:
     scan: Truth | None
     summaries: tuple[Read, ...]
     outer_reads: tuple[Read, ...]
+
+
+def tile_plan_of(masks: Sequence[sympy.Basic], inner: sympy.Symbol) -> TilePlan:
+    """`tile_plan` of what any of the masks shows. Where they differ no tile counts as whole: each masks for itself."""
+    if len(masks) == 1:
+        return tile_plan(masks[0], inner)
+    plan = tile_plan(sympy.Or(*masks), inner)
+    segments = tuple(replace(s, full=None, must=sympy.false) for s in plan.segments)
+    return replace(plan, segments=segments, scan=plan.scan and Truth(plan.scan.may, sympy.false))
 
 
 def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:

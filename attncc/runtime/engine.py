@@ -66,44 +66,55 @@ class Engine:
         self._precision = precision
         self._backend = backend
         self._cache = Cache()
-        self._sources: dict[tuple[int, int, bool, Backend], str] = {}
-        self._modules: dict[tuple[int, int, bool, Backend, bool], ModuleType] = {}
+        self._sources: dict[tuple[int, int, bool, Backend, int], str] = {}
+        self._modules: dict[tuple[int, int, bool, Backend, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._recordings: dict[Any, tuple[Recording, Bound]] = {}
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
-    def source(self, d_qk: int, d_v: int, tma: bool = False, backend: Backend = "triton") -> str:
-        """The generated module's text for these head dimensions, from the disk cache where it lies there."""
+    def source(
+        self, d_qk: int, d_v: int, tma: bool = False, backend: Backend = "triton", d_k: int | None = None
+    ) -> str:
+        """The generated module's text for these head dimensions, from the disk cache where it lies there.
+
+        d_k is that of k, where branches of q share it.
+        """
         with self._lock:
-            key = (d_qk, d_v, tma, backend)
+            key = (d_qk, d_v, tma, backend, d_k or d_qk)
             if key not in self._sources:
                 self._sources[key] = self._cached_source(*key)
             return self._sources[key]
 
     def source_here(self, d_qk: int, d_v: int) -> str:
         """The text for 16-bit tensors on the current GPU; with none, the one that needs no feature of any."""
-        tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", d_qk, d_v)
+        tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", d_qk, d_v, self.graph.branches)
         return self.source(d_qk, d_v, tma and self.plan.has_backward is None, self._backend or "triton")
 
-    def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend) -> str:
+    def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend, d_k: int) -> str:
         facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": backend}
-        name = cache_key(kind="source", d_qk=d_qk, d_v=d_v, tma=tma, code=fingerprint(), **facts)
+        name = cache_key(kind="source", d_qk=d_qk, d_v=d_v, d_k=d_k, tma=tma, code=fingerprint(), **facts)
         found = self._cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None, tma, backend)
+        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None, tma, backend, d_k)
         self._cache.put(name, {"kind": "source", "variant": self.graph.name, "text": text})
         return text
 
     def module(
-        self, d_qk: int, d_v: int, interpreted: bool = False, tma: bool = False, backend: Backend = "triton"
+        self,
+        d_qk: int,
+        d_v: int,
+        interpreted: bool = False,
+        tma: bool = False,
+        backend: Backend = "triton",
+        d_k: int | None = None,
     ) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
         with self._lock:
-            key = (d_qk, d_v, tma, backend, interpreted)
+            key = (d_qk, d_v, tma, backend, d_k or d_qk, interpreted)
             if key not in self._modules:
-                source = self.source(d_qk, d_v, tma, backend)
+                source = self.source(d_qk, d_v, tma, backend, d_k)
                 if interpreted:
                     with interpreter.decorating():
                         module = load_source(source, f"{self.graph.name} (interpreted)")
@@ -153,8 +164,9 @@ class Engine:
             )
         interpreted = device.type == "cpu"
         d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
-        tma = boxed and self.plan.has_backward is None and loads_boxes(target, problem.dtype, d_qk, d_v)
-        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend)
+        boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches)
+        tma = boxed and self.plan.has_backward is None and boxes
+        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend, bound.sizes.get("d_k"))
         return Prepared(
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
         )
@@ -174,15 +186,15 @@ class Engine:
         def run() -> None:
             out, *rows = module.forward(*ghosts, *inputs, meta, options)
             if backward:
-                stored = dict(zip((name for name, _ in self.plan.stored), rows, strict=True))
-                saved = tuple(stored[name] for name in self.plan.saved_names)
+                results = dict(zip(self.plan.results, rows, strict=True))
+                saved = tuple(results[name] for name in self.plan.saved)
                 wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
                 module.backward(*ghosts, *inputs, out, saved, out, None, wanted, meta, options)
 
         warm.start(warm.collector.collect(run), q.device)
 
     def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False) -> tuple[Tensor, ...]:
-        """out, then the stored row statistics in the plan's order. `then_backward`: compile the backward meanwhile."""
+        """out, then the plan's results in their order. `then_backward`: compile the backward meanwhile."""
         prepared = self.prepare(bound, q, k, v)
         if not prepared.interpreted:
             self.warm(prepared, bound, q, k, v, then_backward and self.plan.has_backward is None)
@@ -250,7 +262,7 @@ class Engine:
         """`backward` of CUDA tensors; recorded where it is launches alone, with no gradient of an input to collect."""
         if wanted or not q.is_cuda or dout.stride(-1) != 1 or (dlse is not None and not dlse.is_contiguous()):
             return self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
-        rows = {f" {name}": row for name, row in zip(self.plan.saved_names, saved, strict=True)}
+        rows = {f" {name}": row for name, row in zip(self.plan.saved, saved, strict=True)}
         own = {" out": out, " dout": dout, **rows, **bound.tensors}  # no input's name begins with a blank
         if dlse is not None:
             own[" dlse"] = dlse

@@ -88,8 +88,8 @@ def facts(
         "dtype": dtype,
         "stages": stage_texts(graph),
         "passes": 1,
-        "proof": list(plan.online.proof),
-        "merge": {name: formula(factor) for name, factor in plan.online.merge().items()},
+        "proof": [f"{_of(part)}{line}" for part in plan.parts for line in part.online.proof],
+        "merge": {part.own(n): formula(f) for part in plan.parts for n, f in part.online.merge().items()},
         "backward": _backward(plan),
         "origin": schedule.origin,
         "kernels": {
@@ -104,19 +104,31 @@ def _tiling(schedule: Schedule, kernel: Kernel, problem: Problem, device: Device
     return first_choice(kernel, problem, device) if kernel == "pair" and not schedule.pair else schedule.of(kernel)
 
 
+def _of(part: Plan) -> str:
+    """Whose a line is, where there are several branches."""
+    return f"branch {part.tag.removeprefix('_')}: " if part.tag else ""
+
+
 def _backward(plan: Plan) -> dict[str, Any]:
     if plan.has_backward is not None:
         return {"none": str(plan.has_backward)}
-    backward = plan.backward
     gradients: dict[str, list[str]] = {}
     for g in plan.gradients:
-        gradients.setdefault(f"d{formula(g.read)}", []).append(f"{_SUMMED[g.kind]} of {formula(g.expr)}")
+        expr = plan.parts[g.part].tagged(g.expr)
+        gradients.setdefault(f"d{formula(g.read)}", []).append(f"{_SUMMED[g.kind]} of {formula(expr)}")
+    if len(plan.parts) > 1:
+        return {"branches": [_part_backward(part) for part in plan.parts], "inputs": gradients}
+    return {**_part_backward(plan), "inputs": gradients}
+
+
+def _part_backward(part: Plan) -> dict[str, Any]:
+    backward = part.backward
+    delta = "row.sum(dout*out)" + (" - dlse" if part.has_lse and not part.tag else "")
     return {
-        "saved": {symbol.name: formula(expr) for symbol, expr in backward.saved},
-        "weight": formula(backward.weight),
-        "dqk": formula(backward.dqk_scale * backward.dqk),
-        "delta": "row.sum(dout*out)" + (" - dlse" if plan.has_lse else "") if backward.needs_delta else None,
-        "inputs": gradients,
+        "saved": {part.own(symbol.name): formula(expr) for symbol, expr in backward.saved},
+        "weight": formula(part.tagged(backward.weight)),
+        "dqk": formula(part.tagged(backward.dqk_scale * backward.dqk)),
+        "delta": delta if backward.needs_delta else None,
     }
 
 
@@ -214,10 +226,21 @@ def _assigned(values: Mapping[str, str]) -> list[str]:
 def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
     if "none" in backward:
         return [f"none: {line}" if i == 0 else line for i, line in enumerate(backward["none"].splitlines())]
-    rows = {f"{name} (saved by the forward)": text for name, text in backward["saved"].items()}
-    rows |= {"weight": backward["weight"], "dp": "dot(dout, v_vec)"}
-    rows |= {"delta": backward["delta"]} if backward["delta"] else {}
-    rows |= {"dqk": backward["dqk"], "dv_vec": "weight*dout", "dq_vec": "dqk*k_vec", "dk_vec": "dqk*q_vec"}
+    rows: dict[str, str] = {}
+    branches = backward.get("branches", [backward])
+    for i, own in enumerate(branches):
+        tag = f"_{i}" if len(branches) > 1 else ""
+        rows |= {f"{name} (saved by the forward)": text for name, text in own["saved"].items()}
+        rows |= {f"weight{tag}": own["weight"], "dp": "dot(dout, v_vec)"}
+        delta = own["delta"] and own["delta"].replace("out)", f"share{tag})" if tag else "out)")
+        rows |= {f"delta{tag}": delta} if delta else {}
+        rows |= {
+            f"dqk{tag}": own["dqk"],
+            f"dq_vec{tag}": f"dqk{tag}*k_vec{tag}",
+            f"dk_vec{tag}": f"dqk{tag}*q_vec{tag}",
+        }
+    weights = " + ".join(f"weight_{i}" for i in range(len(branches)))
+    rows["dv_vec"] = "weight*dout" if len(branches) == 1 else f"({weights})*dout"
     for name, terms in backward["inputs"].items():
         rows[name] = ", plus ".join(terms)
     return _assigned(rows)

@@ -44,7 +44,7 @@ def _like(x: Tensor, last: int) -> Tensor:
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float, key: str
 ) -> list[Tensor]:
-    """out, then the variant's stored row statistics."""
+    """out, then the variant's row statistics and what else its backward needs."""
     engine = _engines[key]
     return list(engine.forward(_bound(engine, q, k, v, inputs, scalars, scale), q, k, v))
 
@@ -53,9 +53,9 @@ def forward_op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float, key: str
 ) -> list[Tensor]:
-    stored = _engines[key].plan.stored
-    rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in stored]
-    return [_like(q, v.shape[3]), *rows]
+    plan = _engines[key].plan
+    rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in plan.stored]
+    return [_like(q, v.shape[3]), *rows, *(_like(q, v.shape[3]) for _ in plan.shares)]
 
 
 @torch.library.custom_op("attncc::backward", mutates_args=())
@@ -110,8 +110,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     if plan.has_backward is not None:
         ctx.refusal = plan.has_backward
         return
-    names = [name for name, _ in plan.stored]
-    saved = [output[1 + names.index(name)] for name in plan.saved_names]
+    names = plan.results
+    saved = [output[1 + names.index(name)] for name in plan.saved]
     ctx.save_for_backward(q, k, v, output[0], *tensors, *saved)
     ctx.count = len(tensors)
     ctx.wanted = [d.grad and x.requires_grad for d, x in zip(_engines[key].graph.inputs, tensors, strict=True)]
@@ -156,8 +156,8 @@ class EagerAttention(torch.autograd.Function):
             results = engine.forward(bound, q, k, v, then_backward=True)
         plan = engine.plan
         if plan.has_backward is None:
-            rows = [name for name, _ in plan.stored]
-            saved = [results[1 + rows.index(name)] for name in plan.saved_names]
+            rows = plan.results
+            saved = [results[1 + rows.index(name)] for name in plan.saved]
             ctx.save_for_backward(q, k, v, results[0], *bound.tensors.values(), *saved)
             ctx.lse_index = rows.index("lse") + 1 if "lse" in rows else None
             ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in (0, ctx.lse_index)))

@@ -16,6 +16,7 @@ from attncc.language.variant import Variant
 from attncc.runtime import library
 from attncc.runtime.engine import Engine
 from attncc.runtime.explain import explain, explained_device, sizes_of
+from attncc.runtime.reference import no_lse_of_branches
 from attncc.runtime.shapes import bind, output_names
 from attncc.schedule.cache import Cache
 from attncc.schedule.problem import Backend, Dtype, Precision, Schedule
@@ -41,7 +42,8 @@ class AttentionOp:
         self.engine = Engine(graph, schedule, precision, backend)
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
-        self.plan.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
+        for part in self.plan.parts:
+            part.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
         asked = (schedule, precision, backend)
         token = "" if asked == (None, None, "triton") else f":{asked}"
         self._key = library.register(f"{graph.digest}{token}", self.engine)
@@ -92,6 +94,8 @@ class AttentionOp:
         for name in output_names(outputs):
             if name == "out":
                 picked.append(results[0])
+            elif len(self.plan.parts) > 1:
+                raise no_lse_of_branches(self.graph)
             elif name in self._stored:
                 picked.append(results[1 + self._stored.index(name)])
             else:

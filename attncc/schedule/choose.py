@@ -18,8 +18,9 @@ from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
 from attncc.schedule.problem import KERNELS, Backend, Kernel, KernelSchedule, Problem, Schedule
 
-# What a row of a shipped table may ask of a problem; what it leaves out fits every problem.
-MATCHED = ("digest", "dtype", "precision", "d_qk", "d_v", "group", "q_bucket", "kv_bucket")
+# What a row of a shipped table may ask of a problem; what it leaves out fits every problem, but for branches: those are
+# other kernels, and a row that says nothing of them is of one.
+MATCHED = ("digest", "dtype", "precision", "d_qk", "d_v", "group", "q_bucket", "kv_bucket", "branches")
 
 
 def choose(
@@ -76,7 +77,7 @@ def _shipped(problem: Problem, device: Device) -> Schedule | None:
     fitting = [
         (sum(name in row["match"] for name in MATCHED), number, row)
         for number, row in enumerate(_table(device.name))
-        if all(facts[name] == wanted for name, wanted in row["match"].items())
+        if all(facts.get(name, 1) == wanted for name, wanted in {"branches": 1, **row["match"]}.items())
     ]
     if not fitting:
         return None
@@ -117,6 +118,7 @@ def _facts(problem: Problem) -> dict[str, str | int]:
         "group": problem.group,
         "q_bucket": bucket(problem.q_len),
         "kv_bucket": bucket(problem.kv_len),
+        **({"branches": problem.branches} if problem.branches > 1 else {}),
     }
 
 

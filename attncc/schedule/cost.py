@@ -143,11 +143,11 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     tiles = tiling(kernel, ks, problem)
     pairs = tiles.rows * tiles.cols
     work = _pair_work(problem.costs.pair(kernel), problem.costs.mask, live)
-    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
-    depth = {"forward": qk + v, "dkdv": 2 * (qk + v), "dq": 2 * qk + v, "pair": qk + v}[kernel]
+    qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
+    depth = {"forward": qk + v * problem.branches, "dkdv": 2 * (qk + v), "dq": 2 * qk + v, "pair": qk + v}[kernel]
     flops_per_clk_sm = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     # The running sum of the forward is rescaled once a tile.
-    rows_work = tiles.rows * (v + ROW_WORK) if kernel == "forward" else 0
+    rows_work = tiles.rows * (v + ROW_WORK) * problem.branches if kernel == "forward" else 0
     alu = (work.fma * pairs + rows_work) / device.fma_per_clk_sm + work.int * pairs / device.int_per_clk_sm
     alu += LOOP_INSTRUCTIONS * ks.num_warps / SCHEDULERS
     # Spilled registers are stored and loaded once a tile, by the warps that compute.
@@ -160,8 +160,14 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
             _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
             _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
         ),
-        gaps=(MATMULS[kernel] + _exchanges(kernel, ks, tiles, problem, device)) * MATMUL_GAP,
+        gaps=(_matmuls(kernel, problem) + _exchanges(kernel, ks, tiles, problem, device)) * MATMUL_GAP,
     )
+
+
+def _matmuls(kernel: Kernel, problem: Problem) -> int:
+    """Matmuls of a tile: branches have their own scores and gradients of them, and share dp and the weights of dV."""
+    own = {"forward": 2, "dkdv": 2, "dq": 2, "pair": 0}[kernel]
+    return MATMULS[kernel] + own * (problem.branches - 1)
 
 
 def _pair_work(pair: PairCosts, mask: PairCosts, live: LiveTiles) -> PairCosts:

@@ -13,7 +13,7 @@ import torch
 
 from attncc import resources
 from attncc.errors import AttnccError, UnsupportedError
-from attncc.schedule.problem import Dtype, Precision
+from attncc.schedule.problem import Dtype, Precision, head_chunks
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,14 @@ def parse_device(path: Path) -> Device:
     return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"])})
 
 
-def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int) -> bool:
-    """Whether the backward loads its tiles through descriptors, whose rows must be multiples of 16 bytes."""
-    return device.tma and dtype != "fp32" and d_qk % 8 == 0 and d_v % 8 == 0
+def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int, branches: int = 1) -> bool:
+    """Whether the backward loads its tiles through descriptors, whose rows must be multiples of 16 bytes.
+
+    What a box has beyond the tensor is 0, but what it has beyond a branch is the next branch: its pieces must be whole.
+    """
+    own = d_qk // branches
+    whole = branches == 1 or sum(head_chunks(own)) == own
+    return device.tma and dtype != "fp32" and d_qk % 8 == 0 and d_v % 8 == 0 and whole
 
 
 def device_for(target_or_name: str) -> Device:

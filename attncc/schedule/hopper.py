@@ -38,6 +38,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return f"Gluon kernels are for sm_90, and this is {device.target}"
     if kernel != "forward":
         return "the Gluon backend has no such kernel yet"
+    if problem.branches > 1:
+        return "Gluon kernels have one score a pair, and the variant has several branches"
     if problem.dtype == "fp32":
         return "Gluon kernels multiply 16-bit operands"
     for dim in (problem.d_qk, problem.d_v):

@@ -68,7 +68,7 @@ class Tiling:
 
 def tiling(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Tiling:
     """What `kernel` keeps and what it streams; head dimensions are padded as the kernel pads them."""
-    qk, v = head_chunks(problem.d_qk), head_chunks(problem.d_v)
+    qk, v = problem.qk_chunks, head_chunks(problem.d_v)
     tiles = {
         "q": Tile("q", ks.block_m, sum(qk)),
         "do": Tile("do", ks.block_m, sum(v)),
@@ -169,7 +169,7 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
         return (1.0,) * count
     if in_both_orders and twice:
         return tuple(2.0 if tile.name in twice else float(stages) for tile in tiles.streamed)
-    chunked = kernel != "forward" and max(len(head_chunks(problem.d_qk)), len(head_chunks(problem.d_v))) > 1
+    chunked = kernel != "forward" and max(len(problem.qk_chunks), len(head_chunks(problem.d_v))) > 1
     ahead = {"wgmma": stages, "tcgen05": stages + chunked}.get(op, stages - 1)
     return tuple(float(ahead + (op == "tcgen05" and tile.name in twice)) for tile in tiles.streamed)
 
@@ -211,10 +211,12 @@ def tensor_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: 
     if not device.tmem_columns or instruction(kernel, ks, problem, device) != "tcgen05":
         return 0
     tiles = tiling(kernel, ks, problem)
-    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
-    accumulators = {"forward": v, "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
-    scores = {"forward": 1, "dkdv": 2, "dq": 2, "pair": 2}[kernel] * tiles.cols
-    weights = {"forward": 1, "dkdv": 2, "dq": 1, "pair": 0}[kernel] * tiles.cols * problem.dtype_bytes // 4
+    qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
+    more = problem.branches - 1
+    accumulators = {"forward": v * (1 + more), "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
+    scores = {"forward": 1 + more, "dkdv": 2 + more, "dq": 2 + more, "pair": 2}[kernel] * tiles.cols
+    count = {"forward": 1 + more, "dkdv": 2 + more, "dq": 1 + more, "pair": 0}[kernel]
+    weights = count * tiles.cols * problem.dtype_bytes // 4
     columns = accumulators + scores + weights
     # Tiles of 64 rows use half of the lanes, and two accumulators share their columns.
     return columns // 2 if kernel == "dkdv" and tiles.rows == 64 else columns

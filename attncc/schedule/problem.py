@@ -79,7 +79,8 @@ class Problem:
     """One attention call as the scheduler sees it: dtypes, sizes and the variant's work; InputError if they clash.
 
     `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
-    `digest` is the variant's IR digest; with none, no tuned schedule is looked up.
+    `digest` is the variant's IR digest; with none, no tuned schedule is looked up. `branches`: how many scores a pair
+    has, each over its own part of d_qk.
     """
 
     dtype: Dtype
@@ -93,6 +94,7 @@ class Problem:
     d_v: int
     costs: KernelCosts
     digest: str = ""
+    branches: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -104,6 +106,11 @@ class Problem:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} query heads are no multiple of {self.kv_heads} key/value heads")
+
+    @property
+    def qk_chunks(self) -> tuple[int, ...]:
+        """The head dimension of q and k as tiles, those of each branch for themselves."""
+        return head_chunks(self.d_qk // self.branches) * self.branches
 
     @property
     def dtype_bytes(self) -> int:

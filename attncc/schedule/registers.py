@@ -15,6 +15,8 @@ from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 BASE = {"forward": 40, "dkdv": 32, "dq": 40, "pair": 40}
 # Tiles of scores that live at once: the backward has weights, their gradients, and one of them in 16 bits.
 SCORES = {"forward": 1.0, "dkdv": 2.5, "dq": 2.0, "pair": 2.0}
+# Those of each branch beyond the first, where a pair has several scores.
+BRANCH = {"forward": 1.0, "dkdv": 2.0, "dq": 0.5, "pair": 0.0}
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
 # An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too.
@@ -51,20 +53,23 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     op = instruction(kernel, ks, problem, device)
     threads = ks.num_warps * device.warp_size
     pairs = tiles.rows * tiles.cols
-    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
-    columns = {"forward": v, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel]
+    qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
+    columns = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel]
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, 1.0)
     # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless
     # it comes to them through shared memory.
     holders = 1 if scores_bytes(kernel, ks, problem, device) else warp_grid(op, ks, tiles)[2]
-    scores = (SCORES[kernel] + temporaries) * holders * pairs / threads
+    tiles_of_scores = SCORES[kernel] + BRANCH[kernel] * (problem.branches - 1)
+    scores = (tiles_of_scores + temporaries) * holders * pairs / threads
     accumulator = tiles.rows * columns / threads
     vectors = VECTOR * problem.costs.vectors
     if op == "mfma":
         return round(MFMA_BASE + scores + vectors + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
-    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v)
+    boxes = kernel in ("dkdv", "dq") and loads_boxes(
+        device, problem.dtype, problem.d_qk, problem.d_v, problem.branches
+    )
     base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
     wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
     if kernel == "dkdv" and problem.group > 1:

@@ -99,3 +99,101 @@ def test_a_factor_of_the_row(kind, normalizer):
     wanted = torch.autograd.grad(want, (q, k, v, gate), cotangent.double())
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def agree(variant, arguments, oracle, dtype=torch.float32, tolerance=2e-5, **inputs):
+    """The op's result and every gradient against a function of plain PyTorch in float64."""
+    names = [n for n, x in inputs.items() if x.is_floating_point()]
+    leaves = [x.detach().to(dtype).requires_grad_() for x in arguments]
+    own = {n: x.detach().float().requires_grad_() if n in names else x for n, x in inputs.items()}
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact_own = {n: x.detach().double().requires_grad_() if n in names else x for n, x in own.items()}
+    got = ac.compile(variant)(*leaves, **own)
+    want = oracle(*exact, **exact_own)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    cotangent = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = torch.autograd.grad(got, (*leaves, *(own[n] for n in names)), cotangent)
+    wanted = torch.autograd.grad(want, (*exact, *(exact_own[n] for n in names)), cotangent.double())
+    for name, a, b in zip(("q", "k", "v", *names), found, wanted, strict=True):
+        scale = b.abs().max().clamp_min(1)
+        torch.testing.assert_close(
+            a.double() / scale, b / scale, rtol=0, atol=5 * tolerance, msg=lambda m, n=name: f"d{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "shared_key", "dtype", "tolerance"),
+    [
+        ((4, 2, 37, 53, 16, 24), False, torch.float32, 2e-5),
+        ((4, 4, 53, 37, 24, 16), False, torch.float32, 2e-5),  # rows that see no key; a padded chunk in every branch
+        ((4, 1, 40, 40, 16, 32), True, torch.float32, 2e-5),
+        ((2, 1, 45, 45, 32, 64), False, torch.float16, 2e-3),
+    ],
+)
+def test_kernels_of_a_difference(shape, shared_key, dtype, tolerance):
+    *arguments, lam = tensors(*shape, shared_key=shared_key)
+    agree(DIFFERENTIAL, arguments, by_hand, dtype, tolerance, lam=lam)
+
+
+def test_the_interleaved_layout_is_a_view():
+    """(B, L, H, 2, d), as a projection leaves it."""
+    q, k = (torch.randn(1, 20, 2, 2, 8).flatten(3).transpose(1, 2) for _ in range(2))
+    v, lam = torch.randn(1, 2, 20, 16), torch.randn(2)
+    assert not q.is_contiguous()
+    torch.testing.assert_close(ac.compile(DIFFERENTIAL)(q, k, v, lam=lam), by_hand(q, k, v, lam), rtol=2e-5, atol=2e-5)
+
+
+def test_branches_with_masks_normalizers_and_scores_of_their_own():
+    def score(score, branch, h, q_idx, kv_idx, slopes):
+        return 2 * score + slopes[h] * (kv_idx - q_idx) if branch == 1 else score
+
+    def mask(q_idx, kv_idx, branch):
+        return (kv_idx <= q_idx) & (q_idx - kv_idx < 5) if branch == 0 else kv_idx != q_idx
+
+    def normalizer(score, row, branch):
+        p = ac.exp(score - row.max(score))
+        return ac.sigmoid(score) if branch == 2 else p / row.sum(p)
+
+    def reduction(weight, gate, b, q_idx, kv_idx, tilt, row, v_vec):
+        mixed = gate[b, q_idx] * weight[0] + weight[1] * tilt[kv_idx] - 0.5 * weight[2]
+        return row.sum(mixed * v_vec)
+
+    variant = ac.Variant(
+        branches=3,
+        score=score,
+        mask=mask,
+        normalizer=normalizer,
+        reduction=reduction,
+        inputs={
+            "slopes": ac.Input("h", grad=True),
+            "gate": ac.Input("b", "q_idx", grad=True),
+            "tilt": ac.Input("kv_idx", grad=True),
+        },
+    )
+
+    def oracle(q, k, v, slopes, gate, tilt):
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        s = torch.stack([x @ y.mT / 8**0.5 for x, y in zip(q.split(8, -1), k.split(8, -1), strict=True)])
+        near, other = (j <= i) & (i - j < 5), j != i
+        hidden = float("-inf")
+        first = s[0].masked_fill(~near, hidden).softmax(-1).nan_to_num(0.0)
+        second = (2 * s[1] + slopes[:, None, None] * (j - i)).masked_fill(~other, hidden).softmax(-1)
+        third = s[2].sigmoid() * other
+        return (gate[:, None, :, None] * first + second * tilt - 0.5 * third) @ v
+
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 2, n, d, generator=g) for n, d in ((41, 24), (29, 24), (29, 16)))
+    inputs = {"slopes": torch.randn(2, generator=g), "gate": torch.randn(2, 41, generator=g)}
+    agree(variant, (q, k, v), oracle, **inputs, tilt=torch.randn(29, generator=g))
+
+
+def test_inside_pytorch():
+    q, k, v, lam = (x.detach().requires_grad_() for x in tensors(2, 1, 20, 20, 8, 16, dtype=torch.float32))
+    op = ac.compile(DIFFERENTIAL)
+    torch.library.opcheck(op.torch_op(), op.torch_args(q, k, v, lam=lam))
+    with pytest.raises(UnsupportedError, match="2 branches, each with an lse of its own"):
+        op(q, k, v, lam=lam, outputs=("out", "lse"))
+    assert "share_1" in op.source(16)
+    text = op.explain(q_len=64, heads=2, d_qk=16)
+    assert "branch 1" in text
