@@ -67,9 +67,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     vectors = VECTOR * problem.costs.vectors
     if op == "mfma":
         return round(MFMA_BASE + scores + vectors + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
-    boxes = kernel in ("dkdv", "dq") and loads_boxes(
-        device, problem.dtype, problem.d_qk, problem.d_v, problem.branches
-    )
+    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v, problem.branches)
     base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
     wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
     if kernel == "dkdv" and problem.group > 1:

@@ -18,13 +18,14 @@ CHUNKED = Shape(1, 2, 2, 17, 33, 72, 80)
 @pytest.fixture
 def boxed(monkeypatch):
     """Every call that a GPU with a tensor memory accelerator would serve so; the sources of those that were."""
-    monkeypatch.setattr(engine, "loads_boxes", lambda device, dtype, d_qk, d_v: d_qk % 8 == 0 and d_v % 8 == 0)
+    hopper = device_for("sm_90")
+    monkeypatch.setattr(engine, "loads_boxes", lambda device, dtype, *dims: loads_boxes(hopper, "fp16", *dims))
     made = []
     module = engine.Engine.module
 
-    def noted(self, d_qk, d_v, interpreted=False, tma=False, *backend):
+    def noted(self, d_qk, d_v, interpreted=False, tma=False, *more):
         made.append(tma)
-        return module(self, d_qk, d_v, interpreted, tma, *backend)
+        return module(self, d_qk, d_v, interpreted, tma, *more)
 
     monkeypatch.setattr(engine.Engine, "module", noted)
     return made
@@ -91,3 +92,17 @@ def test_only_16_bit_rows_of_16_byte_multiples():
     assert not loads_boxes(h100, "fp32", 128, 128)
     assert not loads_boxes(h100, "bf16", 100, 128)
     assert not loads_boxes(device_for("a100"), "bf16", 128, 128)
+
+
+@pytest.mark.parametrize("shared_key", [False, True])
+def test_branches_have_their_own_columns(boxed, shared_key):
+    """Boxes of a branch must hold nothing of the next: with 24 columns each, the second piece would."""
+    variant = ac.Variant(
+        branches=2, mask=ac.causal, reduction=lambda weight, row, v_vec: row.sum((weight[0] - weight[1] / 2) * v_vec)
+    )
+    for dim, whole in ((16, True), (24, False)):
+        boxed.clear()
+        shape = Shape(1, 2, 1, 37, 45, dim, 32, shared_key=shared_key)
+        assert failures(verify_variant(variant, dtype=torch.float16, shapes=[shape])) == []
+        assert boxed
+        assert all(made == whole for made in boxed)
