@@ -14,7 +14,6 @@ from attncc.codegen.plan import InputGradient, Plan
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.fold import LN2, S, exp2
 from attncc.passes.stream import LSE, renamed
@@ -445,7 +444,7 @@ def pair_slots(plan: Plan, gradient: InputGradient) -> dict[str, Any]:
     }
 
 
-def summary_slots(plan: Plan, read: Read, axis: sympy.Symbol) -> dict[str, Any]:
+def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str, Any]:
     """Slots of summary.py.j2: the block minima and maxima of a 1-D integer read along an axis."""
     along = axis.name
     leaves = _leaves(plan, {})

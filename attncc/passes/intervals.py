@@ -92,28 +92,37 @@ class Truth:
         return not (self.may is sympy.true and self.must is sympy.false)
 
 
-def truth(condition: sympy.Basic, box: Box, reads: ReadBounds) -> Truth:
+#: what is said of a condition that intervals know nothing of
+Unknown = Callable[[sympy.Basic], Truth]
+
+
+def nothing_known(condition: sympy.Basic) -> Truth:
+    """It may hold, and it may not."""
+    return Truth(sympy.true, sympy.false)
+
+
+def truth(condition: sympy.Basic, box: Box, reads: ReadBounds, unknown: Unknown = nothing_known) -> Truth:
     """What a boolean expression can be over a box."""
     if condition in (sympy.true, sympy.false):
         return Truth(condition, condition)
     if isinstance(condition, sympy.And | sympy.Or):
-        parts = [truth(a, box, reads) for a in condition.args]
+        parts = [truth(a, box, reads, unknown) for a in condition.args]
         return Truth(condition.func(*(p.may for p in parts)), condition.func(*(p.must for p in parts)))
     if isinstance(condition, sympy.Not):
-        inner = truth(condition.args[0], box, reads)
+        inner = truth(condition.args[0], box, reads, unknown)
         return Truth(sympy.Not(inner.must), sympy.Not(inner.may))
     if isinstance(condition, sympy.core.relational.Relational):
-        return _relation(condition, box, reads)
-    return Truth(sympy.true, sympy.false)
+        return _relation(condition, box, reads, unknown)
+    return unknown(condition)
 
 
-def _relation(condition: sympy.core.relational.Relational, box: Box, reads: ReadBounds) -> Truth:
+def _relation(condition: sympy.core.relational.Relational, box: Box, reads: ReadBounds, unknown: Unknown) -> Truth:
     difference = condition.lhs - condition.rhs
     if not condition.free_symbols & set(box):
         return Truth(condition, condition)
     d = interval(difference, box, reads) if difference.is_integer else None
     if d is None:
-        return Truth(sympy.true, sympy.false)
+        return unknown(condition)
     lo, hi = d.lo, d.hi
     table = {
         sympy.StrictLessThan: (lo < 0, hi < 0),

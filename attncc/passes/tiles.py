@@ -3,6 +3,7 @@
 For a block of the outer axis the pairs that the mask shows lie in a few ranges of the inner axis. A mask in indices and
 scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D
 integer inputs (documents, token types) is scanned: the same interval arithmetic, on each block's minimum and maximum.
+A condition on other inputs along one axis (a gate that is not 0) is scanned as the integer that it comes to, 0 or 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.levels import Level, level
 from attncc.ir.vocabulary import Read
-from attncc.passes.intervals import Box, Interval, Truth, interval, truth
+from attncc.passes.intervals import Box, Interval, Truth, Unknown, interval, nothing_known, truth
 
 #: first and last index of the block, on the outer and on the inner axis; both ends included
 OUTER_LO, OUTER_HI = sympy.Symbol("outer_lo", integer=True), sympy.Symbol("outer_hi", integer=True)
@@ -26,14 +27,14 @@ _MAX_TERMS = 4
 
 
 class BlockMin(sympy.Function):
-    """The smallest value of a 1-D integer read over a block."""
+    """The smallest value of a 1-D integer read, or of a condition as 0 or 1, over a block."""
 
     is_integer = True
     is_extended_real = True
 
 
 class BlockMax(sympy.Function):
-    """The largest value of a 1-D integer read over a block."""
+    """The largest value of a 1-D integer read, or of a condition as 0 or 1, over a block."""
 
     is_integer = True
     is_extended_real = True
@@ -63,16 +64,16 @@ class TilePlan:
     """The tiles of one block of the outer axis.
 
     segments: at most a few ranges, whose union holds every visible pair; scan: conditions on one tile's box, over the
-    block minima and maxima of `summaries` (reads along the inner axis) and of `outer_reads`; exact: no segment is a
-    mere hull.
+    block minima and maxima of `summaries` (reads and conditions along the inner axis) and of `outer_reads`; exact: no
+    segment is a mere hull.
     """
 
     inner: sympy.Symbol
     outer: sympy.Symbol
     segments: tuple[Segment, ...]
     scan: Truth | None
-    summaries: tuple[Read, ...]
-    outer_reads: tuple[Read, ...]
+    summaries: tuple[sympy.Expr, ...]
+    outer_reads: tuple[sympy.Expr, ...]
 
 
 def tile_plan_of(masks: Sequence[sympy.Basic], inner: sympy.Symbol) -> TilePlan:
@@ -95,13 +96,13 @@ def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
     else:
         segments = tuple(_segment(term, inner, outer, length, box) for term in terms)
     full_box = {**box, inner: Interval(INNER_LO, INNER_HI)}
-    scan: Truth | None = truth(mask, full_box, _block_bounds(outer, inner))
+    scan: Truth | None = truth(mask, full_box, _block_bounds(outer, inner), _block_truth(outer, inner))
     summaries = _reads_along(scan, inner) if scan else ()
     if not summaries:
         scan = None  # closed forms say all that interval arithmetic could
     if scan is not None and len(segments) > 1:
         segments = (_hull(segments, length),)
-    outer_reads: dict[Read, None] = {}
+    outer_reads: dict[sympy.Expr, None] = {}
     for expr in [*(e for s in segments for e in _expressions(s)), *((scan.may, scan.must) if scan else ())]:
         for function in sorted(expr.atoms(BlockMin, BlockMax), key=str):
             if outer in function.args[0].free_symbols:
@@ -121,8 +122,8 @@ def _hull(segments: tuple[Segment, ...], length: sympy.Expr) -> Segment:
     return Segment(Range(lo, hi), None, sympy.true, sympy.false)
 
 
-def _reads_along(scan: Truth, axis: sympy.Symbol) -> tuple[Read, ...]:
-    found: dict[Read, None] = {}
+def _reads_along(scan: Truth, axis: sympy.Symbol) -> tuple[sympy.Expr, ...]:
+    found: dict[sympy.Expr, None] = {}
     for expr in (scan.may, scan.must):
         for function in sorted(expr.atoms(BlockMin, BlockMax), key=str):
             if axis in function.args[0].free_symbols:
@@ -140,6 +141,19 @@ def _block_bounds(*axes: sympy.Symbol) -> Callable[[Read], Interval | None]:
         return Interval(BlockMin(read), BlockMax(read))
 
     return bounds
+
+
+def _block_truth(*axes: sympy.Symbol) -> Unknown:
+    """What a condition is over a block, where it reads inputs along one axis: does it hold somewhere, everywhere?"""
+
+    def known(condition: sympy.Basic) -> Truth:
+        along = condition.free_symbols & {sym.Q_IDX, sym.KV_IDX}
+        if len(along) != 1 or not along <= set(axes) or not condition.atoms(Read):
+            return nothing_known(condition)
+        value = voc.to_int(condition)
+        return Truth(BlockMax(value) > 0, BlockMin(value) > 0)
+
+    return known
 
 
 def _disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
@@ -185,7 +199,7 @@ def _segment(
     reads = _block_bounds(outer)
     for atom in atoms:
         if inner not in atom.free_symbols:
-            known = truth(atom, box, reads)
+            known = truth(atom, box, reads, _block_truth(outer))
             may.append(known.may)
             must.append(known.must)
             continue

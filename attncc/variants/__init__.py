@@ -29,6 +29,8 @@ _NAMES = (
     "taylor",
     "cog",
     "qk_temperature",
+    "head_gates",
+    "differential",
 )
 
 

@@ -70,6 +70,15 @@ SHIPPED = {
         f"[stages]\nscore = 'score * tau[b, h, q_idx]'\n{CAUSAL}\n"
         '[inputs]\ntau = { index = ["b", "h", "q_idx"], grad = true }'
     ),
+    "head_gates": (
+        f"[stages]\nmask = 'kv_idx <= {POSITION} and gate[b, h, q_idx] != 0'\n"
+        "reduction = 'gate[b, h, q_idx] * row.sum(weight * v_vec)'\n"
+        '[inputs]\ngate = { index = ["b", "h", "q_idx"], grad = true }'
+    ),
+    "differential": (
+        f"branches = 2\n[stages]\n{CAUSAL}\nreduction = 'row.sum((weight[0] - lam[h] * weight[1]) * v_vec)'\n"
+        f"[inputs]\nlam = {H_GRAD}"
+    ),
 }
 AWKWARD = [
     (

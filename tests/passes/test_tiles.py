@@ -44,6 +44,7 @@ EXACT = {
     "some heads see all": lambda h, q_idx, kv_idx: (h == 1) | (q_idx >= kv_idx),
     "every second key": lambda q_idx, kv_idx: 2 * kv_idx <= q_idx,
     "each key twice": lambda q_idx, kv_idx: kv_idx <= 2 * q_idx + 1,
+    "open gates": lambda b, h, q_idx, gate: gate[b, h, q_idx] != 0,
 }
 SOUND = {
     "block diagonal": ac.block_diagonal(5),
@@ -60,13 +61,21 @@ SOUND = {
     "types of tokens": lambda b, q_idx, kv_idx, doc: (doc[b, kv_idx] >= 2) & (doc[b, q_idx] < 4) | (kv_idx <= q_idx),
     "many terms": ac.window(1, 1) | ac.prefix(2) | ac.block_diagonal(4) | ac.dilated(5) | (lambda kv_idx: kv_idx == 11),
     "product": lambda q_idx, kv_idx: q_idx * kv_idx < 30,
+    "causal and open": lambda b, h, q_idx, kv_idx, gate: (kv_idx <= q_idx) & (gate[b, h, q_idx] > 0.5),
+    "keys or queries": lambda b, h, q_idx, kv_idx, gate: (gate[b, 0, kv_idx] != 0) | ~(gate[b, h, q_idx] == 0),
+    "as many": lambda b, h, q_idx, kv_idx, gate: gate[b, 0, kv_idx] == gate[b, h, q_idx],
 }
 DOC = {"doc": ac.Input("b", "kv_idx", dtype="int")}
+GATE = {"gate": ac.Input("b", "h", "q_idx")}
+INPUTS = {
+    "types of tokens": DOC,
+    **dict.fromkeys(("open gates", "causal and open", "keys or queries", "as many"), GATE),
+}
 MASKS = EXACT | SOUND
 
 
 def graph_of(name: str) -> VariantGraph:
-    return ac.Variant(mask=MASKS[name], inputs=DOC if name == "types of tokens" else {}).graph
+    return ac.Variant(mask=MASKS[name], inputs=INPUTS.get(name, {})).graph
 
 
 def environment(q_len: int, kv_len: int, b: int, h: int) -> dict[str, Any]:
@@ -75,6 +84,7 @@ def environment(q_len: int, kv_len: int, b: int, h: int) -> dict[str, Any]:
     doc = np.sort(generator.integers(0, 6, (BATCH, kv_len)), -1)
     doc[1] = generator.permutation(doc[1])
     lengths = np.array([3, 8])
+    gate = generator.random((BATCH, HEADS, 32)) * (np.arange(32) // 4 % 3 > 0)
     return {
         "q_len": q_len,
         "kv_len": kv_len,
@@ -84,6 +94,7 @@ def environment(q_len: int, kv_len: int, b: int, h: int) -> dict[str, Any]:
         "h_kv": h,
         "doc": doc,
         "lengths": lengths,
+        "gate": gate,
     }
 
 
@@ -163,7 +174,7 @@ def test_documents_in_order_skip_what_they_do_not_share():
     assert sum(full for _, full in tiles) == 3
 
 
-READLESS = [name for name in EXACT if name not in ("prefix by batch", "padding and window")]
+READLESS = [name for name in EXACT if name not in ("prefix by batch", "padding and window", "open gates")]
 
 
 @pytest.mark.parametrize("inner", [sym.KV_IDX, sym.Q_IDX], ids=str)

@@ -61,6 +61,8 @@ def test_inputs_and_defaults():
         "dense_bias": {"bias": ("b", "h", "q_idx", "kv_idx")},
         "sink": {"sink": ("h",)},
         "qk_temperature": {"tau": ("b", "h", "q_idx")},
+        "head_gates": {"gate": ("b", "h", "q_idx")},
+        "differential": {"lam": ("h",)},
     }
 
 

@@ -1,0 +1,124 @@
+"""Variants of the reduction stage against plain PyTorch, written by hand: outputs and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import attncc as ac
+
+
+def rep(x, heads):
+    return x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def causal(m, n):
+    return torch.ones(m, n, dtype=torch.bool).tril(n - m)
+
+
+def softmax(scores, shown):
+    """Over the shown keys; a row without any is all 0."""
+    p = scores.masked_fill(~shown, float("-inf")).softmax(-1)
+    return torch.where(shown.any(-1, keepdim=True), p, 0.0)
+
+
+def score(q, k):
+    return q @ rep(k, q.shape[1]).mT * q.shape[-1] ** -0.5
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def agree(variant, oracle, arguments, dtype=torch.float32, tolerance=2e-5, **inputs):
+    """The op, in `dtype`, against a function of plain PyTorch in float64: its result and every gradient."""
+    leaves = [x.to(dtype).requires_grad_() for x in arguments]
+    own = {n: x.float().requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact_own = {n: x.detach().double().requires_grad_() if x.is_floating_point() else x for n, x in own.items()}
+    got, want = ac.compile(variant)(*leaves, **own), oracle(*exact, **exact_own)
+    assert got.dtype == dtype
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+    cotangent = draw(*want.shape, seed=9).to(dtype)
+    names = [n for n, x in own.items() if x.is_floating_point()]
+    found = torch.autograd.grad(got, (*leaves, *(own[n] for n in names)), cotangent)
+    wanted = torch.autograd.grad(want, (*exact, *(exact_own[n] for n in names)), cotangent.double())
+    for name, a, b in zip(("q", "k", "v", *names), found, wanted, strict=True):
+        largest = b.abs().max().clamp_min(1)
+        torch.testing.assert_close(
+            a.double() / largest, b / largest, rtol=0, atol=5 * tolerance, msg=lambda m, n=name: f"d{n}: {m}"
+        )
+
+
+HALF = {"dtype": torch.float16, "tolerance": 2e-3}
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "m", "n", "options"), [(4, 2, 37, 53, {}), (2, 2, 70, 41, {}), (4, 1, 45, 45, HALF)]
+)
+def test_gates_of_heads(heads, kv_heads, m, n, options):
+    """Top-2 routing, token by token: closed gates, in single rows and in whole blocks, take no part and get no
+    gradient. The oracle routes as its authors do, so that their zeros are constants there, too."""
+    arguments = draw(2, heads, m, 16), draw(2, kv_heads, n, 16, seed=1), draw(2, kv_heads, n, 24, seed=2)
+    gate = draw(2, heads, m, seed=3).abs() + 0.5
+    chosen = torch.zeros_like(gate, dtype=torch.bool).scatter(1, draw(2, heads, m, seed=4).topk(2, 1).indices, True)
+    chosen[:, 0] = torch.arange(m) >= 36  # a whole block of closed gates, then an open one
+
+    def oracle(q, k, v, gate):
+        out = softmax(score(q, k), causal(m, n)) @ rep(v, heads)
+        return torch.where(chosen, gate, 0.0)[..., None] * out
+
+    agree(ac.variants.get("head_gates"), oracle, arguments, gate=torch.where(chosen, gate, 0.0), **options)
+
+
+def test_one_gate_a_sequence():
+    """The mixture of h - 1 heads: sum_j h/(h-1) (1 - g_j) H_j, with one expert left out entirely."""
+    arguments = [draw(2, 3, 20, 8, seed=i) for i in range(3)]
+    share = draw(2, 3, 1, seed=4).softmax(1)
+    share[0] = torch.tensor([[0.0], [1.0], [0.0]])
+
+    def oracle(q, k, v, gate):
+        return (gate * (gate != 0))[..., None] * (softmax(score(q, k), causal(20, 20)) @ v)
+
+    agree(ac.variants.get("head_gates"), oracle, arguments, gate=1.5 * (1 - share))
+
+
+def test_blocks_with_closed_gates_are_skipped():
+    """Their keys are not even read: NaN in them does not reach the result, and gradients stay finite."""
+    q, k, v = (draw(1, 2, 128, 16, seed=i).float() for i in range(3))
+    gate = torch.ones(1, 2, 128)
+    gate[:, 1] = 0.0
+    v[:, 1] = k[:, 1] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v, gate)]
+    out = ac.compile("head_gates")(*leaves[:3], gate=leaves[3])
+    assert out.isfinite().all()
+    assert (out[:, 1] == 0).all()
+    for gradient in torch.autograd.grad(out.sum(), leaves):
+        assert (gradient[:, 1] == 0).all()
+
+
+def test_shared_differential_projections():
+    """Shared DIFF: one matrix for both maps and one of low rank for each, the head norm behind the op."""
+    heads, d, length, width = 2, 8, 21, 32
+    x, lam = draw(1, length, width).requires_grad_(), draw(heads, seed=1).requires_grad_()
+    common = [draw(width, heads * d, seed=i) for i in (2, 3)]
+    low = [(draw(2, width, 2, seed=i), draw(2, 2, heads * d, seed=i + 1)) for i in (4, 6)]
+    w_v, gamma, lam_init = draw(width, heads * 2 * d, seed=8), draw(2 * d, seed=9), 0.2
+    maps = [torch.stack([x @ w + (x @ a[r]) @ b[r] for r in (0, 1)]) for w, (a, b) in zip(common, low, strict=True)]
+    q, k = (m.unflatten(-1, (heads, d)).permute(1, 3, 2, 0, 4).flatten(3) for m in maps)  # (B, H, L, 2 * d)
+    v = (x @ w_v).unflatten(-1, (heads, 2 * d)).transpose(1, 2)
+
+    def finished(out):
+        return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-5) * gamma * (1 - lam_init)
+
+    op = ac.compile("differential")
+    got = finished(op(q.float(), k.float(), v.float(), lam=lam.float()).double())
+    p = [softmax(score(a, b), causal(length, length)) for a, b in zip(q.split(d, -1), k.split(d, -1), strict=True)]
+    want = finished((p[0] - lam[:, None, None] * p[1]) @ v)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    cotangent = draw(*want.shape, seed=12)
+    for a, b in zip(
+        *(torch.autograd.grad(y, (x, lam), cotangent, retain_graph=True) for y in (got, want)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
