@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from attncc.errors import AttnccError, InputError, ScheduleError, SpecError, UnsupportedError
 from attncc.language.functions import absolute as abs
 from attncc.language.functions import (
+    bit_and,
+    bit_or,
+    bit_xor,
     cos,
     erf,
     exp,
@@ -48,6 +51,7 @@ from attncc.language.variant import Input, Scalar, Variant
 
 if TYPE_CHECKING:
     from attncc import variants
+    from attncc.language.flex.front import from_flex
     from attncc.runtime.op import AttentionOp, compile
     from attncc.runtime.reference import reference
     from attncc.schedule.problem import KernelSchedule, Schedule
@@ -58,6 +62,7 @@ _LAZY = {
     "compile": ("attncc.runtime.op", "compile"),
     "KernelSchedule": ("attncc.schedule.problem", "KernelSchedule"),
     "Schedule": ("attncc.schedule.problem", "Schedule"),
+    "from_flex": ("attncc.language.flex.front", "from_flex"),
     "reference": ("attncc.runtime.reference", "reference"),
     "variants": ("attncc.variants", None),
 }
@@ -88,6 +93,9 @@ __all__ = [
     "alibi",
     "alibi_slopes",
     "bias",
+    "bit_and",
+    "bit_or",
+    "bit_xor",
     "block_diagonal",
     "causal",
     "cog",
@@ -99,6 +107,7 @@ __all__ = [
     "exp",
     "exp2",
     "floor",
+    "from_flex",
     "full",
     "gelu",
     "load_toml",

@@ -9,17 +9,31 @@ from sympy.printing.str import StrPrinter
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
-from attncc.ir.graph import LOOP_DIMS
+from attncc.ir.graph import LOOP_DIMS, InputDecl, VariantGraph
+from attncc.ir.vocabulary import Read
 
 
 class TorchIndexPrinter(StrPrinter):
     """Integer expressions over broadcastable int64 tensors."""
+
+    def __init__(self, graph: VariantGraph):
+        super().__init__({"order": None})
+        self._graph = graph
 
     def _print_floordiv(self, expr: Any) -> str:
         return f"(({self._print(expr.args[0])}) // ({self._print(expr.args[1])}))"
 
     def _print_mod(self, expr: Any) -> str:
         return f"(({self._print(expr.args[0])}) % ({self._print(expr.args[1])}))"
+
+    def _print_bit_and(self, expr: Any) -> str:
+        return f"(({self._print(expr.args[0])}) & ({self._print(expr.args[1])}))"
+
+    def _print_bit_or(self, expr: Any) -> str:
+        return f"(({self._print(expr.args[0])}) | ({self._print(expr.args[1])}))"
+
+    def _print_bit_xor(self, expr: Any) -> str:
+        return f"(({self._print(expr.args[0])}) ^ ({self._print(expr.args[1])}))"
 
     def _tensor(self, expr: Any) -> str:
         return f"torch.as_tensor({self._print(expr)})"
@@ -62,8 +76,10 @@ class TorchIndexPrinter(StrPrinter):
         return "(" + " | ".join(self._print(a) for a in sorted(expr.args, key=str)) + ")"
 
     def _print_Read(self, expr: Any) -> str:
+        if not expr.index:
+            return str(expr.input)
         index = ", ".join(self._print(i) for i in expr.index)
-        return f"{expr.input}[{index}]"
+        return f"_at({expr.input}, {_broadcast(self._graph.input(expr.input), expr)!r}, {index})"
 
     def emptyPrinter(self, expr: Any) -> str:
         raise UnsupportedError(f"{type(expr).__name__} in an index whose input wants a gradient: not derived yet")
@@ -72,7 +88,10 @@ class TorchIndexPrinter(StrPrinter):
         return self.emptyPrinter(expr)
 
 
-_printer = TorchIndexPrinter({"order": None})
+def _broadcast(decl: InputDecl, read: Read) -> tuple[bool, ...]:
+    """Of which dimensions a size of 1 means that all indices share it: those declared as the loop that indexes them."""
+    return tuple(i.is_Symbol and i.name == dim for dim, i in zip(decl.pattern, read.index, strict=True))
+
 
 #: dimensions of the reduced values, by the kind of reduction
 _DIMS = {
@@ -82,6 +101,11 @@ _DIMS = {
     "tile": ("b", "h", "q_idx", "kv_idx"),
     "band": ("b", "h", "distance"),
 }
+
+
+def nested_reads(plan: Plan) -> bool:
+    """Is an input with a gradient indexed by what is read from another one?"""
+    return any(i.atoms(Read) for g in plan.gradients for i in g.read.index)
 
 
 def collect_lines(plan: Plan) -> list[str]:
@@ -119,10 +143,12 @@ def _collect(plan: Plan, gradient: InputGradient, first: bool) -> list[str]:
     lines.append(f"    dims = {dims!r}")
     if not all(names) or len(set(names)) != len(names):
         lines += _index_tensors(read, dims)
-    index_text = ", ".join(_printer.doprint(i) for i in read.index)
+    printer = TorchIndexPrinter(plan.graph)
+    index_text = ", ".join(printer.doprint(i) for i in read.index)
     comma = "," if len(read.index) == 1 else ""
     index = f"lambda: ({index_text}{comma})" if not all(names) or len(set(names)) != len(names) else "None"
-    call = f"_collect({name}, dims, {read.input}, {tuple(names)!r}, {index})"
+    shared = _broadcast(plan.graph.input(read.input), read)
+    call = f"_collect({name}, dims, {read.input}, {tuple(names)!r}, {shared!r}, {index})"
     target = f"grad_{read.input}"
     lines.append(f"    {target} = {call}" if first else f"    {target} = {target} + {call}")
     return lines

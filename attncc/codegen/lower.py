@@ -362,6 +362,15 @@ class Lowering:
     def _mod(self, expr: Any, level: Level) -> str:
         return self._integer("%", "_floor_mod", expr, level)
 
+    def _bit_and(self, expr: Any, level: Level) -> str:
+        return f"({self._operand(expr.args[0], level, False)} & {self._operand(expr.args[1], level, False)})"
+
+    def _bit_or(self, expr: Any, level: Level) -> str:
+        return f"({self._operand(expr.args[0], level, False)} | {self._operand(expr.args[1], level, False)})"
+
+    def _bit_xor(self, expr: Any, level: Level) -> str:
+        return f"({self._operand(expr.args[0], level, False)} ^ {self._operand(expr.args[1], level, False)})"
+
     def _integer(self, operator: str, helper: str, expr: Any, level: Level) -> str:
         """Triton's // and % truncate; they are Python's only where nothing is negative."""
         a, b = expr.args
@@ -391,7 +400,10 @@ class Lowering:
         pointer = " + ".join([decl.name.upper() + "_PTR", *offsets])
         mask = f", mask={' & '.join(guards)}, other=0" if guards else ""
         load = f"tl.load({pointer}{mask})"
-        return load if decl.dtype == "int" else f"{load}.to(tl.float32)"
+        if decl.dtype == "int":
+            self.helpers.add("_integer")
+            return f"_integer({load})"
+        return f"{load}.to(tl.float32)"
 
     def _And(self, expr: Any, level: Level) -> str:
         return "(" + " & ".join(self._condition(a, level) for a in sorted(expr.args, key=str)) + ")"
@@ -482,6 +494,9 @@ _HINTS = {
     voc.where: "choice",
     voc.floordiv: "quotient",
     voc.mod: "remainder",
+    voc.bit_and: "bits",
+    voc.bit_or: "bits",
+    voc.bit_xor: "bits",
     sympy.log: "log",
 }
 

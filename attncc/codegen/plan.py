@@ -16,7 +16,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.vocabulary import Read
-from attncc.passes.differentiate import DELTA, Backward, differentiate
+from attncc.passes.differentiate import DELTA, Backward, by_distance, differentiate
 from attncc.passes.fold import Folded, S, fold
 from attncc.passes.stream import LSE, Online, renamed, stream
 from attncc.passes.tiles import TilePlan, tile_plan_of
@@ -168,29 +168,6 @@ def _kind(read: Read) -> str:
         return "row"
     if not along_q:
         return "col"
-    if _by_distance(read):
+    if by_distance(read):
         return "band"
-    if _one_dimension_each(read):
-        return "tile"
-    raise UnsupportedError(
-        f"the gradient of '{read.input}' is not derived: its index depends on the query and the key together",
-        stage="score",
-        remedy="index it by (q_idx, kv_idx) as two dimensions, or by a function of kv_idx - q_idx alone",
-    )
-
-
-def _by_distance(read: Read) -> bool:
-    """Does every index depend on q_idx and kv_idx through their difference only?"""
-    moved = {sym.Q_IDX: sym.Q_IDX + 1, sym.KV_IDX: sym.KV_IDX + 1}
-    return all(_settled(i.subs(moved, simultaneous=True)) == _settled(i) for i in read.index)
-
-
-def _settled(index: sympy.Expr) -> sympy.Expr:
-    return index.func(*(_settled(a) for a in index.args)).expand() if index.args else index
-
-
-def _one_dimension_each(read: Read) -> bool:
-    return all(isinstance(i, sympy.Symbol) or not i.free_symbols & {sym.Q_IDX, sym.KV_IDX} for i in read.index) and {
-        sym.Q_IDX,
-        sym.KV_IDX,
-    } <= set(read.index)
+    return "tile"

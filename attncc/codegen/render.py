@@ -12,7 +12,7 @@ import jinja2
 
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.hopper import hopper_forward_slots
-from attncc.codegen.indices import collect_lines
+from attncc.codegen.indices import collect_lines, nested_reads
 from attncc.codegen.kernels import (
     Chunk,
     bounds_slots,
@@ -23,6 +23,7 @@ from attncc.codegen.kernels import (
     pair_slots,
     summary_slots,
 )
+from attncc.codegen.names import coded
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import in_gluon
 from attncc.ir import symbols as sym
@@ -59,6 +60,8 @@ def render(
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
     language of the forward kernel. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q share it.
     """
+    users = plan
+    plan, called = coded(plan)
     graph, hopper = plan.graph, forward_in == "gluon"
     d_k = d_qk if d_k is None else d_k
     qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk)
@@ -86,13 +89,14 @@ def render(
         "input_args": "".join(f"*_addressing({d.name}), " for d in graph.inputs)
         + "".join(f"{s.name}, " for s in graph.scalars),
         "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
+        "renamed": {user: own for own, user in called.items() if own != user},
     }
     f = hopper_forward_slots(plan, d_qk, d_v) if hopper else forward_slots(plan)
     helpers = set(f["helpers"])
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"])
     forward = "hopper_forward.py.j2" if hopper else "forward.py.j2"
     kernels: list[tuple[str, dict[str, Any]]] = [(forward, {"f": f})]
-    host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "pair": {}}
+    host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "pair": {}, "nested_reads": False}
     if backward:
         kv, dq = dkdv_slots(plan), dq_slots(plan)
         pair = {g.number: pair_slots(plan, g) for g in plan.gradients if g.kind in ("tile", "band")}
@@ -114,6 +118,7 @@ def render(
             gradients=plan.gradients,
             saved=plan.saved,
             collects=collect_lines(plan),
+            nested_reads=nested_reads(plan),
         )
     scans = []
     for u in bounds:
@@ -122,7 +127,7 @@ def render(
             scans.append(("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
         scans.append(("bounds.py.j2", {"u": u["slots"], "name": f"{u['name']}_kernel"}))
     kernels = scans + kernels
-    parts = [_header(plan, d_qk, d_v, context["tma"]), _render("helpers.py.j2", context, helpers=helpers)]
+    parts = [_header(users, d_qk, d_v, context["tma"]), _render("helpers.py.j2", context, helpers=helpers)]
     if hopper:
         parts.append(_render("gluon_helpers.py.j2", context))
         parts.append(in_gluon(_render("helpers.py.j2", context, helpers=f["helpers"])))

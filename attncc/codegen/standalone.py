@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from attncc.codegen.launch import schedule_meta
+from attncc.codegen.names import coded
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import environment, render
 from attncc.schedule.device import Device, loads_boxes
@@ -15,7 +16,7 @@ from attncc.schedule.problem import Dtype, Schedule
 
 def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype, device: Device) -> str:
     """The file's text. It exports `attention(q, k, v, *, <inputs>, scale=None, return_lse=False)`."""
-    graph = plan.graph
+    graph = coded(plan)[0].graph
     backward = plan.has_backward is None
     tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches)
     context: dict[str, Any] = {

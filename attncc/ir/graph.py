@@ -35,13 +35,17 @@ LOOP_DIMS = ("b", "h", "h_kv", "q_idx", "kv_idx")
 
 @dataclass(frozen=True)
 class InputDecl:
-    """A tensor that a formula reads. `pattern` names its dimensions: loop indices (sizes are checked) or free names."""
+    """A tensor that a formula reads. `pattern` names its dimensions: loop indices (sizes are checked) or free names.
+
+    `captured`: the default is a tensor of the user's own, which gets its gradient as if it were passed.
+    """
 
     name: str
     pattern: tuple[str, ...]
     dtype: str = "float"
     grad: bool = False
     default: Callable[[dict[str, int]], Any] | None = field(default=None, compare=False)
+    captured: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

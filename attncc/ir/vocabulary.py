@@ -8,7 +8,9 @@ are the numerically stable rules written here, never those of an expanded form.
 from __future__ import annotations
 
 import math
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import sympy
 from sympy.core.relational import Relational
@@ -179,6 +181,9 @@ class maximum(Op):
     def eval(cls, a: Any, b: Any) -> Any:
         return max(a, b) if a.is_Integer and b.is_Integer else None
 
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if any(a.is_nonnegative for a in self.args) else None
+
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args
         return where(a > b, 1, 0) if argindex == 1 else where(a > b, 0, 1)
@@ -193,6 +198,9 @@ class minimum(Op):
     @classmethod
     def eval(cls, a: Any, b: Any) -> Any:
         return min(a, b) if a.is_Integer and b.is_Integer else None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if all(a.is_nonnegative for a in self.args) else None
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args
@@ -213,6 +221,9 @@ class where(Op):
         if condition is sympy.false:
             return b
         return a if a == b else None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if all(a.is_nonnegative for a in self.args[1:]) else None
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         return where(self.args[0], 1, 0) if argindex == 2 else where(self.args[0], 0, 1)
@@ -254,6 +265,43 @@ class mod(Op):
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         return sympy.S.Zero
+
+
+class _Bitwise(Op):
+    """A bitwise operation on integers in two's complement, as Python's operators are."""
+
+    nargs = 2
+    result = "int"
+
+    operate: ClassVar[Callable[[int, int], int]]
+
+    @classmethod
+    def eval(cls, a: Any, b: Any) -> Any:
+        return sympy.Integer(cls.operate(int(a), int(b))) if a.is_Integer and b.is_Integer else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class bit_and(_Bitwise):
+    operate = operator.and_
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if any(a.is_nonnegative for a in self.args) else None
+
+
+class bit_or(_Bitwise):
+    operate = operator.or_
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if all(a.is_nonnegative for a in self.args) else None
+
+
+class bit_xor(_Bitwise):
+    operate = operator.xor
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        return True if all(a.is_nonnegative for a in self.args) else None
 
 
 class to_int(Op):
@@ -322,6 +370,9 @@ FUNCTIONS: dict[str, type[sympy.Function]] = {
     "maximum": maximum,
     "minimum": minimum,
     "where": where,
+    "bit_and": bit_and,
+    "bit_or": bit_or,
+    "bit_xor": bit_xor,
     "int": to_int,
     "float": to_float,
 }

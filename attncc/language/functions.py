@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "maximum": max,
     "minimum": min,
+    "bit_and": operator.and_,
+    "bit_or": operator.or_,
+    "bit_xor": operator.xor,
     "int": int,
     "float": float,
 }
@@ -59,6 +63,9 @@ floor = _function("floor", "The largest integer not above x, as an integer.")
 maximum = _function("maximum", "The larger of two; at a tie the gradient goes to the second.")
 minimum = _function("minimum", "The smaller of two; at a tie the gradient goes to the second.")
 where = _function("where", "where(condition, a, b): a where the condition holds, else b.")
+bit_and = _function("bit_and", "The bitwise and of two integers.")
+bit_or = _function("bit_or", "The bitwise or of two integers.")
+bit_xor = _function("bit_xor", "The bitwise exclusive or of two integers.")
 to_int = _function("int", "Truncation towards zero; a boolean becomes 0 or 1.")
 to_float = _function("float", "An index or a boolean as a number.")
 
@@ -100,6 +107,9 @@ TABLE: dict[str, Callable[..., Any]] = {
     "maximum": maximum,
     "minimum": minimum,
     "where": where,
+    "bit_and": bit_and,
+    "bit_or": bit_or,
+    "bit_xor": bit_xor,
     "int": to_int,
     "float": to_float,
 }

@@ -12,7 +12,12 @@ from typing import Any
 
 from attncc.errors import Span
 
-_OWN = ("attncc.language.", "attncc.ir.", "sympy.")
+_OWN = ("attncc.language.", "attncc.ir.", "sympy.", "torch.")
+
+
+def outside_language(module: str) -> bool:
+    """Is code of this module a user's, and not the language's own or a library's that it calls?"""
+    return not f"{module}.".startswith(_OWN)
 
 
 def char_offset(text: str, offset: int) -> int:
@@ -25,7 +30,7 @@ def traceback_span(error: BaseException) -> Span | None:
     found = None
     tb = error.__traceback__
     while tb is not None:
-        if not tb.tb_frame.f_globals.get("__name__", "").startswith(_OWN):
+        if outside_language(tb.tb_frame.f_globals.get("__name__", "")):
             found = tb
         tb = tb.tb_next
     if found is None:

@@ -90,10 +90,18 @@ def _split(name: str) -> tuple[str, int]:
 
 def check_name(name: str) -> None:
     """Raise SpecError unless `name` can name an input or a scalar."""
+    reason = cannot_name(name)
+    if reason is not None:
+        raise reason
+
+
+def cannot_name(name: str) -> SpecError | None:
+    """Why `name` can name no input and no scalar, or None where it can."""
     if name in _RESERVED or name in functions.TABLE:
-        raise SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
+        return SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
     if not name.isidentifier() or keyword.iskeyword(name) or re.fullmatch(_STAGE_NAME, name):
-        raise SpecError(f"'{name}' cannot name an input", remedy="use an identifier that no stage defines")
+        return SpecError(f"'{name}' cannot name an input", remedy="use an identifier that no stage defines")
+    return None
 
 
 def _canonical(rows: list[Stage], weight: sympy.Expr) -> tuple[list[Stage], sympy.Expr]:

@@ -28,6 +28,10 @@ _LARGEST = 2**63
 _LARGEST_POWER = 64
 
 
+_BITWISE = ("bit_and", "bit_or", "bit_xor")
+_TWO_ARGUMENTS = ("maximum", "minimum", *_BITWISE)
+
+
 def fail(reason: str, remedy: str | None = None) -> NoReturn:
     raise SpecError(reason, remedy=remedy)
 
@@ -326,7 +330,7 @@ def constant_power(base: int | float, exponent: int | float) -> int | float:
 
 def arity(name: str) -> int:
     """How many arguments a function of the vocabulary takes."""
-    return {"maximum": 2, "minimum": 2, "where": 3}.get(name, 1)
+    return {"where": 3}.get(name, 2 if name in _TWO_ARGUMENTS else 1)
 
 
 def apply(name: str, *args: Any) -> Value:
@@ -344,6 +348,8 @@ def apply(name: str, *args: Any) -> Value:
     exprs = [number(a) for a in args]
     if any(e.has(V_VEC) for e in exprs):
         fail(f"{name}(v_vec): the output must be linear in v_vec", "write row.sum(weight * v_vec)")
+    if name in _BITWISE and not all(e.is_integer for e in exprs):
+        fail(f"{name} is for indices and integers", "wrap a number in int(...) or floor(...)")
     result = cls(*exprs)
     # exp(1) and log(3) are numbers; algebra would keep them as E and log(3)
     return Value(sympy.Float(float(result)) if name in ("exp", "log") and result.is_number else result)

@@ -168,11 +168,20 @@ def _function(expr: Any, known: Mapping[sympy.Symbol, Extent]) -> Extent:
         return Extent(0, args[1].hi - 1)
     if isinstance(expr, voc.floordiv) and args[1].lo > 0:
         return Extent(min(args[0].lo, 0), max(args[0].hi, 0))  # division by at least 1 moves towards 0
+    if isinstance(expr, voc.bit_and | voc.bit_or | voc.bit_xor):
+        return _bitwise(expr, *args)
     if isinstance(expr, sympy.log):
         return Extent(
             math.log(args[0].lo) if args[0].lo > 0 else -INF, math.log(args[0].hi) if 0 < args[0].hi < INF else INF
         )
     return ANY
+
+
+def _bitwise(expr: Any, a: Extent, b: Extent) -> Extent:
+    least = [x.hi for x in (a, b) if x.lo >= 0]
+    if isinstance(expr, voc.bit_and):
+        return Extent(0, min(least)) if least else ANY
+    return Extent(0, a.hi + b.hi) if len(least) == 2 else ANY
 
 
 def _exp(x: float) -> float:

@@ -224,3 +224,13 @@ def _with_sums(online: Online) -> _Normal:
     pairs = tuple((r.term, sympy.cancel(log_scale.diff(r.symbol))) for r in online.sums)
     reads = tuple((r, sympy.cancel(_diff(log_scale, r))) for r in reads_of(online.scale))
     return _Normal(saved, online.numerator.term, online.scale, pairs, reads)
+
+
+def by_distance(read: Read) -> bool:
+    """Does every index depend on q_idx and kv_idx through their difference only?"""
+    moved = {sym.Q_IDX: sym.Q_IDX + 1, sym.KV_IDX: sym.KV_IDX + 1}
+    return all(_settled(i.subs(moved, simultaneous=True)) == _settled(i) for i in read.index)
+
+
+def _settled(index: sympy.Expr) -> sympy.Expr:
+    return index.func(*(_settled(a) for a in index.args)).expand() if index.args else index

@@ -66,6 +66,8 @@ def interval(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
         if a is None or b is None:
             return None
         return Interval(type(expr)(a.lo, b.lo), type(expr)(a.hi, b.hi))
+    if isinstance(expr, voc.bit_and | voc.bit_or | voc.bit_xor):
+        return _bitwise(expr, box, reads)
     if isinstance(expr, voc.where):
         a, b = (interval(x, box, reads) for x in expr.args[1:])
         if a is None or b is None:
@@ -77,6 +79,21 @@ def interval(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
             return None
         return Interval(sympy.S.Zero, voc.maximum(-inner.lo, inner.hi))
     return None
+
+
+def _bitwise(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
+    """Of numbers that are not negative: `&` is at most either of them, `|` and `^` are at most their sum."""
+    if isinstance(expr, voc.bit_and):
+        masks = [a for a in expr.args if a.is_Integer and a >= 0]
+        if masks:
+            return Interval(sympy.S.Zero, masks[0])
+    a, b = (interval(x, box, reads) for x in expr.args)
+    if a is None or b is None or not all(x.is_nonnegative for x in expr.args):
+        return None
+    if isinstance(expr, voc.bit_and):
+        return Interval(sympy.S.Zero, voc.minimum(a.hi, b.hi))
+    lo = voc.maximum(a.lo, b.lo) if isinstance(expr, voc.bit_or) else sympy.S.Zero
+    return Interval(lo, a.hi + b.hi)
 
 
 @dataclass(frozen=True)

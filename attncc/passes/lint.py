@@ -17,7 +17,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.text import formula
 from attncc.passes.bounds import INF, Extent, extent, numbers
-from attncc.passes.differentiate import differentiate
+from attncc.passes.differentiate import by_distance, differentiate
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
 from attncc.passes.trials import hidden_row, reads_outside
@@ -204,6 +204,27 @@ def derivations(graph: VariantGraph) -> Iterator[Finding]:
         yield Finding("warning", f"there is no backward: {error.reason}", error.stage, error.span, error.remedy)
 
 
+def dense_gradients(graph: VariantGraph) -> Iterator[Finding]:
+    """Does the gradient of a small input pass through one number for every pair?"""
+    wanted = {d.name for d in graph.inputs if d.grad}
+    for read in graph.reads:
+        plain = {sym.Q_IDX, sym.KV_IDX} <= set(read.index)
+        if (
+            read.input in wanted
+            and {sym.Q_IDX, sym.KV_IDX} <= read.free_symbols
+            and not plain
+            and not by_distance(read)
+        ):
+            stage = next(s for s in graph.stages if read in s.expr.atoms(type(read)))
+            yield Finding(
+                "note",
+                f"the gradient of {formula(read)} is collected from one float32 a pair, q_len x kv_len of each head",
+                _stage_of(stage),
+                stage.span,
+                "an index that depends on the pair through kv_idx - q_idx alone needs no such memory",
+            )
+
+
 def unbounded_masks(graph: VariantGraph) -> Iterator[Finding]:
     """Does the mask give no bounds, so that every tile is visited?"""
     stage = graph["mask"]
@@ -229,6 +250,7 @@ def _stage_of(stage: Stage) -> str:
 
 CHECKS = (
     derivations,
+    dense_gradients,
     hidden_rows,
     overflowing_exponentials,
     vanishing_denominators,

@@ -43,6 +43,9 @@ _TABLE: dict[type, Callable[..., Any]] = {
     voc.where: np.where,
     voc.floordiv: np.floor_divide,
     voc.mod: np.mod,
+    voc.bit_and: np.bitwise_and,
+    voc.bit_or: np.bitwise_or,
+    voc.bit_xor: np.bitwise_xor,
     voc.to_int: lambda x: np.trunc(np.asarray(x, dtype=np.float64)).astype(np.int64),
     voc.to_float: lambda x: np.asarray(x, dtype=np.float64),
 }

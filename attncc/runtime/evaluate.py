@@ -63,6 +63,9 @@ _INT_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
     voc.to_int: lambda x: x.to(torch.int64),
     voc.floordiv: lambda a, b: torch.div(a, b, rounding_mode="floor"),
     voc.mod: torch.remainder,
+    voc.bit_and: torch.bitwise_and,
+    voc.bit_or: torch.bitwise_or,
+    voc.bit_xor: torch.bitwise_xor,
 }
 _COMPARISONS: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
     sympy.Eq: torch.eq,

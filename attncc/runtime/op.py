@@ -17,7 +17,7 @@ from attncc.runtime import library
 from attncc.runtime.engine import Engine
 from attncc.runtime.explain import explain, explained_device, sizes_of
 from attncc.runtime.reference import no_lse_of_branches
-from attncc.runtime.shapes import bind, output_names
+from attncc.runtime.shapes import bind, output_names, refuse_gradient, with_captured, without_captured
 from attncc.schedule.cache import Cache
 from attncc.schedule.problem import Backend, Dtype, Precision, Schedule
 
@@ -39,7 +39,9 @@ class AttentionOp:
         backend: Backend | None = "triton",
     ):
         self.graph = graph
-        self.engine = Engine(graph, schedule, precision, backend)
+        self._captured = tuple(d for d in graph.inputs if d.captured)
+        self._constant = tuple(d for d in graph.inputs if not d.grad)
+        self.engine = Engine(without_captured(graph), schedule, precision, backend)
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
         for part in self.plan.parts:
@@ -70,6 +72,8 @@ class AttentionOp:
         """
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = _autocast(q, k, v)
+        if self._captured:
+            inputs = with_captured(self._captured, q, k, inputs)
         traced = torch.compiler.is_compiling() or _is_special(q, k, v) or torch._C._len_torch_dispatch_stack() > 0
         results: Any
         if traced:
@@ -77,6 +81,8 @@ class AttentionOp:
             scalars = [float(x) for x in bound.scalars.values()]
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
         elif _wants_gradient(q, k, v, inputs):
+            for decl in self._constant:
+                refuse_gradient(decl, inputs.get(decl.name))
             tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
             others = {name: x for name, x in inputs.items() if name not in tensors}
             call = (scale, tuple(tensors), others)
@@ -143,6 +149,7 @@ class AttentionOp:
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Any
     ) -> tuple[Any, ...]:
         """The arguments with which a call reaches the registered operator."""
+        inputs = with_captured(self._captured, q, k, inputs)
         bound = bind(self.graph, q, k, v, scale, inputs)
         scalars = [float(x) for x in bound.scalars.values()]
         return (q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)

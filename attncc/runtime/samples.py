@@ -90,7 +90,7 @@ def sample_inputs(
     inputs: dict[str, Any] = {}
     for decl in graph.inputs:
         if decl.default is not None:
-            value = torch.as_tensor(decl.default(shape.sizes))
+            value = torch.as_tensor(decl.default(shape.sizes)).detach()
         elif decl.dtype == "int":
             value = _integers(decl, shape, generator)
         elif decl.name in positive:

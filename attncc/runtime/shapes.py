@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -110,6 +110,33 @@ def bind(
     return Bound(sizes, scale, *_bind_inputs(graph, inputs, sizes, device, dtypes))
 
 
+def with_captured(captured: Sequence[InputDecl], q: Tensor, k: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's inputs with the tensors that the variant captured, where the call passes no other.
+
+    They are arguments from here on, so that gradients flow to them and nothing keeps them. A number, which may stand on
+    the CPU beside tensors on a GPU, is moved. Raises InputError where q and k have not the shapes of attention.
+    """
+    missing = [d for d in captured if inputs.get(d.name) is None]
+    if q.dim() != 4 or k.dim() != 4:
+        _fail_dimensions(q=q, k=k)
+    sizes = {"b": q.shape[0], "h": q.shape[1], "h_kv": k.shape[1], "q_idx": q.shape[2], "kv_idx": k.shape[2]}
+    made = {}
+    for decl in missing:
+        tensor: Tensor = decl.default(sizes)  # type: ignore[misc]
+        if tensor.dtype == torch.float64 != q.dtype:
+            tensor = tensor.float()
+        made[decl.name] = tensor.to(q.device) if tensor.dim() == 0 else tensor
+    return {**inputs, **made}
+
+
+def without_captured(graph: VariantGraph) -> VariantGraph:
+    """A graph that holds on to no tensor of the user's: `with_captured` passes them."""
+    if not any(d.captured for d in graph.inputs):
+        return graph
+    inputs = [replace(d, default=None) if d.captured else d for d in graph.inputs]
+    return VariantGraph(graph.name, graph.stages, inputs, graph.scalars, graph.cites)
+
+
 def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
     """The names of the outputs that a call asks for. Raises InputError for one that does not exist."""
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
@@ -153,8 +180,11 @@ def _default(graph: VariantGraph, decl: InputDecl, sizes: dict[str, int], device
     if decl.default is None:
         others = ", ".join(f"{name}=..." for name in _required(graph))
         raise InputError(f"'{graph.name}' needs the input '{decl.name}' {_pattern(decl)}", remedy=f"pass {others}")
+    found = decl.default(sizes)
+    if decl.captured and isinstance(found, Tensor):
+        return found.to(device) if found.dim() == 0 else found
     dtype = torch.int32 if decl.dtype == "int" else torch.float32
-    return torch.as_tensor(decl.default(sizes), dtype=dtype, device=device)
+    return torch.as_tensor(found, dtype=dtype, device=device)
 
 
 def _check_input(
@@ -183,11 +213,17 @@ def _check_input(
         )
     if value.device != device:
         _fail_device(device, {f"the input '{decl.name}'": value})
-    if value.requires_grad and not decl.grad and torch.is_grad_enabled():
-        raise InputError(
-            f"the input '{decl.name}' requires a gradient, but is declared without one",
-            remedy=f"declare it with ac.Input(..., grad=True), or pass {decl.name}.detach()",
-        )
+    if not decl.grad and torch.is_grad_enabled():
+        refuse_gradient(decl, value)
+
+
+def refuse_gradient(decl: InputDecl, value: Any) -> None:
+    """Raise InputError where a tensor wants a gradient that its declaration does not promise."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        remedy = f"declare it with ac.Input(..., grad=True), or pass {decl.name}.detach()"
+        if decl.captured:
+            remedy = f"capture a tensor that requires a gradient, or pass {decl.name}.detach()"
+        raise InputError(f"the input '{decl.name}' requires a gradient, but is declared without one", remedy=remedy)
 
 
 def _scalar(decl: ScalarDecl, value: Any) -> int | float:

@@ -7,12 +7,13 @@ import sympy
 import torch
 
 from attncc.ir import vocabulary as voc
+from attncc.language.values import arity
 from attncc.runtime.evaluate import evaluate
 
 X = sympy.Symbol("x", real=True)
 Y = sympy.Symbol("y", real=True)
 K = sympy.Symbol("k", integer=True)
-UNARY = [name for name in voc.FUNCTIONS if name not in ("maximum", "minimum", "where", "int", "float")]
+UNARY = [name for name in voc.FUNCTIONS if arity(name) == 1 and name not in ("int", "float")]
 POINTS = [-3.0, -0.7, 0.0, 0.4, 2.5]
 
 

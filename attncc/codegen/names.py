@@ -1,0 +1,68 @@
+"""Names of a user's inputs and scalars inside generated code, where they stand beside the code's own."""
+
+from __future__ import annotations
+
+import functools
+import keyword
+import re
+from dataclasses import replace
+
+from attncc.codegen.plan import Plan
+from attncc.ir import symbols as sym
+from attncc.ir.graph import Stage, VariantGraph
+from attncc.resources import path
+
+_INPUT, _SCALAR = "in_", "num_"
+#: what the passes' lines are called that templates have slots for
+_EMITTED = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        alpha chunk dp ds first_full first_live full_begin full_count full_end head_tiles known last_full last_live
+        live_begin live_end may mixed must own_max own_min p shown swap term tile_hi tile_id tile_lo tile_max tile_min
+        unbroken
+        """,
+    )
+)
+
+
+def taken(name: str) -> bool:
+    """Does generated code use this name for something of its own?"""
+    numbered = re.sub(r"\d+", "X", name)
+    base = numbered.removesuffix("_X")  # a number tells the values of several branches apart
+    return bool({name, numbered, base, f"{name.upper()}_PTR"} & _own_names()) or base in _EMITTED
+
+
+def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
+    """The plan with names that generated code does not use itself, and the user's name of each input and scalar.
+
+    Nearly always this is the plan as it is. Where one name is taken all get a prefix, so that their order stays.
+    """
+    graph = plan.graph
+    names = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
+    if not any(taken(name) for name in names):
+        return plan, {name: name for name in names}
+    new = {d.name: _INPUT + d.name for d in graph.inputs} | {s.name: _SCALAR + s.name for s in graph.scalars}
+    symbols = {}
+    for d in graph.inputs:
+        is_int = d.dtype == "int"
+        symbols[sym.input_symbol(d.name, is_int)] = sym.input_symbol(new[d.name], is_int)
+    for s in graph.scalars:
+        symbols[sym.scalar_symbol(s.name, s.is_int)] = sym.scalar_symbol(new[s.name], s.is_int)
+    stages = [Stage(s.name, s.expr.xreplace(symbols), s.op, s.span) for s in graph.stages]
+    inputs = [replace(d, name=new[d.name]) for d in graph.inputs]
+    scalars = [replace(s, name=new[s.name]) for s in graph.scalars]
+    renamed = VariantGraph(graph.name, stages, inputs, scalars, graph.cites)
+    return Plan(renamed), {after: before for before, after in new.items()}
+
+
+@functools.cache
+def _own_names() -> frozenset[str]:
+    """Every identifier of the templates; X stands for what a slot fills in."""
+    found: set[str] = set()
+    for template in path("templates").rglob("*.j2"):
+        text = re.sub(r"\{#.*?#\}|\{%.*?%\}|\"\"\".*?\"\"\"", "", template.read_text(encoding="utf-8"), flags=re.S)
+        text = re.sub(r"\{\{.*?\}\}", "X", text)
+        text = re.sub(r"\"[^\"\n]*\"|#.*", "", text)
+        found |= set(re.findall(r"[A-Za-z_]\w*", text))
+    return frozenset(found - set(keyword.kwlist))

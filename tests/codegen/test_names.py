@@ -1,0 +1,87 @@
+"""A user's input or scalar may be called what generated code calls something of its own."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+import torch
+
+import attncc as ac
+from attncc import variants
+from attncc.codegen.lower import _HINTS
+from attncc.codegen.names import coded, taken
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
+from attncc.language.stages import cannot_name
+from attncc.language.textform import from_texts
+from attncc.runtime.reference import reference
+
+#: values that the lowering names itself, where no leaf has the name
+_FRESH = {*_HINTS.values(), "holds", "product", "shifted", "value", "scale_log2", "q_pos"}
+_UNUSUAL = from_texts(
+    mask="h < 2 and (q_idx // 3) % 2 == kv_idx % 2 or kv_idx < q_idx and (q_idx + kv_idx > 3 or kv_idx < 5)",
+    score="gelu(score) + silu(score) * abs(score)",
+    normalizer="p = exp(score - row.max(score)) * (1 + sigmoid(score))\np / row.sum(p)",
+)
+
+
+@pytest.mark.parametrize("name", [*variants.names(), "unusual"])
+def test_every_name_of_generated_code_is_known(name):
+    graph = (_UNUSUAL if name == "unusual" else variants.get(name)).graph
+    own = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
+    tree = ast.parse(render(Plan(graph), 96, 80, Plan(graph).has_backward is None))
+    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+        n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)
+    }
+    for identifier in found:
+        if any(o in identifier or o.upper() in identifier for o in own):
+            continue
+        base = re.sub(r"(_f)?(_\d+)*(_f)?(_kernel|_new)?$", "", identifier.removesuffix("_PTR"))
+        known = taken(identifier) or cannot_name(identifier) or taken(base) or cannot_name(base) or base in _FRESH
+        assert known or base.startswith(("row_", "summary_", "bounds_", "LSE", "ROW_SUM")), identifier
+
+
+@pytest.mark.parametrize("name", ["tile", "i", "phase", "meta", "k_0", "alpha", "s", "ds", "live_begin", "total"])
+def test_a_scalar(name):
+    variant = ac.loads_toml(
+        f'[stages]\nscore = "score * {name} + other * kv_idx"\n[scalars]\n{name} = 0.3\nother = 0.1'
+    )
+    agree(variant)
+
+
+@pytest.mark.parametrize(
+    "name", ["heads", "group", "grad", "batch", "bounds", "wanted", "dq", "options", "x", "m_blocks"]
+)
+def test_an_input(name):
+    variant = ac.loads_toml(
+        f'[stages]\nscore = "score * {name}[h] + heads2[kv_idx] * s"\nmask = "kv_idx <= q_idx"\n'
+        f'[inputs]\n{name} = {{ index = ["h"], grad = true }}\nheads2 = {{ index = ["kv_idx"], grad = true }}\n'
+        "[scalars]\ns = 0.5"
+    )
+    agree(variant, **{name: torch.randn(2), "heads2": torch.randn(21)})
+
+
+def agree(variant, **inputs):
+    torch.manual_seed(0)
+    leaves = {n: torch.randn(1, 2, length, 16) for n, length in (("q", 20), ("k", 21), ("v", 21))} | inputs
+    leaves = {n: x.requires_grad_() for n, x in leaves.items()}
+    q, k, v = (leaves[n] for n in "qkv")
+    results = [f(q, k, v, **inputs) for f in (ac.compile(variant), lambda *a, **i: reference(variant, *a, **i))]
+    torch.testing.assert_close(results[0], results[1].float(), rtol=1e-5, atol=1e-6)
+    got, want = (torch.autograd.grad(r.sum(), list(leaves.values())) for r in results)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_most_variants_keep_their_names():
+    for name in variants.names():
+        plan = Plan(variants.get(name).graph)
+        assert coded(plan)[0] is plan
+
+
+def test_a_standalone_module_with_such_a_name_is_python():
+    op = ac.compile(ac.loads_toml('[stages]\nscore = "score * meta"\n[scalars]\nmeta = 0.3'))
+    assert "num_meta" in op.source(32)
+    ast.parse(op.source(32))
