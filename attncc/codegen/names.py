@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
-from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.graph import Stage
 from attncc.resources import path
 
 _INPUT, _SCALAR = "in_", "num_"
@@ -52,8 +52,9 @@ def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
     stages = [Stage(s.name, s.expr.xreplace(symbols), s.op, s.span) for s in graph.stages]
     inputs = [replace(d, name=new[d.name]) for d in graph.inputs]
     scalars = [replace(s, name=new[s.name]) for s in graph.scalars]
-    renamed = VariantGraph(graph.name, stages, inputs, scalars, graph.cites)
-    return Plan(renamed), {after: before for before, after in new.items()}
+    return Plan(graph.changed(stages=stages, inputs=inputs, scalars=scalars)), {
+        after: before for before, after in new.items()
+    }
 
 
 @functools.cache

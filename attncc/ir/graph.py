@@ -102,6 +102,23 @@ class VariantGraph:
                     self.dag.add_edge(used, stage.name)
         nx.freeze(self.dag)
 
+    def changed(
+        self,
+        *,
+        stages: Iterable[Stage] | None = None,
+        inputs: Iterable[InputDecl] | None = None,
+        scalars: Iterable[ScalarDecl] | None = None,
+    ) -> VariantGraph:
+        """A copy with other stages or declarations, and the same in all else."""
+        return VariantGraph(
+            self.name,
+            self.stages if stages is None else stages,
+            self.inputs if inputs is None else inputs,
+            self.scalars if scalars is None else scalars,
+            self.cites,
+            branches=self.branches,
+        )
+
     def __getitem__(self, name: str) -> Stage:
         return self.dag.nodes[name]["stage"]
 

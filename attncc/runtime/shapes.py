@@ -133,8 +133,7 @@ def without_captured(graph: VariantGraph) -> VariantGraph:
     """A graph that holds on to no tensor of the user's: `with_captured` passes them."""
     if not any(d.captured for d in graph.inputs):
         return graph
-    inputs = [replace(d, default=None) if d.captured else d for d in graph.inputs]
-    return VariantGraph(graph.name, graph.stages, inputs, graph.scalars, graph.cites)
+    return graph.changed(inputs=[replace(d, default=None) if d.captured else d for d in graph.inputs])
 
 
 def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
