@@ -19,8 +19,8 @@ _EMITTED = frozenset(
         r"\w+",
         """
         alpha chunk dp ds first_full first_live full_begin full_count full_end head_tiles known last_full last_live
-        live_begin live_end may mixed must own_max own_min p share shown swap term tile_hi tile_id tile_lo tile_max tile_min
-        unbroken
+        live_begin live_end may mixed must own_max own_min p share shown swap term tile_hi tile_id tile_lo tile_max
+        tile_min unbroken
         """,
     )
 )
