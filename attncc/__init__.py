@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from attncc.errors import AttnccError, InputError, ScheduleError, SpecError, UnsupportedError
+from attncc.language import outputs
 from attncc.language.functions import absolute as abs
 from attncc.language.functions import (
     bit_and,
@@ -116,6 +117,7 @@ __all__ = [
     "log2",
     "maximum",
     "minimum",
+    "outputs",
     "padding",
     "prefix",
     "reference",

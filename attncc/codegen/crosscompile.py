@@ -20,6 +20,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.schedule import hopper
 from attncc.schedule.device import Device
+from attncc.schedule.light import light_tilings
 from attncc.schedule.problem import Dtype, Precision, Schedule
 
 _TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -86,6 +87,8 @@ def _compile(
         "BLOCK_M": tiling.block_m if name != "delta_kernel" else 32,
         "BLOCK_N": tiling.block_n,
         "BLOCK": tiling.block_n,
+        "CELL_M": min(tiling.block_m, 16),
+        "CELL_N": min(tiling.block_n, 16),
         "DOT": _TYPES[dtype],
         "PRECISION": precision if dtype == "fp32" else "ieee",
         "FAST_MATH": fast,
@@ -140,6 +143,9 @@ def _tiling(name: str, schedule: Schedule) -> Any:
     for kernel in ("forward", "dkdv", "dq"):
         if name == f"{kernel}_kernel":
             return schedule.of(kernel)
+    for loop, tiling in light_tilings(schedule).items():
+        if name.startswith(f"{loop}_"):
+            return tiling
     if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq

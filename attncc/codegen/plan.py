@@ -16,7 +16,14 @@ from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.vocabulary import Read
-from attncc.passes.differentiate import DELTA, Backward, by_distance, differentiate
+from attncc.passes.differentiate import (
+    DELTA,
+    Backward,
+    PairCotangents,
+    by_distance,
+    differentiate,
+    normal_form,
+)
 from attncc.passes.fold import Folded, S, fold
 from attncc.passes.stream import LSE, Online, renamed, stream
 from attncc.passes.tiles import TilePlan, tile_plan_of
@@ -41,9 +48,10 @@ class InputGradient:
 class Plan:
     """The facts about one graph. Each is computed when first asked for, so a forward pays for no backward."""
 
-    def __init__(self, graph: VariantGraph, tag: str = ""):
+    def __init__(self, graph: VariantGraph, tag: str = "", extra: PairCotangents | None = None):
         self.graph = graph
         self.tag = tag
+        self.extra = extra
 
     @cached_property
     def parts(self) -> tuple[Plan, ...]:
@@ -58,7 +66,7 @@ class Plan:
 
     @cached_property
     def backward(self) -> Backward:
-        return differentiate(self.graph, self.online)
+        return differentiate(self.graph, self.online, self.extra)
 
     @cached_property
     def has_backward(self) -> UnsupportedError | None:
@@ -104,12 +112,10 @@ class Plan:
 
     @cached_property
     def stored(self) -> tuple[tuple[str, sympy.Expr], ...]:
-        """The row statistics that the forward writes: what the backward needs, and lse where there is one."""
+        """The row statistics that the forward writes: what the weight can be told from, and lse where there is one."""
         if len(self.parts) > 1:
             return tuple((part.own(name), e) for part in self.parts for name, e in part.stored)
-        rows: list[tuple[str, sympy.Expr]] = []
-        if self.has_backward is None:
-            rows += [(s.name, e) for s, e in self.backward.saved]
+        rows = [(s.name, e) for s, e in normal_form(self.online).saved]
         if self.online.lse is not None and LSE.name not in dict(rows):
             rows.append((LSE.name, self.online.lse))
         return tuple(rows)

@@ -37,7 +37,7 @@ def problem_of(
         d_qk=size["d_qk"],
         d_v=size["d_v"],
         costs=costs,
-        digest=plan.graph.digest,
+        digest=plan.graph.core.digest,
         branches=plan.graph.branches,
     )
 

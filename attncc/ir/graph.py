@@ -1,11 +1,12 @@
 """The IR: one typed graph of stages a variant. This page is its grammar.
 
-    graph  := inputs, scalars, stages
+    graph  := inputs, scalars, stages, outputs
     input  := name, pattern (b | h | h_kv | q_idx | kv_idx | a free dimension)*, float | int, grad
     scalar := name, default (int | float)
     stage  := name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
             | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
             | out  = row.sum(expr * v_vec)          the output row
+    output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
 
 A variant may have several branches: each has the stages of a variant of its own, named `score[0]`, `score[1]` and so
 on, and `out` is linear in their weights.
@@ -27,6 +28,7 @@ import sympy
 
 from attncc.errors import Span
 from attncc.ir import symbols as sym
+from attncc.ir.outputs import Output
 from attncc.ir.vocabulary import Read, type_of
 
 #: dimensions an input may be indexed by, besides free ones
@@ -85,12 +87,14 @@ class VariantGraph:
         scalars: Iterable[ScalarDecl] = (),
         cites: str = "",
         branches: int = 1,
+        outputs: Iterable[Output] = (),
     ):
         self.name = name
         self.branches = branches
         self.cites = cites
         self.inputs = tuple(sorted(inputs, key=lambda d: d.name))
         self.scalars = tuple(sorted(scalars, key=lambda d: d.name))
+        self.outputs = tuple(sorted(outputs, key=lambda o: o.name))
         self.dag = nx.DiGraph()
         stages = tuple(stages)
         names = {s.name for s in stages}
@@ -105,18 +109,21 @@ class VariantGraph:
     def changed(
         self,
         *,
+        name: str | None = None,
         stages: Iterable[Stage] | None = None,
         inputs: Iterable[InputDecl] | None = None,
         scalars: Iterable[ScalarDecl] | None = None,
+        outputs: Iterable[Output] | None = None,
     ) -> VariantGraph:
-        """A copy with other stages or declarations, and the same in all else."""
+        """A copy with other stages, declarations or outputs, and the same in all else."""
         return VariantGraph(
-            self.name,
+            self.name if name is None else name,
             self.stages if stages is None else stages,
             self.inputs if inputs is None else inputs,
             self.scalars if scalars is None else scalars,
             self.cites,
             branches=self.branches,
+            outputs=self.outputs if outputs is None else outputs,
         )
 
     def __getitem__(self, name: str) -> Stage:
@@ -140,6 +147,26 @@ class VariantGraph:
     def parts(self) -> tuple[VariantGraph, ...]:
         """One graph a branch, with the plain names: variants of their own, whose output rows add up to `out`."""
         return split(self) if self.branches > 1 else (self,)
+
+    def output(self, name: str) -> Output:
+        """The auxiliary output of that name; KeyError if there is none."""
+        found = {o.name: o for o in self.outputs}
+        return found[name]
+
+    def select(self, names: Iterable[str]) -> VariantGraph:
+        """The graph with these auxiliary outputs alone, and the inputs and scalars that are then read."""
+        outputs = [self.output(name) for name in names]
+        used = {s.name for stage in self.stages for s in stage.expr.free_symbols}
+        used |= {s.name for output in outputs for s in output.free_symbols}
+        inputs = [d for d in self.inputs if d.name in used]
+        scalars = [d for d in self.scalars if d.name in used]
+        return self.changed(inputs=inputs, scalars=scalars, outputs=outputs)
+
+    @cached_property
+    def core(self) -> VariantGraph:
+        """The graph without auxiliary outputs, and without inputs that no stage reads: what computes `out`."""
+        plain = self.select(())
+        return plain if self.outputs or len(plain.inputs) < len(self.inputs) else self
 
     def input(self, name: str) -> InputDecl:
         return next(d for d in self.inputs if d.name == name)

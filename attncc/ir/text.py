@@ -9,6 +9,7 @@ from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.outputs import Output, Reduction
 
 
 class FormulaPrinter(StrPrinter):
@@ -76,6 +77,19 @@ def _definition(stage: Stage) -> str:
     return f"row.{stage.op}({body})" if stage.op else body
 
 
+def output_text(output: Output) -> str:
+    """An auxiliary output's definition in the words of the text form."""
+    texts = {r.symbol: sympy.Symbol(_reduction(output, r), real=True) for r in output.reductions}
+    return formula(output.expr.xreplace(texts))
+
+
+def _reduction(output: Output, reduction: Reduction) -> str:
+    arguments = [] if reduction.op == "count" else [formula(reduction.expr)]
+    if reduction.when is not sympy.true:
+        arguments.append(formula(reduction.when))
+    return f"{output.domain}.{reduction.op}({', '.join(arguments)})"
+
+
 def to_text(graph: VariantGraph, header: bool = True) -> str:
     """The whole graph, one definition a line, in topological order."""
     lines = [f'variant "{graph.name}"  # digest {graph.digest}'] if header else []
@@ -91,4 +105,6 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
     width = max(len(s.name) for s in graph.stages)
     for s in graph.stages:
         lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {kind[s.op]}")
+    for o in graph.outputs:
+        lines.append(f"  output {o.name}[{', '.join(('b', 'h', *o.domain.dims))}] = {output_text(o)}  : {o.type}")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import sympy
 from attncc.errors import SpecError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.outputs import OPS, Output
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import NODES, Read, type_of
 
@@ -43,6 +44,8 @@ def verify(graph: VariantGraph) -> None:
         if stage.op == "max" and type_of(stage.expr) == "bool":
             raise SpecError("row.max of a boolean", stage=stage.name, span=stage.span)
     _verify_output(graph["out"])
+    for output in graph.outputs:
+        _verify_auxiliary(graph, output, declared | indices)
 
 
 def _extra(stage: Stage) -> set[str]:
@@ -89,3 +92,40 @@ def _verify_output(out: Stage) -> None:
             span=out.span,
             remedy="write row.sum(weight * v_vec), or row.sum(weight * factor * v_vec)",
         )
+
+
+#: what an output's own expression may vary by, besides its reductions
+_CELL_INDEX = {"row": sym.Q_IDX.name, "col": sym.KV_IDX.name}
+
+
+def _verify_auxiliary(graph: VariantGraph, output: Output, program: set[str]) -> None:
+    """One domain, its reductions of pair expressions, and an expression over them that no longer varies by pair."""
+    where = f"output '{output.name}'"
+    pair = program | {sym.WEIGHT.name, sym.SCORE.name}
+    cells = {r.symbol.name for r in output.reductions}
+    varying = {sym.Q_IDX.name, sym.KV_IDX.name} - {_CELL_INDEX.get(output.domain.kind)}
+    if not output.reductions:
+        raise SpecError(f"the {where} reduces nothing", stage=where, span=output.span)
+    for r in output.reductions:
+        if r.op not in OPS[output.domain.kind]:
+            raise SpecError(f"{output.domain.kind} has no reduction '{r.op}'", stage=where, span=output.span)
+        if type_of(r.expr) == "bool":
+            raise SpecError(f"{output.domain}.{r.op} of a boolean", stage=where, span=output.span)
+        if type_of(r.when) != "bool":
+            raise SpecError(f"expected a condition, got '{formula(r.when)}'", stage=where, span=output.span)
+    checked = [(e, pair) for r in output.reductions for e in (r.expr, r.when)]
+    for expr, allowed in (*checked, (output.expr, (program - varying) | cells)):
+        stage = Stage(where, expr, span=output.span)
+        unknown = sorted(s.name for s in expr.free_symbols if s.name not in allowed)
+        if unknown:
+            by_pair = unknown[0] in (sym.WEIGHT.name, sym.SCORE.name, sym.Q_IDX.name, sym.KV_IDX.name)
+            raise SpecError(
+                f"'{unknown[0]}' stands outside of the {output.domain} reductions"
+                if by_pair
+                else f"'{unknown[0]}' is not defined",
+                stage=where,
+                span=output.span,
+                remedy=f"move it into the reduction: {output.domain}.sum(...)" if by_pair else None,
+            )
+        _verify_vocabulary(stage)
+        _verify_reads(graph, stage)

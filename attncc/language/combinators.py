@@ -28,7 +28,7 @@ def call_by_name(function: Callable[..., Any], env: Environment, stage: str) -> 
     return function(**arguments)
 
 
-class _Piece:
+class Piece:
     """A stage function plus the inputs and scalars that it brings along."""
 
     stage = ""
@@ -48,7 +48,7 @@ class _Piece:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label}>"
 
-    def _merge(self, other: _Piece) -> tuple[dict[str, InputDecl], dict[str, ScalarDecl]]:
+    def _merge(self, other: Piece) -> tuple[dict[str, InputDecl], dict[str, ScalarDecl]]:
         for name in self.inputs.keys() & other.inputs.keys():
             if self.inputs[name] != other.inputs[name]:
                 fail(f"both sides declare the input '{name}', with different patterns", "rename one of them")
@@ -58,7 +58,7 @@ class _Piece:
         return {**self.inputs, **other.inputs}, {**self.scalars, **other.scalars}
 
 
-class Mask(_Piece):
+class Mask(Piece):
     """A boolean over (query, key): `&`, `|`, `~` compose. A plain function of the stage's names may stand beside it."""
 
     stage = "mask"
@@ -105,7 +105,7 @@ class MaskFamily(Mask):
         return self._build(**options)
 
 
-class ScoreMod(_Piece):
+class ScoreMod(Piece):
     """A function of the score: `a >> b` applies a, then b."""
 
     stage = "score"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from attncc.errors import AttnccError, Span, SpecError
-from attncc.language import functions, masks, mods, normalizers
-from attncc.language.combinators import Mask, ScoreMod, call_by_name
+from attncc.language import functions, masks, mods, normalizers, outputs, reducers
+from attncc.language.combinators import Mask, Piece, call_by_name
 from attncc.language.places import char_offset
 from attncc.language.stages import unknown_name
 from attncc.language.values import Value, constant, constant_power, lift
@@ -37,7 +37,8 @@ _COMPARE: dict[type, Callable[[Value, Any], Value]] = {
 }
 _ROW = ("max", "min", "sum", "mean", "count")
 #: shipped pieces that a stage of the text form may name
-_PIECES: dict[str, Mapping[str, Any]] = {"mask": masks.TABLE, "score": mods.TABLE}
+PIECES: dict[str, Mapping[str, Any]] = {"mask": masks.TABLE, "score": mods.TABLE, "output": outputs.TABLE}
+_DOMAINS = ("row", "col", "offset", "block", "pair")
 
 
 class Source:
@@ -119,7 +120,7 @@ class _Reader:
 
     def __init__(self, source: Source, stage: str, env: dict[str, Any]):
         self.source, self.stage, self.env = source, stage, dict(env)
-        self.pieces = _PIECES.get(stage, {})
+        self.pieces = PIECES.get(stage.split()[0], {})
 
     def module(self, tree: ast.Module) -> Any:
         *lets, last = tree.body
@@ -144,7 +145,7 @@ class _Reader:
 
     def _run(self, value: Any) -> Any:
         """What a shipped piece means here; any other value as it is."""
-        return value.run(self.env) if isinstance(value, Mask | ScoreMod) else value
+        return value.run(self.env) if isinstance(value, Piece) else value
 
     def eval(self, node: ast.AST) -> Any:
         method = getattr(self, f"_{type(node).__name__}", None)
@@ -174,11 +175,12 @@ class _Reader:
 
     def _Name(self, node: ast.Name) -> Any:
         if node.id in self.env:
-            if node.id == "row":
-                self.refuse(node, "'row' must be followed by a reduction", f"one of: row.{', row.'.join(_ROW)}")
+            if node.id in _DOMAINS and not isinstance(self.env[node.id], Value):
+                methods = f", {node.id}.".join(self._methods(node.id))
+                self.refuse(node, f"'{node.id}' must be followed by a reduction", f"one of: {node.id}.{methods}")
             return self.env[node.id]
         if node.id in self.pieces:
-            if isinstance(self.pieces[node.id], Mask):
+            if isinstance(self.pieces[node.id], Piece):
                 return self.pieces[node.id]
             self.refuse(node, f"'{node.id}' needs arguments: {node.id}(...)")
         if node.id in functions.TABLE:
@@ -192,7 +194,7 @@ class _Reader:
         if operator is None:
             self.refuse(node, f"the operator {type(node.op).__name__} is not part of the language")
         left, right = self.eval(node.left), self.eval(node.right)
-        if isinstance(left, Mask | ScoreMod) != isinstance(right, Mask | ScoreMod):
+        if isinstance(left, Piece) != isinstance(right, Piece) or isinstance(left, outputs.OutputSpec):
             left, right = self._run(left), self._run(right)
         if constant(left) and constant(right):
             if isinstance(node.op, ast.Pow):
@@ -243,7 +245,7 @@ class _Reader:
 
     def _Call(self, node: ast.Call) -> Any:
         if isinstance(node.func, ast.Attribute):
-            return self._row(node)
+            return self._reduction(node)
         if not isinstance(node.func, ast.Name):
             self.refuse(node, "only functions of the vocabulary can be called")
         name = node.func.id
@@ -272,19 +274,44 @@ class _Reader:
             return node.value
         return self.eval(node)
 
-    def _row(self, node: ast.Call) -> Value:
+    def _reduction(self, node: ast.Call) -> Value:
+        """`row.sum(...)`, and in an output also `col.sum(...)`, `block(64, 64).sum(...)` and their like."""
         func = node.func
         assert isinstance(func, ast.Attribute)
-        if not (isinstance(func.value, ast.Name) and func.value.id == "row"):
-            self.refuse(func, "attributes are not part of the language", f"only row.{', row.'.join(_ROW)} have a dot")
-        if "row" not in self.env:
-            raise unknown_name("row", self.stage, self.env)
-        if func.attr not in _ROW:
-            self.refuse(func, f"no row reduction is called '{func.attr}'", f"one of: row.{', row.'.join(_ROW)}")
+        domain, name = self._domain(func)
+        methods = self._methods(name)
+        if func.attr not in methods:
+            listed = f", {name}.".join(methods)
+            self.refuse(func, f"no {name} reduction is called '{func.attr}'", f"one of: {name}.{listed}")
         arguments = [self.value(a) for a in node.args]
-        if len(arguments) != (func.attr != "count") or node.keywords:
-            self.refuse(node, f"row.{func.attr} takes {int(func.attr != 'count')} argument(s), got {len(node.args)}")
-        return getattr(self.env["row"], func.attr)(*arguments)
+        least = int(func.attr != "count")
+        most = least + (self.stage.split()[0] == "output")
+        if not least <= len(arguments) <= most or node.keywords:
+            expected = f"{least}" if least == most else f"{least} or {most}"
+            self.refuse(node, f"{name}.{func.attr} takes {expected} argument(s), got {len(node.args)}")
+        return getattr(domain, func.attr)(*arguments)
+
+    def _domain(self, func: ast.Attribute) -> tuple[Any, str]:
+        """What stands before the dot: a domain's name, or in an output its call with sizes."""
+        target = func.value
+        called = isinstance(target, ast.Call) and isinstance(target.func, ast.Name)
+        named = target.func if called else target  # type: ignore[attr-defined]
+        if not isinstance(named, ast.Name) or named.id not in _DOMAINS:
+            self.refuse(func, "attributes are not part of the language", f"only row.{', row.'.join(_ROW)} have a dot")
+        if named.id not in self.env:
+            raise unknown_name(named.id, self.stage, self.env)
+        domain = self.env[named.id]
+        if called:
+            assert isinstance(target, ast.Call)
+            if not callable(domain):
+                self.refuse(target, f"'{named.id}' takes no arguments", f"write {named.id}.sum(...)")
+            domain = self._piece(target, domain)
+        elif not hasattr(domain, "sum"):
+            self.refuse(func, f"'{named.id}' needs its sizes", f"write {named.id}(64, 64).{func.attr}(...)")
+        return domain, named.id
+
+    def _methods(self, name: str) -> tuple[str, ...]:
+        return reducers.METHODS if self.stage.split()[0] == "output" else _ROW
 
 
 def _describe(node: ast.AST) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 
 import sympy
 
-from attncc.errors import Span, SpecError
+from attncc.errors import Span, SpecError, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph, tagged
+from attncc.ir.outputs import Output
 from attncc.ir.text import formula
 from attncc.ir.verify import verify
 from attncc.language import functions
+from attncc.language.outputs import build_output
 from attncc.language.reduction import by_branch, canonical
 from attncc.language.values import InputTensor, Value, Weights, boolean, fail, number
 
@@ -26,6 +28,7 @@ SEES: dict[str, tuple[str, ...]] = {
     "mask": _PAIR,
     "normalizer": ("score", *_PAIR, "row"),
     "reduction": ("weight", "v_vec", *_PAIR, "row"),
+    "output": ("weight", "score", *_PAIR, "row", "col", "offset", "block", "pair"),
 }
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
@@ -125,6 +128,37 @@ def _canonical(rows: list[Stage], weight: sympy.Expr) -> tuple[list[Stage], symp
     return ordered, weight.xreplace(renamed)
 
 
+def _auxiliary(name: str, function: Any, base: Mapping[str, Any], span: Span | None, branches: int) -> Output:
+    if branches > 1:
+        raise UnsupportedError(
+            f"the variant has {branches} branches, and the output '{name}' does not say whose weight it means",
+            span=span,
+            remedy="compile a branch as a variant of its own, for its outputs",
+        )
+    if name in ("out", "lse") or not name.isidentifier() or keyword.iskeyword(name):
+        taken = "is always there" if name in ("out", "lse") else "is no name"
+        raise SpecError(f"'{name}' cannot name an output: it {taken}", span=span, remedy="use another identifier")
+    return build_output(name, function, base, span)
+
+
+def add_outputs(
+    graph: VariantGraph,
+    inputs: Mapping[str, InputDecl],
+    scalars: Mapping[str, ScalarDecl],
+    outputs: Mapping[str, tuple[Callable[[dict[str, Any]], Any], Span | None]],
+) -> VariantGraph:
+    """The graph with further auxiliary outputs, and the inputs and scalars that those bring along. Verified."""
+    for name in sorted({o.name for o in graph.outputs} & set(outputs)):
+        raise SpecError(f"the variant already has an output '{name}'", remedy="name it otherwise")
+    decls = {**{d.name: d for d in graph.inputs}, **inputs}
+    numbers = {**{s.name: s for s in graph.scalars}, **scalars}
+    base = environment(decls, numbers)
+    made = [_auxiliary(name, function, base, span, graph.branches) for name, (function, span) in outputs.items()]
+    result = graph.changed(inputs=decls.values(), scalars=numbers.values(), outputs=(*graph.outputs, *made))
+    verify(result)
+    return result
+
+
 def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDecl]) -> dict[str, Any]:
     """The names that every stage of this variant sees."""
     for name in (*scalars, *inputs):
@@ -144,12 +178,12 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
     """The error for a name that this stage does not see. `callables` are functions that it could have meant."""
     special = {
         "v_vec": "only the reduction stage sees the value vectors",
-        "weight": "only the reduction stage sees the weight",
-        "row": "only the normalizer and the reduction see row reductions",
+        "weight": "only the reduction stage sees the weight, and outputs do",
+        "row": "only the normalizer and the reduction see row reductions, and outputs do",
         "score": "the mask decides before any score is known; hide pairs by index or input",
         BRANCH: "a variant with branches=2 or more has them; the reduction sees the weight of each, weight[0]",
     }
-    visible = list(SEES[stage]) + [n for n in env if n not in sym.INDICES]
+    visible = list(SEES[stage.split()[0]]) + [n for n in env if n not in sym.INDICES]
     near = difflib.get_close_matches(name, [*visible, *callables], n=1, cutoff=0.6)
     if name in special:
         remedy = special[name]
@@ -157,7 +191,8 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
         remedy = f"did you mean '{near[0]}'?"
     else:
         remedy = f"it sees: {', '.join(dict.fromkeys(visible))}; declare a tensor in inputs, a number in scalars"
-    return SpecError(f"the {stage} stage does not see the name '{name}'", stage=stage, remedy=remedy)
+    subject = f"the {stage}" if stage.startswith("output") else f"the {stage} stage"
+    return SpecError(f"{subject} does not see the name '{name}'", stage=stage, remedy=remedy)
 
 
 Evaluate = Callable[[str, dict[str, Any]], Any]
@@ -170,10 +205,12 @@ def assemble(
     evaluate: Mapping[str, tuple[Callable[[dict[str, Any]], Any], Span | None]],
     cites: str = "",
     branches: int = 1,
+    outputs: Mapping[str, tuple[Callable[[dict[str, Any]], Any], Span | None]] | None = None,
 ) -> VariantGraph:
     """Run each stage's evaluator on its names and build the verified graph.
 
-    `evaluate[stage]` is a function from the environment to the stage's result, with the place it came from.
+    `evaluate[stage]` is a function from the environment to the stage's result, with the place it came from, and
+    `outputs[name]` the same for an auxiliary output.
     """
     base = environment(inputs, scalars)
 
@@ -195,7 +232,9 @@ def assemble(
         for branch in range(branches):
             stages += tagged(_branch(run, {BRANCH: branch}), branch)
     stages.append(_reduction(run, branches))
+    auxiliary = [_auxiliary(key, function, base, span, branches) for key, (function, span) in (outputs or {}).items()]
     used: set[sympy.Symbol] = set().union(*(s.expr.free_symbols for s in stages))
+    used |= {symbol for output in auxiliary for symbol in output.free_symbols}
     names = {u.name for u in used}
     for kind, decls in (("input", inputs), ("scalar", scalars)):
         for unused in sorted(set(decls) - names):
@@ -203,7 +242,7 @@ def assemble(
                 f"the {kind} '{unused}' is declared but no stage reads it",
                 remedy=f"read it, or drop it from the {kind}s",
             )
-    graph = VariantGraph(name, stages, inputs.values(), scalars.values(), cites, branches=branches)
+    graph = VariantGraph(name, stages, inputs.values(), scalars.values(), cites, branches, auxiliary)
     verify(graph)
     return graph
 

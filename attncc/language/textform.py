@@ -8,6 +8,9 @@
     slopes = { index = ["h"], grad = true }
     [scalars]
     cap = 50.0
+    [outputs]
+    entropy = "entropy"
+    recent = "row.sum(weight, q_idx - kv_idx < 64)"
 
 A stage may span lines in a triple-quoted string: any number of lines `name = expression`, then the result.
 """
@@ -23,14 +26,13 @@ from typing import Any
 
 from attncc.errors import Span, SpecError
 from attncc.ir.graph import InputDecl, ScalarDecl
-from attncc.language import masks, mods
-from attncc.language.combinators import Mask, ScoreMod
-from attncc.language.expression import Source, parse, stage_function
+from attncc.language.combinators import Piece
+from attncc.language.expression import PIECES, Source, parse, stage_function
 from attncc.language.stages import SEES, assemble, check_name
 from attncc.language.variant import Input, Scalar, Variant, check_branches
 
 _DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
-_TOP = ("name", "cites", "description", "branches", "stages", "inputs", "scalars")
+_TOP = ("name", "cites", "description", "branches", "stages", "inputs", "scalars", "outputs")
 
 
 def load_toml(path: str | Path) -> Variant:
@@ -75,13 +77,22 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
                 stage=stage,
                 span=_key_span(lines, file, ("stages",), stage),
             )
-        sources[stage] = _value_source(lines, file, stage, value)
+        sources[stage] = _value_source(lines, file, ("stages",), stage, value)
     try:
         check_branches(data.get("branches", 1))
     except SpecError as error:
         raise error.at(_key_span(lines, file, (), "branches")) from None
+    auxiliary = {}
+    for output, value in _table(data, "outputs", file, lines).items():
+        if not isinstance(value, str):
+            raise SpecError(
+                f"the output '{output}' must be a string, got {type(value).__name__}",
+                span=_key_span(lines, file, ("outputs",), output),
+            )
+        auxiliary[output] = _value_source(lines, file, ("outputs",), output, value)
     return from_sources(
         sources,
+        outputs=auxiliary,
         name=_string(data, "name", Path(file).stem if file.endswith(".toml") else "variant", file, lines),
         cites=_string(data, "cites", "", file, lines),
         inputs=_inputs(_table(data, "inputs", file, lines), file, lines),
@@ -103,31 +114,34 @@ def from_sources(
     inputs: Mapping[str, InputDecl] | None = None,
     scalars: Mapping[str, ScalarDecl] | None = None,
     branches: int = 1,
+    outputs: Mapping[str, Source] | None = None,
 ) -> Variant:
-    """A variant from the texts of its stages."""
+    """A variant from the texts of its stages and of its auxiliary outputs."""
     decls, numbers = dict(inputs or {}), dict(scalars or {})
     evaluate: dict[str, Any] = {}
-    for stage, default in _DEFAULTS.items():
-        source = sources.get(stage) or Source(default, f"<default {stage}>")
+    texts = {stage: sources.get(stage) or Source(default, f"<default {stage}>") for stage, default in _DEFAULTS.items()}
+    texts |= {f"output '{name}'": source for name, source in (outputs or {}).items()}
+    for stage, source in texts.items():
         for piece in _pieces(source, stage):
             for key, decl in piece.inputs.items():
                 decls.setdefault(key, decl)
             for key, scalar in piece.scalars.items():
                 numbers.setdefault(key, scalar)
         evaluate[stage] = (stage_function(source, stage), source.whole())
-    graph = assemble(name, decls, numbers, evaluate, cites, branches=branches)
+    auxiliary = {name: evaluate.pop(f"output '{name}'") for name in outputs or {}}
+    graph = assemble(name, decls, numbers, evaluate, cites, branches, auxiliary)
     return Variant.from_graph(graph)
 
 
-def _pieces(source: Source, stage: str) -> list[Mask | ScoreMod]:
+def _pieces(source: Source, stage: str) -> list[Piece]:
     """The shipped masks or modifiers that a text calls, for the inputs they bring along."""
-    table: Mapping[str, Any] = {"mask": masks.TABLE, "score": mods.TABLE}.get(stage, {})
-    found: list[Mask | ScoreMod] = []
+    table = PIECES.get(stage.split()[0], {})
+    found: list[Piece] = []
     for node in ast.walk(parse(source, stage)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in table:
-            arguments = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            keywords = {k.arg: k.value.value for k in node.keywords if k.arg and isinstance(k.value, ast.Constant)}
-            if len(arguments) == len(node.args) and len(keywords) == len(node.keywords):
+            arguments = [_plain(a) for a in node.args]
+            keywords = {k.arg: _plain(k.value) for k in node.keywords if k.arg}
+            if _UNKNOWN not in arguments and _UNKNOWN not in keywords.values() and len(keywords) == len(node.keywords):
                 try:
                     piece = table[node.func.id](*arguments, **keywords)
                     for name in (*piece.inputs, *piece.scalars):
@@ -138,6 +152,17 @@ def _pieces(source: Source, stage: str) -> list[Mask | ScoreMod]:
                     raise error.at(source.node_span(node), stage) from None
                 found.append(piece)
     return found
+
+
+_UNKNOWN = object()
+
+
+def _plain(node: ast.expr) -> Any:
+    """A plain number or text, a negative number too; else _UNKNOWN."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        inner = _plain(node.operand)
+        return -inner if isinstance(inner, int | float) else _UNKNOWN
+    return node.value if isinstance(node, ast.Constant) else _UNKNOWN
 
 
 def _table(data: Mapping[str, Any], key: str, file: str, lines: list[str]) -> Mapping[str, Any]:
@@ -224,9 +249,9 @@ def _key_span(lines: list[str], file: str, table: tuple[str, ...], key: str) -> 
     return Span(file, line + 1, col, end, lines[line])
 
 
-def _value_source(lines: list[str], file: str, stage: str, value: str) -> Source:
-    """A stage's text with its place in the file, so that carets stand under the user's own characters."""
-    found = _find_key(lines, ("stages",), stage)
+def _value_source(lines: list[str], file: str, table: tuple[str, ...], stage: str, value: str) -> Source:
+    """The text of a stage or output with its place in the file, so that carets stand under the user's characters."""
+    found = _find_key(lines, table, stage)
     opening = re.search(r"=\s*(\"\"\"|'''|\"|')", lines[found[0]]) if found else None
     if found is None or opening is None:
         return Source(value, f"{file}: {stage}")  # an inline table: positions count within the text itself

@@ -11,8 +11,9 @@ from attncc.errors import AttnccError, Span, SpecError
 from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
 from attncc.language import normalizers
 from attncc.language.combinators import Mask, ScoreMod, call_by_name
+from attncc.language.outputs import OutputSpec
 from attncc.language.places import return_span, traceback_span
-from attncc.language.stages import assemble
+from attncc.language.stages import add_outputs, assemble
 
 #: each takes an accumulator of its own, and there are only so many registers
 MAX_BRANCHES = 4
@@ -78,7 +79,8 @@ class Variant:
     With `branches=2` or more there are as many weights, `weight[0]` and so on, and `out` is a sum of them times v. q
     holds the branches side by side along its last dimension, as k does unless they share one; each stage but the
     reduction is evaluated for every `branch`, an integer that it may use.
-    `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`.
+    `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`. `outputs` names
+    auxiliary outputs, each one of `ac.outputs` or a function as described there; a call computes those it asks for.
     Raises SpecError, with file, line and a caret, when a stage is wrong.
     """
 
@@ -95,6 +97,7 @@ class Variant:
         reduction: Callable[..., Any] = normalizers.weighted_sum,
         branches: int = 1,
         cites: str = "",
+        outputs: Mapping[str, Callable[..., Any] | OutputSpec] | None = None,
     ):
         check_branches(branches)
         decls, scalars = _declarations(inputs or {})
@@ -104,7 +107,8 @@ class Variant:
             "score": ScoreMod.of(score) if score is not None else ScoreMod(lambda e: e["score"]),
             "mask": Mask.of(mask) if mask is not None else Mask.of(True),
         }
-        for piece in pieces.values():
+        specs = _specs(outputs or {})
+        for piece in (*pieces.values(), *specs.values()):
             for key, decl in piece.inputs.items():
                 decls.setdefault(key, decl)
             for key, scalar in piece.scalars.items():
@@ -115,7 +119,8 @@ class Variant:
             run = pieces[stage].run if stage in pieces else _runner(function, stage)
             stages[stage] = (_located(run, stage), return_span(function))
         self.name = name
-        self.graph = assemble(name, decls, scalars, stages, cites, branches=branches)
+        auxiliary = _located_specs(specs, outputs or {})
+        self.graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
 
     @classmethod
     def from_graph(cls, graph: VariantGraph) -> Variant:
@@ -123,6 +128,26 @@ class Variant:
         self = cls.__new__(cls)
         self.name, self.graph = graph.name, graph
         return self
+
+    def with_outputs(self, **outputs: Callable[..., Any] | OutputSpec) -> Variant:
+        """This variant with further auxiliary outputs: `variant.with_outputs(entropy=ac.outputs.entropy)`.
+
+        A formula may read the variant's inputs, and those that a ready-made output brings along.
+        """
+        specs = _specs(outputs)
+        decls: dict[str, InputDecl] = {}
+        scalars: dict[str, ScalarDecl] = {}
+        for spec in specs.values():
+            decls |= spec.inputs
+            scalars |= spec.scalars
+        known: dict[str, InputDecl | ScalarDecl] = {d.name: d for d in self.graph.inputs}
+        known |= {s.name: s for s in self.graph.scalars}
+        for name, decl in {**decls, **scalars}.items():
+            if name in known and known[name] != decl:
+                raise SpecError(
+                    f"the variant and an output declare '{name}' differently", remedy="name the output's own otherwise"
+                )
+        return Variant.from_graph(add_outputs(self.graph, decls, scalars, _located_specs(specs, outputs)))
 
     def __repr__(self) -> str:
         return f"<Variant {self.name} {self.graph.digest}>"
@@ -158,6 +183,22 @@ def _declarations(
                 f"inputs['{name}'] is {type(declared).__name__}", remedy="declare ac.Input(...) or ac.Scalar(...)"
             )
     return decls, scalars
+
+
+def _specs(outputs: Mapping[str, Any]) -> dict[str, OutputSpec]:
+    specs = {}
+    for name, given in outputs.items():
+        try:
+            specs[name] = OutputSpec.of(given)
+        except SpecError as error:
+            raise error.at(None, f"output '{name}'") from None
+    return specs
+
+
+def _located_specs(
+    specs: Mapping[str, OutputSpec], outputs: Mapping[str, Any]
+) -> dict[str, tuple[Callable[[dict[str, Any]], Any], Span | None]]:
+    return {name: (_located(spec.run, f"output '{name}'"), return_span(outputs[name])) for name, spec in specs.items()}
 
 
 def _runner(function: Any, stage: str) -> Callable[[dict[str, Any]], Any]:

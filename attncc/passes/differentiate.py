@@ -15,6 +15,7 @@ stores the sums themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import sympy
 
@@ -23,6 +24,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level, varies_by_key
 from attncc.ir.vocabulary import Read
+from attncc.passes.calculus import derivative as _diff
 from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
 
 #: do . v, one value a pair
@@ -57,7 +59,7 @@ class Backward:
 
 
 @dataclass(frozen=True)
-class _Normal:
+class Normal:
     """The plan with the maximum moved to where only `saved` rows are needed."""
 
     saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -67,8 +69,42 @@ class _Normal:
     row_reads: tuple[tuple[Read, sympy.Expr], ...]  # (read, d log G / d read)
 
 
-def differentiate(graph: VariantGraph, online: Online) -> Backward:
-    """Derive the backward, or raise UnsupportedError where the weight depends on the row maximum itself."""
+@dataclass(frozen=True)
+class PairCotangents:
+    """What else than `out` and lse asks of a pair: the cotangents that auxiliary outputs bring.
+
+    weight: the final weight, over the score and the stored rows; of_weight, of_score, of_reads: the cotangents of the
+    weight, of the score, and of element reads, as pair expressions.
+    """
+
+    weight: sympy.Expr
+    of_weight: sympy.Expr
+    of_score: sympy.Expr
+    of_reads: tuple[tuple[Read, sympy.Expr], ...]
+
+    def by(self, wrt: sympy.Expr) -> sympy.Expr:
+        """The cotangent of the score, or of an element read, without what comes through the row's sums: that is a term
+        of delta."""
+        direct = self.of_score if wrt == sym.SCORE else dict(self.of_reads).get(wrt, sympy.S.Zero)
+        return self.of_weight * _diff(self.weight, wrt) + direct
+
+    @property
+    def reads(self) -> set[Read]:
+        """Element reads that these cotangents reach."""
+        return self.weight.atoms(Read) | {read for read, _ in self.of_reads}
+
+
+def normal_form(online: Online) -> Normal:
+    """The plan over as few stored rows as the weight can be told from: lse alone where the maximum may move to it."""
+    settled = _at_lse(online) if online.maxes and _shift_invariant(online) else None
+    return settled or _with_sums(online)
+
+
+def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | None = None) -> Backward:
+    """Derive the backward, or raise UnsupportedError where the weight depends on the row maximum itself.
+
+    With `extra`, DELTA has one more term, the row's sum of weight * extra.of_weight, which the caller supplies.
+    """
     if online.maxes and not _shift_invariant(online):
         raise UnsupportedError(
             "the weight changes when the row maximum alone moves, so a gradient flows through the maximum: "
@@ -77,10 +113,12 @@ def differentiate(graph: VariantGraph, online: Online) -> Backward:
             span=graph["weight"].span,
             remedy="divide by a sum that scales with it, as softmax does, or call the op without gradients",
         )
-    normal = _at_lse(online) or _with_sums(online)
+    normal = normal_form(online)
     normal = replace(normal, numerator=online.coefficient * normal.numerator)
     wanted = {d.name for d in graph.inputs if d.grad}
     dscore = _cotangent(normal, sym.SCORE)
+    if extra is not None:
+        dscore = sympy.factor_terms(dscore + extra.by(sym.SCORE))
     score = graph["score"].expr
     raw = sympy.Dummy("raw", real=True)
     draw = _diff(score, sym.RAW_SCORE) * _diff(graph["raw_score"].expr.subs(sym.QK, raw), raw)
@@ -93,6 +131,10 @@ def differentiate(graph: VariantGraph, online: Online) -> Backward:
     for read in sorted(set().union(*(t.atoms(Read) for t in terms)), key=str):
         if read.input in wanted:
             dreads[read] = dreads.get(read, sympy.S.Zero) + _cotangent(normal, read)
+    if extra is not None:
+        for read in sorted(extra.reads, key=str):
+            if read.input in wanted:
+                dreads[read] = dreads.get(read, sympy.S.Zero) + extra.by(read)
     weight = normal.numerator * normal.scale
     row_dreads = tuple((r, DELTA * e) for r, e in normal.row_reads if r.input in wanted and e != 0)
     return Backward(
@@ -105,15 +147,7 @@ def differentiate(graph: VariantGraph, online: Online) -> Backward:
     )
 
 
-def _diff(expr: sympy.Expr, wrt: sympy.Expr) -> sympy.Expr:
-    """The derivative by a symbol or by an element read."""
-    if isinstance(wrt, sympy.Symbol):
-        return expr.diff(wrt)
-    stand_in = sympy.Dummy("read", real=True)
-    return expr.xreplace({wrt: stand_in}).diff(stand_in).xreplace({stand_in: wrt})
-
-
-def _cotangent(normal: _Normal, wrt: sympy.Expr) -> sympy.Expr:
+def _cotangent(normal: Normal, wrt: sympy.Expr) -> sympy.Expr:
     total = DP * normal.scale * _diff(normal.numerator, wrt)
     for term, dlog in normal.sums:
         total += DELTA * dlog * _diff(term, wrt)
@@ -137,6 +171,7 @@ def _positive(online: Online) -> dict[sympy.Symbol, sympy.Symbol]:
     return {r.symbol: sympy.Symbol(r.symbol.name, positive=True) for r in online.sums}
 
 
+@lru_cache(maxsize=256)
 def _shift_invariant(online: Online) -> bool:
     """Does A(s, m') G(L', m') = A(s, m) G(L, m), where L' is L rescaled from m to m'?"""
     positive = _positive(online)
@@ -156,7 +191,7 @@ def _exp_cancel(ratio: sympy.Expr) -> sympy.Expr:
     return sympy.cancel(sympy.expand(ratio, power_exp=True, power_base=True))
 
 
-def _at_lse(online: Online) -> _Normal | None:
+def _at_lse(online: Online) -> Normal | None:
     """The plan with M := lse, where G = 1. Possible with one sum, if every maximum sits in a multiple of M."""
     if online.shift is None or online.lse is None or len(online.sums) > 1 or not online.max_symbols:
         return None
@@ -182,7 +217,7 @@ def _at_lse(online: Online) -> _Normal | None:
         (t, settle(sympy.log(scale).diff(r.symbol))) for t, r in zip(sums, online.sums, strict=True) if t is not None
     )
     reads = tuple((r, settle(_diff(sympy.log(scale), r))) for r in reads_of(scale))
-    return _Normal(((LSE, online.lse),), numerator, sympy.S.One, pairs, reads)
+    return Normal(((LSE, online.lse),), numerator, sympy.S.One, pairs, reads)
 
 
 def _move_exponent(term: sympy.Expr, online: Online) -> sympy.Expr | None:
@@ -213,7 +248,7 @@ def _solve_for_one(scale: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None
     return solutions[0] if len(solutions) == 1 else None
 
 
-def _with_sums(online: Online) -> _Normal:
+def _with_sums(online: Online) -> Normal:
     """The plan as it is: the forward stores the maxima and the sums that the weight needs."""
     symbols = [*online.max_symbols, *(r.symbol for r in online.sums)]
     used = set().union(
@@ -223,7 +258,7 @@ def _with_sums(online: Online) -> _Normal:
     log_scale = sympy.log(online.scale)
     pairs = tuple((r.term, sympy.cancel(log_scale.diff(r.symbol))) for r in online.sums)
     reads = tuple((r, sympy.cancel(_diff(log_scale, r))) for r in reads_of(online.scale))
-    return _Normal(saved, online.numerator.term, online.scale, pairs, reads)
+    return Normal(saved, online.numerator.term, online.scale, pairs, reads)
 
 
 def by_distance(read: Read) -> bool:

@@ -22,6 +22,7 @@ from attncc.codegen.problem import problem_of
 from attncc.codegen.render import render
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
+from attncc.passes.differentiate import PairCotangents
 from attncc.resources import fingerprint
 from attncc.runtime import interpreter, warm
 from attncc.runtime.replay import Recording, key_of, recorder, usable
@@ -59,9 +60,10 @@ class Engine:
         schedule: Schedule | None = None,
         precision: Precision | None = None,
         backend: Backend | None = None,
+        extra: PairCotangents | None = None,
     ):
         self.graph = graph
-        self.plan = Plan(graph)
+        self.plan = Plan(graph, extra=extra)
         self._fixed = schedule
         self._precision = precision
         self._backend = backend
@@ -72,6 +74,10 @@ class Engine:
         self._recordings: dict[Any, tuple[Recording, Bound]] = {}
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
+
+    def sibling(self, graph: VariantGraph, extra: PairCotangents) -> Engine:
+        """An engine with the same schedule and precision for this graph's backward with further cotangents."""
+        return Engine(graph, self._fixed, self._precision, "triton", extra)
 
     def source(
         self, d_qk: int, d_v: int, tma: bool = False, backend: Backend = "triton", d_k: int | None = None
@@ -115,14 +121,7 @@ class Engine:
             key = (d_qk, d_v, tma, backend, d_k or d_qk, interpreted)
             if key not in self._modules:
                 source = self.source(d_qk, d_v, tma, backend, d_k)
-                if interpreted:
-                    with interpreter.decorating():
-                        module = load_source(source, f"{self.graph.name} (interpreted)")
-                    module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
-                else:
-                    module = load_source(source, self.graph.name)
-                    module._launch = recorder.launch  # type: ignore[attr-defined]
-                self._modules[key] = module
+                self._modules[key] = load_module(source, self.graph.name, interpreted)
             return self._modules[key]
 
     def problem(self, sizes: Mapping[str, int], dtype: torch.dtype, scalars: Mapping[str, Any]) -> Problem:
@@ -198,7 +197,7 @@ class Engine:
         prepared = self.prepare(bound, q, k, v)
         if not prepared.interpreted:
             self.warm(prepared, bound, q, k, v, then_backward and self.plan.has_backward is None)
-        with _on(q.device):
+        with on_device(q.device):
             return cast(
                 tuple[Tensor, ...],
                 prepared.module.forward(
@@ -299,7 +298,7 @@ class Engine:
         if self.plan.has_backward is not None:
             raise self.plan.has_backward
         prepared = self.prepare(bound, q, k, v)
-        with _on(q.device):
+        with on_device(q.device):
             return cast(
                 tuple[Tensor, ...],
                 prepared.module.backward(
@@ -307,6 +306,18 @@ class Engine:
                     *(out, saved, dout, dlse, wanted, prepared.meta, prepared.options),
                 ),
             )
+
+
+def load_module(source: str, name: str, interpreted: bool) -> ModuleType:
+    """A generated module, for the compiler or for the interpreter."""
+    if interpreted:
+        with interpreter.decorating():
+            module = load_source(source, f"{name} (interpreted)")
+        module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
+    else:
+        module = load_source(source, name)
+        module._launch = recorder.launch  # type: ignore[attr-defined]
+    return module
 
 
 def _fits_boxes(x: Tensor) -> bool:
@@ -322,7 +333,7 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _on(device: torch.device) -> Any:
+def on_device(device: torch.device) -> Any:
     """Triton launches on the current device; the tensors say which one that must be."""
     return torch.cuda.device(device) if device.type == "cuda" else _nothing
 

@@ -16,8 +16,17 @@ from attncc.language.variant import Variant
 from attncc.runtime import library
 from attncc.runtime.engine import Engine
 from attncc.runtime.explain import explain, explained_device, sizes_of
+from attncc.runtime.outputs_call import OutputsCall
 from attncc.runtime.reference import no_lse_of_branches
-from attncc.runtime.shapes import bind, output_names, refuse_gradient, with_captured, without_captured
+from attncc.runtime.shapes import (
+    auxiliary_names,
+    bind,
+    output_names,
+    read_inputs,
+    refuse_gradient,
+    with_captured,
+    without_captured,
+)
 from attncc.schedule.cache import Cache
 from attncc.schedule.problem import Backend, Dtype, Precision, Schedule
 
@@ -41,15 +50,17 @@ class AttentionOp:
         self.graph = graph
         self._captured = tuple(d for d in graph.inputs if d.captured)
         self._constant = tuple(d for d in graph.inputs if not d.grad)
-        self.engine = Engine(without_captured(graph), schedule, precision, backend)
+        self._plain = without_captured(graph)
+        self.engine = Engine(self._plain.core, schedule, precision, backend)
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
         for part in self.plan.parts:
             part.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
         asked = (schedule, precision, backend)
-        token = "" if asked == (None, None, "triton") else f":{asked}"
-        self._key = library.register(f"{graph.digest}{token}", self.engine)
+        self._token = "" if asked == (None, None, "triton") else f":{asked}"
+        self._key = library.register(f"{graph.core.digest}{self._token}", self.engine)
         self._stored = [name for name, _ in self.plan.stored]
+        self._calls: dict[tuple[str, ...], OutputsCall] = {}
 
     def __repr__(self) -> str:
         return f"<AttentionOp {self.graph.name} {self.graph.digest}>"
@@ -66,6 +77,9 @@ class AttentionOp:
     ) -> Any:
         """out (B, Hq, M, Dv) in q's dtype; with `outputs=("out", "lse")` also lse (B, Hq, M), float32, natural log.
 
+        `outputs` may also name the variant's auxiliary outputs: float32, or int64 where they count or point. What is
+        not asked for is not computed, and inputs that it alone reads need not be given.
+
         `scale` is 1/sqrt(Dqk) unless given. Under autocast q, k, v are cast as PyTorch's own attention does.
         Raises InputError where tensors do not match the variant, UnsupportedError for a device or output that it has
         not.
@@ -75,9 +89,14 @@ class AttentionOp:
         if self._captured:
             inputs = with_captured(self._captured, q, k, inputs)
         traced = torch.compiler.is_compiling() or _is_special(q, k, v) or torch._C._len_torch_dispatch_stack() > 0
+        graph = self.engine.graph
+        if self.graph.outputs:
+            call, inputs = self._auxiliary(outputs, inputs)
+            if call is not None:
+                return call(q, k, v, scale, inputs, outputs, traced, _wants_gradient(q, k, v, inputs))
         results: Any
         if traced:
-            bound = bind(self.graph, q, k, v, scale, inputs)
+            bound = bind(graph, q, k, v, scale, inputs)
             scalars = [float(x) for x in bound.scalars.values()]
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
         elif _wants_gradient(q, k, v, inputs):
@@ -85,19 +104,31 @@ class AttentionOp:
                 refuse_gradient(decl, inputs.get(decl.name))
             tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
             others = {name: x for name, x in inputs.items() if name not in tensors}
-            call = (scale, tuple(tensors), others)
-            results = library.EagerAttention.apply(self.engine, call, q, k, v, *tensors.values())
+            bundle = (scale, tuple(tensors), others)
+            results = library.EagerAttention.apply(self.engine, bundle, q, k, v, *tensors.values())
         elif q.is_cuda:
             results, _ = self.engine.infer(q, k, v, scale, inputs)
         else:
-            results = self.engine.forward(bind(self.graph, q, k, v, scale, inputs), q, k, v)
+            results = self.engine.forward(bind(graph, q, k, v, scale, inputs), q, k, v)
         if outputs == "out":
             return results[0]
         return self._pick(results, outputs)
 
+    def _auxiliary(
+        self, outputs: str | Sequence[str], inputs: dict[str, Any]
+    ) -> tuple[OutputsCall | None, dict[str, Any]]:
+        """What computes the auxiliary outputs that a call asks for, if any, and the inputs that it needs."""
+        names = auxiliary_names(self.graph, outputs)
+        if not names:
+            return None, read_inputs(self.graph, self.engine.graph, inputs)
+        if names not in self._calls:
+            self._calls[names] = OutputsCall(self._plain, names, self.engine, self._token)
+        call = self._calls[names]
+        return call, read_inputs(self.graph, call.graph, inputs)
+
     def _pick(self, results: Any, outputs: str | Sequence[str]) -> Any:
         picked = []
-        for name in output_names(outputs):
+        for name in output_names(outputs, self.graph):
             if name == "out":
                 picked.append(results[0])
             elif len(self.plan.parts) > 1:
@@ -141,16 +172,27 @@ class AttentionOp:
         cache, schedule, backend = Cache(), self._schedule, self._backend
         return explain(self.plan, sizes, dtype, device, scalars, precision, cache, schedule=schedule, backend=backend)
 
-    def torch_op(self) -> Any:
-        """The registered operator, for `torch.library.opcheck`."""
-        return torch.ops.attncc.forward.default
+    def torch_op(self, outputs: str | Sequence[str] = "out") -> Any:
+        """The registered operator of a call that asks for these outputs, for `torch.library.opcheck`."""
+        call, _ = self._auxiliary(outputs, {})
+        return torch.ops.attncc.forward.default if call is None else torch.ops.attncc.forward_outputs.default
 
     def torch_args(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **inputs: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        outputs: str | Sequence[str] = "out",
+        **inputs: Any,
     ) -> tuple[Any, ...]:
         """The arguments with which a call reaches the registered operator."""
         inputs = with_captured(self._captured, q, k, inputs)
-        bound = bind(self.graph, q, k, v, scale, inputs)
+        call, inputs = self._auxiliary(outputs, inputs)
+        if call is not None:
+            return call.torch_args(q, k, v, scale, inputs)
+        bound = bind(self.engine.graph, q, k, v, scale, inputs)
         scalars = [float(x) for x in bound.scalars.values()]
         return (q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
 

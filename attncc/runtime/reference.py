@@ -6,7 +6,7 @@ formula does elsewhere (log of a negative distance, an infinite bias) can reach 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from torch import Tensor
 from attncc import variants
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
 from attncc.ir.graph import LOOP_DIMS, InputDecl, Stage, VariantGraph
+from attncc.ir.outputs import Output, Reduction
 from attncc.ir.text import formula
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
+from attncc.runtime.cells import finish
 from attncc.runtime.evaluate import evaluate
-from attncc.runtime.shapes import REFERENCE_DTYPES, Bound, bind, output_names
+from attncc.runtime.shapes import OUTPUTS, REFERENCE_DTYPES, Bound, auxiliary_names, bind, output_names, read_inputs
 
 _BY_KEY = {s.name for s in (sym.KV_IDX, sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)}
 
@@ -53,15 +56,30 @@ def reference(
 
     `variant` may also be a shipped name or the path of a TOML file.
     q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) of any float dtype; `out` is (B, Hq, M, Dv), `lse` is
-    (B, Hq, M). A row that sees no key gives 0, lse = -inf, and zero gradients. Raises InputError for tensors that do
-    not fit, UnsupportedError for the lse of a normalizer that has none.
+    (B, Hq, M), an auxiliary output as its domain has it. A row that sees no key gives 0, lse = -inf, and zero
+    gradients. Raises InputError for tensors that do not fit, UnsupportedError for the lse of a normalizer that has
+    none.
     """
-    graph = graph_of(variant)
-    names = output_names(outputs)
-    bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
-    run = dense(graph, q.double(), k.double(), v.double(), bound, torch.float64)
-    results = tuple(getattr(run, name)() for name in names)
+    results = evaluated(graph_of(variant), q.double(), k.double(), v.double(), scale, inputs, outputs, torch.float64)
     return results[0] if len(results) == 1 else results
+
+
+def evaluated(
+    graph: VariantGraph,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    inputs: Mapping[str, Any],
+    outputs: str | Sequence[str],
+    number: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """The outputs by `dense`, with the inputs that they need."""
+    names = output_names(outputs, graph)
+    chosen = graph.select(auxiliary_names(graph, outputs))
+    bound = bind(chosen, q, k, v, scale, read_inputs(graph, chosen, inputs), REFERENCE_DTYPES)
+    run = dense(chosen, q, k, v, bound, number)
+    return tuple(run.named(name) for name in names)
 
 
 def dense(
@@ -80,6 +98,10 @@ class DenseBranches:
         keys = k.split(dim, -1) if k.shape[3] > dim else (k,) * graph.branches
         branches = zip(graph.parts, q.split(dim, -1), keys, strict=True)
         self.parts = [Dense(part, own_q, own_k, v, bound, number) for part, own_q, own_k in branches]
+
+    def named(self, name: str) -> Tensor:
+        """out, or lse, which there is not."""
+        return self.out() if name == "out" else self.lse()
 
     def out(self) -> Tensor:
         """(B, Hq, M, Dv): the sum of what the branches give."""
@@ -117,7 +139,9 @@ class Dense:
             **bound.scalars,
             **{d.name: self._input(d, bound.tensors[d.name], sizes) for d in graph.inputs},
         }
+        self.bound = bound
         self.used = {s.name for stage in graph.stages for s in stage.expr.free_symbols}
+        self.used |= {s.name for output in graph.outputs for s in output.free_symbols}
         mask = self._mask()
         #: flat positions: in (B, H, M, N) of the pairs that the mask shows, in (B, H, M) of the rows that see a key
         self.visible = mask.reshape(-1).nonzero().squeeze(1)
@@ -134,6 +158,47 @@ class Dense:
             elif stage.name not in ("mask", "out"):
                 self.rows[stage.name] = self._reduce(stage)
                 self.pairs[stage.name] = self.rows[stage.name][self.row_of_pair]
+
+    def named(self, name: str) -> Tensor:
+        """An output by its name: out, lse, or an auxiliary one."""
+        return getattr(self, name)() if name in OUTPUTS else self.auxiliary(self.graph.output(name))
+
+    def auxiliary(self, output: Output) -> Tensor:
+        """An auxiliary output; counts and positions are int64."""
+        values = {r.symbol.name: self._cells(output, r) for r in output.reductions}
+        return finish(self.graph, output, values, self.bound, self.number)
+
+    def _cells(self, output: Output, reduction: Reduction) -> Tensor:
+        """One reduction over the visible pairs of every cell."""
+        b, h, m, n = self.shape
+        shape = (b, h, *output.domain.shape(m, n))
+        cells = torch.zeros(shape, device="meta")
+        index = self._indices(self.visible, n, all_names=True)
+        env = {**self.pairs, **index}
+        at, inside = torch.zeros_like(self.visible), torch.ones_like(self.visible, dtype=torch.bool)
+        places = (index["b"], index["h"], *(self._pairwise(e, env) for e in output.domain.cell()))
+        for place, size, stride in zip(places, shape, cells.stride(), strict=True):
+            inside = inside & (place >= 0) & (place < size)
+            at = at + place * stride
+        chosen = (inside & self._pairwise(reduction.when, env)).nonzero().squeeze(1)
+        at, count = at[chosen], cells.numel()
+        if reduction.op == "count":
+            return torch.bincount(at, minlength=count).reshape(shape)
+        small = voc.maximum(sym.WEIGHT, sympy.Float(2.0**-126))
+        values = self._pairwise(reduction.expr.xreplace({sympy.log(sym.WEIGHT): sympy.log(small)}), env)[chosen]
+        values = values.to(torch.promote_types(values.dtype, self.number))
+        if reduction.op == "sum":
+            return values.new_zeros(count).index_add(0, at, values).reshape(shape)
+        largest = values.new_full((count,), -torch.inf).scatter_reduce(0, at, values, "amax")
+        if reduction.op == "max":
+            return largest.reshape(shape)
+        best = values == largest[at]
+        along = index["kv_idx" if output.domain.kind == "row" else "q_idx"][chosen][best]
+        first = at.new_full((count,), max(m, n)).scatter_reduce(0, at[best], along, "amin")
+        return torch.where(first == max(m, n), -1, first).reshape(shape)
+
+    def _pairwise(self, expr: Any, env: dict[str, Any]) -> Tensor:
+        return evaluate(expr, env, self.number, self.device).expand(self.visible.shape)
 
     def out(self) -> Tensor:
         """(B, Hq, M, Dv): the sum over the keys of the pair's factor times v."""
@@ -168,7 +233,7 @@ class Dense:
         env["h_kv"] = env["h"] // max(self.group, 1)
         return evaluate(self.graph["mask"].expr, env, self.number, self.device).expand(self.shape)
 
-    def _indices(self, flat: Tensor, n: int) -> dict[str, Tensor]:
+    def _indices(self, flat: Tensor, n: int, all_names: bool = False) -> dict[str, Tensor]:
         """What those of b, h, h_kv, q_idx and kv_idx that a stage uses are at flat positions of (B, H, M, N)."""
         h, m, n, group = (max(size, 1) for size in (self.shape[1], self.shape[2], n, self.group))
         formulas = {
@@ -178,7 +243,7 @@ class Dense:
             "q_idx": lambda: flat // n % m,
             "kv_idx": lambda: flat % n,
         }
-        return {name: compute() for name, compute in formulas.items() if name in self.used}
+        return {name: compute() for name, compute in formulas.items() if all_names or name in self.used}
 
     def _on_pairs(self, expr: Any) -> Tensor:
         return evaluate(expr, self.pairs, self.number, self.device).expand(self.visible.shape)

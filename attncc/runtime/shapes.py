@@ -25,8 +25,8 @@ from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
 #: what the kernels compute in; the reference also takes float64
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 REFERENCE_DTYPES = KERNEL_DTYPES | {torch.float64}
-#: what a call may ask for
-OUTPUTS = frozenset({"out", "lse"})
+#: what a call may ask for, besides the variant's auxiliary outputs
+OUTPUTS = ("out", "lse")
 _INT_DTYPES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
 _DIMENSIONS = {
     "q": "(batch, heads, queries, head dim)",
@@ -136,14 +136,26 @@ def without_captured(graph: VariantGraph) -> VariantGraph:
     return graph.changed(inputs=[replace(d, default=None) if d.captured else d for d in graph.inputs])
 
 
-def output_names(outputs: str | Sequence[str]) -> tuple[str, ...]:
+def output_names(outputs: str | Sequence[str], graph: VariantGraph) -> tuple[str, ...]:
     """The names of the outputs that a call asks for. Raises InputError for one that does not exist."""
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if not names or not OUTPUTS.issuperset(names):
-        wrong = [repr(n) for n in names if n not in OUTPUTS]
+    known = (*OUTPUTS, *(o.name for o in graph.outputs))
+    wrong = [repr(n) for n in names if n not in known]
+    if not names or wrong:
         reason = f"there is no output {', '.join(wrong)}" if wrong else "no output is asked for"
-        raise InputError(reason, remedy=f"the outputs are: {', '.join(sorted(OUTPUTS, reverse=True))}")
+        raise InputError(reason, remedy=f"the outputs are: {', '.join(known)}")
     return names
+
+
+def auxiliary_names(graph: VariantGraph, outputs: str | Sequence[str]) -> tuple[str, ...]:
+    """The auxiliary outputs among those that a call asks for, each once, in alphabetical order."""
+    return tuple(sorted(set(output_names(outputs, graph)) - set(OUTPUTS)))
+
+
+def read_inputs(graph: VariantGraph, chosen: VariantGraph, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a call without those that only outputs read which it does not ask for."""
+    declared, needed = ({d.name for d in g.inputs} | {s.name for s in g.scalars} for g in (graph, chosen))
+    return {name: x for name, x in inputs.items() if name in needed or name not in declared}
 
 
 def _bind_inputs(

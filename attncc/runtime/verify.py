@@ -19,9 +19,8 @@ from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
-from attncc.runtime.reference import dense, graph_of, log_denominator, reference
+from attncc.runtime.reference import evaluated, graph_of, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
-from attncc.runtime.shapes import REFERENCE_DTYPES, bind, output_names
 
 __all__ = ["Check", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
 
@@ -107,10 +106,8 @@ def eager(
     **inputs: Any,
 ) -> Any:
     """The reference's own steps in the dtype of q, k, v, with index arithmetic in float32: what plain PyTorch gives."""
-    graph = graph_of(variant)
-    bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
-    run = dense(graph, q, k, v, bound, torch.promote_types(q.dtype, torch.float32))
-    results = tuple(getattr(run, name)() for name in output_names(outputs))
+    number = torch.promote_types(q.dtype, torch.float32)
+    results = evaluated(graph_of(variant), q, k, v, scale, inputs, outputs, number)
     return results[0] if len(results) == 1 else results
 
 

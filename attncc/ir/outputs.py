@@ -1,0 +1,159 @@
+"""What a caller may read out of attention besides the output row: a pair expression, and how it is reduced.
+
+    output    := name = expr over reductions of one domain
+    reduction := domain.sum(expr) | domain.max(expr) | domain.argmax(expr) | domain.count(), over the visible pairs of
+                 a cell for which a condition holds
+    domain    := row | col | offset | offset(lo, hi) | block(m, n) | pair | pair(start, stop)
+
+A domain says which pairs make up a cell: those of one query, of one key, of one distance kv_idx - q_idx, of one block
+of m queries by n keys, or one pair alone (of the queries start:stop, as a slice has them). A cell without a visible
+pair has sum 0, max -inf, argmax -1 and count 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+
+from attncc.errors import Span
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+
+#: the reductions of each domain; a position (argmax) exists where a cell is a line of pairs
+OPS: dict[str, tuple[str, ...]] = {
+    "row": ("sum", "max", "argmax", "count"),
+    "col": ("sum", "max", "argmax", "count"),
+    "offset": ("sum", "count"),
+    "block": ("sum", "max", "count"),
+    "pair": ("sum", "max"),
+}
+#: the largest output of a domain whose size grows with queries times keys, in elements: 1 GiB of float32
+LIMIT = 2**28
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Which pairs of one (batch, query head) make up a cell.
+
+    args: (lo, hi) of offset, both included, or (None, None); (m, n) of block; (start, stop) of pair, as in a slice.
+    limit: how many elements an output of block or pair may have before a call is refused.
+    """
+
+    kind: str
+    args: tuple[int | None, ...] = ()
+    limit: int = field(default=LIMIT, compare=False)
+
+    def __str__(self) -> str:
+        if all(a is None for a in self.args):
+            return self.kind
+        shown = self.args[:-1] if self.args[-1] is None else self.args
+        return f"{self.kind}({', '.join(map(str, shown))})"
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the output's dimensions after batch and head."""
+        return {
+            "row": ("q_idx",),
+            "col": ("kv_idx",),
+            "offset": ("offset",),
+            "block": ("q_block", "kv_block"),
+            "pair": ("q_idx", "kv_idx"),
+        }[self.kind]
+
+    @property
+    def grows(self) -> bool:
+        """Does the output's size grow with queries times keys?"""
+        return self.kind in ("block", "pair")
+
+    def first(self) -> sympy.Expr:
+        """The first query that takes part."""
+        start = self.args[0] if self.kind == "pair" else None
+        if start is None or start == 0:
+            return sympy.S.Zero
+        return voc.minimum(start, sym.Q_LEN) if start > 0 else voc.maximum(sym.Q_LEN + start, 0)
+
+    def rows(self, q_len: int) -> tuple[int, int]:
+        """The queries that take part: the first, and the one behind the last."""
+        start, stop = self.args if self.kind == "pair" else (None, None)
+        begin, end = (
+            default if x is None else (max(q_len + x, 0) if x < 0 else min(x, q_len))
+            for x, default in ((start, 0), (stop, q_len))
+        )
+        return begin, max(begin, end)
+
+    def shape(self, q_len: int, kv_len: int) -> tuple[int, ...]:
+        """The output's shape after batch and head."""
+        if self.kind == "row":
+            return (q_len,)
+        if self.kind == "col":
+            return (kv_len,)
+        if self.kind == "offset":
+            lo, hi = self.args
+            if lo is None or hi is None:
+                return (max(q_len + kv_len - 1, 0),)
+            return (hi - lo + 1,)
+        if self.kind == "block":
+            m, n = self.args
+            assert m is not None
+            assert n is not None
+            return (-(-q_len // m), -(-kv_len // n))
+        begin, end = self.rows(q_len)
+        return (end - begin, kv_len)
+
+    def cell(self) -> tuple[sympy.Expr, ...]:
+        """The index of a pair's cell in the output, after batch and head. It may lie outside: offset, pair."""
+        q, kv = sym.Q_IDX, sym.KV_IDX
+        if self.kind == "row":
+            return (q,)
+        if self.kind == "col":
+            return (kv,)
+        if self.kind == "offset":
+            lo = self.args[0]
+            return (kv - q + sym.Q_LEN - 1,) if lo is None else (kv - q - lo,)
+        if self.kind == "block":
+            return (voc.floordiv(q, sympy.Integer(self.args[0])), voc.floordiv(kv, sympy.Integer(self.args[1])))
+        return (q - self.first(), kv)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One value a cell: `op` over its visible pairs for which `when` holds. Counts and positions are integers."""
+
+    symbol: sympy.Symbol
+    op: str
+    expr: sympy.Expr
+    when: sympy.Basic = sympy.true
+
+    @property
+    def is_int(self) -> bool:
+        return self.op in ("argmax", "count")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A named auxiliary output: `expr` over its reductions, the program's names, and the index of a row or a column."""
+
+    name: str
+    domain: Domain
+    reductions: tuple[Reduction, ...]
+    expr: sympy.Expr
+    span: Span | None = field(default=None, compare=False)
+
+    @property
+    def free_symbols(self) -> set[sympy.Symbol]:
+        """Every symbol that the output's formulas mention, its reductions' own among them."""
+        parts = [self.expr, *(e for r in self.reductions for e in (r.expr, r.when))]
+        return set().union(*(p.free_symbols for p in parts))
+
+    @property
+    def type(self) -> str:
+        return voc.type_of(self.expr)
+
+
+def cell_symbol(op: str, number: int) -> sympy.Symbol:
+    """The value of an output's `number`-th reduction of a kind, such as `cell_sum_0`."""
+    name = f"cell_{op}_{number}"
+    if op in ("argmax", "count"):
+        return sympy.Symbol(name, integer=True)
+    return sympy.Symbol(name, real=True)

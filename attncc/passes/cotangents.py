@@ -1,0 +1,134 @@
+"""Gradients through auxiliary outputs, derived: what their cotangents ask of each pair.
+
+An output is r = sum over the pairs of a cell of f(weight, score, inputs). A cotangent dr of it adds dr[cell] *
+df/dweight to the cotangent of the pair's weight, which so far was do . v, and dr[cell] * df/dscore to that of its
+score. The cotangent tensors enter the backward's kernels as inputs read at the pair's cell. The row's delta gains the
+sum of weight * (what was added): one more light pass. Of a maximum, the pair at its place alone has a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import sympy
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+from attncc.ir.graph import InputDecl, VariantGraph
+from attncc.ir.outputs import Domain, Output, Reduction, cell_symbol
+from attncc.ir.vocabulary import Read
+from attncc.passes.calculus import derivative
+from attncc.passes.differentiate import PairCotangents
+from attncc.passes.outputs import Named, Weight, named
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A tensor that the backward reads besides the variant's inputs: the cotangent of a reduction, or the place of a
+    maximum."""
+
+    decl: InputDecl
+    reduction: str  # the name of the reduction that it belongs to
+    is_place: bool
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """The backward of a graph with cotangents of some of its reductions.
+
+    graph: the core with the hidden inputs; carry: the same with the one output whose light pass completes delta, or
+    None where delta gains nothing; extra: the terms that each pair gains.
+    """
+
+    graph: VariantGraph
+    carry: VariantGraph | None
+    hidden: tuple[Hidden, ...]
+    extra: PairCotangents
+
+
+def with_places(graph: VariantGraph) -> VariantGraph:
+    """The graph with the place of every maximum over a row or a column, which its gradient needs."""
+    added = []
+    for output in graph.outputs:
+        for entry in named((output,)):
+            if _needs_place(output.domain, entry.reduction):
+                place = replace(entry.reduction, symbol=cell_symbol("argmax", 0), op="argmax")
+                added.append(Output(place_of(entry.name), output.domain, (place,), place.symbol))
+    if not added:
+        return graph
+    return graph.changed(outputs=(*graph.outputs, *added))
+
+
+def place_of(reduction: str) -> str:
+    """The name of the output that holds the place of a maximum."""
+    return f"{reduction}_place"
+
+
+def _needs_place(domain: Domain, reduction: Reduction) -> bool:
+    return reduction.op == "max" and domain.kind in ("row", "col")
+
+
+def cotangents(graph: VariantGraph, weight: Weight, given: tuple[str, ...]) -> Cotangents:
+    """The terms for cotangents of the reductions in `given` (names as `passes.outputs.named` has them).
+
+    Raises UnsupportedError for a reduction whose gradient is not derived.
+    """
+    domains = {o.name: o.domain for o in graph.outputs}
+    taken = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
+    hidden: list[Hidden] = []
+    of_weight = of_score = sympy.S.Zero
+    of_reads: dict[Read, sympy.Expr] = {}
+    differentiable = {d.name for d in graph.inputs if d.grad}
+    for entry in named(graph.outputs):
+        if entry.name not in given:
+            continue
+        domain, reduction = domains[entry.output], entry.reduction
+        factor = _factor(domain, entry, hidden, taken)
+        of_weight += factor * derivative(reduction.expr, sym.WEIGHT)
+        of_score += factor * derivative(reduction.expr, sym.SCORE)
+        for read in sorted(reduction.expr.atoms(Read), key=str):
+            if read.input in differentiable:
+                of_reads[read] = of_reads.get(read, sympy.S.Zero) + factor * derivative(reduction.expr, read)
+    decls = [*graph.inputs, *(h.decl for h in hidden)]
+    name = f"{graph.name}, with cotangents of {', '.join(given)} of {graph.digest}"
+    extra = PairCotangents(
+        weight.expr,
+        weight.of(of_weight),
+        weight.of(of_score),
+        tuple((read, weight.of(expr)) for read, expr in of_reads.items()),
+    )
+    symbol = cell_symbol("sum", 0)
+    missing = Output("carry", Domain("row"), (Reduction(symbol, "sum", sym.WEIGHT * of_weight),), symbol)
+    plain, carry = (graph.changed(name=name, inputs=decls, outputs=outputs) for outputs in ((), (missing,)))
+    return Cotangents(plain, carry if of_weight != 0 else None, tuple(hidden), extra)
+
+
+def _factor(domain: Domain, entry: Named, hidden: list[Hidden], taken: set[str]) -> sympy.Expr:
+    """The cotangent of the reduction at the pair's cell, where the pair takes part in it."""
+    reduction = entry.reduction
+    if reduction.op == "max" and domain.kind == "block":
+        raise UnsupportedError(
+            f"the gradient of the output '{entry.output}' is not derived: the place of a maximum over {domain} is not "
+            "kept",
+            stage=f"output '{entry.output}'",
+            remedy=f"detach it, or use {domain}.sum or row.max",
+        )
+    read = _hidden(domain, entry, f"d{entry.name}", "float", hidden, taken, is_place=False)
+    conditions = [] if reduction.when is sympy.true else [reduction.when]
+    if _needs_place(domain, reduction):
+        place = _hidden(domain, entry, place_of(entry.name), "int", hidden, taken, is_place=True)
+        along = sym.KV_IDX if domain.kind == "row" else sym.Q_IDX
+        conditions.append(sympy.Eq(along, place))
+    return voc.where(sympy.And(*conditions), read, sympy.S.Zero)
+
+
+def _hidden(
+    domain: Domain, entry: Named, name: str, dtype: str, hidden: list[Hidden], taken: set[str], is_place: bool
+) -> Read:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    dims = ("rows", "kv_idx") if domain.kind == "pair" else domain.dims
+    hidden.append(Hidden(InputDecl(name, ("b", "h", *dims), dtype), entry.name, is_place))
+    return Read(sym.input_symbol(name, dtype == "int"), sym.B, sym.H, *domain.cell())

@@ -1,0 +1,21 @@
+"""Tilings of the light passes behind auxiliary outputs, from those of the kernels that they resemble."""
+
+from __future__ import annotations
+
+from attncc.schedule.problem import KernelSchedule, Schedule
+
+
+def light_tilings(schedule: Schedule) -> dict[str, KernelSchedule]:
+    """One for each loop: over the keys of a block of queries, over the queries of a block of keys, along diagonals.
+
+    The first two are the forward without its second matmul, either way round. A band of diagonals has square tiles.
+    """
+    forward, pair = schedule.forward, schedule.pair or schedule.dq
+    if forward.backend != "triton":  # a tiling of another kind of kernel
+        forward = KernelSchedule(128, 64, 8, 3)
+    side = min(pair.block_m, pair.block_n, 64)
+    return {
+        "by_query": forward,
+        "by_key": KernelSchedule(forward.block_n, forward.block_m, forward.num_warps, forward.num_stages),
+        "by_offset": KernelSchedule(side, side, pair.num_warps, pair.num_stages),
+    }
