@@ -9,6 +9,7 @@ import sympy
 from attncc.codegen.kernels import forward_slots
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon
+from attncc.errors import UnsupportedError
 from attncc.schedule import hopper
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
@@ -22,6 +23,11 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     weights and the factor of the accumulator. `loads` and `attends` name the kernel's arguments that the warps need
     which load, and those which compute.
     """
+    if len(plan.parts) > 1:
+        raise UnsupportedError(
+            f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
+            remedy="use backend='triton'",
+        )
     f = forward_slots(plan, bounds_apart=True)
     (chain,) = f.pop("chains")
     f = {**f, **chain, "visible": chain["show"]}

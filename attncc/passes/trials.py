@@ -25,8 +25,12 @@ _FILLS = ("typical", "random", "zero")
 
 
 def hidden_row(graph: VariantGraph, more_queries: bool) -> str | None:
-    """The smallest example of a query that sees no key, in words; None if none was found."""
-    mask = graph["mask"].expr
+    """The smallest example of a query that sees no key, in words; None if none was found.
+
+    A query that a condition of its own hides, such as a closed gate, is meant to see none: it is no example."""
+    terms = sympy.And.make_args(graph["mask"].expr)
+    mask = sympy.And(*(t for t in terms if sym.KV_IDX in t.free_symbols))
+    own = sympy.And(*(t for t in terms if sym.KV_IDX not in t.free_symbols))
     if mask is sympy.true:
         return None
     for q_len, kv_len in _lengths(graph, more_queries):
@@ -34,7 +38,8 @@ def hidden_row(graph: VariantGraph, more_queries: bool) -> str | None:
             env = _environment(graph, q_len, kv_len, fill)
             rows = _rows(q_len, kv_len)
             shape = (_BATCH, _HEADS, len(rows), kv_len)
-            shown = np.broadcast_to(evaluate(mask, {**env, "q_idx": rows[:, None]}), shape).any(-1)
+            at = {**env, "q_idx": rows[:, None]}
+            shown = np.broadcast_to(evaluate(mask, at) | ~evaluate(own, at), shape).any(-1)
             if not shown.all():
                 b, h, row = np.unravel_index(int(np.argmin(shown)), shown.shape)
                 return f"{_words(graph, env, fill, int(b), int(h))}q_len={q_len}, kv_len={kv_len}, q_idx={rows[row]}"

@@ -14,11 +14,12 @@ from attncc.codegen.crosscompile import cross_compile
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
+from attncc.errors import UnsupportedError
 from attncc.schedule import KernelSchedule, Schedule, device_for, hopper
 from tests.schedule.problems import problem
 
 H100 = device_for("h100")
-NAMES = ac.variants.names()
+NAMES = [name for name in ac.variants.names() if ac.variants.get(name).graph.branches == 1]
 
 
 @cache
@@ -48,6 +49,11 @@ def test_the_text_is_tidy_and_names_only_what_it_is_handed(name):
     for warp in ("_weigh", "_load", "_attend"):
         unused = {s.get_name() for s in functions[warp].get_symbols() if s.is_parameter() and not s.is_referenced()}
         assert unused == set()
+
+
+def test_branches_are_refused():
+    with pytest.raises(UnsupportedError, match="one score a pair(.|\n)*backend='triton'"):
+        source("differential")
 
 
 @pytest.mark.parametrize(

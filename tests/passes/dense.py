@@ -72,9 +72,16 @@ UNSHIPPED = {
 }
 
 
+#: what ships; of several branches, each is a variant here
+SHIPPED = {
+    part.name: ac.Variant.from_graph(part) for name in ac.variants.names() for part in ac.variants.get(name).graph.parts
+}
+NAMES = (*SHIPPED, *UNSHIPPED)
+
+
 def variant(name: str) -> ac.Variant:
     """Shipped or not."""
-    return UNSHIPPED[name] if name in UNSHIPPED else ac.variants.get(name)
+    return {**SHIPPED, **UNSHIPPED}[name]
 
 
 class Pairs:

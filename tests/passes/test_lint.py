@@ -56,6 +56,14 @@ def test_an_input_that_hides_a_row_is_named():
     assert "lengths all 0" in finding.reason
 
 
+def test_a_query_that_hides_itself_is_meant_to_see_nothing():
+    gate = '[inputs]\ngate = { index = ["b", "h", "q_idx"] }'
+    closed = "gate[b, h, q_idx] != 0"
+    assert lint(loads_toml(f"[stages]\nmask = '{closed}'\n{gate}").graph) == ()
+    found = lint(loads_toml(f"[stages]\nmask = 'kv_idx < q_idx and {closed}'\n{gate}").graph)
+    assert "a query may see no key" in found[0].reason
+
+
 def test_a_window_of_scalars_is_tried_at_its_default():
     text = '[stages]\nmask = "kv_idx < reach and q_idx - kv_idx < 5"\n[scalars]\nreach = 100\n'
     (finding,) = [f for f in lint(loads_toml(text).graph) if f.level == "warning"]

@@ -12,10 +12,9 @@ from attncc.passes.stream import stream
 from attncc.runtime.reference import log_denominator, reference
 from attncc.runtime.samples import Shape, sample_inputs
 
-from .dense import UNSHIPPED, Pairs, variant
+from .dense import NAMES, UNSHIPPED, Pairs, variant
 
 SHAPE = Shape(2, 4, 2, 7, 11, 4, 3)
-NAMES = (*ac.variants.names(), *UNSHIPPED)
 
 
 def of(normalizer):
@@ -68,7 +67,9 @@ def test_the_plan_computes_the_variant(name):
     pairs = Pairs(graph, sample)
     rows = pairs.accumulate(online)
     exact = reference(variant(name), sample.q, sample.k, sample.v, **sample.inputs)
-    torch.testing.assert_close(rows["acc"] * pairs.rows(online.scale, rows), exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        rows["acc"] * pairs.rows(online.coefficient * online.scale, rows), exact, rtol=1e-10, atol=1e-12
+    )
     if online.lse is None:
         with pytest.raises(UnsupportedError, match="no row statistic"):
             log_denominator(graph)
