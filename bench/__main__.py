@@ -40,6 +40,7 @@ def run(
     variant: Annotated[list[str] | None, typer.Option(help="sweep: case names, e.g. causal.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="sweep: head dimensions.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="sweep: sequence lengths.")] = None,
+    tiling: Annotated[list[str] | None, typer.Option(help="sweep: only these, e.g. dkdv=64x128/8/2.")] = None,
     workers: Annotated[int, typer.Option(help="sweep: processes that compile candidates.")] = 12,
 ) -> None:
     """Run suites on this machine's GPU: every case is checked against the reference, then timed."""
@@ -55,7 +56,7 @@ def run(
     if not torch.cuda.is_available():
         typer.echo("bench measures a GPU, and torch sees none here", err=True)
         raise typer.Exit(2)
-    options = {"variant": variant, "head_dim": head_dim, "length": length, "workers": workers}
+    options = {"variant": variant, "head_dim": head_dim, "length": length, "tiling": tiling, "workers": workers}
     session = Run(out, quick, Budget(budget_s), options)
     for name in names:
         suites.load(name)(session)
@@ -88,6 +89,19 @@ def readme(
         raise typer.Exit(1)
     if not check:
         README.write_text(new)
+
+
+@app.command()
+def regret(
+    files: Annotated[list[Path] | None, typer.Argument(help="Files of the sweep suite; default: all committed.")] = None,
+) -> None:
+    """Show what the cost model's first choices lose against the best tilings that a sweep measured; needs no GPU."""
+    from bench.regret import COLUMNS, lines, regrets, summary
+
+    found = [each for path in files or sorted(RESULTS.glob("*/sweep-*.json")) for each in regrets(path)]
+    Run().show("first choices beside the best that was measured", list(COLUMNS), lines(found))
+    typer.echo("~: not measured itself; the next of the model's order that was")
+    typer.echo(summary(found))
 
 
 @app.command()

@@ -33,14 +33,13 @@ class BoundLines:
     """`setup` computes mixed_tiles and full_tiles; `mixed` and `full` turn the loop counter `i` into `tile`.
 
     Where a kernel of its own finds the bounds once a block, `scan` holds its lines, `stored` the names of what it
-    stores, and `setup` reads that back, from the line that `line` names.
+    stores, and `setup` reads that back.
     """
 
     setup: tuple[str, ...]
     mixed: tuple[str, ...]
     full: tuple[str, ...]
     scan: tuple[str, ...] = ()
-    line: str = ""
     stored: tuple[str, ...] = ()
 
 
@@ -54,7 +53,7 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart
     if plan.scan is None and not (apart and plan.outer_reads):
         outer = scope.outer_lines(kernel, inside)
         return _loop_lines([*outer, *scope.segment_lines()], len(plan.segments))
-    line = "b * heads + h" if _by_head(plan) else "b"
+    line = "b * heads + h" if plan.by_head else "b"
     blocks, number = ("m_blocks", "m_block") if plan.outer == sym.Q_IDX else ("n_blocks", "n_block")
     tags = [""] if len(plan.segments) == 1 else [f"_{i}" for i in range(len(plan.segments))]
     stored = tuple(f"{name}{tag}" for tag in tags for name in STORED)
@@ -67,15 +66,7 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart
     ranges = scanner.segment_lines()
     narrowed = scanner.scan_lines() if plan.scan is not None else []
     scan = (*separate.outer, *separate.body, *reads, *ranges, *narrowed)
-    return BoundLines(found.setup, found.mixed, found.full, scan, line, stored)
-
-
-def _by_head(plan: TilePlan) -> bool:
-    """Do the bounds of a block differ between heads?"""
-    exprs = [e for s in plan.segments for e in (s.live.lo, s.live.hi, s.may, s.must)]
-    exprs += [e for s in plan.segments if s.full for e in (s.full.lo, s.full.hi)]
-    exprs += [plan.scan.may, plan.scan.must] if plan.scan else []
-    return any({sym.H, sym.H_KV} & e.free_symbols for e in exprs)
+    return BoundLines(found.setup, found.mixed, found.full, scan, stored)
 
 
 class _Scope:

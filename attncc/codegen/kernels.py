@@ -295,13 +295,15 @@ def _pair_slots(
     edges: list[str],
     inside: str,
     in_loop: bool = True,
+    many_heads: bool = False,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed.
     """
-    lowering = Lowering(plan.graph, {**backward_leaves(plan), **LEAVES}, rows_first, running=RUNNING)
+    leaves = {**backward_leaves(plan), **LEAVES}
+    lowering = Lowering(plan.graph, leaves, rows_first, running=RUNNING, many_heads=many_heads)
     shown = [s for i, s in enumerate(_shown(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1
@@ -331,6 +333,7 @@ def _pair_slots(
     return {
         "bounds": bounds,
         "outer": lowering.outer,
+        "by_head": lowering.by_head,
         "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight))),
         "chains": chains,
         "final_lines": final_lines,
@@ -424,7 +427,8 @@ def dkdv_slots(plan: Plan) -> dict[str, Any]:
     """Slots of dkdv.py.j2."""
     wanted = [g for g in plan.gradients if g.kind == "col"]
     edges = [_edge("q_idx", False), _edge("kv_idx", False)]
-    return _pair_slots(plan, False, wanted, plan.over_queries, "BLOCK_M", edges, "kv_idx < kv_len")
+    slots = _pair_slots(plan, False, wanted, plan.over_queries, "BLOCK_M", edges, "kv_idx < kv_len", many_heads=True)
+    return {**slots, "one_loop": plan.one_loop}
 
 
 def dq_slots(plan: Plan) -> dict[str, Any]:
@@ -473,6 +477,6 @@ def bounds_slots(tile: TilePlan, bounds: BoundLines) -> dict[str, Any]:
         "block": "BLOCK_M" if by_rows else "BLOCK_N",
         "inner_block": "BLOCK_N" if by_rows else "BLOCK_M",
         "stored": bounds.stored,
-        "by_head": bounds.line != "b",
+        "by_head": tile.by_head,
         "summaries": [{"index": i} for i, _ in enumerate(tile.summaries)],
     }

@@ -49,16 +49,19 @@ class Lowering:
     """Builds the statements of one kernel.
 
     leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV
-    kernel holds them); running: names of row values that change inside the loop. Statements go to `outer` (before the
-    loop: what is the same for the whole program, or for a row of a row-block kernel) or to `body`, each in an order in
-    which it can run.
+    kernel holds them); running: names of row values that change inside the loop; many_heads: a program visits several
+    query heads. Statements go to `outer` (before the loop: what is the same for the whole program, or for a row of a
+    row-block kernel), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each
+    in an order in which it can run: `outer` needs neither of the others.
     """
 
     graph: VariantGraph
     leaves: Mapping[str, Leaf]
     rows_first: bool = True
     running: frozenset[str] = frozenset()
+    many_heads: bool = False
     outer: list[str] = field(default_factory=list)
+    by_head: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     helpers: set[str] = field(default_factory=set)
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
@@ -120,7 +123,9 @@ class Lowering:
         return level in (Level.PROGRAM, outer) and not any(s.name in self.running for s in expr.free_symbols)
 
     def _lines(self, expr: Any, level: Level) -> list[str]:
-        return self.outer if self._is_outer(expr, level) else self.body
+        if not self._is_outer(expr, level):
+            return self.body
+        return self.by_head if self.many_heads and sym.H in expr.free_symbols else self.outer
 
     def _visit(self, expr: Any) -> tuple[str, Level]:
         if expr in self._memo:

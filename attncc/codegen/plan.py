@@ -164,6 +164,12 @@ class Plan:
                 found.append(InputGradient(read, expr, _kind(read), len(found), i, row_only))
         return tuple(found)
 
+    @cached_property
+    def one_loop(self) -> bool:
+        """Can dK/dV visit the tiles of all query heads of a group in one loop? Their bounds must be the same, and
+        nothing be summed for each head on its own."""
+        return not self.over_queries.by_head and all(g.kind != "col" for g in self.gradients)
+
 
 def _kind(read: Read) -> str:
     symbols = read.free_symbols

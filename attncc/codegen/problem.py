@@ -25,7 +25,8 @@ def problem_of(
     size = {name: max(n, 1) for name, n in sizes.items()}
     live = live_tiles(plan.over_keys, plan.graph, size["h"], size["q_idx"], size["kv_idx"], scalars)
     vectors = len({r for part in plan.graph.parts for r in part.reads if level(r) == Level.COL})
-    costs = KernelCosts(*_costs(plan), live=lru_cache(maxsize=None)(live), vectors=vectors)
+    nested = plan.has_backward is None and not plan.one_loop
+    costs = KernelCosts(*_costs(plan), live=lru_cache(maxsize=None)(live), vectors=vectors, nested=nested)
     return Problem(
         dtype=dtype,
         precision=precision,

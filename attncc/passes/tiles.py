@@ -75,6 +75,13 @@ class TilePlan:
     summaries: tuple[sympy.Expr, ...]
     outer_reads: tuple[sympy.Expr, ...]
 
+    @property
+    def by_head(self) -> bool:
+        """Do the bounds of a block differ between heads?"""
+        exprs = [e for s in self.segments for e in _expressions(s)]
+        exprs += [self.scan.may, self.scan.must] if self.scan else []
+        return any({sym.H, sym.H_KV} & e.free_symbols for e in exprs)
+
 
 def tile_plan_of(masks: Sequence[sympy.Basic], inner: sympy.Symbol) -> TilePlan:
     """`tile_plan` of what any of the masks shows. Where they differ no tile counts as whole: each masks for itself."""

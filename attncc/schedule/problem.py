@@ -60,7 +60,8 @@ class KernelCosts:
     """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
 
     `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths. `vectors` counts
-    the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles.
+    the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `nested`: the
+    query heads that share a key head have a loop each in dkdv, for their bounds or sums are their own.
     """
 
     forward: PairCosts
@@ -68,6 +69,7 @@ class KernelCosts:
     mask: PairCosts
     live: Callable[[int, int], LiveTiles]
     vectors: int = 0
+    nested: bool = False
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""

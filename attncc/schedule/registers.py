@@ -32,7 +32,7 @@ STAGE = {"forward": 0, "dkdv": 64, "dq": 0, "pair": 64}
 # BASE and STAGE where tiles come through descriptors, which the compiler makes use of to keep more matmuls under way.
 BOXES = {"dkdv": 72, "dq": 40}
 BOXES_STAGE = {"dkdv": 20, "dq": 0}
-# The loop over the query heads that share a key head, around the loops over tiles; with one head there is none.
+# A loop over the query heads that share a key head, around the loops over tiles.
 OUTER_LOOP = 96
 # An input that is read by key alone, or its pointers, beside each streamed tile.
 VECTOR = 24
@@ -70,7 +70,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v, problem.branches)
     base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
     wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
-    if kernel == "dkdv" and problem.group > 1:
+    if kernel == "dkdv" and problem.group > 1 and problem.costs.nested:
         wanted += OUTER_LOOP
     if op == "tcgen05":
         wanted += TENSOR_MEMORY + (RESCALED if kernel == "forward" else WRITTEN) * accumulator

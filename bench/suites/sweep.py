@@ -1,16 +1,18 @@
 """Every candidate schedule of each kernel, timed: what the cost model's first choice gives away, and what is best.
 
-Cells are cases x head dimensions x lengths (--variant, --head-dim, --length). Candidates are compiled first, in many
-processes that share Triton's disk cache; then each runs here alone, and a profiler reads the time of each kernel, so
-that one run times one candidate of all three. A candidate that cannot run, or whose result differs, is listed with its
-error.
+Cells are cases x head dimensions x lengths (--variant, --head-dim, --length); each head dimension has a file of its
+own, `sweep-d128.json`. `--tiling dkdv=64x128/8/2` (rows x columns / warps / stages) times this one, and others named
+so, instead of every candidate of its kernel. Candidates are compiled first, in many processes that share Triton's disk
+cache; then each runs here alone, and a profiler reads the time of each kernel, so that one run times one candidate of
+all three. A candidate that cannot run, or whose result differs, is listed with its error.
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,7 +97,7 @@ def rotate(candidates: dict[Kernel, list[KernelSchedule]]) -> Iterator[Schedule]
         yield Schedule(forward, dkdv, dq, origin="user")
 
 
-def precompile(cell: Cell, schedule: Schedule) -> str | None:
+def precompile(cell: Cell, schedule: Schedule | None) -> str | None:
     """In another process: compile and run once, into the shared cache. Returns what went wrong, or None."""
     try:
         bench = Bench(cell)
@@ -104,6 +106,17 @@ def precompile(cell: Cell, schedule: Schedule) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]
     return None
+
+
+def compile_all(schedules: Mapping[Cell, list[Schedule]], workers: int) -> None:
+    """Fill Triton's disk cache with every schedule of every cell, and with what a user of each gets."""
+    jobs = [(cell, schedule) for cell, found in schedules.items() for schedule in (None, *found)]
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(precompile, *job) for job in jobs]
+        for done, future in enumerate(as_completed(waiting), 1):
+            future.result()
+            print(f"\rcompiled {done} of {len(jobs)}", end="", flush=True)
+    print()
 
 
 def measure(bench: Bench, schedule: Schedule, expected: Tensors) -> dict[Kernel, float]:
@@ -115,17 +128,40 @@ def measure(bench: Bench, schedule: Schedule, expected: Tensors) -> dict[Kernel,
     return kernel_us(lambda: bench.run(op))
 
 
-def sweep(cell: Cell, run: Run, results: Results) -> list[list[str]]:
-    """Time all candidates of one cell; one result row a kernel. Returns the lines of the table."""
+def asked_for(tilings: Iterable[str]) -> dict[Kernel, list[KernelSchedule]]:
+    """The tilings that the command line names, by kernel; SystemExit if one is not KERNEL=MxN/WARPS/STAGES."""
+    found: dict[Kernel, list[KernelSchedule]] = {}
+    for text in tilings:
+        parts = re.fullmatch(r"(forward|dkdv|dq)=(\d+)x(\d+)/(\d+)/(\d+)", text)
+        if parts is None:
+            raise SystemExit(f"--tiling {text}: write e.g. dkdv=64x128/8/2, rows x columns / warps / stages")
+        kernel: Any = parts[1]
+        found.setdefault(kernel, []).append(KernelSchedule(*(int(number) for number in parts.groups()[1:])))
+    return found
+
+
+def schedules_of(cell: Cell, run: Run) -> list[Schedule]:
+    """The schedules to time in one cell: in them is each candidate, or each tiling that the command line names."""
+    bench = Bench(cell)
+    candidates = {
+        **ours.every_candidate(bench.compile(), bench.q, bench.k, bench.v, bench.inputs),
+        **asked_for(run.options.get("tiling") or ()),
+    }
+    if run.quick:
+        candidates = {kernel: found[:4] for kernel, found in candidates.items()}
+    return list(rotate(candidates))
+
+
+def sweep(cell: Cell, schedules: list[Schedule], run: Run, results: Results) -> list[list[str]]:
+    """Time all schedules of one cell; one result row a kernel. Returns the lines of the table."""
     bench = Bench(cell)
     op = bench.compile()
     expected = bench.run(op)
     default_us = kernel_us(lambda: bench.run(op))
     default = ours.schedule_of(op, bench.q, bench.k, bench.v, bench.inputs)
-    candidates = ours.every_candidate(op, bench.q, bench.k, bench.v, bench.inputs)
-    if run.quick:
-        candidates = {kernel: found[:4] for kernel, found in candidates.items()}
-    taken: dict[Kernel, dict[KernelSchedule, float]] = {kernel: {} for kernel in KERNELS}
+    taken: dict[Kernel, dict[KernelSchedule, float]] = {
+        kernel: {default.of(kernel): default_us[kernel]} for kernel in KERNELS
+    }
     failed: dict[Kernel, dict[KernelSchedule, str]] = {kernel: {} for kernel in KERNELS}
 
     def note(schedule: Schedule, kernels: tuple[Kernel, ...]) -> str | None:
@@ -137,14 +173,6 @@ def sweep(cell: Cell, run: Run, results: Results) -> list[list[str]]:
             taken[kernel][schedule.of(kernel)] = us[kernel]
         return None
 
-    schedules = list(rotate(candidates))
-    workers = min(run.options["workers"], len(schedules))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(precompile, cell, schedule) for schedule in schedules]
-        for done, future in enumerate(as_completed(waiting), 1):
-            future.result()
-            print(f"\r{cell}: compiled {done} of {len(schedules)}", end="", flush=True)
-    print()
     for schedule in schedules:
         if run.budget.spent():
             break
@@ -158,8 +186,6 @@ def sweep(cell: Cell, run: Run, results: Results) -> list[list[str]]:
     lines = []
     for kernel in KERNELS:
         ranked = sorted(taken[kernel].items(), key=lambda item: item[1])
-        if not ranked:
-            continue
         best, best_us = ranked[0]
         regret = default_us[kernel] / best_us - 1
         results.add(
@@ -181,19 +207,24 @@ def sweep(cell: Cell, run: Run, results: Results) -> list[list[str]]:
 
 def suite(run: Run) -> None:
     """Run the suite."""
-    results = run.results("sweep")
     names = run.options.get("variant") or ["causal"]
     unknown = set(names) - set(CASES)
     if unknown:
         raise SystemExit(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    cells = itertools.product(names, run.options.get("head_dim") or [128], run.options.get("length") or [8192])
-    lines = []
-    for cell in (Cell(*cell) for cell in cells):
-        if run.out_of_time(results, str(cell)):
-            break
-        try:
-            lines += sweep(cell, run, results)
-        except Exception as error:
-            run.fail(results, str(cell), error, case=cell.case, **cell.shape.row())
+    head_dims = run.options.get("head_dim") or [128]
+    lengths = run.options.get("length") or [8192]
+    cells = [Cell(*each) for each in itertools.product(names, head_dims, lengths)]
+    schedules = {cell: schedules_of(cell, run) for cell in cells}
+    compile_all(schedules, run.options["workers"])
     columns = ["cell", "kernel", "default", "best", "default us", "best us", "regret", "timed + failed"]
-    run.show(f"sweep, {results.meta['gpu']}", columns, lines)
+    for head_dim in head_dims:
+        results = run.results(f"sweep-d{head_dim}")
+        lines = []
+        for cell in (cell for cell in cells if cell.head_dim == head_dim):
+            if run.out_of_time(results, str(cell)):
+                break
+            try:
+                lines += sweep(cell, schedules[cell], run, results)
+            except Exception as error:
+                run.fail(results, str(cell), error, case=cell.case, **cell.shape.row())
+        run.show(f"{results.suite}, {results.meta['gpu']}", columns, lines)
