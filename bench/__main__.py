@@ -40,6 +40,7 @@ def run(
     variant: Annotated[list[str] | None, typer.Option(help="sweep: case names, e.g. causal.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="sweep: head dimensions.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="sweep: sequence lengths.")] = None,
+    group: Annotated[list[int] | None, typer.Option(help="sweep: query heads a key head.")] = None,
     tiling: Annotated[list[str] | None, typer.Option(help="sweep: only these, e.g. dkdv=64x128/8/2.")] = None,
     workers: Annotated[int, typer.Option(help="sweep: processes that compile candidates.")] = 12,
 ) -> None:
@@ -56,7 +57,14 @@ def run(
     if not torch.cuda.is_available():
         typer.echo("bench measures a GPU, and torch sees none here", err=True)
         raise typer.Exit(2)
-    options = {"variant": variant, "head_dim": head_dim, "length": length, "tiling": tiling, "workers": workers}
+    options = {
+        "variant": variant,
+        "head_dim": head_dim,
+        "length": length,
+        "group": group,
+        "tiling": tiling,
+        "workers": workers,
+    }
     session = Run(out, quick, Budget(budget_s), options)
     for name in names:
         suites.load(name)(session)
@@ -93,7 +101,9 @@ def readme(
 
 @app.command()
 def regret(
-    files: Annotated[list[Path] | None, typer.Argument(help="Files of the sweep suite; default: all committed.")] = None,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Files of the sweep suite; default: all committed.")
+    ] = None,
 ) -> None:
     """Show what the cost model's first choices lose against the best tilings that a sweep measured; needs no GPU."""
     from bench.regret import COLUMNS, lines, regrets, summary

@@ -1,10 +1,11 @@
 """Every candidate schedule of each kernel, timed: what the cost model's first choice gives away, and what is best.
 
-Cells are cases x head dimensions x lengths (--variant, --head-dim, --length); each head dimension has a file of its
-own, `sweep-d128.json`. `--tiling dkdv=64x128/8/2` (rows x columns / warps / stages) times this one, and others named
-so, instead of every candidate of its kernel. Candidates are compiled first, in many processes that share Triton's disk
-cache; then each runs here alone, and a profiler reads the time of each kernel, so that one run times one candidate of
-all three. A candidate that cannot run, or whose result differs, is listed with its error.
+Cells are cases x head dimensions x lengths x query heads a key head (--variant, --head-dim, --length, --group); each
+head dimension has a file of its own, `sweep-d128.json`. `--tiling dkdv=64x128/8/2` (rows x columns / warps / stages)
+times this one, and others named so, instead of every candidate of its kernel; `dkdv@64=64x64/4/2` in cells of head
+dimension 64 alone. Candidates are compiled first, in many processes that share Triton's disk cache; then each runs here
+alone, and a profiler reads the time of each kernel, so that one run times one candidate of all three. A candidate that
+cannot run, or whose result differs, is listed with its error.
 """
 
 from __future__ import annotations
@@ -41,14 +42,18 @@ class Cell:
     case: str
     head_dim: int
     length: int
+    group: int = 1
 
     @property
     def shape(self) -> Shape:
         """32k tokens, and as many heads as make 2048 channels."""
-        return Shape(b=max(1, TOKENS // self.length), h=2048 // self.head_dim, m=self.length, d=self.head_dim)
+        heads = 2048 // self.head_dim
+        batch = max(1, TOKENS // self.length)
+        return Shape(b=batch, h=heads, hkv=heads // self.group, m=self.length, d=self.head_dim)
 
     def __str__(self) -> str:
-        return f"{self.case} D={self.head_dim} S={self.length}"
+        group = f" G={self.group}" if self.group > 1 else ""
+        return f"{self.case} D={self.head_dim} S={self.length}{group}"
 
 
 class Bench:
@@ -128,15 +133,17 @@ def measure(bench: Bench, schedule: Schedule, expected: Tensors) -> dict[Kernel,
     return kernel_us(lambda: bench.run(op))
 
 
-def asked_for(tilings: Iterable[str]) -> dict[Kernel, list[KernelSchedule]]:
-    """The tilings that the command line names, by kernel; SystemExit if one is not KERNEL=MxN/WARPS/STAGES."""
+def asked_for(tilings: Iterable[str], head_dim: int) -> dict[Kernel, list[KernelSchedule]]:
+    """The tilings that the command line names for a head dimension, by kernel; SystemExit if one is not
+    KERNEL=MxN/WARPS/STAGES or KERNEL@DIM=MxN/WARPS/STAGES."""
     found: dict[Kernel, list[KernelSchedule]] = {}
     for text in tilings:
-        parts = re.fullmatch(r"(forward|dkdv|dq)=(\d+)x(\d+)/(\d+)/(\d+)", text)
+        parts = re.fullmatch(r"(forward|dkdv|dq)(?:@(\d+))?=(\d+)x(\d+)/(\d+)/(\d+)", text)
         if parts is None:
             raise SystemExit(f"--tiling {text}: write e.g. dkdv=64x128/8/2, rows x columns / warps / stages")
         kernel: Any = parts[1]
-        found.setdefault(kernel, []).append(KernelSchedule(*(int(number) for number in parts.groups()[1:])))
+        if parts[2] is None or int(parts[2]) == head_dim:
+            found.setdefault(kernel, []).append(KernelSchedule(*(int(number) for number in parts.groups()[2:])))
     return found
 
 
@@ -145,7 +152,7 @@ def schedules_of(cell: Cell, run: Run) -> list[Schedule]:
     bench = Bench(cell)
     candidates = {
         **ours.every_candidate(bench.compile(), bench.q, bench.k, bench.v, bench.inputs),
-        **asked_for(run.options.get("tiling") or ()),
+        **asked_for(run.options.get("tiling") or (), cell.head_dim),
     }
     if run.quick:
         candidates = {kernel: found[:4] for kernel, found in candidates.items()}
@@ -213,7 +220,8 @@ def suite(run: Run) -> None:
         raise SystemExit(f"no case is called {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     head_dims = run.options.get("head_dim") or [128]
     lengths = run.options.get("length") or [8192]
-    cells = [Cell(*each) for each in itertools.product(names, head_dims, lengths)]
+    groups = run.options.get("group") or [1]
+    cells = [Cell(*each) for each in itertools.product(names, head_dims, lengths, groups)]
     schedules = {cell: schedules_of(cell, run) for cell in cells}
     compile_all(schedules, run.options["workers"])
     columns = ["cell", "kernel", "default", "best", "default us", "best us", "regret", "timed + failed"]
