@@ -47,17 +47,19 @@ def compare(
     *,
     peers: Mapping[str, Builder] | None = None,
     label: Mapping[str, Any] | None = None,
+    gluon: bool = False,
 ) -> list[dict[str, Any]]:
     """Check a case, then time forward and backward of attncc and its peers; one row a mode.
 
     A peer that cannot run the case (unsupported shape, out of memory) gets an "error" entry. Gradients are on in the
     forward too, as in training. Ratios are of TFLOP/s, so they also hold where a peer's shape had to be smaller.
+    `gluon`: our forward in that backend is checked and timed, too, as if it were a peer.
     """
     head = {"case": case.name, **shape.row(), **(label or {})}
     try:
         op = ac.compile(case.variant)
         check = against_reference(op, case, shape)
-        return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check)
+        return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check, gluon)
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
         run.fail(results, f"{case.name} {shape}", error, **head)
         return []
@@ -74,6 +76,7 @@ def _timed(
     peers: Mapping[str, Builder],
     head: dict[str, Any],
     check: dict[str, float],
+    gluon: bool,
 ) -> list[dict[str, Any]]:
     q, k, v = shape.tensors()
     inputs = case.inputs(shape, "cuda")
@@ -90,12 +93,19 @@ def _timed(
             outs.pop(name, None)
             broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
     errors = {"reference": check}
+    if gluon:
+        other = ac.compile(case.variant, backend="gluon")
+        errors["gluon"] = against_reference(other, case, shape)
+        attend["gluon"] = lambda q, k, v: other(q, k, v, **inputs)
+        outs["gluon"] = attend["gluon"](q, k, v)
     if "flex" in outs:
         errors["flex"] = against_peer(outs["attncc"], outs["flex"], q, k, v, grad)
 
     forward = {name: partial(attend[name], q, k, v) for name in outs}
     backward = {
-        name: partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True) for name, out in outs.items()
+        name: partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
+        for name, out in outs.items()
+        if name != "gluon"  # its backward is that of the other
     }
     area = case.area(shape.m, shape.n)
     schedule = schedule_of(op, q, k, v, inputs)

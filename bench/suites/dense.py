@@ -24,5 +24,5 @@ def suite(run: Run) -> None:
     for case, length in run.take(cells, quick=2):
         if run.out_of_time(results, f"{case.name} at {length}"):
             break
-        rows += compare(run, results, case, shape(length))
+        rows += compare(run, results, case, shape(length), gluon=True)
     table(run, f"dense, TFLOP/s, {results.meta['gpu']}", rows, sizes=("M",))
