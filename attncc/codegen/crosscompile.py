@@ -94,6 +94,7 @@ def _compile(
         "FAST_MATH": fast,
         "WIDE": False,
         "HAS_DLSE": False,
+        "SETTLE": True,
         "KEEP_B": True,
         "KEEP_H": True,
         "GROUP": group,

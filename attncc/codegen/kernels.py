@@ -296,8 +296,12 @@ def _pair_slots(
     inside: str,
     in_loop: bool = True,
     many_heads: bool = False,
+    settle: bool = False,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
+
+    settle: the kernel has whole rows, so that the sums that depend on delta can be had for the exact one. The stored
+    delta is that of a rounded output, and where a cotangent is a small sum of large terms, that shows.
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed.
@@ -310,6 +314,14 @@ def _pair_slots(
     computed = [
         _backward_exprs(part, gradients, in_loop, one_scale) for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
+    settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle and len(plan.parts) == 1 else []
+    for gradient in settled:
+        slope = _over_raw(plan, gradient.expr.diff(DELTA))
+        computed[0].dreads.append(slope.xreplace(computed[0].inlined))
+        computed[0].names.append(f"{gradient.name}_by_delta_tile")
+    if settled:
+        computed[0].dreads.append(computed[0].weight * DP)
+        computed[0].names.append("out_dot_tile")
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dqk, *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside)
@@ -343,6 +355,7 @@ def _pair_slots(
         "rows": (*saved, *deltas),
         "gradients": wanted,
         "summed": [g for g in wanted if not g.row_only],
+        "settled": settled,
         "helpers": lowering.helpers,
     }
 
@@ -357,19 +370,20 @@ class _Cotangents:
     dqk: list[Any]
     dreads: list[Any]
     names: list[str]
+    inlined: dict[Any, Any]
 
 
 def _backward_exprs(part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool) -> _Cotangents:
     """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
     accumulator."""
     folded, backward = part.folded, part.backward
-    raw = {sym.RAW_SCORE: part.graph["raw_score"].expr}
     weight = folded.apply(backward.weight)
     score = split_distances(folded.score) if in_loop else folded.score
-    dqk = folded.apply((backward.dqk if one_scale else backward.dqk * backward.dqk_scale).xreplace(raw))
+    dqk = _over_raw(part, backward.dqk if one_scale else backward.dqk * backward.dqk_scale)
     summed = [g for g in gradients if not g.row_only]
-    dreads = [folded.apply(g.expr.xreplace(raw)) for g in summed]
+    dreads = [_over_raw(part, g.expr) for g in summed]
     weight_alone = sympy.Dummy("weight")
+    outer = weight
     others = [e.xreplace({weight: weight_alone}) for e in (dqk, *dreads)]
     inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
     if inlined:
@@ -382,7 +396,13 @@ def _backward_exprs(part: Plan, gradients: list[InputGradient], in_loop: bool, o
         [part.tagged(dqk)] if in_loop else [],
         [part.tagged(e) for e in dreads],
         [f"{g.name}_tile" for g in summed],
+        {outer: weight},
     )
+
+
+def _over_raw(part: Plan, expr: Any) -> Any:
+    """A formula over the raw score in terms of q k and the kernel's score."""
+    return part.folded.apply(expr.xreplace({sym.RAW_SCORE: part.graph["raw_score"].expr}))
 
 
 def _backward_chain(
@@ -434,7 +454,8 @@ def dkdv_slots(plan: Plan) -> dict[str, Any]:
 def dq_slots(plan: Plan) -> dict[str, Any]:
     """Slots of dq.py.j2."""
     wanted = [g for g in plan.gradients if g.kind in ("program", "row")]
-    return _pair_slots(plan, True, wanted, plan.over_keys, "BLOCK_N", [_edge("kv_idx", True)], "q_idx < q_len")
+    edges = [_edge("kv_idx", True)]
+    return _pair_slots(plan, True, wanted, plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", settle=True)
 
 
 def pair_slots(plan: Plan, gradient: InputGradient) -> dict[str, Any]:
