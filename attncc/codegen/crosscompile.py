@@ -99,6 +99,7 @@ def _compile(
         "KEEP_H": True,
         "GROUP": group,
         "STAGES": tiling.num_stages,
+        "DEALT": True,
     }
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -168,7 +169,7 @@ def _descriptor(name: str, tiling: Any, dtype: Dtype) -> str:
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
     if name in inputs:
         return "i32" if inputs[name].dtype == "int" else "fp32"
-    if name.startswith("SUMMARY_") or name in ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR"):
+    if name.startswith("SUMMARY_") or name in ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR", "TURNS_PTR"):
         return "i32"
     rows = ("Q_PTR", "K_PTR", "V_PTR", "OUT_PTR", "DOUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR")
     if name in rows or name.startswith("SHARE_"):

@@ -10,6 +10,7 @@ from attncc.codegen.kernels import forward_slots
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
+from attncc.ir.levels import Level, level
 from attncc.schedule import hopper
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
@@ -28,7 +29,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
             remedy="use backend='triton'",
         )
-    f = forward_slots(plan, bounds_apart=True)
+    f = forward_slots(plan, hopper=True)
     (chain,) = f.pop("chains")
     f = {**f, **chain, "visible": chain["show"]}
     state = [(m, f"tl.full([ROWS], {f['negative']}, tl.float32, layout=BY_ROW)") for m, _ in f["moves"]]
@@ -62,9 +63,16 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         final_by_row=by_row,
         out_in_q=hopper.out_in_q(d_qk, d_v),
         shared_limit=hopper.TILE_BYTES,
+        light=_is_light(plan, f),
         uneven=plan.graph["mask"].expr is not sympy.true,
     )
     return slots
+
+
+def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
+    """Do the stages leave registers free? What is read a key, or differs by key, stays in them through the loop."""
+    reads = {level(r) for r in plan.graph.reads}
+    return bool(f["vanishes"]) and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
 
 
 def _arguments(plan: Plan, f: dict[str, Any]) -> list[str]:

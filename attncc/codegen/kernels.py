@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -22,6 +22,10 @@ from attncc.schedule.problem import head_chunks
 
 #: where a running maximum starts: below every score, and finite, so that no difference of two is NaN
 NEGATIVE = "-1.0e30"
+
+
+#: the name of what a score adds to all keys of a row in a tile
+ROW_OFFSET = "row_offset"
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class _Terms:
     terms: list[Any]
     rescales: list[Any]
     scaled: Any
+    #: what the score adds to all keys of a row in a tile, where that joins the row's maximum; `score` is without it
+    row_part: Any = sympy.S.Zero
 
     @property
     def vanishes(self) -> bool:
@@ -125,8 +131,27 @@ def _terms(part: Plan) -> _Terms:
     )
 
 
-def forward_slots(plan: Plan, bounds_apart: bool = False) -> dict[str, Any]:
-    """Slots of forward.py.j2; `bounds_apart` is that of `bound_lines`."""
+def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
+    """The same with distances taken apart by tile, and with `row_part` split off where that is enough."""
+    score = split_distances(t.score)
+    if not t.vanishes:
+        return replace(t, score=score)
+    shared = [e for e in sympy.Add.make_args(score) if lowering.level_of(e) in (Level.PROGRAM, Level.ROW)]
+    row_part = sympy.Add(*shared)
+    if row_part == 0:
+        return replace(t, score=score)
+    s = sympy.Symbol(t.part.own(S.name), real=True)
+    offset = sympy.Symbol(t.part.own(ROW_OFFSET), real=True)
+    terms = [exp2(sympy.expand(term.args[0].xreplace({s: s + offset}))) for term in t.terms]
+    return replace(t, score=score - row_part, row_part=row_part, terms=terms)
+
+
+def forward_slots(plan: Plan, hopper: bool = False) -> dict[str, Any]:
+    """Slots of forward.py.j2. hopper: for kernels in which several groups of warps share a block of rows.
+
+    There, bounds that need a whole block are found apart, distances are taken apart by tile, and what a score adds to
+    all keys of a row joins the row's maximum.
+    """
     extra = {}
     for part in plan.parts:
         for m in part.online.max_symbols:
@@ -134,12 +159,16 @@ def forward_slots(plan: Plan, bounds_apart: bool = False) -> dict[str, Any]:
             extra[part.own(renamed(m).name)] = Leaf(part.own(renamed(m).name), Level.ROW)
         for r in part.online.sums:
             extra[part.own(r.symbol.name)] = Leaf(part.own(r.symbol.name), Level.ROW)
-    lowering = Lowering(plan.graph, _leaves(plan, extra), running=frozenset(extra))
+        extra[part.own(ROW_OFFSET)] = Leaf(part.own(ROW_OFFSET), Level.ROW)
+    leaves = {**_leaves(plan, extra), **(LEAVES if hopper else {})}
+    lowering = Lowering(plan.graph, leaves, running=frozenset(extra) | RUNNING)
     computed = [_terms(part) for part in plan.parts]
+    if hopper:
+        computed = [_by_tile(t, lowering) for t in computed]
     for t in computed:
-        lowering.count([t.score, t.part.graph["mask"].expr, *t.operands, *t.terms])
+        lowering.count([t.score, t.row_part, t.part.graph["mask"].expr, *t.operands, *t.terms])
         _prefer_shared(lowering, t.terms)
-    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", bounds_apart)
+    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", hopper)
     chains = [
         _forward_chain(t, lowering, visible, fresh)
         for t, (_, visible, fresh) in zip(computed, _shown(plan), strict=True)
@@ -164,11 +193,16 @@ def _forward_chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool) -> 
     shown = _visible(lowering, part.graph["mask"].expr, [_edge("kv_idx", True)], visible) if fresh else []
     score_lines = _take(lowering)
     max_lines = []
+    if t.row_part != 0:
+        offset = lowering.emit(t.row_part, Level.ROW)
+        max_lines = [*_take(lowering), f"{own(ROW_OFFSET)} = {offset}"]
     for number, ((m, _), operand) in enumerate(zip(online.maxes, t.operands, strict=True)):
         # unit is positive, so it can multiply the row's maximum and not every pair
         by_unit = operand == t.scaled and unit != 1
         text = own("s") if operand == t.scaled else lowering.tile(operand)
         factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
+        if t.row_part != 0:
+            factor += f" + {lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True))}"
         max_lines += _take(lowering)
         if not t.vanishes:
             name = own(f"shown_{number}")
@@ -203,6 +237,7 @@ def _forward_chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool) -> 
         sum_lines.append(f"{name} = {kept} + tl.sum({names[term]}, 1)")
     return {
         "tag": part.tag,
+        "by_tile": uses_tiles(t.score, t.row_part),
         "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
         "score": score,
         "score_lines": score_lines,
@@ -424,6 +459,7 @@ def _backward_chain(
         hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
     return {
         "tag": part.tag,
+        "by_tile": uses_tiles(t.score, t.row_part),
         "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
         "score": score,
         "score_lines": score_lines,

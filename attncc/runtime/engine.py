@@ -317,6 +317,7 @@ def load_module(source: str, name: str, interpreted: bool) -> ModuleType:
     else:
         module = load_source(source, name)
         module._launch = recorder.launch  # type: ignore[attr-defined]
+        module._zeros = recorder.zeros  # type: ignore[attr-defined]
     return module
 
 

@@ -35,18 +35,22 @@ class _Launch:
 
 @dataclass(frozen=True)
 class Recording:
-    """One kind of call. `made`: shape, strides and dtype of what each call allocates, results first."""
+    """One kind of call. `made`: shape, strides and dtype of what each call allocates, results first; `zeroed`: which of
+    these begin at zero."""
 
     launches: tuple[_Launch, ...]
     made: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     results: int
     device: torch.device
     defaults: tuple[Tensor, ...]
+    zeroed: tuple[int, ...] = ()
 
     def play(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """Run the call on other tensors of the same kind; returns its results."""
         device = self.device
         made = [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in self.made]
+        for index in self.zeroed:
+            made[index].zero_()
         known = [*tensors, *self.defaults, *made]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         for launch in self.launches:
@@ -97,6 +101,14 @@ class Recorder(threading.local):
 
     def __init__(self) -> None:
         self.launches: list[tuple[CompiledKernel, int, tuple[Any, ...]]] | None = None
+        self.zeroed: list[Tensor] = []
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """The `_zeros` of a compiled module: a counter, noted while a call is recorded."""
+        counter = torch.zeros(1, dtype=torch.int32, device=device)
+        if self.launches is not None:
+            self.zeroed.append(counter)
+        return counter
 
     def launch(self, kernel: Any, grid: int, arguments: Sequence[Any], meta: Mapping[str, Any]) -> None:
         """The `_launch` of a compiled module: run a kernel, and note it while a call is recorded."""
@@ -116,12 +128,12 @@ class Recorder(threading.local):
         self, call: Callable[[], tuple[Tensor, ...]], tensors: Sequence[Tensor], defaults: Sequence[Tensor]
     ) -> tuple[tuple[Tensor, ...], Recording]:
         """Make a call, and a recording of it. `defaults` are tensors that stay the same for every such call."""
-        self.launches = []
+        self.launches, self.zeroed = [], []
         try:
             results = call()
-            noted = self.launches
+            noted, zeroed = self.launches, self.zeroed
         finally:
-            self.launches = None
+            self.launches, self.zeroed = None, []
         made: list[Tensor] = list(results)
         known = [*tensors, *defaults]
         launches = []
@@ -135,7 +147,8 @@ class Recorder(threading.local):
             blank = tuple(None if isinstance(a, Tensor) or _is_descriptor(a) else a for a in arguments)
             launches.append(_Launch(kernel, grid, blank, tuple(slots), tuple(boxes)))
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in made)
-        return results, Recording(tuple(launches), shapes, len(results), tensors[0].device, tuple(defaults))
+        begun = tuple(i for i, t in enumerate(made) if any(t is z for z in zeroed))
+        return results, Recording(tuple(launches), shapes, len(results), tensors[0].device, tuple(defaults), begun)
 
 
 def _is_descriptor(argument: Any) -> bool:

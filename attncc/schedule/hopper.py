@@ -22,7 +22,7 @@ RESERVED_BYTES = 2048
 #: bytes of shared memory for tiles, of the 227 KiB that a program may have
 TILE_BYTES = 232448 - RESERVED_BYTES
 #: registers beside the accumulator, the scores and the weights: row values, addresses, loop counters
-BESIDE = 36
+BESIDE = 32
 WIDEST_HEAD = 256
 #: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the last matmul's way out
 TURN = 200
