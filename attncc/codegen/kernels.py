@@ -459,7 +459,6 @@ def _backward_chain(
         hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
     return {
         "tag": part.tag,
-        "by_tile": uses_tiles(t.score, t.row_part),
         "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
         "score": score,
         "score_lines": score_lines,

@@ -18,9 +18,9 @@ _EMITTED = frozenset(
     re.findall(
         r"\w+",
         """
-        alpha chunk dp ds first_full first_live full_begin full_count full_end head_tiles known last_full last_live
-        live_begin live_end may mixed must own_max own_min p share shown swap term tile_hi tile_id tile_lo tile_max
-        tile_min unbroken
+        alpha chunk cut dp ds first_full first_live full_begin full_count full_end head_tiles k_desc known last_full
+        last_live live_begin live_end may mixed must out_desc own_max own_min p q_desc row_offset share shown swap term
+        tile_hi tile_id tile_lo tile_max tile_min unbroken v_desc
         """,
     )
 )
