@@ -53,7 +53,13 @@ def gradients(
     out: torch.Tensor, grad: torch.Tensor, wanted: dict[str, torch.Tensor], **options: Any
 ) -> dict[str, torch.Tensor]:
     """Gradients by name."""
-    return dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad, **options), strict=True))
+    return dict(
+        zip(
+            wanted,
+            torch.autograd.grad(out, list(wanted.values()), grad, **options, materialize_grads=True),
+            strict=True,
+        )
+    )
 
 
 def slice_inputs(variant: Any, inputs: Tensors, b: int, heads: slice, kv_head: int) -> Tensors:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from attncc.cli.options import Json, Mask, Normalizer, Score, Spec
+from attncc.cli.options import Json, Mask, Normalizer, Score, Similarity, Spec
 from attncc.cli.output import FAILED, out, print_json, report
 from attncc.cli.spec import resolve
 from attncc.errors import SpecError, UnsupportedError
@@ -19,6 +19,7 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
 
 def command(
     spec: Spec = None,
+    similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
@@ -37,7 +38,7 @@ def command(
     from attncc.passes.lint import lint
 
     try:
-        graph = resolve(spec, score, mask, normalizer).graph
+        graph = resolve(spec, similarity, score, mask, normalizer).graph
     except SpecError as error:
         if error.span is None and error.stage is None:
             raise  # there is no spec to check

@@ -25,6 +25,7 @@ from attncc.cli.options import (
     QLen,
     Score,
     Set,
+    Similarity,
     Spec,
     Target,
     scalars,
@@ -47,6 +48,7 @@ class Emit(StrEnum):
 
 def command(
     spec: Spec = None,
+    similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
@@ -88,7 +90,7 @@ def command(
 
     if emit is not Emit.triton and output is None:
         raise InputError(f"--emit {emit} needs a file to write to", remedy="add -o kernel.ptx, or the like")
-    graph = resolve(spec, score, mask, normalizer).graph
+    graph = resolve(spec, similarity, score, mask, normalizer).graph
     plan = Plan(graph)
     device = explained_device(target)
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)

@@ -21,6 +21,7 @@ from attncc.cli.options import (
     QLen,
     Score,
     Set,
+    Similarity,
     Spec,
     Target,
     scalars,
@@ -31,6 +32,7 @@ from attncc.cli.spec import resolve
 
 def command(
     spec: Spec = None,
+    similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
@@ -61,7 +63,7 @@ def command(
     from attncc.runtime.explain import explained_device, facts, sizes_of, text_of
     from attncc.schedule.cache import Cache
 
-    graph = resolve(spec, score, mask, normalizer).graph
+    graph = resolve(spec, similarity, score, mask, normalizer).graph
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
     device = explained_device(target)
     found = facts(Plan(graph), sizes, dtype.value, device, scalars(graph, settings), cache=Cache(), shown=top)

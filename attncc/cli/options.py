@@ -21,6 +21,9 @@ Spec = Annotated[
         show_default=False,
     ),
 ]
+Similarity = Annotated[
+    str | None, typer.Option(metavar="TEXT", help='Instead of SPEC: "-scale * sum_d((q_vec - k_vec)**2)".')
+]
 Score = Annotated[str | None, typer.Option(metavar="TEXT", help='Instead of SPEC: "30 * tanh(score / 30)".')]
 Mask = Annotated[str | None, typer.Option(metavar="TEXT", help='Instead of SPEC: "kv_idx <= q_idx".')]
 Normalizer = Annotated[

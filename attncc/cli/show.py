@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from attncc.cli.options import KvLen, Mask, Normalizer, Score, Set, Spec, scalars
+from attncc.cli.options import KvLen, Mask, Normalizer, Score, Set, Similarity, Spec, scalars
 from attncc.cli.output import err, out
 from attncc.cli.spec import resolve
 from attncc.ir.graph import VariantGraph
@@ -15,6 +15,7 @@ from attncc.ir.graph import VariantGraph
 
 def command(
     spec: Spec = None,
+    similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
@@ -38,7 +39,7 @@ def command(
     """
     from attncc.ir.text import to_text
 
-    graph = resolve(spec, score, mask, normalizer).graph
+    graph = resolve(spec, similarity, score, mask, normalizer).graph
     if ir:
         out.print(to_text(graph))
         return

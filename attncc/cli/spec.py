@@ -14,10 +14,14 @@ from attncc.language.variant import Variant
 
 
 def resolve(
-    spec: str | None, score: str | None = None, mask: str | None = None, normalizer: str | None = None
+    spec: str | None,
+    similarity: str | None = None,
+    score: str | None = None,
+    mask: str | None = None,
+    normalizer: str | None = None,
 ) -> Variant:
     """The variant that a command line names. SpecError if it names none or two, or is wrong."""
-    inline = {"score": score, "mask": mask, "normalizer": normalizer}
+    inline = {"similarity": similarity, "score": score, "mask": mask, "normalizer": normalizer}
     stages = {stage: text for stage, text in inline.items() if text is not None}
     if spec is None and not stages:
         raise SpecError(

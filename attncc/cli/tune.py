@@ -22,6 +22,7 @@ from attncc.cli.options import (
     QLen,
     Score,
     Set,
+    Similarity,
     Spec,
     scalars,
 )
@@ -31,6 +32,7 @@ from attncc.cli.spec import resolve
 
 def command(
     spec: Spec = None,
+    similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
@@ -63,7 +65,7 @@ def command(
     from attncc.schedule.cache import Cache
     from attncc.schedule.device import device_of
 
-    graph = resolve(spec, score, mask, normalizer).graph
+    graph = resolve(spec, similarity, score, mask, normalizer).graph
     values = scalars(graph, settings)
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
     where = gpu()

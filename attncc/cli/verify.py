@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score
+from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score, Similarity
 from attncc.cli.output import FAILED, err, out, print_json
 from attncc.cli.spec import named, resolve
 from attncc.errors import InputError, UnsupportedError
@@ -32,6 +32,7 @@ def command(
             metavar="SPEC...", help="Shipped names, spec.toml files, spec.py:name (executed).", show_default=False
         ),
     ] = None,
+    similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
@@ -73,7 +74,7 @@ def command(
     if all_:
         chosen += [variants.get(name) for name in variants.names()]
     if not chosen or score or mask or normalizer:
-        chosen.append(resolve(None, score, mask, normalizer))
+        chosen.append(resolve(None, similarity, score, mask, normalizer))
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
     shapes = shapes_for(where)[: 1 if quick else None]
     results: dict[str, list[Row]] = {}

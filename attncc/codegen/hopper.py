@@ -6,8 +6,10 @@ from typing import Any
 
 import sympy
 
+from attncc.codegen.chunks import chunks
 from attncc.codegen.kernels import forward_slots
 from attncc.codegen.plan import Plan
+from attncc.codegen.similarity import SimilaritySlots
 from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
 from attncc.ir.levels import Level, level
@@ -29,7 +31,12 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
             remedy="use backend='triton'",
         )
-    f = forward_slots(plan, hopper=True)
+    if not SimilaritySlots(plan).plain_dot:
+        raise UnsupportedError(
+            f"Gluon kernels multiply q with k, and the similarity of '{plan.graph.name}' is made in another way",
+            remedy="use backend='triton'",
+        )
+    f = forward_slots(plan, chunks(d_qk), hopper=True)
     (chain,) = f.pop("chains")
     f = {**f, **chain, "visible": chain["show"]}
     state = [(m, f"tl.full([ROWS], {f['negative']}, tl.float32, layout=BY_ROW)") for m, _ in f["moves"]]
@@ -71,7 +78,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
 
 def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
     """Do the stages leave registers free? What is read a key, or differs by key, stays in them through the loop."""
-    reads = {level(r) for r in plan.graph.reads}
+    reads = {level(r) for r in plan.core.reads}
     return bool(f["vanishes"]) and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
 
 
@@ -79,7 +86,7 @@ def _arguments(plan: Plan, f: dict[str, Any]) -> list[str]:
     """The kernel's arguments that hold no tile, in the order of its signature."""
     names = [f"{name.upper()}_PTR" for name, _ in plan.stored]
     names += ["BOUNDS_PTR"] if f["bounds"].scan else []
-    for d in plan.graph.inputs:
+    for d in plan.core.inputs:
         names.append(f"{d.name.upper()}_PTR")
         for i, _ in enumerate(d.pattern):
             names += [f"stride_{d.name}_{i}", f"size_{d.name}_{i}"]

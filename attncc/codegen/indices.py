@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sympy.printing.str import StrPrinter
 
 from attncc.codegen.plan import InputGradient, Plan
+from attncc.codegen.similarity import VectorGradient
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
-from attncc.ir.graph import LOOP_DIMS, InputDecl, VariantGraph
+from attncc.ir.graph import InputDecl, VariantGraph
 from attncc.ir.vocabulary import Read
 
 
@@ -108,13 +110,14 @@ def nested_reads(plan: Plan) -> bool:
     return any(i.atoms(Read) for g in plan.gradients for i in g.read.index)
 
 
-def collect_lines(plan: Plan) -> list[str]:
-    """Host statements that turn each kernel's partial sums into `grad_<input>`."""
+def collect_lines(plan: Plan, vectors: Sequence[VectorGradient]) -> list[str]:
+    """Host statements that turn each kernel's partial sums into `grad_<input>`; `vectors` are the similarity's."""
     lines = []
+    gradients: list[InputGradient | VectorGradient] = [*plan.gradients, *vectors]
     for decl in plan.graph.inputs:
         if not decl.grad:
             continue
-        terms = [g for g in plan.gradients if g.read.input == decl.name]
+        terms = [g for g in gradients if g.read.input == decl.name]
         if not terms:
             lines.append(f"    grad_{decl.name} = torch.zeros_like({decl.name})")
             continue
@@ -125,12 +128,14 @@ def collect_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _collect(plan: Plan, gradient: InputGradient, first: bool) -> list[str]:
+def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) -> list[str]:
     name, kind, read = gradient.name, gradient.kind, gradient.read
     dims = _DIMS[kind]
+    if sym.COMPONENT in read.index:
+        dims = (*dims, sym.COMPONENT.name)
     lines: list[str] = []
     if kind == "program":
-        lines.append(f"    {name} = {name}.sum(-1)")
+        lines.append(f"    {name} = {name}.sum({2 if sym.COMPONENT in read.index else -1})")
     elif kind == "tile":
         lines.append(f"    {name} = {name}.view(batch if keep_b else 1, heads if keep_h else 1, q_len, kv_len)")
     elif kind == "band":
@@ -138,7 +143,7 @@ def _collect(plan: Plan, gradient: InputGradient, first: bool) -> list[str]:
         lines.append(f"    {name} = {name}.view(batch if keep_b else 1, heads if keep_h else 1, -1)")
     names = []
     for index in read.index:
-        plain = index.name if index.is_Symbol and index.name in LOOP_DIMS and index.name in dims else None
+        plain = index.name if index.is_Symbol and index.name in dims else None
         names.append(plain)
     lines.append(f"    dims = {dims!r}")
     if not all(names) or len(set(names)) != len(names):
@@ -167,7 +172,7 @@ def _index_tensors(read: Any, dims: tuple[str, ...]) -> list[str]:
             lines.append(f"    kv_idx = torch.arange(1 - q_len, kv_len, device=q.device).view({shape})")
             lines.append("    q_idx = 0")
         elif dim in used or (dim == "h" and "h_kv" in used):
-            size = {"b": "batch", "h": "heads"}.get(dim, sizes[dim])
+            size = {"b": "batch", "h": "heads", "d_idx": "q.shape[3]"}.get(dim) or sizes[dim]
             lines.append(f"    {dim} = torch.arange({size}, device=q.device).view({shape})")
     if sym.H_KV.name in used:
         lines.append("    h_kv = h // group")

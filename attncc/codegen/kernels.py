@@ -8,9 +8,11 @@ from typing import Any
 import sympy
 
 from attncc.codegen.bounds import BoundLines, bound_lines, summary_offset
+from attncc.codegen.chunks import Chunk
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import InputGradient, Plan
+from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
@@ -18,7 +20,6 @@ from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.fold import LN2, S, exp2
 from attncc.passes.stream import LSE, renamed
 from attncc.passes.tiles import TilePlan
-from attncc.schedule.problem import head_chunks
 
 #: where a running maximum starts: below every score, and finite, so that no difference of two is NaN
 NEGATIVE = "-1.0e30"
@@ -28,38 +29,8 @@ NEGATIVE = "-1.0e30"
 ROW_OFFSET = "row_offset"
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A power-of-two piece of a head dimension: columns [start, start + real), held in a tile `width` wide.
-
-    `branch` says whose it is, `key` which piece of k it meets, where branches of q may share one k."""
-
-    index: int
-    start: int
-    width: int
-    real: int
-    branch: int
-    key: int
-
-    @property
-    def partial(self) -> bool:
-        return self.real < self.width
-
-
-def chunks(dim: int, branches: int = 1, shared_key: bool = False) -> tuple[Chunk, ...]:
-    """A head dimension as tiles, as the scheduler counts them: those of each branch, one branch after the other."""
-    found: list[Chunk] = []
-    own = dim // branches
-    for branch in range(branches):
-        start = 0
-        for piece, width in enumerate(head_chunks(own)):
-            key = piece if shared_key else len(found)
-            found.append(Chunk(len(found), branch * own + start, width, min(width, own - start), branch, key))
-            start += width
-    return tuple(found)
-
-
-def _leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
+def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
+    """What every kernel's formulas may use: indices, lengths, scalars, and the sums over the head dimension."""
     program = {"b": "b", "h": "h", "h_kv": "h_kv", "q_len": "q_len", "kv_len": "kv_len", "num_heads": "heads"}
     leaves = {name: Leaf(text, Level.PROGRAM) for name, text in program.items()}
     leaves["scale"] = Leaf("scale", Level.PROGRAM)
@@ -69,7 +40,7 @@ def _leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
     leaves["q_idx"] = Leaf("q_idx", Level.ROW)
     leaves["kv_idx"] = Leaf("kv_idx", Level.COL)
     for part in plan.parts:
-        for name in ("qk", S.name):
+        for name in ("qk", S.name, *(dot.name for dot in part.similarity.dots)):
             leaves[part.own(name)] = Leaf(part.own(name), Level.PAIR)
     return {**leaves, **extra}
 
@@ -146,7 +117,7 @@ def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
     return replace(t, score=score - row_part, row_part=row_part, terms=terms)
 
 
-def forward_slots(plan: Plan, hopper: bool = False) -> dict[str, Any]:
+def forward_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False) -> dict[str, Any]:
     """Slots of forward.py.j2. hopper: for kernels in which several groups of warps share a block of rows.
 
     There, bounds that need a whole block are found apart, distances are taken apart by tile, and what a score adds to
@@ -160,8 +131,9 @@ def forward_slots(plan: Plan, hopper: bool = False) -> dict[str, Any]:
         for r in part.online.sums:
             extra[part.own(r.symbol.name)] = Leaf(part.own(r.symbol.name), Level.ROW)
         extra[part.own(ROW_OFFSET)] = Leaf(part.own(ROW_OFFSET), Level.ROW)
-    leaves = {**_leaves(plan, extra), **(LEAVES if hopper else {})}
-    lowering = Lowering(plan.graph, leaves, running=frozenset(extra) | RUNNING)
+    similarity, running = SimilaritySlots(plan), frozenset(extra) | RUNNING
+    leaves = {**base_leaves(plan, extra), **(LEAVES if hopper else {})}
+    lowering = Lowering(plan.core, leaves, running=running, blank=_blank(similarity, rows_first=True))
     computed = [_terms(part) for part in plan.parts]
     if hopper:
         computed = [_by_tile(t, lowering) for t in computed]
@@ -178,6 +150,7 @@ def forward_slots(plan: Plan, hopper: bool = False) -> dict[str, Any]:
         chain.update(_forward_end(t.part, after))
     return {
         "bounds": bounds,
+        **_similarity_slots(similarity, QUERY, qk_chunks, lowering, base_leaves(plan, {})),
         "outer": lowering.outer,
         "chains": chains,
         "negative": NEGATIVE,
@@ -289,6 +262,41 @@ def _forward_end(part: Plan, after: Lowering) -> dict[str, Any]:
     }
 
 
+def _blank(similarity: SimilaritySlots, rows_first: bool) -> str:
+    """A tile of zeros."""
+    if similarity.has_dot:
+        return "tl.zeros_like(qk)"
+    return f"tl.zeros([{'BLOCK_M, BLOCK_N' if rows_first else 'BLOCK_N, BLOCK_M'}], tl.float32)"
+
+
+def _similarity_slots(
+    similarity: SimilaritySlots, resident: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
+) -> dict[str, Any]:
+    """The matmuls of a tile's scores. `resident` is the side whose tile stays while the other streams."""
+    streamed = KEY if resident is QUERY else QUERY
+    return {
+        "has_dot": similarity.has_dot,
+        "reads_q": similarity.loads(QUERY),
+        "reads_k": similarity.loads(KEY),
+        "resident_operands": similarity.operands(resident, qk_chunks, kernel, base),
+        "streamed_operands": similarity.operands(streamed, qk_chunks, kernel, base),
+        "dots": similarity.dots(qk_chunks, rows_first=resident is QUERY),
+    }
+
+
+def _after_slots(
+    similarity: SimilaritySlots, side: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
+) -> dict[str, Any]:
+    """What the kernel that owns a side's gradient accumulates, and what it adds after the loop."""
+    return {
+        "accumulators": similarity.accumulators(side, qk_chunks),
+        "accumulate": similarity.accumulate(side, qk_chunks),
+        "epilogue": similarity.epilogue(side, qk_chunks, kernel, base),
+        "passes_on": similarity.passes_on(side),
+        "vector_gradients": [g for g in similarity.gradients if g.side is side],
+    }
+
+
 def _take(lowering: Lowering) -> list[str]:
     lines = list(lowering.body)
     lowering.body.clear()
@@ -318,11 +326,12 @@ def backward_leaves(plan: Plan) -> dict[str, Leaf]:
     extra = {name: Leaf(name, Level.ROW) for name in plan.saved_names}
     extra[DP.name] = Leaf("dp", Level.PAIR)
     extra |= {part.own(DELTA.name): Leaf(part.own(DELTA.name), Level.ROW) for part in plan.parts}
-    return _leaves(plan, extra)
+    return base_leaves(plan, extra)
 
 
 def _pair_slots(
     plan: Plan,
+    qk_chunks: tuple[Chunk, ...],
     rows_first: bool,
     wanted: list[InputGradient],
     tile: TilePlan,
@@ -341,15 +350,17 @@ def _pair_slots(
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed.
     """
-    leaves = {**backward_leaves(plan), **LEAVES}
-    lowering = Lowering(plan.graph, leaves, rows_first, running=RUNNING, many_heads=many_heads)
+    similarity, base = SimilaritySlots(plan), backward_leaves(plan)
+    leaves, blank = {**base, **LEAVES}, _blank(similarity, rows_first)
+    lowering = Lowering(plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank)
     shown = [s for i, s in enumerate(_shown(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1
     computed = [
         _backward_exprs(part, gradients, in_loop, one_scale) for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
-    settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle and len(plan.parts) == 1 else []
+    settle = settle and len(plan.parts) == 1
+    settled = [g for g in own[0] if not g.row_only and not g.own and g.expr.has(DELTA)] if settle else []
     for gradient in settled:
         slope = _over_raw(plan, gradient.expr.diff(DELTA))
         computed[0].dreads.append(slope.xreplace(computed[0].inlined))
@@ -358,7 +369,7 @@ def _pair_slots(
         computed[0].dreads.append(computed[0].weight * DP)
         computed[0].names.append("out_dot_tile")
     for (part, _, _), e in zip(shown, computed, strict=True):
-        lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dqk, *e.dreads])
+        lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside)
     chains = []
     for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True)):
@@ -377,8 +388,11 @@ def _pair_slots(
             row_lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
     deltas = [part.own("delta") for part, _, _ in shown] if plan.needs_delta else []
     saved = [part.own(s.name) for part, _, _ in shown for s, _ in part.backward.saved]
+    resident = QUERY if rows_first else KEY
     return {
         "bounds": bounds,
+        **_similarity_slots(similarity, resident, qk_chunks, lowering, base),
+        **(_after_slots(similarity, resident, qk_chunks, lowering, base) if in_loop else {}),
         "outer": lowering.outer,
         "by_head": lowering.by_head,
         "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight))),
@@ -388,7 +402,7 @@ def _pair_slots(
         "saved": saved,
         "deltas": deltas,
         "rows": (*saved, *deltas),
-        "gradients": wanted,
+        "gradients": [g for g in wanted if not g.own],
         "summed": [g for g in wanted if not g.row_only],
         "settled": settled,
         "helpers": lowering.helpers,
@@ -398,11 +412,12 @@ def _pair_slots(
 @dataclass(frozen=True)
 class _Cotangents:
     """What a backward kernel computes for one part, in the unit of its score. There is no score where the weight has it
-    inlined; `names` are those of the summed cotangents `dreads`."""
+    inlined; `dsums` are the cotangents of qk (`ds`) and of other sums over the head dimension, by their names in a
+    kernel, and `names` those of the summed cotangents `dreads`."""
 
     score: list[Any]
     weight: Any
-    dqk: list[Any]
+    dsums: dict[str, Any]
     dreads: list[Any]
     names: list[str]
     inlined: dict[Any, Any]
@@ -414,21 +429,26 @@ def _backward_exprs(part: Plan, gradients: list[InputGradient], in_loop: bool, o
     folded, backward = part.folded, part.backward
     weight = folded.apply(backward.weight)
     score = split_distances(folded.score) if in_loop else folded.score
-    dqk = _over_raw(part, backward.dqk if one_scale else backward.dqk * backward.dqk_scale)
+    sums = {f"d{s.name}": e for s, e in backward.dsums}
+    if SimilaritySlots(part).has_dot:
+        sums = {part.own("ds"): backward.dqk if one_scale else backward.dqk * backward.dqk_scale, **sums}
+    names = list(sums) if in_loop else []
+    dsums = [_over_raw(part, sums[name]) for name in names]
     summed = [g for g in gradients if not g.row_only]
     dreads = [_over_raw(part, g.expr) for g in summed]
     weight_alone = sympy.Dummy("weight")
     outer = weight
-    others = [e.xreplace({weight: weight_alone}) for e in (dqk, *dreads)]
+    others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
     inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
     if inlined:
         # the weight alone reads the score: what both have of a row, or of a column, adds up before it meets a pair
         whole = weight.xreplace({S: score})
-        weight, dqk, *dreads = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
+        weight, *others = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
+        dsums, dreads = others[: len(names)], others[len(names) :]
     return _Cotangents(
         [] if inlined else [part.tagged(score)],
         part.tagged(weight),
-        [part.tagged(dqk)] if in_loop else [],
+        dict(zip(names, map(part.tagged, dsums), strict=True)),
         [part.tagged(e) for e in dreads],
         [f"{g.name}_tile" for g in summed],
         {outer: weight},
@@ -437,7 +457,7 @@ def _backward_exprs(part: Plan, gradients: list[InputGradient], in_loop: bool, o
 
 def _over_raw(part: Plan, expr: Any) -> Any:
     """A formula over the raw score in terms of q k and the kernel's score."""
-    return part.folded.apply(expr.xreplace({sym.RAW_SCORE: part.graph["raw_score"].expr}))
+    return part.folded.apply(expr.xreplace({sym.RAW_SCORE: part.core["raw_score"].expr}))
 
 
 def _backward_chain(
@@ -451,10 +471,7 @@ def _backward_chain(
     lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
     weight_lines = _take(lowering)
     hide = []
-    for dqk in exprs.dqk:
-        lowering.assign(part.own("ds"), dqk, Level.PAIR)
-        hide.append(f"{part.own('ds')} = tl.where({visible}, {part.own('ds')}, 0.0)")
-    for name, expr in zip(exprs.names, exprs.dreads, strict=True):
+    for name, expr in (*exprs.dsums.items(), *zip(exprs.names, exprs.dreads, strict=True)):
         lowering.assign(name, expr, Level.PAIR)
         hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
     return {
@@ -478,26 +495,31 @@ def _alive(part: Plan) -> str:
     return " | ".join(f"({n} != 0.0)" for n in names) or "q_idx < q_len"
 
 
-def dkdv_slots(plan: Plan) -> dict[str, Any]:
+def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
     """Slots of dkdv.py.j2."""
     wanted = [g for g in plan.gradients if g.kind == "col"]
     edges = [_edge("q_idx", False), _edge("kv_idx", False)]
-    slots = _pair_slots(plan, False, wanted, plan.over_queries, "BLOCK_M", edges, "kv_idx < kv_len", many_heads=True)
-    return {**slots, "one_loop": plan.one_loop}
+    inside = "kv_idx < kv_len"
+    slots = _pair_slots(plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside, many_heads=True)
+    return {**slots, "one_loop": plan.one_loop and not SimilaritySlots(plan).own_accumulators(KEY)}
 
 
-def dq_slots(plan: Plan) -> dict[str, Any]:
+def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
     """Slots of dq.py.j2."""
     wanted = [g for g in plan.gradients if g.kind in ("program", "row")]
     edges = [_edge("kv_idx", True)]
-    return _pair_slots(plan, True, wanted, plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", settle=True)
+    inside = "q_idx < q_len"
+    return _pair_slots(plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside, settle=True)
 
 
-def pair_slots(plan: Plan, gradient: InputGradient) -> dict[str, Any]:
+def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient) -> dict[str, Any]:
     """Slots of pair_grad.py.j2, for one element read that varies by pair."""
     edges = [_edge("q_idx", True), _edge("kv_idx", True)]
+    common = _pair_slots(
+        plan, qk_chunks, True, [gradient], plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", in_loop=False
+    )
     return {
-        **_pair_slots(plan, True, [gradient], plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", in_loop=False),
+        **common,
         "gradient": gradient,
         "by_b": sym.B in gradient.read.free_symbols,
         "by_h": bool({sym.H, sym.H_KV} & gradient.read.free_symbols),
@@ -507,8 +529,8 @@ def pair_slots(plan: Plan, gradient: InputGradient) -> dict[str, Any]:
 def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str, Any]:
     """Slots of summary.py.j2: the block minima and maxima of a 1-D integer read along an axis."""
     along = axis.name
-    leaves = _leaves(plan, {})
-    lowering = Lowering(plan.graph, leaves, rows_first=axis == sym.Q_IDX)
+    leaves = base_leaves(plan, {})
+    lowering = Lowering(plan.core, leaves, rows_first=axis == sym.Q_IDX)
     value = lowering.emit(read)
     return {
         "axis": along,

@@ -50,9 +50,9 @@ class Lowering:
 
     leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV
     kernel holds them); running: names of row values that change inside the loop; many_heads: a program visits several
-    query heads. Statements go to `outer` (before the loop: what is the same for the whole program, or for a row of a
-    row-block kernel), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each
-    in an order in which it can run: `outer` needs neither of the others.
+    query heads; blank: a tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole
+    program, or for a row of a row-block kernel), to `by_head` (the same for all pairs of one query head, where there
+    are many) or to `body`, each in an order in which it can run: `outer` needs neither of the others.
     """
 
     graph: VariantGraph
@@ -60,6 +60,7 @@ class Lowering:
     rows_first: bool = True
     running: frozenset[str] = frozenset()
     many_heads: bool = False
+    blank: str = "tl.zeros_like(qk)"
     outer: list[str] = field(default_factory=list)
     by_head: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
@@ -104,7 +105,7 @@ class Lowering:
 
     def _tile(self, text: str, own: Level, at: Level) -> str:
         raised = self._raise(text, own, at)
-        return f"tl.zeros_like(qk) + {raised}" if at == Level.PAIR and own != Level.PAIR else raised
+        return f"{self.blank} + {raised}" if at == Level.PAIR and own != Level.PAIR else raised
 
     def hoisted(self, expr: Any) -> str:
         """The text of a value that loops must not compute again: a name, or a number."""
@@ -241,7 +242,7 @@ class Lowering:
         return [by[lv] for lv in sorted(by, reverse=True)]
 
     def _sum(self, expr: Any, level: Level, to_float: bool) -> str:
-        groups = self._groups(expr.args, level)
+        groups = self._groups(_integers_first(expr) if to_float else expr.args, level)
         text = ""
         for group in groups:
             joined = sympy.Add(*group)
@@ -393,7 +394,9 @@ class Lowering:
             at = self.level_of(index)
             text = self._operand(index, level, False)
             plain = isinstance(index, sympy.Symbol) and index.name == pattern
-            if plain and pattern in ("q_idx", "kv_idx"):
+            if index == sym.COMPONENT:
+                guards.append(f"({text} < HEAD_DIM_QK)")
+            elif plain and pattern in ("q_idx", "kv_idx"):
                 guards.append(f"({text} < {'q_len' if pattern == 'q_idx' else 'kv_len'})")
             elif not plain:
                 guards.append(f"({text} >= 0) & ({text} < size_{decl.name}_{dim})")
@@ -403,7 +406,7 @@ class Lowering:
                 self.helpers.add("_offset")
                 offsets.append(f"_offset({text}, stride_{decl.name}_{dim}, WIDE)")
         pointer = " + ".join([decl.name.upper() + "_PTR", *offsets])
-        mask = f", mask={' & '.join(guards)}, other=0" if guards else ""
+        mask = f", mask={' & '.join(guards)}, other={decl.beyond}" if guards else ""
         load = f"tl.load({pointer}{mask})"
         if decl.dtype == "int":
             self.helpers.add("_integer")
@@ -438,6 +441,13 @@ class Lowering:
 
     def _BooleanFalse(self, expr: Any, level: Level) -> str:
         return "False"
+
+
+def _integers_first(total: Any) -> tuple[Any, ...]:
+    """The terms of a sum with its integers in one: they cancel exactly, before a fraction is added to any of them."""
+    integers = [t for t in total.args if t.is_integer and not t.is_number]
+    rest = [t for t in total.args if t not in integers]
+    return (sympy.Add(*integers), *rest) if len(integers) > 1 and rest else total.args
 
 
 def _is_reciprocal(f: Any) -> bool:

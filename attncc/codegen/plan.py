@@ -6,7 +6,7 @@ stand side by side, and what each has for itself (a score, a running maximum, ls
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,16 +15,17 @@ import sympy
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
+from attncc.ir.similarity import by_distance
 from attncc.ir.vocabulary import Read
 from attncc.passes.differentiate import (
     DELTA,
     Backward,
     PairCotangents,
-    by_distance,
     differentiate,
     normal_form,
 )
 from attncc.passes.fold import Folded, S, fold
+from attncc.passes.similarity import Similarity, similarity
 from attncc.passes.stream import LSE, Online, renamed, stream
 from attncc.passes.tiles import TilePlan, tile_plan_of
 
@@ -39,6 +40,7 @@ class InputGradient:
     number: int
     part: int = 0
     row_only: bool = False  # is it one value a row already (a sink), rather than a sum over keys?
+    own: bool = False  # of a term of the similarity, which the kernel itself passes on
 
     @property
     def name(self) -> str:
@@ -61,12 +63,33 @@ class Plan:
         return tuple(Plan(part, f"_{i}") for i, part in enumerate(self.graph.parts))
 
     @cached_property
+    def similarity(self) -> Similarity:
+        """What the similarity is made of; UnsupportedError where branches have sums over the head dimension but qk."""
+        if self.graph.branches > 1 and self.graph.sums_d:
+            raise UnsupportedError(
+                "each of several branches has its own dot(q_vec, k_vec), and no other sum over the head dimension yet",
+                stage="similarity",
+                span=self.graph.sums_d[0].span,
+                remedy="make q and k in PyTorch, before the op, or compile the branches as variants of their own",
+            )
+        return similarity(self.graph)
+
+    @property
+    def core(self) -> VariantGraph:
+        """The variant with row and column terms of its similarity as inputs: what the kernels' pairs are made of."""
+        return self.similarity.core
+
+    @cached_property
     def online(self) -> Online:
-        return stream(self.graph)
+        return stream(self.core)
 
     @cached_property
     def backward(self) -> Backward:
-        return differentiate(self.graph, self.online, self.extra)
+        found = differentiate(self.core, self.online, self.extra)
+        if self.core is self.graph:
+            return found
+        # what terms and other matmuls add to dk must not be scaled with it
+        return replace(found, dqk=found.dqk * found.dqk_scale, dqk_scale=sympy.S.One)
 
     @cached_property
     def has_backward(self) -> UnsupportedError | None:
@@ -80,7 +103,7 @@ class Plan:
 
     @cached_property
     def folded(self) -> Folded:
-        return fold(self.graph, self.online)
+        return fold(self.core, self.online)
 
     @cached_property
     def masks(self) -> tuple[sympy.Basic, ...]:
@@ -161,7 +184,8 @@ class Plan:
                 (r, e, True) for r, e in part.backward.row_dreads
             ]
             for read, expr, row_only in reads:
-                found.append(InputGradient(read, expr, _kind(read), len(found), i, row_only))
+                own = read.input in self.similarity.own
+                found.append(InputGradient(read, expr, _kind(read), len(found), i, row_only, own))
         return tuple(found)
 
     @cached_property

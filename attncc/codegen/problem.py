@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from attncc.codegen.plan import Plan
+from attncc.codegen.similarity import SimilaritySlots
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
 from attncc.passes.counts import live_tiles, pair_costs
@@ -24,9 +25,17 @@ def problem_of(
     """The problem of one call. `sizes` has b, h, h_kv, q_idx, kv_idx, d_qk, d_v; an empty dimension counts as 1."""
     size = {name: max(n, 1) for name, n in sizes.items()}
     live = live_tiles(plan.over_keys, plan.graph, size["h"], size["q_idx"], size["kv_idx"], scalars)
-    vectors = len({r for part in plan.graph.parts for r in part.reads if level(r) == Level.COL})
     nested = plan.has_backward is None and not plan.one_loop
-    costs = KernelCosts(*_costs(plan), live=lru_cache(maxsize=None)(live), vectors=vectors, nested=nested)
+    vectors = len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL})
+    similarity = SimilaritySlots(plan)
+    costs = KernelCosts(
+        *_costs(plan),
+        live=lru_cache(maxsize=None)(live),
+        vectors=vectors,
+        nested=nested,
+        dots=len(plan.similarity.dots) + similarity.has_dot,
+        plain_dot=similarity.plain_dot,
+    )
     return Problem(
         dtype=dtype,
         precision=precision,
@@ -68,9 +77,9 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     forward = PairCosts(forward.fma + extra, forward.sfu, forward.int, forward.loads)
     backward = forward
     if plan.has_backward is None:
-        raw = {sym.RAW_SCORE: plan.graph["raw_score"].expr}
+        raw = {sym.RAW_SCORE: plan.core["raw_score"].expr}
         exprs = [folded.score, folded.apply(plan.backward.weight), folded.apply(plan.backward.dqk.xreplace(raw))]
-        exprs += [folded.apply(e.xreplace(raw)) for _, e in plan.backward.dreads]
+        exprs += [folded.apply(e.xreplace(raw)) for _, e in (*plan.backward.dsums, *plan.backward.dreads)]
         cost = pair_costs(exprs, _PAIR_NAMES)
         backward = PairCosts(cost.fma + 2, cost.sfu, cost.int, cost.loads)
     mask = pair_costs([plan.graph["mask"].expr], _PAIR_NAMES)

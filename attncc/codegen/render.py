@@ -11,12 +11,12 @@ from typing import Any, get_args
 import jinja2
 
 from attncc.codegen.bounds import BoundLines
+from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.indices import collect_lines, nested_reads
 from attncc.codegen.kernels import (
-    Chunk,
+    base_leaves,
     bounds_slots,
-    chunks,
     dkdv_slots,
     dq_slots,
     forward_slots,
@@ -25,8 +25,10 @@ from attncc.codegen.kernels import (
 )
 from attncc.codegen.names import coded
 from attncc.codegen.plan import Plan
+from attncc.codegen.similarity import KEY, QUERY, SimilaritySlots, term_slots
 from attncc.codegen.statements import in_gluon
 from attncc.ir import symbols as sym
+from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula, to_text
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
@@ -67,7 +69,7 @@ def render(
     qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk)
     names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     context: dict[str, Any] = {
-        "graph": graph,
+        "graph": plan.core,
         "hopper": hopper,
         "d_qk": d_qk,
         "d_k": d_k,
@@ -86,20 +88,33 @@ def render(
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),
-        "input_args": "".join(f"*_addressing({d.name}), " for d in graph.inputs)
-        + "".join(f"{s.name}, " for s in graph.scalars),
-        "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
+        "input_args": input_args(plan.core),
+        "wide": any_wide(plan.core),
+        "user_args": input_args(graph),
+        "user_wide": any_wide(graph),
+        "takes_inputs": bool(plan.core.inputs),
         "renamed": {user: own for own, user in called.items() if own != user},
     }
-    f = hopper_forward_slots(plan, d_qk, d_v) if hopper else forward_slots(plan)
+    similarity, base = SimilaritySlots(plan), base_leaves(plan, {})
+    terms = [term_slots(similarity, side, qk_chunks, base) for side in (QUERY, KEY) if similarity.terms(side)]
+    f = hopper_forward_slots(plan, d_qk, d_v) if hopper else forward_slots(plan, qk_chunks)
     helpers = set(f["helpers"])
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"])
     forward = "hopper_forward.py.j2" if hopper else "forward.py.j2"
-    kernels: list[tuple[str, dict[str, Any]]] = [(forward, {"f": f})]
-    host: dict[str, Any] = {"f": f, "gradients": (), "saved": (), "pair": {}, "nested_reads": False}
+    kernels: list[tuple[str, dict[str, Any]]] = [("terms.py.j2", {"t": t, "graph": graph}) for t in terms]
+    kernels.append((forward, {"f": f}))
+    for t in terms:
+        helpers |= t["helpers"]
+    host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "saved": (), "pair": {}}
+    host |= {
+        "nested_reads": False,
+        "graph": graph,
+        "terms": terms,
+        "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
+    }
     if backward:
-        kv, dq = dkdv_slots(plan), dq_slots(plan)
-        pair = {g.number: pair_slots(plan, g) for g in plan.gradients if g.kind in ("tile", "band")}
+        kv, dq = dkdv_slots(plan, qk_chunks), dq_slots(plan, qk_chunks)
+        pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
         for slots in (kv, dq, *pair.values()):
             helpers |= slots["helpers"]
         for g in plan.gradients:
@@ -116,16 +131,17 @@ def render(
             dq=dq,
             pair=pair,
             gradients=plan.gradients,
+            vector_gradients=similarity.gradients,
             saved=plan.saved,
-            collects=collect_lines(plan),
+            collects=collect_lines(plan, similarity.gradients),
             nested_reads=nested_reads(plan),
         )
     scans = []
     for u in bounds:
         for s in u["summaries"]:
             helpers |= s["slots"]["helpers"]
-            scans.append(("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
-        scans.append(("bounds.py.j2", {"u": u["slots"], "name": f"{u['name']}_kernel"}))
+            scans.append(("summary.py.j2", {"graph": graph, "u": s["slots"], "name": f"{s['name']}_kernel"}))
+        scans.append(("bounds.py.j2", {"graph": graph, "u": u["slots"], "name": f"{u['name']}_kernel"}))
     kernels = scans + kernels
     parts = [_header(users, d_qk, d_v, context["tma"]), _render("helpers.py.j2", context, helpers=helpers)]
     if hopper:
@@ -134,6 +150,17 @@ def render(
     parts += [_render(template, context, **slots) for template, slots in kernels]
     parts.append(_render("host.py.j2", context, bounds=bounds, **host))
     return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
+
+
+def input_args(graph: VariantGraph) -> str:
+    """A graph's inputs and scalars as arguments of its kernels."""
+    numbers = "".join(f"{s.name}, " for s in graph.scalars)
+    return "".join(f"*_addressing({d.name}), " for d in graph.inputs) + numbers
+
+
+def any_wide(graph: VariantGraph) -> str:
+    """Whether any input is too large for 32-bit offsets, as the host finds out."""
+    return f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False"
 
 
 def _render(template: str, context: dict[str, Any], **slots: Any) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from attncc.codegen.kernels import chunks
+from attncc.codegen.chunks import chunks
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
-from attncc.codegen.render import _bounds, _render, _tidy
+from attncc.codegen.render import _bounds, _render, _tidy, any_wide, input_args
+from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
 from attncc.passes.outputs import Weight, named, passes
 from attncc.version import __version__
@@ -24,6 +25,13 @@ def saved_rows(plan: Plan, weight: Weight) -> tuple[str, ...]:
 
 def render_outputs(plan: Plan, weight: Weight, d_qk: int) -> str:
     """The module's source. Its `outputs` returns the reductions of the graph's outputs, in the order of `named`."""
+    if not (plan.graph.has_dot and plan.core is plan.graph):
+        raise UnsupportedError(
+            f"'{plan.graph.name}' has a similarity of its own, for which auxiliary outputs are not generated yet",
+            stage="similarity",
+            span=plan.graph["raw_score"].span,
+            remedy="ask the reference for them: ac.reference(variant, q, k, v, outputs=...)",
+        )
     context = _context(plan, d_qk)
     units = [pass_slots(plan, light, weight, i) for i, light in enumerate(passes(plan.graph))]
     bounds: list[dict[str, Any]] = []
@@ -71,9 +79,11 @@ def _context(plan: Plan, d_qk: int) -> dict[str, Any]:
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),
-        "input_args": "".join(f"*_addressing({d.name}), " for d in graph.inputs)
-        + "".join(f"{s.name}, " for s in graph.scalars),
-        "wide": f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False",
+        "input_args": input_args(graph),
+        "wide": any_wide(graph),
+        "user_args": input_args(graph),
+        "user_wide": any_wide(graph),
+        "takes_inputs": bool(graph.inputs),
         "text": {k: formula(graph[k].expr) for k in ("score", "mask", "weight")},
     }
 

@@ -1,4 +1,4 @@
-"""A graph back to the formulas that a user writes: four stages, with the row reductions inside the normalizer."""
+"""A graph back to the formulas that a user writes: five stages, with the sums and row reductions inside them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from attncc.ir.text import formula
 
 #: what a variant has where it says nothing
 DEFAULTS = {
+    "similarity": "dot(q_vec, k_vec)*scale",
     "score": "score",
     "mask": "True",
     "normalizer": "exp(-row.max(score) + score)/row.sum(exp(-row.max(score) + score))",
@@ -20,16 +21,20 @@ DEFAULTS = {
 
 
 def stage_texts(graph: VariantGraph) -> dict[str, str]:
-    """score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec. What differs
-    between the branches of a variant has an entry a branch, such as `score[1]`."""
+    """similarity, score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec.
+    What differs between the branches of a variant has an entry a branch, such as `score[1]`."""
     if graph.branches > 1:
         return _branch_texts(graph)
     rows: dict[Any, Any] = {}
+    sums: dict[Any, Any] = {sym.QK: sympy.Symbol("dot(q_vec, k_vec)", real=True)}
+    for stage in graph.sums_d:
+        sums[sympy.Symbol(stage.name, real=True)] = sympy.Symbol(f"sum_d({formula(stage.expr)})", real=True)
     for stage in graph.rows:
         # a reduction prints as a name, so that whatever it stands in keeps its form
         text = f"row.{stage.op}({formula(stage.expr.xreplace(rows))})"
         rows[sym.row_symbol(*_numbered(stage.name))] = sympy.Symbol(text, real=True)
     return {
+        "similarity": formula(graph["raw_score"].expr.xreplace(sums)),
         "score": formula(graph["score"].expr.xreplace({sym.RAW_SCORE: sym.SCORE})),
         "mask": formula(graph["mask"].expr),
         "normalizer": formula(graph["weight"].expr.xreplace(rows)),
@@ -40,7 +45,7 @@ def stage_texts(graph: VariantGraph) -> dict[str, str]:
 def _branch_texts(graph: VariantGraph) -> dict[str, str]:
     branches = [stage_texts(part) for part in graph.parts]
     found: dict[str, str] = {}
-    for stage in ("score", "mask", "normalizer"):
+    for stage in ("similarity", "score", "mask", "normalizer"):
         texts = [texts[stage] for texts in branches]
         found |= {stage: texts[0]} if len(set(texts)) == 1 else {f"{stage}[{i}]": t for i, t in enumerate(texts)}
     return {**found, "reduction": f"row.sum({formula(graph['out'].expr)})"}

@@ -1,9 +1,10 @@
 """The IR: one typed graph of stages a variant. This page is its grammar.
 
     graph  := inputs, scalars, stages, outputs
-    input  := name, pattern (b | h | h_kv | q_idx | kv_idx | a free dimension)*, float | int, grad
+    input  := name, pattern (b | h | h_kv | q_idx | kv_idx | a free dimension)* d?, float | int, grad
     scalar := name, default (int | float)
-    stage  := name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
+    stage  := name = sum_d(expr)                    a sum over the head dimension, of q_vec, k_vec and vector inputs
+            | name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
             | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
             | out  = row.sum(expr * v_vec)          the output row
     output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
@@ -33,6 +34,8 @@ from attncc.ir.vocabulary import Read, type_of
 
 #: dimensions an input may be indexed by, besides free ones
 LOOP_DIMS = ("b", "h", "h_kv", "q_idx", "kv_idx")
+#: the last dimension of an input that the similarity reads as a vector: as large as the head dimension of q and k
+HEAD_DIM = "d"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class InputDecl:
     """A tensor that a formula reads. `pattern` names its dimensions: loop indices (sizes are checked) or free names.
 
     `captured`: the default is a tensor of the user's own, which gets its gradient as if it were passed.
+    `beyond` is what a kernel's tile has where it reaches over the edge of the tensor.
     """
 
     name: str
@@ -48,6 +52,7 @@ class InputDecl:
     grad: bool = False
     default: Callable[[dict[str, int]], Any] | None = field(default=None, compare=False)
     captured: bool = field(default=False, compare=False)
+    beyond: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class ScalarDecl:
 
 @dataclass(frozen=True)
 class Stage:
-    """One named value. `op` is None for a pair stage, "max" or "sum" for a reduction over the visible keys of a row."""
+    """One named value. `op` is None for a pair stage, "max" or "sum" for a reduction over the visible keys of a row,
+    "sum_d" for a sum over the head dimension."""
 
     name: str
     expr: sympy.Basic
@@ -141,7 +147,27 @@ class VariantGraph:
     @cached_property
     def rows(self) -> tuple[Stage, ...]:
         """The row reductions, without `out`."""
-        return tuple(s for s in self.stages if s.op is not None and s.name != "out")
+        return tuple(s for s in self.stages if s.op in ("max", "sum") and s.name != "out")
+
+    @cached_property
+    def sums_d(self) -> tuple[Stage, ...]:
+        """The sums over the head dimension besides qk, which has no stage."""
+        return tuple(s for s in self.stages if s.op == "sum_d")
+
+    @cached_property
+    def vectors(self) -> frozenset[str]:
+        """The inputs that are read as vectors over the head dimension."""
+        return frozenset(r.input for r in self.reads if r.index and r.index[-1] == sym.COMPONENT)
+
+    @cached_property
+    def has_dot(self) -> bool:
+        """Is dot(q_vec, k_vec) itself part of the similarity?"""
+        return sym.QK in self["raw_score"].expr.free_symbols
+
+    @cached_property
+    def has_scale(self) -> bool:
+        """Does the similarity use `scale`?"""
+        return any(sym.SCALE in s.expr.free_symbols for s in self.stages)
 
     @cached_property
     def parts(self) -> tuple[VariantGraph, ...]:

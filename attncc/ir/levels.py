@@ -3,6 +3,7 @@ follows from it."""
 
 from __future__ import annotations
 
+import re
 from enum import IntEnum
 from typing import Any
 
@@ -19,6 +20,7 @@ class Level(IntEnum):
 
 
 _PAIR_NAMES = {s.name for s in (sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)}
+_PAIR_SUMS = re.compile(r"(dot|band|pair)_\d+")
 
 
 def join(a: Level, b: Level) -> Level:
@@ -28,11 +30,11 @@ def join(a: Level, b: Level) -> Level:
 
 def level_of_name(name: str) -> Level:
     """The level of one symbol. Names of row reductions and of stored row statistics are rows."""
-    if name in _PAIR_NAMES:
+    if name in _PAIR_NAMES or _PAIR_SUMS.fullmatch(name):
         return Level.PAIR
-    if name == sym.Q_IDX.name or name.startswith("row_") or name in ("lse", "delta"):
+    if name in (sym.Q_IDX.name, sym.Q_VEC.name, "lse", "delta") or name.startswith(("row_", "q_term_")):
         return Level.ROW
-    if name == sym.KV_IDX.name:
+    if name in (sym.KV_IDX.name, sym.K_VEC.name) or name.startswith("k_term_"):
         return Level.COL
     return Level.PROGRAM
 

@@ -20,6 +20,10 @@ Q_LEN, KV_LEN, NUM_HEADS = _count("q_len"), _count("kv_len"), _count("num_heads"
 SCALE = sympy.Symbol("scale", positive=True)
 #: dot(q_vec, k_vec), before any scale
 QK = sympy.Symbol("qk", real=True)
+#: one component of the query's and of the key's vector, and that component's number; sum_d adds over it
+Q_VEC = sympy.Symbol("q_vec", real=True)
+K_VEC = sympy.Symbol("k_vec", real=True)
+COMPONENT = _index("d_idx")
 #: the output of the similarity stage, which the score stage calls `score`
 RAW_SCORE = sympy.Symbol("raw_score", real=True)
 #: the output of the score stage, which the normalizer calls `score`
@@ -39,6 +43,11 @@ def row_symbol(op: str, number: int) -> sympy.Symbol:
 def of_branch(symbol: sympy.Symbol, branch: int) -> sympy.Symbol:
     """A value of one branch, e.g. `weight[1]`, where a variant has several."""
     return sympy.Symbol(f"{symbol.name}[{branch}]", real=True)
+
+
+def similarity_symbol(kind: str, number: int) -> sympy.Symbol:
+    """The value of the `number`-th sum over the head dimension of its kind, e.g. `k_term_0`."""
+    return sympy.Symbol(f"{kind}_{number}", real=True)
 
 
 def scalar_symbol(name: str, is_int: bool) -> sympy.Symbol:

@@ -9,14 +9,16 @@ from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
 from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.levels import Level, level
 from attncc.ir.outputs import Output, Reduction
+from attncc.ir.symbols import COMPONENT
 
 
 class FormulaPrinter(StrPrinter):
     """Expressions in the words of the text form, so that what is printed can be pasted back into a spec."""
 
     def _print_Read(self, expr: Any) -> str:
-        index = ", ".join(self._print(i) for i in expr.index)
+        index = ", ".join(self._print(i) for i in expr.index if i != COMPONENT)
         return f"{expr.input}[{index}]" if index else expr.input
 
     def _print_absolute(self, expr: Any) -> str:
@@ -74,7 +76,16 @@ def formula(expr: Any) -> str:
 
 def _definition(stage: Stage) -> str:
     body = formula(stage.expr)
+    if stage.op == "sum_d":
+        return f"sum_d({body})"
     return f"row.{stage.op}({body})" if stage.op else body
+
+
+def _each(stage: Stage) -> str:
+    """What there is one value of."""
+    if stage.op == "sum_d":
+        return {Level.PAIR: "pair", Level.COL: "column"}.get(level(stage.expr), "row")
+    return "row" if stage.op else "pair"
 
 
 def output_text(output: Output) -> str:
@@ -99,12 +110,13 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
         # the default is a call-time convenience, no part of the mathematics
         shown = f" = {scalar.default!r}" if header else ""
         lines.append(f"  scalar {scalar.name} : {'int' if scalar.is_int else 'float'}{shown}")
-    for at in [f"[{i}]" for i in range(graph.branches)] if graph.branches > 1 else [""]:
-        lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")
-    kind = {None: "pair", "max": "row", "sum": "row"}
+    for i in range(graph.branches):
+        at = f"[{i}]" if graph.branches > 1 else ""
+        if graph.parts[i].has_dot:
+            lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")
     width = max(len(s.name) for s in graph.stages)
     for s in graph.stages:
-        lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {kind[s.op]}")
+        lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {_each(s)}")
     for o in graph.outputs:
         lines.append(f"  output {o.name}[{', '.join(('b', 'h', *o.domain.dims))}] = {output_text(o)}  : {o.type}")
     return "\n".join(lines)

@@ -51,6 +51,8 @@ def verify(graph: VariantGraph) -> None:
 def _extra(stage: Stage) -> set[str]:
     if stage.name == "raw_score":
         return {"qk", "scale"}
+    if stage.op == "sum_d":
+        return {"q_vec", "k_vec", "d_idx", "scale"}
     return {"v_vec"} if stage.name == "out" else set()
 
 

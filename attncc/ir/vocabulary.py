@@ -327,6 +327,12 @@ class to_float(Op):
         return sympy.S.One
 
 
+class sum_d(Op):
+    """The sum of a vector's components, those of the head dimension. Only the similarity stage has vectors."""
+
+    nargs = 1
+
+
 class Read(sympy.Function):
     """`Read(input, i, j, ...)`: one element of a user's input tensor. An index outside the tensor reads 0."""
 

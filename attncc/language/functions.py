@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from attncc.language.values import apply, arity, constant, fail, lift
+from attncc.language.values import Value, apply, arity, constant, fail, lift, over_head_dim
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "exp": math.exp,
@@ -85,6 +85,21 @@ def log2(x: Any) -> Any:
     return _on_numbers("log2", math.log2, x) if constant(x) else log(x) * (1 / math.log(2.0))
 
 
+def sum_d(x: Any) -> Value:
+    """The sum of a vector's components, those of the head dimension: sum_d(w[h] * tanh(q_vec + k_vec))."""
+    return over_head_dim("sum_d", x)
+
+
+def dot(a: Any, b: Any) -> Value:
+    """The dot product of two vectors: sum_d(a * b)."""
+    return over_head_dim("dot", a, b)
+
+
+def norm(x: Any) -> Value:
+    """The Euclidean length of a vector: sqrt(sum_d(x * x))."""
+    return sqrt(over_head_dim("norm", x, x))
+
+
 #: every function by the name it has in the text form
 TABLE: dict[str, Callable[..., Any]] = {
     "exp": exp,
@@ -112,4 +127,7 @@ TABLE: dict[str, Callable[..., Any]] = {
     "bit_xor": bit_xor,
     "int": to_int,
     "float": to_float,
+    "dot": dot,
+    "norm": norm,
+    "sum_d": sum_d,
 }

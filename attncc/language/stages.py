@@ -6,6 +6,7 @@ import difflib
 import keyword
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -14,6 +15,7 @@ from attncc.errors import Span, SpecError, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph, tagged
 from attncc.ir.outputs import Output
+from attncc.ir.similarity import is_vector, separate
 from attncc.ir.text import formula
 from attncc.ir.verify import verify
 from attncc.language import functions
@@ -24,6 +26,7 @@ from attncc.language.values import InputTensor, Value, Weights, boolean, fail, n
 _PAIR = ("b", "h", "h_kv", "q_idx", "kv_idx", "q_len", "kv_len", "num_heads")
 #: names that each stage sees besides the inputs and scalars of the variant
 SEES: dict[str, tuple[str, ...]] = {
+    "similarity": ("q_vec", "k_vec", "scale", *_PAIR),
     "score": ("score", *_PAIR),
     "mask": _PAIR,
     "normalizer": ("score", *_PAIR, "row"),
@@ -32,17 +35,17 @@ SEES: dict[str, tuple[str, ...]] = {
 }
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
-_STAGE_NAME = r"row_(max|sum)_\d+(_new)?|raw_score|out|mask|lse|acc|delta"
+_STAGE_NAME = r"row_(max|sum)_\d+(_new)?|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc|delta"
 #: names that a user's input or scalar cannot have
 _RESERVED = {
     *sym.INDICES,
     *(n for names in SEES.values() for n in names),
-    "scale",
     "q",
     "k",
     "v",
     "outputs",
     "qk",
+    "d_idx",
     BRANCH,
 }
 
@@ -159,8 +162,10 @@ def add_outputs(
     return result
 
 
-def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDecl]) -> dict[str, Any]:
-    """The names that every stage of this variant sees."""
+def environment(
+    inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDecl], vectors: bool = False
+) -> dict[str, Any]:
+    """The names that every stage of this variant sees. `vectors`: of the stage that reads inputs as vectors."""
     for name in (*scalars, *inputs):
         check_name(name)
     for name in sorted(scalars.keys() & inputs.keys()):
@@ -169,7 +174,7 @@ def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDec
     for name, scalar in scalars.items():
         env[name] = Value(sym.scalar_symbol(name, scalar.is_int))
     for name, decl in inputs.items():
-        tensor = InputTensor(decl)
+        tensor = InputTensor(decl, vectors)
         env[name] = tensor if decl.pattern else tensor[()]
     return env
 
@@ -177,6 +182,8 @@ def environment(inputs: Mapping[str, InputDecl], scalars: Mapping[str, ScalarDec
 def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Iterable[str] = ()) -> SpecError:
     """The error for a name that this stage does not see. `callables` are functions that it could have meant."""
     special = {
+        "q_vec": "only the similarity stage sees the query and key vectors",
+        "k_vec": "only the similarity stage sees the query and key vectors",
         "v_vec": "only the reduction stage sees the value vectors",
         "weight": "only the reduction stage sees the weight, and outputs do",
         "row": "only the normalizer and the reduction see row reductions, and outputs do",
@@ -195,7 +202,15 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
     return SpecError(f"{subject} does not see the name '{name}'", stage=stage, remedy=remedy)
 
 
-Evaluate = Callable[[str, dict[str, Any]], Any]
+def _similarity(x: Any) -> tuple[sympy.Expr, tuple[Stage, ...]]:
+    """The similarity with its sums over the head dimension as stages."""
+    expr = number(x)
+    if is_vector(expr):
+        fail(
+            f"the similarity '{formula(expr)}' is a vector, with a component for each place of the head dimension",
+            "write dot(q_vec, k_vec), or sum_d(...) of it",
+        )
+    return separate(expr)
 
 
 def assemble(
@@ -210,7 +225,7 @@ def assemble(
     """Run each stage's evaluator on its names and build the verified graph.
 
     `evaluate[stage]` is a function from the environment to the stage's result, with the place it came from, and
-    `outputs[name]` the same for an auxiliary output.
+    `outputs[name]` the same for an auxiliary output. Without a similarity the raw score is scale * dot(q_vec, k_vec).
     """
     base = environment(inputs, scalars)
 
@@ -224,13 +239,20 @@ def assemble(
                     error.reason.replace("raw_score", "score"), stage=stage, span=error.span, remedy=error.remedy
                 )
             raise error.at(span, stage) from None
+        except UnsupportedError as error:
+            raise error.at(span, stage) from None
 
     stages: list[Stage] = []
+    if "similarity" in evaluate:
+        seen = {"q_vec": Value(sym.Q_VEC), "k_vec": Value(sym.K_VEC), "scale": Value(sym.SCALE)}
+        vectors = {**environment(inputs, scalars, vectors=True), **seen}
+    else:
+        vectors = None
     if branches == 1:
-        stages += _branch(run, {})
+        stages += _branch(run, vectors, {})
     else:
         for branch in range(branches):
-            stages += tagged(_branch(run, {BRANCH: branch}), branch)
+            stages += tagged(_branch(run, vectors, {BRANCH: branch}), branch)
     stages.append(_reduction(run, branches))
     auxiliary = [_auxiliary(key, function, base, span, branches) for key, (function, span) in (outputs or {}).items()]
     used: set[sympy.Symbol] = set().union(*(s.expr.free_symbols for s in stages))
@@ -250,9 +272,12 @@ def assemble(
 Run = Callable[[str, dict[str, Any], Callable[[Any], Any]], tuple[Any, Span | None]]
 
 
-def _branch(run: Run, extra: dict[str, Any]) -> list[Stage]:
-    """The stages of one branch, from the raw score to the weight."""
+def _branch(run: Run, vectors: dict[str, Any] | None, extra: dict[str, Any]) -> list[Stage]:
+    """The stages of one branch, from the similarity to the weight. `vectors`: what a similarity of the user's sees."""
     stages = [Stage("raw_score", sym.SCALE * sym.QK)]
+    if vectors is not None:
+        (raw, sums_d), span = run("similarity", {**vectors, **extra}, _similarity)
+        stages = [*(replace(s, span=span) for s in sums_d), Stage("raw_score", raw, span=span)]
     score, span = run("score", {"score": Value(sym.RAW_SCORE), **extra}, number)
     stages.append(Stage("score", score, span=span))
     mask, span = run("mask", extra, boolean)

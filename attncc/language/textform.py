@@ -119,6 +119,9 @@ def from_sources(
     """A variant from the texts of its stages and of its auxiliary outputs."""
     decls, numbers = dict(inputs or {}), dict(scalars or {})
     evaluate: dict[str, Any] = {}
+    if "similarity" in sources:
+        source = sources["similarity"]
+        evaluate["similarity"] = (stage_function(source, "similarity"), source.whole())
     texts = {stage: sources.get(stage) or Source(default, f"<default {stage}>") for stage, default in _DEFAULTS.items()}
     texts |= {f"output '{name}'": source for name, source in (outputs or {}).items()}
     for stage, source in texts.items():

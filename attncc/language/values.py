@@ -15,8 +15,9 @@ from sympy.core.relational import Relational
 
 from attncc.errors import SpecError
 from attncc.ir import vocabulary as voc
-from attncc.ir.graph import InputDecl
-from attncc.ir.symbols import V_VEC, input_symbol
+from attncc.ir.graph import HEAD_DIM, InputDecl
+from attncc.ir.similarity import is_vector
+from attncc.ir.symbols import COMPONENT, V_VEC, input_symbol
 from attncc.ir.text import formula
 
 _ARTICLE = {"bool": "a boolean", "int": "an index (integer)", "float": "a number"}
@@ -206,16 +207,25 @@ class Indexed:
 
 
 class InputTensor(Indexed):
-    """A user's tensor inside a formula: `slopes[h]` reads one element."""
+    """A user's tensor inside a formula: `slopes[h]` reads one element.
 
-    def __init__(self, decl: InputDecl):
-        self._decl = decl
+    Where a stage sees vectors, an input whose last dimension is the head dimension is read without it: `u[h]`.
+    """
+
+    def __init__(self, decl: InputDecl, vectors: bool = False):
+        self._decl, self._vectors = decl, vectors
         self._symbol = input_symbol(decl.name, decl.dtype == "int")
 
     def __getitem__(self, index: Any) -> Value:
         index = index if isinstance(index, tuple) else (index,)
         pattern = self._decl.pattern
-        if len(index) != len(pattern):
+        whole = pattern[-1:] == (HEAD_DIM,) and len(index) == len(pattern) - 1
+        if whole and not self._vectors:
+            fail(
+                f"'{self._decl.name}[{', '.join(pattern[:-1])}]' is a vector over the head dimension",
+                "only the similarity stage sees vectors",
+            )
+        if len(index) != len(pattern) and not whole:
             fail(
                 f"'{self._decl.name}' has {len(pattern)} dimension{'s' * (len(pattern) != 1)} "
                 f"[{', '.join(pattern)}], but is read with {len(index)} ind{'ices' if len(index) != 1 else 'ex'}",
@@ -226,7 +236,11 @@ class InputTensor(Indexed):
             expr = number(i)
             if not expr.is_integer:
                 fail(f"'{formula(expr)}' is {_ARTICLE['float']}, not an index", "wrap it in int(...) or floor(...)")
+            if is_vector(expr):
+                fail(f"'{formula(expr)}' is a vector, not an index")
             exprs.append(expr)
+        if whole:
+            exprs.append(COMPONENT)
         return Value(voc.Read(self._symbol, *exprs))
 
     def _how(self) -> tuple[str, str]:
@@ -353,6 +367,15 @@ def apply(name: str, *args: Any) -> Value:
     result = cls(*exprs)
     # exp(1) and log(3) are numbers; algebra would keep them as E and log(3)
     return Value(sympy.Float(float(result)) if name in ("exp", "log") and result.is_number else result)
+
+
+def over_head_dim(name: str, *vectors: Any) -> Value:
+    """The sum of a product's components, as the function `name` writes it."""
+    exprs = [number(x) for x in vectors]
+    for expr in exprs:
+        if not is_vector(expr):
+            fail(f"{name} takes vectors, and '{formula(expr)}' is none", "q_vec, k_vec and inputs over 'd' are")
+    return Value(voc.sum_d(sympy.Mul(*exprs)))
 
 
 def constant(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What a user writes in Python: a Variant of four stages, each a plain function whose parameters are bound by name."""
+"""What a user writes in Python: a Variant of five stages, each a plain function whose parameters are bound by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class Input:
     Input("b", "kv_idx", dtype="int")  one integer a key of each sequence
     Input("h", "dist", grad=True)    a learned table: `dist` is a free dimension, of whatever size the tensor has
 
+    Input("h", "d", grad=True)       a vector of each query head, as long as q_vec and k_vec: read as u[h]
+
     Dimensions named b, h, h_kv, q_idx, kv_idx have the size of the call's (size 1 broadcasts); other names are free.
+    The similarity stage reads an input whose last dimension is named d as a vector, without that index.
     `dtype` is "float" or "int"; `grad=True` asks for a gradient. `default(sizes)` makes the value when the caller gives
     none; `sizes` has the entries b, h, h_kv, q_idx, kv_idx.
     """
@@ -73,8 +76,8 @@ class Scalar:
 
 
 class Variant:
-    """An attention variant. A stage that is not given is plain attention's: the score as it is, every pair visible,
-    softmax, the sum of weight * v.
+    """An attention variant. A stage that is not given is plain attention's: scale * dot(q_vec, k_vec), the score as it
+    is, every pair visible, softmax, the sum of weight * v.
 
     With `branches=2` or more there are as many weights, `weight[0]` and so on, and `out` is a sum of them times v. q
     holds the branches side by side along its last dimension, as k does unless they share one; each stage but the
@@ -91,6 +94,7 @@ class Variant:
         *,
         name: str = "variant",
         inputs: Mapping[str, Input | Scalar] | None = None,
+        similarity: Callable[..., Any] | None = None,
         score: Callable[..., Any] | ScoreMod | None = None,
         mask: Callable[..., Any] | Mask | None = None,
         normalizer: Callable[..., Any] | str = normalizers.softmax,
@@ -115,6 +119,8 @@ class Variant:
                 scalars.setdefault(key, scalar)
         stages: dict[str, tuple[Callable[[dict[str, Any]], Any], Span | None]] = {}
         functions = {"score": score, "mask": mask, "normalizer": normalizer, "reduction": reduction}
+        if similarity is not None:
+            functions["similarity"] = similarity
         for stage, function in functions.items():
             run = pieces[stage].run if stage in pieces else _runner(function, stage)
             stages[stage] = (_located(run, stage), return_span(function))

@@ -22,7 +22,7 @@ import sympy
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
-from attncc.ir.levels import Level, level, varies_by_key
+from attncc.ir.levels import Level, level, level_of_name, varies_by_key
 from attncc.ir.vocabulary import Read
 from attncc.passes.calculus import derivative as _diff
 from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
@@ -40,6 +40,7 @@ class Backward:
     saved: the row statistics that the forward stores, as (symbol, expression at the end of the forward);
     weight: the final weight of a pair, in terms of the score and the saved rows;
     dqk: the cotangent of dot(q, k) without `dqk_scale`, its factor that is the same for the whole program;
+    dsums: that of every other sum over the head dimension with a value a pair, whole;
     dreads: for each element read whose input wants a gradient, its cotangent (a pair expression, over DP and DELTA);
     row_dreads: the same for reads in row expressions such as a sink: one value a row;
     needs_delta: whether DELTA occurs anywhere.
@@ -49,12 +50,13 @@ class Backward:
     weight: sympy.Expr
     dqk: sympy.Expr
     dqk_scale: sympy.Expr
+    dsums: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
     dreads: tuple[tuple[Read, sympy.Expr], ...]
     row_dreads: tuple[tuple[Read, sympy.Expr], ...]
 
     @property
     def needs_delta(self) -> bool:
-        used = [self.dqk, *(e for _, e in self.dreads), *(e for _, e in self.row_dreads)]
+        used = [self.dqk, *(e for _, e in self.dsums), *(e for _, e in self.dreads), *(e for _, e in self.row_dreads)]
         return any(DELTA in e.free_symbols for e in used)
 
 
@@ -119,14 +121,16 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
     dscore = _cotangent(normal, sym.SCORE)
     if extra is not None:
         dscore = sympy.factor_terms(dscore + extra.by(sym.SCORE))
-    score = graph["score"].expr
-    raw = sympy.Dummy("raw", real=True)
-    draw = _diff(score, sym.RAW_SCORE) * _diff(graph["raw_score"].expr.subs(sym.QK, raw), raw)
-    scale, local = _program_factor(draw)
+    score, raw = graph["score"].expr, graph["raw_score"].expr
+    draw = _diff(score, sym.RAW_SCORE)
+    scale, local = _program_factor(draw * _diff(raw, sym.QK)) if graph.has_dot else (sympy.S.One, sympy.S.Zero)
+    sums = sorted((s for s in raw.free_symbols if level_of_name(s.name) == Level.PAIR and s != sym.QK), key=str)
+    dsums = tuple((s, sympy.factor_terms(dscore * draw * _diff(raw, s))) for s in sums)
     dreads: dict[Read, sympy.Expr] = {}
-    for read in reads_of(score):
-        if read.input in wanted:
-            dreads[read] = dreads.get(read, sympy.S.Zero) + dscore * _diff(score, read)
+    for outer, expr in ((dscore, score), (dscore * draw, raw)):
+        for read in reads_of(expr):
+            if read.input in wanted:
+                dreads[read] = dreads.get(read, sympy.S.Zero) + outer * _diff(expr, read)
     terms = (normal.numerator, *(t for t, _ in normal.sums))
     for read in sorted(set().union(*(t.atoms(Read) for t in terms)), key=str):
         if read.input in wanted:
@@ -142,6 +146,7 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
         weight,
         sympy.factor_terms(dscore * local),
         scale,
+        dsums,
         tuple((r, sympy.factor_terms(e)) for r, e in dreads.items() if e != 0),
         row_dreads,
     )
@@ -259,13 +264,3 @@ def _with_sums(online: Online) -> Normal:
     pairs = tuple((r.term, sympy.cancel(log_scale.diff(r.symbol))) for r in online.sums)
     reads = tuple((r, sympy.cancel(_diff(log_scale, r))) for r in reads_of(online.scale))
     return Normal(saved, online.numerator.term, online.scale, pairs, reads)
-
-
-def by_distance(read: Read) -> bool:
-    """Does every index depend on q_idx and kv_idx through their difference only?"""
-    moved = {sym.Q_IDX: sym.Q_IDX + 1, sym.KV_IDX: sym.KV_IDX + 1}
-    return all(_settled(i.subs(moved, simultaneous=True)) == _settled(i) for i in read.index)
-
-
-def _settled(index: sympy.Expr) -> sympy.Expr:
-    return index.func(*(_settled(a) for a in index.args)).expand() if index.args else index

@@ -15,9 +15,10 @@ import sympy
 from attncc.errors import Span, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.similarity import by_distance
 from attncc.ir.text import formula
 from attncc.passes.bounds import INF, Extent, extent, numbers
-from attncc.passes.differentiate import by_distance, differentiate
+from attncc.passes.differentiate import differentiate
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
 from attncc.passes.trials import hidden_row, reads_outside

@@ -29,7 +29,7 @@ def _bound(
     graph = engine.graph
     numbers = {s.name: int(x) if s.is_int else x for s, x in zip(graph.scalars, scalars, strict=True)}
     named: dict[str, Any] = dict(zip((d.name for d in graph.inputs), (i.detach() for i in inputs), strict=True))
-    return bind(graph, q, k, v, scale, {**named, **numbers})
+    return bind(graph, q, k, v, scale if graph.has_scale else None, {**named, **numbers})
 
 
 def _like(x: Tensor, last: int) -> Tensor:

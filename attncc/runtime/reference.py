@@ -13,12 +13,14 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from attncc import variants
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import LOOP_DIMS, InputDecl, Stage, VariantGraph
+from attncc.ir.levels import varies_by_key
 from attncc.ir.outputs import Output, Reduction
 from attncc.ir.text import formula
 from attncc.language.textform import load_toml
@@ -26,8 +28,6 @@ from attncc.language.variant import Variant
 from attncc.runtime.cells import finish
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.shapes import OUTPUTS, REFERENCE_DTYPES, Bound, auxiliary_names, bind, output_names, read_inputs
-
-_BY_KEY = {s.name for s in (sym.KV_IDX, sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)}
 
 
 def graph_of(variant: Variant | VariantGraph | str | Path) -> VariantGraph:
@@ -147,15 +147,18 @@ class Dense:
         self.visible = mask.reshape(-1).nonzero().squeeze(1)
         self.live = mask.any(-1).reshape(-1).nonzero().squeeze(1)
         self.row_of_pair = self.visible // max(n, 1)
-        grouped = q.reshape(b, self.h_kv, self.group, m, q.shape[3])
-        qk = (grouped @ k.unsqueeze(2).mT).reshape(-1)[self.visible]
-        self.pairs: dict[str, Any] = {**self.constants, **self._indices(self.visible, n), "qk": qk}
+        self.pairs: dict[str, Any] = {**self.constants, **self._indices(self.visible, n)}
+        if graph.has_dot:
+            grouped = q.reshape(b, self.h_kv, self.group, m, q.shape[3])
+            self.pairs["qk"] = (grouped @ k.unsqueeze(2).mT).reshape(-1)[self.visible]
+        for stage in graph.sums_d:
+            self.pairs[stage.name] = self._sum_d(stage, q, k)
         #: (B * H * M) values of each row reduction; those of rows that see no key are never read
         self.rows: dict[str, Tensor] = {}
         for stage in graph.stages:
             if stage.op is None and stage.name != "mask":
                 self.pairs[stage.name] = self._on_pairs(stage.expr)
-            elif stage.name not in ("mask", "out"):
+            elif stage in graph.rows:
                 self.rows[stage.name] = self._reduce(stage)
                 self.pairs[stage.name] = self.rows[stage.name][self.row_of_pair]
 
@@ -248,6 +251,30 @@ class Dense:
     def _on_pairs(self, expr: Any) -> Tensor:
         return evaluate(expr, self.pairs, self.number, self.device).expand(self.visible.shape)
 
+    def _sum_d(self, stage: Stage, q: Tensor, k: Tensor) -> Tensor:
+        """A sum over the head dimension, at every visible pair: one component after the other, as the formula says."""
+        m, n = self.shape[2:]
+        rows = self.row_of_pair
+        cols = (rows // max(m * self.group, 1)) * n + self.visible % max(n, 1)
+        total = torch.zeros(self.visible.shape, dtype=self.number, device=self.device)
+
+        def add(total: Tensor, d: int, q_d: Tensor, k_d: Tensor) -> Tensor:
+            env = {**self.pairs, "q_vec": q_d[rows], "k_vec": k_d[cols], "d_idx": d}
+            return total + evaluate(stage.expr, env, self.number, self.device)
+
+        for d in range(q.shape[3]):
+            # recomputed in the backward: the components of every pair would not fit
+            total = checkpoint(
+                add,
+                total,
+                d,
+                q[..., d].reshape(-1),
+                k[..., d].reshape(-1),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        return total
+
     def _spread(self, values: Tensor, fill: float) -> Tensor:
         """Values of the visible pairs as rows of N keys, with `fill` in place of hidden ones: (B * H * M, N)."""
         b, h, m, n = self.shape
@@ -274,12 +301,12 @@ def log_denominator(graph: VariantGraph) -> sympy.Expr:
     sums = {s.name for s in graph.rows if s.op == "sum"}
     for weight in (stage.expr, sympy.factor_terms(stage.expr), sympy.factor(stage.expr)):
         factors = sympy.Mul.make_args(weight)
-        row_factors = [f for f in factors if not _varies(f)]
-        pair_factors = [f for f in factors if _varies(f)]
+        row_factors = [f for f in factors if not varies_by_key(f)]
+        pair_factors = [f for f in factors if varies_by_key(f)]
         exponents = [sympy.expand(f.args[0]) for f in pair_factors if isinstance(f, sympy.exp)]
         terms = [t for e in exponents for t in sympy.Add.make_args(e)]
-        shift = -sympy.Add(*(t for t in terms if not _varies(t)))
-        rest = [f for f in pair_factors if not isinstance(f, sympy.exp)] + [t for t in terms if _varies(t)]
+        shift = -sympy.Add(*(t for t in terms if not varies_by_key(t)))
+        rest = [f for f in pair_factors if not isinstance(f, sympy.exp)] + [t for t in terms if varies_by_key(t)]
         if any(_names(f) & {s.name for s in graph.rows} for f in rest):
             continue  # a row reduction is tied to the pair in another way than as a factor or a shift
         if exponents or any(_names(f) & sums for f in row_factors):
@@ -296,8 +323,3 @@ def log_denominator(graph: VariantGraph) -> sympy.Expr:
 
 def _names(expr: Any) -> set[str]:
     return {s.name for s in expr.free_symbols}
-
-
-def _varies(expr: Any) -> bool:
-    """Whether the value differs between the keys of one row."""
-    return bool(_names(expr) & _BY_KEY)

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from attncc.ir.graph import LOOP_DIMS, InputDecl, VariantGraph
+from attncc.ir.graph import HEAD_DIM, InputDecl, VariantGraph
 from attncc.ir.vocabulary import Read
 
 #: the size that a free dimension gets
@@ -69,7 +69,8 @@ def sample_inputs(
     """Arguments for `graph`, the same on every device. No tensor requires a gradient.
 
     q, k, v are normal. An input with a default has it; another float input is normal, or within [0.5, 1.5] where the
-    formula divides by it, takes its logarithm or a root of it; integers along the sequence are sorted ids, as documents
+    formula divides by it, takes its logarithm or a root of it; vectors over the head dimension are about as long as 1;
+    integers along the sequence are sorted ids, as documents
     have them, and others are lengths up to the number of keys. An int scalar whose default is longer than the sequence
     is a third of it, so that a window hides something.
     """
@@ -92,11 +93,13 @@ def sample_inputs(
         if decl.default is not None:
             value = torch.as_tensor(decl.default(shape.sizes)).detach()
         elif decl.dtype == "int":
-            value = _integers(decl, shape, generator)
+            value = _integers(graph, decl, shape, generator)
         elif decl.name in positive:
-            value = 0.5 + torch.rand(_size(decl, shape), generator=generator)
+            value = 0.5 + torch.rand(_size(graph, decl, shape), generator=generator)
+        elif decl.name in graph.vectors:
+            value = shape.d_qk**-0.5 * normal(*_size(graph, decl, shape))
         else:
-            value = 0.5 * normal(*_size(decl, shape))
+            value = 0.5 * normal(*_size(graph, decl, shape))
         # what is as large as the scores is stored like them; small parameters are float32
         dense = {"q_idx", "kv_idx"} <= set(decl.pattern)
         kind = torch.int32 if decl.dtype == "int" else dtype if dense else torch.promote_types(dtype, torch.float32)
@@ -107,13 +110,15 @@ def sample_inputs(
     return Sample(q, k, v, inputs)
 
 
-def _size(decl: InputDecl, shape: Shape) -> list[int]:
+def _size(graph: VariantGraph, decl: InputDecl, shape: Shape) -> list[int]:
     sizes = {**shape.sizes, **dict.fromkeys(shape.broadcast, 1)}
-    return [sizes[d] if d in LOOP_DIMS else FREE_SIZE for d in decl.pattern]
+    if decl.name in graph.vectors:
+        sizes[HEAD_DIM] = shape.d_qk
+    return [sizes.get(d, FREE_SIZE) for d in decl.pattern]
 
 
-def _integers(decl: InputDecl, shape: Shape, generator: torch.Generator) -> Tensor:
-    size = _size(decl, shape)
+def _integers(graph: VariantGraph, decl: InputDecl, shape: Shape, generator: torch.Generator) -> Tensor:
+    size = _size(graph, decl, shape)
     if decl.pattern and decl.pattern[-1] in ("q_idx", "kv_idx"):
         return torch.randint(0, 2 + size[-1] // 24, size, generator=generator).sort(-1).values
     return torch.randint(0, shape.kv_len + 1, size, generator=generator)

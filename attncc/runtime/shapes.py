@@ -92,6 +92,8 @@ def bind(
         _fail_strides(q=q, k=k, v=v)
     if scale is None:
         scale = (d_qk // graph.branches) ** -0.5
+    elif not graph.has_scale:
+        _fail_scale(graph)
     else:
         scale = _scale(scale)
     sizes = {
@@ -175,6 +177,8 @@ def _bind_inputs(
             value = _default(graph, decl, sizes, device)
         used += decl.name in inputs
         _check_input(decl, value, sizes, device, dtypes)
+        if decl.name in graph.vectors and value.shape[-1] != sizes["d_qk"] // graph.branches:
+            _fail_vector(decl, value, sizes["d_qk"] // graph.branches)
         tensors[decl.name] = value
     for scalar in graph.scalars:
         if scalar.name in inputs:
@@ -315,6 +319,17 @@ def _fail_strides(**tensors: Tensor) -> NoReturn:
     raise InputError(
         f"the last dimension of {name} is not contiguous: strides {tuple(tensor.stride())}",
         remedy=f"pass {name}.contiguous(), or permute so that the head dim stays last",
+    )
+
+
+def _fail_scale(graph: VariantGraph) -> NoReturn:
+    raise InputError(f"the similarity of '{graph.name}' has no scale", remedy="leave scale out, or use it there")
+
+
+def _fail_vector(decl: InputDecl, value: Tensor, dim: int) -> NoReturn:
+    raise InputError(
+        f"the input '{decl.name}' {_pattern(decl)} has shape {tuple(value.shape)}: its last dimension must be "
+        f"{dim}, the head dimension of q and k"
     )
 
 

@@ -42,6 +42,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "Gluon kernels have one score a pair, and the variant has several branches"
     if problem.dtype == "fp32":
         return "Gluon kernels multiply 16-bit operands"
+    if not problem.costs.plain_dot:
+        return "the Gluon backend multiplies q with k, and this similarity is made in another way"
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:
             return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"

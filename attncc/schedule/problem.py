@@ -61,7 +61,8 @@ class KernelCosts:
 
     `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths. `vectors` counts
     the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `nested`: the
-    query heads that share a key head have a loop each in dkdv, for their bounds or sums are their own.
+    query heads that share a key head have a loop each in dkdv, for their bounds or sums are their own. `dots` is how
+    many matmuls over the head dimension of q and k the scores take, `plain_dot` whether that is the one of q with k.
     """
 
     forward: PairCosts
@@ -70,6 +71,8 @@ class KernelCosts:
     live: Callable[[int, int], LiveTiles]
     vectors: int = 0
     nested: bool = False
+    dots: int = 1
+    plain_dot: bool = True
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""

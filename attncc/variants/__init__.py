@@ -29,6 +29,13 @@ _NAMES = (
     "taylor",
     "cog",
     "qk_temperature",
+    "cosine",
+    "squared_distance",
+    "trilinear",
+    "location",
+    "gaussian_position",
+    "gmm",
+    "afa",
     "head_gates",
     "differential",
 )

@@ -22,6 +22,7 @@ FREE = 32
 #: the exact mask area of the variants that are not causal
 AREAS: dict[str, Callable[[int, int], int]] = {
     **dict.fromkeys(("full", "t5_bias", "dense_bias", "relu", "relu2", "taylor"), area.full),
+    **dict.fromkeys(("cosine", "trilinear", "location", "gaussian_position", "gmm"), area.full),
     "sliding_window": lambda m, n: area.window(m, n, 1024),
     "flash_window": lambda m, n: area.window(m, n, 1025),
     "gemma2_local": lambda m, n: area.window(m, n, 4096),
@@ -33,9 +34,10 @@ AREAS: dict[str, Callable[[int, int], int]] = {
 def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
     """Values for every tensor that a shipped variant declares: its default, else fresh ones by its index pattern."""
     sizes = {"b": shape.b, "h": shape.h, "h_kv": shape.hkv, "q_idx": shape.m, "kv_idx": shape.n}
+    dims = {**sizes, **({"d": shape.d} if variant.graph.vectors else {})}
     made: Tensors = {}
     for decl in variant.graph.inputs:
-        size = [sizes.get(dim, FREE) for dim in decl.pattern]
+        size = [dims.get(dim, FREE) for dim in decl.pattern]
         if decl.default is not None:
             made[decl.name] = torch.as_tensor(decl.default(sizes), dtype=torch.float32, device=device)
         elif decl.dtype == "int" and decl.pattern == ("b", "kv_idx"):

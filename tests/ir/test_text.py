@@ -18,7 +18,7 @@ from attncc.language.values import Value, lift
 
 def read_again(graph, text):
     """The expression of a printed formula: every name of the graph means its own symbol."""
-    env = environment({d.name: d for d in graph.inputs}, {s.name: s for s in graph.scalars})
+    env = environment({d.name: d for d in graph.inputs}, {s.name: s for s in graph.scalars}, vectors=True)
     symbols = {s for stage in graph.stages for s in stage.expr.free_symbols}
     env |= {s.name: Value(s) for s in symbols if s.name not in env}
     return lift(stage_function(Source(text, "<printed>"), "score")(env)).expr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import attncc as ac
@@ -79,6 +81,46 @@ SHIPPED = {
         f"branches = 2\n[stages]\n{CAUSAL}\nreduction = 'row.sum((weight[0] - lam[h] * weight[1]) * v_vec)'\n"
         f"[inputs]\nlam = {H_GRAD}"
     ),
+}
+AFA = """
+[stages]
+similarity = '''
+e = exp(-rate[h] * abs(q_idx + kv_len - q_len - kv_idx))
+residual = sum_d(q_vec**2) + e**2 * sum_d(k_vec**2) - 2 * e * dot(q_vec, k_vec)
+variance = sigma2[h] * (1 - e**2) / (2 * rate[h]) + eta2[h] * e**2 + gamma2[h]
+tau[h] ** 2 * (-log(variance) - log(1 + residual * 2 * scale**2 / (nu[h] * variance)))'''
+mask = 'causal'
+reduction = 'row.sum(weight * exp(-rate[h] * abs(q_idx + kv_len - q_len - kv_idx)) * v_vec)'
+[inputs]
+"""
+MIXTURE = " + ".join(
+    f"w[b, q_idx, {k}] / ({math.sqrt(2 * math.pi)} * sigma[b, q_idx, {k}]) "
+    f"* exp(-(kv_idx - mu[b, q_idx, {k}])**2 / (2 * sigma[b, q_idx, {k}]**2))"
+    for k in range(5)
+)
+SHIPPED |= {
+    "cosine": (
+        "[stages]\nsimilarity = '''\nlengths = maximum(sum_d(q_vec**2), 1e-24) * maximum(dot(k_vec, k_vec), 1e-24)\n"
+        f"tau[h] * sum_d(q_vec * k_vec) / sqrt(lengths)'''\n[inputs]\ntau = {H_GRAD}"
+    ),
+    "squared_distance": f"[stages]\nsimilarity = 'scale * -dot(q_vec - k_vec, q_vec - k_vec)'\n{CAUSAL}",
+    "trilinear": (
+        "[stages]\nsimilarity = 'sum_d(w_q[h] * q_vec + w_k[h] * k_vec + w_qk[h] * q_vec * k_vec)'\n[inputs]\n"
+        + "\n".join(f'{name} = {{ index = ["h", "d"], grad = true }}' for name in ("w_q", "w_k", "w_qk"))
+    ),
+    "location": (
+        "[stages]\nsimilarity = 'dot(table[h, kv_idx], q_vec)'\n"
+        '[inputs]\ntable = { index = ["h", "kv_idx", "d"], grad = true }'
+    ),
+    "gaussian_position": (
+        f"[stages]\nsimilarity = '-(kv_idx - ({POSITION}) - center[h])**2 / (2 * spread[h]**2)'\n"
+        f"[inputs]\ncenter = {H_GRAD}\nspread = {H_GRAD}"
+    ),
+    "gmm": (
+        f"[stages]\nsimilarity = '{MIXTURE}'\nnormalizer = 'score'\n[inputs]\n"
+        + "\n".join(f'{name} = {{ index = ["b", "q_idx", "component"], grad = true }}' for name in ("w", "mu", "sigma"))
+    ),
+    "afa": AFA + "\n".join(f"{name} = {H_GRAD}" for name in ("rate", "sigma2", "eta2", "gamma2", "nu", "tau")),
 }
 AWKWARD = [
     (

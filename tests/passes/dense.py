@@ -11,6 +11,9 @@ from torch import Tensor
 
 import attncc as ac
 from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, level
+from attncc.ir.symbols import H
+from attncc.passes.similarity import similarity
 from attncc.passes.stream import Online
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.samples import Sample
@@ -104,9 +107,31 @@ class Pairs:
             "qk": q @ self.k.mT,
             **sample.inputs,
         }
+        found = similarity(graph)
+        #: sums over the head dimension by the names that kernels know them by
+        self.sums: dict[str, Tensor] = {}
+        for term in found.q_terms:
+            self.sums[term.name] = self._sum_d(term.summand)[:, :, :, 0]
+        for term in found.k_terms:
+            self.sums[term.name] = self._sum_d(term.summand)[:, :: 1 if H in term.read.index else self.group, 0]
+        for dot in found.dots:
+            self.sums[dot.name] = self._sum_d(dot.left * dot.right)
+        self.env |= {name: x.detach() for name, x in self.sums.items()}
+        graph = found.core
         for stage in ("raw_score", "score"):
             self.env[stage] = self(graph[stage].expr)
         self.visible = self(graph["mask"].expr)
+
+    def _sum_d(self, summand: sympy.Expr) -> Tensor:
+        """(B, H, M, N), of which a term has size 1 where it is the same"""
+        vectors = (
+            {"q_vec": self.q[..., d].unsqueeze(3), "k_vec": self.k[..., d].unsqueeze(2), "d_idx": d}
+            for d in range(self.q.shape[3])
+        )
+        parts = [torch.atleast_1d(evaluate(summand, {**self.env, **v})) for v in vectors]
+        own = level(summand)
+        m, n = 1 if own == Level.COL else self.shape[2], 1 if own == Level.ROW else self.shape[3]
+        return sum(p.expand(*self.shape[:2], m, n) for p in parts)
 
     def _axis(self, axis: int) -> Tensor:
         return torch.arange(self.shape[axis]).reshape([self.shape[axis] if a == axis else 1 for a in range(4)])

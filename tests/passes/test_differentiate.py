@@ -9,6 +9,7 @@ import attncc as ac
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula
 from attncc.passes.differentiate import differentiate
+from attncc.passes.similarity import similarity
 from attncc.passes.stream import stream
 from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape, sample_inputs
@@ -34,8 +35,9 @@ def by_autograd(name, sample, differentiable, outputs, cotangents):
 
 def by_derivation(graph, pairs, dout, dlse, out, differentiable, inputs):
     """out, dq, dk, dv and the inputs' gradients, as the kernels would compute them."""
-    online = stream(graph)
-    derived = differentiate(graph, online)
+    core = similarity(graph).core
+    online = stream(core)
+    derived = differentiate(core, online)
     rows = pairs.accumulate(online)
     saved = {s.name: pairs.rows(e, rows) for s, e in derived.saved}
     delta = (dout * out).sum(-1, keepdim=True) - dlse.unsqueeze(-1)
@@ -48,11 +50,23 @@ def by_derivation(graph, pairs, dout, dlse, out, differentiable, inputs):
         b, h, n, d = x.shape
         return x.reshape(b, h // pairs.group, pairs.group, n, d).sum(2)
 
-    weight, dqk = shown(derived.weight), shown(derived.dqk) * pairs(derived.dqk_scale)
+    weight, dqk = shown(derived.weight), shown(derived.dqk).double() * pairs(derived.dqk_scale)
     found = {"q": dqk @ pairs.k, "k": shared(dqk.mT @ pairs.q), "v": shared(weight.mT @ dout)}
     found |= {name: torch.zeros_like(inputs[name]) for name in differentiable}
+    dsums = {name: torch.zeros_like(x) for name, x in pairs.sums.items()}
+    for symbol, expr in derived.dsums:
+        dsums[symbol.name] += shown(expr)
     for read, expr in derived.dreads:
-        found[read.input] += gradient(pairs, read, shown(expr), inputs[read.input])
+        total, like = (dsums, pairs.sums) if read.input in dsums else (found, inputs)
+        total[read.input] += gradient(pairs, read, shown(expr), like[read.input])
+    moving = [name for name, x in pairs.sums.items() if x.requires_grad]
+    if moving:  # what a sum over the head dimension means for its vectors is autograd's own here
+        behind = {"q": pairs.q, "k": pairs.k, **{name: inputs[name] for name in differentiable}}
+        passed = torch.autograd.grad(
+            [pairs.sums[n] for n in moving], tuple(behind.values()), [dsums[n] for n in moving], materialize_grads=True
+        )
+        for name, x in zip(behind, passed, strict=True):
+            found[name] = found[name] + (shared(x) if name == "k" else x)
     for read, expr in derived.row_dreads:
         seen = pairs.visible.any(-1, keepdim=True)
         cotangent = torch.where(seen, pairs.rows(expr, values), 0.0)
@@ -68,7 +82,10 @@ def test_the_backward_is_that_of_autograd(name, shape):
     differentiable = tuple(d.name for d in graph.inputs if d.grad)
     inputs = {n: x.double() if n in differentiable else x for n, x in sample.inputs.items()}
     sample = type(sample)(sample.q, sample.k, sample.v, inputs)
-    pairs = Pairs(graph, sample)
+    moving = {n: x.clone().requires_grad_() if n in differentiable else x for n, x in inputs.items()}
+    pairs = Pairs(
+        graph, type(sample)(sample.q.clone().requires_grad_(), sample.k.clone().requires_grad_(), sample.v, moving)
+    )
     dout = torch.randn(shape.batch, shape.heads, shape.q_len, shape.d_v, dtype=torch.float64)
     dlse = torch.randn(dout.shape[:3], dtype=torch.float64)
     if stream(graph).lse is None:
@@ -76,7 +93,7 @@ def test_the_backward_is_that_of_autograd(name, shape):
     else:
         outputs, cotangents = ("out", "lse"), (dout, dlse)
     exact, expected = by_autograd(name, sample, differentiable, outputs, cotangents)
-    out, found = by_derivation(graph, pairs, dout, dlse, exact.detach(), differentiable, inputs)
+    out, found = by_derivation(graph, pairs, dout, dlse, exact.detach(), differentiable, moving)
     torch.testing.assert_close(out, exact, **CLOSE)
     assert found.keys() == expected.keys()
     for leaf, value in expected.items():

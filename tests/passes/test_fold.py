@@ -12,6 +12,7 @@ import attncc as ac
 from attncc.ir import symbols as sym
 from attncc.ir.vocabulary import absolute, maximum
 from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, per_ln2
+from attncc.passes.similarity import similarity
 from attncc.passes.stream import stream
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.samples import Shape, sample_inputs
@@ -28,9 +29,10 @@ def plain(expr):
 
 def folded(name):
     graph = variant(name).graph
-    online = stream(graph)
     pairs = Pairs(graph, sample_inputs(graph, SHAPE, torch.float64, seed=3))
-    return online, fold(graph, online), pairs
+    core = similarity(graph).core
+    online = stream(core)
+    return online, fold(core, online), pairs
 
 
 @pytest.mark.parametrize("name", NAMES)

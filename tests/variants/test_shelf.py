@@ -61,6 +61,12 @@ def test_inputs_and_defaults():
         "dense_bias": {"bias": ("b", "h", "q_idx", "kv_idx")},
         "sink": {"sink": ("h",)},
         "qk_temperature": {"tau": ("b", "h", "q_idx")},
+        "cosine": {"tau": ("h",)},
+        "trilinear": dict.fromkeys(("w_q", "w_k", "w_qk"), ("h", "d")),
+        "location": {"table": ("h", "kv_idx", "d")},
+        "gaussian_position": {"center": ("h",), "spread": ("h",)},
+        "gmm": dict.fromkeys(("w", "mu", "sigma"), ("b", "q_idx", "component")),
+        "afa": dict.fromkeys(("rate", "sigma2", "eta2", "gamma2", "nu", "tau"), ("h",)),
         "head_gates": {"gate": ("b", "h", "q_idx")},
         "differential": {"lam": ("h",)},
     }

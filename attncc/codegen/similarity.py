@@ -1,0 +1,319 @@
+"""The similarity's part of each kernel: operands of its matmuls, its row and column terms, and what a cotangent of
+them means for q, k and the vectors that they read.
+
+Here a tile is [rows, components] of q or of k, a chunk of the head dimension at a time: a vector expression is lowered
+as any other, with the component in the place of the column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+
+from attncc.codegen.chunks import Chunk
+from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.plan import Plan
+from attncc.ir import symbols as sym
+from attncc.ir.levels import Level
+from attncc.ir.vocabulary import Read
+from attncc.passes.calculus import derivative
+from attncc.passes.fold import lower_exp
+from attncc.passes.similarity import Dot, Term
+
+
+@dataclass(frozen=True)
+class Side:
+    """The query's or the key's side: the names of its tile, its rows and their number in a kernel."""
+
+    tile: str  # q | k
+    vector: sympy.Symbol
+    index: str
+    length: str
+    block: str
+
+    def factor(self, dot: Dot) -> sympy.Expr:
+        """What this side brings to a matmul."""
+        return dot.left if self.tile == "q" else dot.right
+
+
+QUERY = Side("q", sym.Q_VEC, "q_idx", "q_len", "BLOCK_M")
+KEY = Side("k", sym.K_VEC, "kv_idx", "kv_len", "BLOCK_N")
+
+
+@dataclass(frozen=True)
+class VectorGradient:
+    """The cotangent of an input that a sum over the head dimension reads: `expr` at each component of each row.
+
+    kind: "row" or "col" where the input has an entry a query or a key, else "program"; vector: has it an entry a
+    component, too?
+    """
+
+    read: Read
+    expr: sympy.Expr
+    side: Side
+    kind: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"d{self.read.input}_{self.number}"
+
+    @property
+    def vector(self) -> bool:
+        return sym.COMPONENT in self.read.index
+
+
+class SimilaritySlots:
+    """Facts of one plan that several kernels ask for."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.found = plan.similarity
+
+    @property
+    def plain_dot(self) -> bool:
+        """Is dot(q_vec, k_vec) its one matmul?"""
+        return self.has_dot and not self.found.dots
+
+    @property
+    def has_dot(self) -> bool:
+        """Is dot(q_vec, k_vec) computed? Each of several branches has its own."""
+        return self.plan.graph.branches > 1 or self.plan.graph.has_dot
+
+    def terms(self, side: Side) -> tuple[Term, ...]:
+        """The row terms, or the column terms."""
+        return self.found.q_terms if side is QUERY else self.found.k_terms
+
+    def loads(self, side: Side) -> bool:
+        """Does a tile of scores need the tile of this side itself?"""
+        return self.has_dot or any(side.vector in side.factor(d).free_symbols for d in self.found.dots)
+
+    def passes_on(self, side: Side) -> bool:
+        """Does the gradient of this side need the side's own tile once more, after the loop?"""
+        after = [self.vector_expr(side), *(g.expr for g in self.gradients if g.side is side)]
+        return any(side.vector in e.free_symbols for e in after)
+
+    def direct(self, side: Side, dot: Dot) -> bool:
+        """Is what this side brings its vector as it is, so that its cotangent adds to the gradient as it stands?"""
+        return side.factor(dot) == side.vector
+
+    def own_accumulators(self, side: Side) -> tuple[Dot, ...]:
+        """The matmuls whose cotangent on this side must be transformed before it is part of the gradient."""
+        return tuple(d for d in self.found.dots if not self.direct(side, d))
+
+    def _total(self, side: Side) -> sympy.Expr:
+        """A component of the expression whose derivative by a side's vectors is their gradient."""
+        dots = [_accumulated(d) * side.factor(d) for d in self.own_accumulators(side)]
+        return sympy.Add(*dots, *(_cotangent(t) * t.summand for t in self.terms(side)))
+
+    def vector_expr(self, side: Side) -> sympy.Expr:
+        """What is added to a component of the side's gradient after the loop."""
+        return derivative(self._total(side), side.vector)
+
+    @cached_property
+    def gradients(self) -> tuple[VectorGradient, ...]:
+        """One entry a differentiable read inside a sum over the head dimension, and side."""
+        wanted = {d.name for d in self.plan.graph.inputs if d.grad}
+        number = len(self.plan.gradients)
+        found: list[VectorGradient] = []
+        for side in (QUERY, KEY):
+            total = self._total(side)
+            for read in sorted(total.atoms(Read), key=str):
+                expr = derivative(total, read)
+                if read.input in wanted and expr != 0:
+                    along = {s.name for s in read.free_symbols}
+                    kind = {"q_idx": "row", "kv_idx": "col"}[side.index] if side.index in along else "program"
+                    found.append(VectorGradient(read, expr, side, kind, number + len(found)))
+        return tuple(found)
+
+    def leaves(self, side: Side, chunk: Chunk, base: Mapping[str, Leaf]) -> dict[str, Leaf]:
+        """What a vector expression of this side may use: [rows, components] in the place of a tile of pairs."""
+        own = {
+            sym.COMPONENT.name: Leaf(f"d_qk_{chunk.index}", Level.COL),
+            side.vector.name: Leaf(f"{side.tile}_{chunk.index}.to(tl.float32)", Level.PAIR),
+            side.index: Leaf(side.index, Level.ROW),
+        }
+        for dot in self.own_accumulators(side):
+            own[_accumulated(dot).name] = Leaf(f"{accumulator(side, dot)}_{chunk.index}", Level.PAIR)
+        sums = {g.read: g.name for g in self.plan.gradients} if self.plan.has_backward is None else {}
+        for term in self.terms(side):
+            if term.read in sums:
+                own[_cotangent(term).name] = Leaf(f"{sums[term.read]}_sum", Level.ROW)
+        return {**base, **own}
+
+    def scope(self, side: Side, chunk: Chunk, kernel: Lowering, base: Mapping[str, Leaf]) -> Lowering:
+        """A lowering of vector expressions beside that of a kernel, whose names it does not reuse."""
+        return Lowering(
+            self.plan.core,
+            self.leaves(side, chunk, base),
+            helpers=kernel.helpers,
+            blank=f"tl.zeros([{side.block}, {chunk.width}], tl.float32)",
+            _names=kernel._names,
+        )
+
+    def operands(self, side: Side, chunks: tuple[Chunk, ...], kernel: Lowering, base: Mapping[str, Leaf]) -> list[str]:
+        """Lines that make the operands of the matmuls that are not the loaded tile itself."""
+        lines: list[str] = []
+        for dot in self.found.dots:
+            if self.direct(side, dot):
+                continue
+            for chunk in chunks:
+                scope = self.scope(side, chunk, kernel, base)
+                factor = side.factor(dot)
+                text = _tile(scope, factor)
+                lines += [*scope.outer, *scope.body]
+                lines.append(f"{operand(side, dot)}_{chunk.index} = {_inside(text, side, chunk, factor)}.to(DOT)")
+        return lines
+
+    def dots(self, chunks: tuple[Chunk, ...], rows_first: bool) -> list[str]:
+        """Lines of the matmuls besides dot(q, k)."""
+        lines = []
+        for dot in self.found.dots:
+            left, right = (
+                f"{side.tile}" if self.direct(side, dot) else operand(side, dot)
+                for side in ((QUERY, KEY) if rows_first else (KEY, QUERY))
+            )
+            for chunk in chunks:
+                before = f", {dot.name}" if chunk.index else ""
+                c = chunk.index
+                product = f"{left}_{c}, tl.trans({right}_{c}){before}, input_precision=PRECISION"
+                lines.append(f"{dot.name} = tl.dot({product})")
+        return lines
+
+    def accumulate(self, side: Side, chunks: tuple[Chunk, ...]) -> list[str]:
+        """Lines that add a tile's part to the cotangent of what each matmul got from `side`."""
+        other = KEY if side is QUERY else QUERY
+        lines = []
+        for dot in self.found.dots:
+            target = f"d{side.tile}" if self.direct(side, dot) else accumulator(side, dot)
+            right = other.tile if self.direct(other, dot) else operand(other, dot)
+            for chunk in chunks:
+                c = chunk.index
+                product = f"d{dot.name}.to(DOT), {right}_{c}, {target}_{c}, input_precision=PRECISION"
+                lines.append(f"{target}_{c} = tl.dot({product})")
+        return lines
+
+    def accumulators(self, side: Side, chunks: tuple[Chunk, ...]) -> list[str]:
+        """Lines that start the accumulators of `accumulate`."""
+        return [
+            f"{accumulator(side, dot)}_{c.index} = tl.zeros([{side.block}, {c.width}], tl.float32)"
+            for dot in self.own_accumulators(side)
+            for c in chunks
+        ]
+
+    def epilogue(self, side: Side, chunks: tuple[Chunk, ...], kernel: Lowering, base: Mapping[str, Leaf]) -> list[str]:
+        """Lines after the loop: what the terms and the transformed operands add to the side's gradient, and the
+        gradients of the inputs that they read."""
+        lines: list[str] = []
+        expr = self.vector_expr(side)
+        gradients = [g for g in self.gradients if g.side is side]
+        for chunk in chunks:
+            if expr != 0:
+                scope = self.scope(side, chunk, kernel, base)
+                text = _tile(scope, expr)
+                name = f"d{side.tile}_{chunk.index}"
+                lines += [*scope.outer, *scope.body, f"{name} += {text}"]
+        for gradient in gradients:
+            body: list[str] = []
+            for chunk in chunks:
+                scope = self.scope(side, chunk, kernel, base)
+                text = _tile(scope, gradient.expr)
+                body += [*scope.outer, *scope.body, *_gradient_lines(gradient, chunk, text)]
+            lines += [f"if WANT_{gradient.name.upper()}:", *(f"    {line}" for line in body)]
+            lines += [f"    {line}" for line in _gradient_end(gradient)]
+        return lines
+
+
+def _tile(scope: Lowering, expr: sympy.Expr) -> str:
+    """A vector expression as a tile; the lines before it are in the scope."""
+    lowered = lower_exp(expr)
+    scope.count([lowered])
+    return scope.tile(lowered)
+
+
+def operand(side: Side, dot: Dot) -> str:
+    """The name of a matmul's operand."""
+    return f"{side.tile}_{dot.name}"
+
+
+def accumulator(side: Side, dot: Dot) -> str:
+    """The name of the cotangent of a matmul's operand."""
+    return f"d{side.tile}_{dot.name}"
+
+
+def _accumulated(dot: Dot) -> sympy.Symbol:
+    return sympy.Symbol(f"d_{dot.name}", real=True)
+
+
+def _cotangent(term: Term) -> sympy.Symbol:
+    return sympy.Symbol(f"d_{term.name}", real=True)
+
+
+def _inside(text: str, side: Side, chunk: Chunk, factor: sympy.Expr) -> str:
+    """A tile that is 0 where q or k has no entry: there it must not make anything else of a loaded 0."""
+    guards = []
+    if not factor.is_polynomial(side.vector):
+        guards.append(f"({side.index} < {side.length})[:, None]")
+    if chunk.partial and factor.subs(side.vector, 0) != 0:
+        guards.append(f"(d_qk_{chunk.index} < HEAD_DIM_QK)[None, :]")
+    return f"tl.where({' & '.join(guards)}, {text}, 0.0)" if guards else f"({text})"
+
+
+def _gradient_lines(gradient: VectorGradient, chunk: Chunk, text: str) -> list[str]:
+    """One chunk's part of an input's gradient."""
+    side, c = gradient.side, chunk.index
+    rows = f"({side.index} < {side.length})"
+    cols = f"(d_qk_{c} < HEAD_DIM_QK)"
+    if not gradient.vector:  # one value for all components
+        part = f"tl.sum(tl.where({rows}[:, None] & {cols}[None, :], {text}, 0.0), 1)"
+        return [f"{gradient.name}_rows = {part}" if c == 0 else f"{gradient.name}_rows += {part}"]
+    at = f"{gradient.name.upper()}_PTR"
+    if gradient.kind != "program":
+        place = (
+            f"{at} + ((b * heads + h) * {side.length} + _wide({side.index}))[:, None] * HEAD_DIM_QK + d_qk_{c}[None, :]"
+        )
+        return [f"tl.store({place}, {text}, mask={rows}[:, None] & {cols}[None, :])"]
+    block = "bh * m_blocks + m_block" if side is QUERY else "(b * heads + h) * n_blocks + n_block"
+    value = f"tl.sum(tl.where({rows}[:, None], {text}, 0.0), 0)"
+    return [f"tl.store({at} + ({block}) * HEAD_DIM_QK + d_qk_{c}, {value}, mask={cols})"]
+
+
+def _gradient_end(gradient: VectorGradient) -> list[str]:
+    """The store of a gradient that all components share."""
+    if gradient.vector:
+        return []
+    side, at, rows = gradient.side, f"{gradient.name.upper()}_PTR", f"{gradient.name}_rows"
+    if gradient.kind != "program":
+        mask = f"mask={side.index} < {side.length}"
+        return [f"tl.store({at} + (b * heads + h) * {side.length} + {side.index}, {rows}, {mask})"]
+    block = "bh * m_blocks + m_block" if side is QUERY else "(b * heads + h) * n_blocks + n_block"
+    return [f"tl.store({at} + {block}, tl.sum({rows}, 0))"]
+
+
+def term_slots(
+    slots: SimilaritySlots, side: Side, chunks: tuple[Chunk, ...], base: Mapping[str, Leaf]
+) -> dict[str, Any]:
+    """Slots of terms.py.j2: the kernel that computes the row terms, or the column terms."""
+    kernel = Lowering(slots.plan.graph, base)
+    terms = slots.terms(side)
+    lines: list[str] = []
+    for term in terms:
+        for chunk in chunks:
+            scope = slots.scope(side, chunk, kernel, base)
+            text = _tile(scope, term.summand)
+            lines += [*scope.outer, *scope.body]
+            if chunk.partial and term.summand.subs(side.vector, 0) != 0:
+                text = f"tl.where((d_qk_{chunk.index} < HEAD_DIM_QK)[None, :], {text}, 0.0)"
+            lines.append(f"{term.name} {'+=' if chunk.index else '='} tl.sum({text}, 1)")
+    return {
+        "name": f"{side.tile}_terms_kernel",
+        "side": side,
+        "terms": terms,
+        "lines": lines,
+        "by_head": terms[0].read.index[1] == sym.H,
+        "helpers": kernel.helpers,
+    }

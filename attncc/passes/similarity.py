@@ -1,0 +1,95 @@
+"""The similarity as kernels compute it: row and column terms become inputs of a core variant, made by a small kernel.
+
+A term such as sum_d(k_vec**2) is one value a key, however many queries see it. The core variant reads it like any
+input with an entry a key, and differentiates it like one; what then reaches q, k and the vectors that the term read is
+
+    dq_vec = d/dq_vec [ sum_i F_i * f_i(q_vec) + sum_t dterm_t * e_t(q_vec) ]
+
+for each component, where dot_i = sum_d(f_i * g_i), F_i is the row's sum of ddot_i * g_i over the keys, e_t is the
+summand of the row term t and dterm_t its cotangent; for keys alike, and for every vector input that occurs in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from attncc.ir import symbols as sym
+from attncc.ir.graph import InputDecl, Stage, VariantGraph
+from attncc.ir.similarity import kind_of, sides
+from attncc.ir.vocabulary import Read
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A matmul of the similarity: `symbol` = sum_d(left * right), of the query's side and the key's."""
+
+    symbol: sympy.Symbol
+    left: sympy.Expr
+    right: sympy.Expr
+
+    @property
+    def name(self) -> str:
+        return self.symbol.name
+
+
+@dataclass(frozen=True)
+class Term:
+    """A sum over the head dimension that has one value a row or a column: the core variant's input `read`."""
+
+    symbol: sympy.Symbol
+    summand: sympy.Expr
+    read: Read
+
+    @property
+    def name(self) -> str:
+        return self.symbol.name
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """What the similarity of a variant is made of. `core` is the variant over qk, dots and inputs alone."""
+
+    core: VariantGraph
+    q_terms: tuple[Term, ...]
+    k_terms: tuple[Term, ...]
+    dots: tuple[Dot, ...]
+
+    @property
+    def own(self) -> frozenset[str]:
+        """The inputs of the core that its user never sees."""
+        return frozenset(t.name for t in (*self.q_terms, *self.k_terms))
+
+
+def similarity(graph: VariantGraph) -> Similarity:
+    """Split a variant into its core and what comes before it."""
+    if not graph.sums_d:
+        return Similarity(graph, (), (), ())
+    of_keys = [s for s in graph.sums_d if kind_of(s) == "k_term"]
+    # terms of the keys are made together: one value for all query heads of a key head, unless one tells them apart
+    head = sym.H if any(sym.H in s.expr.free_symbols for s in of_keys) else sym.H_KV
+    q_terms = tuple(_term(s, sym.H, sym.Q_IDX) for s in graph.sums_d if kind_of(s) == "q_term")
+    k_terms = tuple(_term(s, head, sym.KV_IDX) for s in of_keys)
+    dots = tuple(Dot(_symbol(s), *sides(s)[:2]) for s in graph.sums_d if kind_of(s) == "dot")
+    reads = {t.symbol: t.read for t in (*q_terms, *k_terms)}
+    raw = graph["raw_score"]
+    stages = [
+        Stage(raw.name, raw.expr.xreplace(reads), span=raw.span) if s is raw else s
+        for s in graph.stages
+        if s.op != "sum_d"
+    ]
+    # beyond the edge 1, by which a formula may divide
+    own = [InputDecl(t.name, tuple(map(str, t.read.index)), grad=True, beyond=1) for t in (*q_terms, *k_terms)]
+    core = graph.changed(stages=stages, inputs=[*graph.inputs, *own])
+    return Similarity(core, q_terms, k_terms, dots)
+
+
+def _symbol(stage: Stage) -> sympy.Symbol:
+    return sympy.Symbol(stage.name, real=True)
+
+
+def _term(stage: Stage, head: sympy.Symbol, along: sympy.Symbol) -> Term:
+    """A term along the queries or the keys, with a value for each query head or key head."""
+    symbol = _symbol(stage)
+    return Term(symbol, stage.expr, Read(sym.input_symbol(stage.name, False), sym.B, head, along))

@@ -1,0 +1,178 @@
+"""Variants with a similarity of their own, against plain PyTorch written by hand: outputs and every gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attncc as ac
+from attncc.ir.formulas import own_stages
+from attncc.runtime.samples import Shape, sample_inputs
+from attncc.runtime.verify import verify_variant
+
+DOUBLE = torch.float64
+SHAPES = (
+    Shape(2, 4, 2, 7, 11, 6, 5, strided=True),
+    Shape(1, 2, 1, 13, 4, 5, 8),  # causal, aligned to the end: nine queries stand before the first key
+    Shape(2, 2, 2, 1, 9, 8, 4),
+)
+
+
+def heads(x: Tensor, like: Tensor) -> Tensor:
+    """The key heads repeated for the query heads that share them."""
+    return x.repeat_interleave(like.shape[1] // x.shape[1], 1)
+
+
+def positions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    m, n = q.shape[2], k.shape[2]
+    return torch.arange(m)[:, None] + n - m, torch.arange(n)
+
+
+def attend(s: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Softmax attention of scores (B, H, M, N), with rows of zeros where nothing is seen."""
+    m, n = s.shape[2:]
+    visible = torch.ones(m, n, dtype=torch.bool).tril(n - m) if causal else torch.ones(m, n, dtype=torch.bool)
+    s = s.masked_fill(~visible, -torch.inf)
+    return torch.where(visible.any(-1, keepdim=True), s, 0.0).softmax(-1).masked_fill(~visible, 0.0) @ v
+
+
+def cosine(q, k, v, tau):
+    return attend(tau[:, None, None] * (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT), v)
+
+
+def squared_distance(q, k, v):
+    return attend(-torch.cdist(q, k).square() / math.sqrt(q.shape[-1]), v, causal=True)
+
+
+def trilinear(q, k, v, w_q, w_k, w_qk):
+    both = q.unsqueeze(3), k.unsqueeze(2)
+    features = torch.cat([x.expand(*q.shape[:3], k.shape[2], -1) for x in (*both, both[0] * both[1])], -1)
+    weights = torch.cat([w_q, w_k, w_qk], -1)
+    return attend((features * weights[:, None, None]).sum(-1), v)
+
+
+def location(q, k, v, table):
+    return attend(torch.einsum("bhmd,hnd->bhmn", q, table.expand(q.shape[1], -1, -1)), v)
+
+
+def gaussian_position(q, k, v, center, spread):
+    i, j = positions(q, k)
+    normal = torch.distributions.Normal(i + center[:, None, None], spread[:, None, None])
+    p = normal.log_prob(j.double()).exp()
+    return (p / p.sum(-1, keepdim=True)).expand(q.shape[0], q.shape[1], -1, -1) @ v
+
+
+def gmm(q, k, v, w, mu, sigma):
+    w, mu, sigma = w[..., :5], mu[..., :5], sigma[..., :5]  # the formula has five
+    components = torch.distributions.Normal(mu.unsqueeze(2), sigma.unsqueeze(2))
+    p = components.log_prob(torch.arange(k.shape[2]).double()[None, None, :, None]).exp()
+    return (w.unsqueeze(2) * p).sum(-1).unsqueeze(1) @ v
+
+
+def afa(q, k, v, **inputs):
+    rate, sigma2, eta2, gamma2, nu, tau = (
+        inputs[name][:, None, None] for name in ("rate", "sigma2", "eta2", "gamma2", "nu", "tau")
+    )
+    i, j = positions(q, k)
+    carried = torch.exp(-rate * (i - j).abs())
+    variance = sigma2 * (1 - carried**2) / (2 * rate) + eta2 * carried**2 + gamma2
+    moved = carried[..., None] * k.unsqueeze(2)
+    residual = (q.unsqueeze(3) - moved).square().sum(-1)
+    score = tau**2 * (-variance.log() - torch.log1p(residual / (nu * variance * q.shape[-1] / 2)))
+    visible = j <= i
+    p = torch.where(visible, score, -torch.inf).exp()
+    total = p.sum(-1, keepdim=True)
+    return (p / torch.where(total > 0, total, 1) * carried) @ v
+
+
+BY_HAND = {
+    "cosine": cosine,
+    "squared_distance": squared_distance,
+    "trilinear": trilinear,
+    "location": location,
+    "gaussian_position": gaussian_position,
+    "gmm": gmm,
+    "afa": afa,
+}
+
+
+def test_every_one_on_the_shelf_is_here():
+    own = {n for n in ac.variants.names() if "similarity" in own_stages(ac.variants.get(n).graph)}
+    assert BY_HAND.keys() == own
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_reference_is_the_formula_by_hand(name, shape):
+    variant = ac.variants.get(name)
+    sample = sample_inputs(variant.graph, shape, DOUBLE, seed=5)
+    leaves = {"q": sample.q, "k": sample.k, "v": sample.v}
+    leaves |= {n: x.double() for n, x in sample.inputs.items() if isinstance(x, Tensor)}
+    leaves = {n: x.detach().requires_grad_() for n, x in leaves.items()}
+    q, k, v, *_ = leaves.values()
+    inputs = {n: x for n, x in leaves.items() if n not in ("q", "k", "v")}
+    got = ac.reference(variant, q, k, v, **inputs)
+    expected = BY_HAND[name](q, heads(k, q), heads(v, q), **inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    cotangent = torch.randn_like(got)
+    ours, theirs = (
+        torch.autograd.grad(x, tuple(leaves.values()), cotangent, materialize_grads=True) for x in (got, expected)
+    )
+    for leaf, a, b in zip(leaves, ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda text, leaf=leaf: f"d{leaf}: {text}")
+
+
+#: odd lengths, grouped heads, Dqk != Dv and no power of two, views; more queries than keys, so that rows see nothing
+SMALL = (Shape(2, 4, 2, 19, 37, 24, 16, strided=True), Shape(1, 2, 1, 35, 21, 16, 24, broadcast=("b", "h")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BY_HAND)
+def test_kernels_are_right_and_repeatable(name, dtype):
+    rows = verify_variant(ac.variants.get(name), dtype=dtype, shapes=SMALL)
+    assert [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok] == []
+
+
+VECTOR = ac.Input("h", "d", grad=True)
+UNSHIPPED = {
+    "a learned scale": ac.Variant(
+        similarity=lambda q_vec, k_vec, h, tau: tau[h] * ac.dot(q_vec, k_vec),
+        inputs={"tau": ac.Input("h", grad=True)},
+        mask=ac.causal,
+    ),
+    "random features": ac.Variant(
+        similarity=lambda q_vec, k_vec: ac.log(ac.dot(ac.exp(q_vec), ac.exp(k_vec))), mask=ac.causal
+    ),
+    "keys alone": ac.Variant(
+        similarity=lambda k_vec, h, u: ac.dot(k_vec, u[h]) + ac.norm(k_vec), inputs={"u": VECTOR}, mask=ac.causal
+    ),
+    "vectors of rows and columns": ac.Variant(
+        similarity=lambda q_vec, k_vec, h, b, q_idx, kv_idx, a, g, p: ac.dot(
+            ac.tanh(a[h] * q_vec + p[q_idx]), k_vec + g[b, h, kv_idx]
+        ),
+        inputs={
+            "a": VECTOR,
+            "g": ac.Input("b", "h", "kv_idx", "d", grad=True),
+            "p": ac.Input("q_idx", "d", grad=True),
+        },
+    ),
+    "a number inside": ac.Variant(
+        similarity=lambda q_vec, k_vec, h, gain, scale: scale * ac.dot(ac.softplus(gain[h] * q_vec), k_vec),
+        inputs={"gain": ac.Input("h", grad=True)},
+    ),
+    "no reading of q or k": ac.Variant(
+        similarity=lambda h, slope, q_idx, kv_idx: -slope[h] * ac.abs(q_idx - kv_idx),
+        inputs={"slope": ac.Input("h", grad=True)},
+        normalizer="sigmoid",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSHIPPED)
+def test_what_nobody_shipped_is_right(name):
+    rows = verify_variant(UNSHIPPED[name], shapes=[Shape(2, 4, 2, 19, 37, 24, 16, strided=True)])
+    assert [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok] == []
