@@ -52,9 +52,10 @@ def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
     stages = [Stage(s.name, s.expr.xreplace(symbols), s.op, s.span) for s in graph.stages]
     inputs = [replace(d, name=new[d.name]) for d in graph.inputs]
     scalars = [replace(s, name=new[s.name]) for s in graph.scalars]
-    return Plan(graph.changed(stages=stages, inputs=inputs, scalars=scalars)), {
-        after: before for before, after in new.items()
-    }
+    outputs = [o.xreplace(symbols) for o in graph.outputs]
+    extra = plan.extra.xreplace(symbols) if plan.extra is not None else None
+    changed = graph.changed(stages=stages, inputs=inputs, scalars=scalars, outputs=outputs)
+    return Plan(changed, extra=extra), {after: before for before, after in new.items()}
 
 
 @functools.cache

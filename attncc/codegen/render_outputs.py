@@ -6,12 +6,13 @@ import textwrap
 from typing import Any
 
 from attncc.codegen.chunks import chunks
+from attncc.codegen.names import coded
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import _bounds, _render, _tidy, any_wide, input_args
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
-from attncc.passes.outputs import Weight, named, passes
+from attncc.passes.outputs import Weight, final_weight, named, passes
 from attncc.version import __version__
 
 _FILL = {"sum": "0", "count": "0", "max": 'float("-inf")', "argmax": "-1"}
@@ -23,7 +24,7 @@ def saved_rows(plan: Plan, weight: Weight) -> tuple[str, ...]:
     return tuple(symbol.name for symbol, _ in weight.rows) if used else ()
 
 
-def render_outputs(plan: Plan, weight: Weight, d_qk: int) -> str:
+def render_outputs(plan: Plan, d_qk: int) -> str:
     """The module's source. Its `outputs` returns the reductions of the graph's outputs, in the order of `named`."""
     if not (plan.graph.has_dot and plan.core is plan.graph):
         raise UnsupportedError(
@@ -32,6 +33,8 @@ def render_outputs(plan: Plan, weight: Weight, d_qk: int) -> str:
             span=plan.graph["raw_score"].span,
             remedy="ask the reference for them: ac.reference(variant, q, k, v, outputs=...)",
         )
+    plan, _ = coded(plan)
+    weight = final_weight(plan.graph)
     context = _context(plan, d_qk)
     units = [pass_slots(plan, light, weight, i) for i, light in enumerate(passes(plan.graph))]
     bounds: list[dict[str, Any]] = []

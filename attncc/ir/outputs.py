@@ -12,7 +12,8 @@ pair has sum 0, max -inf, argmax -1 and count 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -149,6 +150,11 @@ class Output:
     @property
     def type(self) -> str:
         return voc.type_of(self.expr)
+
+    def xreplace(self, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Output:
+        """The output with other symbols in its formulas."""
+        reductions = (replace(r, expr=r.expr.xreplace(symbols), when=r.when.xreplace(symbols)) for r in self.reductions)
+        return replace(self, reductions=tuple(reductions), expr=self.expr.xreplace(symbols))
 
 
 def cell_symbol(op: str, number: int) -> sympy.Symbol:

@@ -14,6 +14,7 @@ stores the sums themselves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -89,6 +90,12 @@ class PairCotangents:
         of delta."""
         direct = self.of_score if wrt == sym.SCORE else dict(self.of_reads).get(wrt, sympy.S.Zero)
         return self.of_weight * _diff(self.weight, wrt) + direct
+
+    def xreplace(self, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> PairCotangents:
+        """The same over other symbols."""
+        of_reads = tuple((read.xreplace(symbols), expr.xreplace(symbols)) for read, expr in self.of_reads)
+        weight, of_weight, of_score = (e.xreplace(symbols) for e in (self.weight, self.of_weight, self.of_score))
+        return PairCotangents(weight, of_weight, of_score, of_reads)
 
     @property
     def reads(self) -> set[Read]:

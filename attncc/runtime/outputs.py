@@ -38,7 +38,7 @@ class LightPasses:
 
     def source(self, d_qk: int) -> str:
         """The generated module's text."""
-        return render_outputs(self.plan, self.weight, d_qk)
+        return render_outputs(self.plan, d_qk)
 
     def __call__(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every reduction by its name, given the stored rows; of v only the kind of call is read."""

@@ -21,6 +21,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.runtime.reference import evaluated, graph_of, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
+from attncc.runtime.verify_outputs import compared, differentiable_outputs
 
 __all__ = ["Check", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
 
@@ -69,9 +70,11 @@ def check(
 ) -> Check:
     """Hold one result against both rules. `dtype` is that of the computation, if not that of `got` (lse is float32).
 
-    Infinities (the lse of a row that sees no key) must agree exactly; a NaN is always wrong. A gradient may have the
+    Infinities (the lse of a row that sees no key) and integers must agree exactly; a NaN is always wrong. A gradient may have the
     RMS error of `eager`: a sum that nearly cancels, as a bias' gradient may, has no small relative error in 16 bits.
     """
+    if not got.is_floating_point():  # a count
+        return _exactly(name, got, reference)
     dtype = got.dtype if dtype is None else dtype
     exact = reference.double()
     finite = exact.isfinite()
@@ -84,6 +87,12 @@ def check(
     limit = _RMS_16_BIT if tf32 or torch.finfo(dtype).bits == 16 else _RMS_32_BIT
     rms_allowed = max(limit * _rms(exact), _rms(plain) if kind == "gradient" else 0.0) + _FLOOR
     return Check(name, max_err <= max_allowed and rms <= rms_allowed, max_err, max_allowed, rms, rms_allowed)
+
+
+def _exactly(name: str, got: Tensor, reference: Tensor) -> Check:
+    """Integers have no rounding."""
+    error = (got - reference).abs().double()
+    return Check(name, not bool(error.any()), _largest(error), 0.0, _rms(error), 0.0)
 
 
 def _largest(x: Tensor) -> float:
@@ -139,28 +148,43 @@ def verify_variant(
 ) -> list[Row]:
     """Compile `variant` (unless `op` is given), hold outputs and all gradients against the reference at each shape.
 
-    Every call is made twice and compared bit for bit. lse is checked where the normalizer has one, and gradients where
-    a backward can be derived.
+    Every call is made twice and compared bit for bit. lse is checked where the normalizer has one, auxiliary outputs
+    where the variant has them, and gradients where a backward can be derived.
     """
     import attncc
 
     op = attncc.compile(variant) if op is None else op
-    outputs = ("out", "lse") if _has_lse(variant.graph) else ("out",)
+    auxiliary = tuple(o.name for o in variant.graph.outputs)
+    outputs = (*(("out", "lse") if _has_lse(variant.graph) else ("out",)), *auxiliary)
+    constant = frozenset(auxiliary) - frozenset(differentiable_outputs(variant.graph))
     with_gradients = Plan(variant.graph).has_backward is None
     rows: list[Row] = []
     for seed, shape in enumerate(shapes_for(device) if shapes is None else shapes):
         sample = sample_inputs(variant.graph, shape, dtype, device, seed)
         differentiable = tuple(d.name for d in variant.graph.inputs if d.grad)
-        got, again = (_results(op, sample, outputs, differentiable, with_gradients) for _ in range(2))
-        exact = _results(
-            lambda *a, **k: reference(variant, *a, **k), _double(sample), outputs, differentiable, with_gradients
-        )
-        plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, outputs, differentiable, with_gradients)
-        for name, value in got.items():
+        asked = (outputs, differentiable, with_gradients, constant)
+        got, again = (_results(op, sample, *asked) for _ in range(2))
+        exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(sample), *asked)
+        plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, *asked)
+        repeated = {name: torch.equal(value, again[name]) for name, value in got.items()}
+        values, exact, plain = compared(variant.graph, _reference_of(sample), got, exact, plain)
+        for name, value in values.items():
             kind: Kind = "forward" if name in outputs else "gradient"
             found = check(name, value, exact[name], plain[name], kind, dtype=dtype, tf32=tf32)
-            rows.append(Row(shape, found, torch.equal(value, again[name])))
+            rows.append(Row(shape, found, repeated[name]))
     return rows
+
+
+def _reference_of(sample: Sample) -> Callable[[VariantGraph, str], Any]:
+    """The reference's outputs for these tensors, of whatever graph they fit."""
+    exact = _double(sample)
+
+    def run(graph: VariantGraph, name: str) -> Any:
+        known = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
+        inputs = {n: x for n, x in exact.inputs.items() if n in known}
+        return reference(graph, exact.q, exact.k, exact.v, outputs=name, **inputs)
+
+    return run
 
 
 def _has_lse(graph: VariantGraph) -> bool:
@@ -179,8 +203,10 @@ def _results(
     outputs: tuple[str, ...],
     differentiable: tuple[str, ...],
     with_gradients: bool = True,
+    constant: frozenset[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """The outputs of a call by name, and if wanted the gradients dq, dk, dv, d<input> under random cotangents."""
+    """The outputs of a call by name, and if wanted the gradients dq, dk, dv, d<input> under random cotangents, which
+    outputs in `constant` have not."""
     leaves = {name: getattr(sample, name).detach().requires_grad_() for name in ("q", "k", "v")}
     inputs = {
         name: value.detach().requires_grad_() if name in differentiable else value
@@ -195,7 +221,9 @@ def _results(
     cotangents = [torch.randn(r.shape, generator=generator).to(sample.q.dtype).to(r) for r in results]
     leaves |= {name: inputs[name] for name in differentiable}
     # an output may depend on no tensor that wants a gradient, such as the lse of uniform weights
-    moving = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
+    moving = [
+        (r, c) for n, r, c in zip(outputs, results, cotangents, strict=True) if r.requires_grad and n not in constant
+    ]
     gradients = torch.autograd.grad(
         [r for r, _ in moving], tuple(leaves.values()), [c for _, c in moving], materialize_grads=True
     )
