@@ -90,7 +90,8 @@ def command(
 
     if emit is not Emit.triton and output is None:
         raise InputError(f"--emit {emit} needs a file to write to", remedy="add -o kernel.ptx, or the like")
-    graph = resolve(spec, similarity, score, mask, normalizer).graph
+    spelled = resolve(spec, similarity, score, mask, normalizer).graph
+    graph = spelled.core
     plan = Plan(graph)
     device = explained_device(target)
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
@@ -119,6 +120,9 @@ def command(
         f"{graph.name} for {device.title} ({device.target}), {dtype}, head dimensions {sizes['d_qk']}/{sizes['d_v']}"
     )
     out.print(_table(kernels, chosen))
+    if spelled.outputs:
+        names = ", ".join(o.name for o in spelled.outputs)
+        err.print(f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)")
     if plan.has_backward is not None:
         err.print(f"no backward: {plan.has_backward}")
     for path in written:

@@ -63,12 +63,15 @@ def _is_set(name: str, settings: list[str] | None) -> bool:
 def formulas(graph: VariantGraph) -> None:
     """Name, source, stages and declarations."""
     from attncc.ir.formulas import stage_texts
+    from attncc.ir.text import output_text
 
     out.print(graph.name, style="bold")
     if graph.cites:
         out.print(f"  {graph.cites}", style="dim")
     for stage, text in stage_texts(graph).items():
         out.print(f"  {stage:<10} = {text}")
+    for o in graph.outputs:
+        out.print(f"  output       {o.name} = {output_text(o)}")
     for d in graph.inputs:
         notes = [d.dtype, *(["gradient"] if d.grad else []), *(["has a default"] if d.default else [])]
         out.print(f"  input        {d.name}[{', '.join(d.pattern)}]  ({', '.join(notes)})")

@@ -69,7 +69,17 @@ def _needs_place(domain: Domain, reduction: Reduction) -> bool:
     return reduction.op == "max" and domain.kind in ("row", "col")
 
 
-def cotangents(graph: VariantGraph, weight: Weight, given: tuple[str, ...]) -> Cotangents:
+@dataclass(frozen=True)
+class Terms:
+    """What cotangents of reductions add to a pair's, over WEIGHT and SCORE: by weight, by score, by element read."""
+
+    of_weight: sympy.Expr
+    of_score: sympy.Expr
+    of_reads: tuple[tuple[Read, sympy.Expr], ...]
+    hidden: tuple[Hidden, ...]
+
+
+def terms(graph: VariantGraph, given: tuple[str, ...]) -> Terms:
     """The terms for cotangents of the reductions in `given` (names as `passes.outputs.named` has them).
 
     Raises UnsupportedError for a reduction whose gradient is not derived.
@@ -83,25 +93,47 @@ def cotangents(graph: VariantGraph, weight: Weight, given: tuple[str, ...]) -> C
     for entry in named(graph.outputs):
         if entry.name not in given:
             continue
-        domain, reduction = domains[entry.output], entry.reduction
-        factor = _factor(domain, entry, hidden, taken)
-        of_weight += factor * derivative(reduction.expr, sym.WEIGHT)
-        of_score += factor * derivative(reduction.expr, sym.SCORE)
-        for read in sorted(reduction.expr.atoms(Read), key=str):
+        expr = entry.reduction.expr
+        factor = _factor(domains[entry.output], entry, hidden, taken)
+        of_weight += factor * derivative(expr, sym.WEIGHT)
+        of_score += factor * derivative(expr, sym.SCORE)
+        for read in sorted(expr.atoms(Read), key=str):
             if read.input in differentiable:
-                of_reads[read] = of_reads.get(read, sympy.S.Zero) + factor * derivative(reduction.expr, read)
-    decls = [*graph.inputs, *(h.decl for h in hidden)]
+                of_reads[read] = of_reads.get(read, sympy.S.Zero) + factor * derivative(expr, read)
+    return Terms(of_weight, of_score, tuple(of_reads.items()), tuple(hidden))
+
+
+def differentiable_outputs(graph: VariantGraph) -> dict[str, UnsupportedError | None]:
+    """The outputs that are numbers, each with None, or why no gradient through it is derived."""
+    found: dict[str, UnsupportedError | None] = {}
+    for output in graph.outputs:
+        given = tuple(entry.name for entry in named((output,)) if not entry.reduction.is_int)
+        if output.type == "int" or not given:
+            continue
+        try:
+            terms(graph, given)
+        except UnsupportedError as error:
+            found[output.name] = error
+        else:
+            found[output.name] = None
+    return found
+
+
+def cotangents(graph: VariantGraph, weight: Weight, given: tuple[str, ...]) -> Cotangents:
+    """The backward's graph for cotangents of these reductions. Raises UnsupportedError as `terms`."""
+    found = terms(graph, given)
+    decls = [*graph.inputs, *(h.decl for h in found.hidden)]
     name = f"{graph.name}, with cotangents of {', '.join(given)} of {graph.digest}"
     extra = PairCotangents(
         weight.expr,
-        weight.of(of_weight),
-        weight.of(of_score),
-        tuple((read, weight.of(expr)) for read, expr in of_reads.items()),
+        weight.of(found.of_weight),
+        weight.of(found.of_score),
+        tuple((read, weight.of(expr)) for read, expr in found.of_reads),
     )
     symbol = cell_symbol("sum", 0)
-    missing = Output("carry", Domain("row"), (Reduction(symbol, "sum", sym.WEIGHT * of_weight),), symbol)
+    missing = Output("carry", Domain("row"), (Reduction(symbol, "sum", sym.WEIGHT * found.of_weight),), symbol)
     plain, carry = (graph.changed(name=name, inputs=decls, outputs=outputs) for outputs in ((), (missing,)))
-    return Cotangents(plain, carry if of_weight != 0 else None, tuple(hidden), extra)
+    return Cotangents(plain, carry if found.of_weight != 0 else None, found.hidden, extra)
 
 
 def _factor(domain: Domain, entry: Named, hidden: list[Hidden], taken: set[str]) -> sympy.Expr:

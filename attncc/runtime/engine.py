@@ -228,19 +228,20 @@ class Engine:
         if found is not None and usable():
             recording, bound = found
             tensors = {name: inputs.get(name, x) for name, x in bound.tensors.items()}
-            return self._play(recording, [q, k, v, *given]), replace(bound, tensors=tensors)
+            return self.play(recording, [q, k, v, *given]), replace(bound, tensors=tensors)
         bound = bind(self.graph, q, k, v, scale, inputs)
         defaults = [x for name, x in bound.tensors.items() if name not in inputs]
         results, recording = recorder.record(
             lambda: self.forward(bound, q, k, v, then_backward), [q, k, v, *given], defaults
         )
-        if not _capturing():
+        if not capturing():
             # of the caller's tensors only the kind is kept
             own = {name: x if name not in inputs else warm.ghost(x) for name, x in bound.tensors.items()}
             self._recordings[key] = (recording, replace(bound, tensors=own))
         return results, bound
 
-    def _play(self, recording: Recording, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    def play(self, recording: Recording, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """A recorded call again, on other tensors of the same kind."""
         if torch.cuda.current_device() == recording.device.index:
             return recording.play(tensors)
         with torch.cuda.device(recording.device):
@@ -270,14 +271,14 @@ class Engine:
         found = self._recordings.get(key)
         absent = (None,) * sum(d.grad for d in self.graph.inputs)
         if found is not None and usable():
-            return (*self._play(found[0], [q, k, v, *given]), *absent)
+            return (*self.play(found[0], [q, k, v, *given]), *absent)
 
         def call() -> tuple[Tensor, ...]:
             results = self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
             return cast(tuple[Tensor, ...], results[:3])
 
         results, recording = recorder.record(call, [q, k, v, *given], [])
-        if not _capturing():
+        if not capturing():
             self._recordings[key] = (recording, replace(bound, tensors={}))
         return (*results, *absent)
 
@@ -329,7 +330,7 @@ def _fits_boxes(x: Tensor) -> bool:
     return steps and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
     return torch.cuda.is_current_stream_capturing()
 

@@ -13,6 +13,7 @@ from attncc.codegen.problem import problem_of
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.formulas import stage_texts
 from attncc.ir.text import formula
+from attncc.runtime.explain_outputs import output_facts, output_lines
 from attncc.schedule import hopper
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import choose, first_choice
@@ -91,6 +92,7 @@ def facts(
         "proof": [f"{_of(part)}{line}" for part in plan.parts for line in part.online.proof],
         "merge": {part.own(n): formula(f) for part in plan.parts for n, f in part.online.merge().items()},
         "backward": _backward(plan),
+        "outputs": output_facts(graph),
         "origin": schedule.origin,
         "kernels": {
             kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend)
@@ -203,6 +205,8 @@ def text_of(found: Mapping[str, Any]) -> str:
         _section("merge of two parts of the keys: each accumulator is scaled, then added", _assigned(found["merge"])),
         _section("backward, derived", _backward_lines(found["backward"])),
     ]
+    if found["outputs"]:
+        parts.append(_section("outputs, where a call asks for them", output_lines(found["outputs"])))
     origin = {
         "model": "the cost model's first choice",
         "tuned": "measured on this machine and cached",

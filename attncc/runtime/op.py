@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from attncc.codegen.plan import Plan
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
@@ -170,7 +171,8 @@ class AttentionOp:
         sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v)
         device, precision = explained_device(target), self.engine.precision()
         cache, schedule, backend = Cache(), self._schedule, self._backend
-        return explain(self.plan, sizes, dtype, device, scalars, precision, cache, schedule=schedule, backend=backend)
+        plan = Plan(self.graph) if self.graph.outputs else self.plan
+        return explain(plan, sizes, dtype, device, scalars, precision, cache, schedule=schedule, backend=backend)
 
     def torch_op(self, outputs: str | Sequence[str] = "out") -> Any:
         """The registered operator of a call that asks for these outputs, for `torch.library.opcheck`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from attncc.ir.outputs import Output
 from attncc.passes.cotangents import Cotangents, cotangents, place_of, with_places
 from attncc.passes.outputs import final_weight, named
 from attncc.runtime.cells import finish
-from attncc.runtime.engine import Engine, load_module, on_device
+from attncc.runtime.engine import Engine, capturing, load_module, on_device
+from attncc.runtime.replay import Recording, key_of, recorder, usable
 from attncc.runtime.shapes import Bound
 from attncc.schedule.light import light_tilings
 
@@ -33,6 +34,9 @@ class LightPasses:
         self.weight = final_weight(graph)
         self.saved = saved_rows(self.plan, self.weight)
         self.names = tuple(entry.name for entry in named(graph.outputs))
+        #: is a call launches alone, with nothing that PyTorch does between them?
+        self._recordable = {o.domain.kind for o in graph.outputs} <= {"row", "col"}
+        self._recordings: dict[Any, Recording] = {}
         self._modules: dict[tuple[int, bool], ModuleType] = {}
         self._lock = threading.RLock()
 
@@ -42,6 +46,25 @@ class LightPasses:
 
     def __call__(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every reduction by its name, given the stored rows; of v only the kind of call is read."""
+        if not q.is_cuda or not self._recordable:
+            return dict(zip(self.names, self._run(bound, q, k, v, rows), strict=True))
+        tensors = {f" {name}": rows[name] for name in self.saved}  # no input's name begins with a blank
+        tensors |= {d.name: bound.tensors[d.name] for d in self.graph.inputs}
+        scalars = {s.name: bound.scalars[s.name] for s in self.graph.scalars}
+        key = (key_of(q, k, v, bound.scale, {**tensors, **scalars}), self.core.precision())
+        given = [q, k, v, *tensors.values()]
+        recording = self._recordings.get(key)
+        if recording is not None and usable():
+            results = self.core.play(recording, given)
+        else:
+            results, recording = recorder.record(lambda: self._run(bound, q, k, v, rows), given, [])
+            if not capturing():
+                self._recordings[key] = recording
+        return dict(zip(self.names, results, strict=True))
+
+    def _run(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        tensors = [bound.tensors[d.name] for d in self.graph.inputs]
+        numbers = [bound.scalars[s.name] for s in self.graph.scalars]
         prepared = self.core.prepare(core_bound(self.core, bound), q, k, v)
         key = (bound.sizes["d_qk"], prepared.interpreted)
         with self._lock:
@@ -49,15 +72,13 @@ class LightPasses:
                 name = f"outputs of {self.graph.name}"
                 self._modules[key] = load_module(self.source(key[0]), name, prepared.interpreted)
             module = self._modules[key]
-        tensors = [bound.tensors[d.name] for d in self.graph.inputs]
-        numbers = [bound.scalars[s.name] for s in self.graph.scalars]
         meta = {loop: launch_meta(tiling) for loop, tiling in light_tilings(prepared.schedule).items()}
         with on_device(q.device):
             results = module.outputs(
                 *(q, k, *tensors, *numbers, bound.scale),
                 *(tuple(rows[name] for name in self.saved), meta, prepared.options),
             )
-        return dict(zip(self.names, cast(tuple[Tensor, ...], results), strict=True))
+        return cast(tuple[Tensor, ...], results)
 
 
 def core_bound(core: Engine, bound: Bound) -> Bound:
@@ -111,13 +132,17 @@ class OutputsEngine:
         self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, with_residuals: bool
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(out and the stored rows, the outputs in the graph's order, the residuals)."""
-        results = list(self.core.forward(core_bound(self.core, bound), q, k, v, then_backward=with_residuals))
+        own = core_bound(self.core, bound)
+        if q.is_cuda:
+            results, _ = self.core.infer(q, k, v, own.scale, {**own.tensors, **own.scalars}, with_residuals)
+        else:
+            results = self.core.forward(own, q, k, v, with_residuals)
         rows = {name: x for (name, _), x in zip(self.core.plan.stored, results[1:], strict=True)}
         light = self.light_placed if with_residuals else self.light
         values = light(bound, q, k, v, rows)
         outputs = [self.finish(output, values, bound) for output in self.graph.outputs]
         residuals = [values[name] for name in self.residual_names()] if with_residuals else []
-        return results, outputs, residuals
+        return list(results), outputs, residuals
 
     def finish(self, output: Output, values: Mapping[str, Tensor], bound: Bound) -> Tensor:
         """An output from its reductions."""

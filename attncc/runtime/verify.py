@@ -19,9 +19,10 @@ from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
+from attncc.passes.cotangents import differentiable_outputs
 from attncc.runtime.reference import evaluated, graph_of, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
-from attncc.runtime.verify_outputs import compared, differentiable_outputs
+from attncc.runtime.verify_outputs import compared
 
 __all__ = ["Check", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
 
@@ -70,8 +71,9 @@ def check(
 ) -> Check:
     """Hold one result against both rules. `dtype` is that of the computation, if not that of `got` (lse is float32).
 
-    Infinities (the lse of a row that sees no key) and integers must agree exactly; a NaN is always wrong. A gradient may have the
-    RMS error of `eager`: a sum that nearly cancels, as a bias' gradient may, has no small relative error in 16 bits.
+    Infinities (the lse of a row that sees no key) and integers must agree exactly; a NaN is always wrong. A gradient
+    may have the RMS error of `eager`: a sum that nearly cancels, as a bias' gradient may, has no small relative error
+    in 16 bits.
     """
     if not got.is_floating_point():  # a count
         return _exactly(name, got, reference)
@@ -156,7 +158,8 @@ def verify_variant(
     op = attncc.compile(variant) if op is None else op
     auxiliary = tuple(o.name for o in variant.graph.outputs)
     outputs = (*(("out", "lse") if _has_lse(variant.graph) else ("out",)), *auxiliary)
-    constant = frozenset(auxiliary) - frozenset(differentiable_outputs(variant.graph))
+    derived = {name for name, refusal in differentiable_outputs(variant.graph).items() if refusal is None}
+    constant = frozenset(auxiliary) - derived
     with_gradients = Plan(variant.graph).has_backward is None
     rows: list[Row] = []
     for seed, shape in enumerate(shapes_for(device) if shapes is None else shapes):

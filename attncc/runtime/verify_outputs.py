@@ -1,4 +1,4 @@
-"""What holding auxiliary outputs against the reference needs besides the two rules: integers, and gradients there are not.
+"""What holding auxiliary outputs against the reference needs besides the two rules.
 
 A count must be exact. A position may be another than the reference's where two values are as close as rounding is: what
 counts is the exact value at the position that was found, held against the largest by the same rules.
@@ -10,30 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 
-from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.ir.outputs import Domain, Output, cell_symbol
-from attncc.passes.cotangents import cotangents
-from attncc.passes.outputs import Weight, named
-
-
-def differentiable_outputs(graph: VariantGraph) -> tuple[str, ...]:
-    """The auxiliary outputs through which a gradient is derived."""
-    found = []
-    weight = Weight((), sympy.S.One)  # whether a gradient is derived does not depend on it
-    for output in graph.outputs:
-        given = tuple(entry.name for entry in named((output,)) if not entry.reduction.is_int)
-        try:
-            if output.type != "int" and given:
-                cotangents(graph.select((output.name,)), weight, given)
-                found.append(output.name)
-        except UnsupportedError:
-            continue
-    return tuple(found)
 
 
 def compared(
