@@ -283,3 +283,28 @@ def test_masks_that_read_inputs_and_skip_tiles():
     got = op(q, k, v, doc=doc, outputs=names)
     for name, a, b in zip(names, got, ac.reference(spec, q, k, v, doc=doc, outputs=names), strict=True):
         assert (a - b).abs().max() < 1e-5, name
+
+
+def test_names_that_generated_code_uses_itself():
+    """Inputs and outputs may have the names of the light passes' own values."""
+    spec = ac.Variant(
+        inputs={"best": ac.Input("h", grad=True), "lo": ac.Scalar(2), "tile": ac.Input("b", "kv_idx", dtype="int")},
+        score=lambda score, h, best: score * best[h],
+        mask=ac.causal,
+        outputs={
+            "q": lambda weight, row, kv_idx, lo: row.sum(weight, kv_idx < lo),
+            "place": lambda weight, col, tile, b, kv_idx: col.sum(weight, tile[b, kv_idx] == 1),
+        },
+    )
+    q, k, v, tile = tensors((2, 2, 2, 9, 9, 16, 16))
+    call = {"best": torch.tensor([0.5, 2.0]), "tile": tile, "lo": 3, "outputs": ("q", "place")}
+    for got, want in zip(ac.compile(spec)(q, k, v, **call), ac.reference(spec, q, k, v, **call), strict=True):
+        assert (got - want).abs().max() < 2e-6
+
+
+def test_a_pass_says_what_it_computes_and_from_what():
+    text = ac.compile(variant(("received", "argmax", "near"))).explain(target="h100", q_len=1024)
+    assert "received[b, h, kv_idx] = col.sum(weight)\n      a light pass over the queries" in text
+    assert "backward: dweight += dy_received_0[b, h, kv_idx]" in text
+    assert "no gradient: an integer has none" in text
+    assert "along each band of diagonals" in text

@@ -175,3 +175,28 @@ def test_samples_are_reproducible_and_sensible():
     assert found["bias"].min() < 0
     assert found["table"].dtype == torch.float32
     assert (found["window"], found["cap"]) == (20, 30.0)
+
+
+def test_auxiliary_outputs_are_verified():
+    """Counts exactly, positions by the exact value there, and gradients but of what has none."""
+    outputs = {
+        "received": ac.outputs.received,
+        "argmax": ac.outputs.argmax,
+        "seen": lambda col: col.count(),
+        "peaks": lambda score, block: block(16, 16).max(score),
+    }
+    variant = ac.variants.get("causal").with_outputs(**outputs)
+    rows = verify_variant(variant, shapes=[Shape(1, 2, 1, 11, 19, 16, 16)])
+    assert [row.check.name for row in rows] == ["out", "lse", *sorted(outputs), "dq", "dk", "dv"]
+    assert all(row.ok for row in rows), rows
+
+    def shifted(*args, **kwargs):
+        results = list(op(*args, **kwargs))
+        names = list(kwargs["outputs"])
+        results[names.index("argmax")] = (results[names.index("argmax")] - 1).clamp_min(0)
+        results[names.index("seen")] = results[names.index("seen")] + 1
+        return tuple(results)
+
+    op = ac.compile(variant)
+    rows = verify_variant(variant, shapes=[Shape(1, 2, 1, 11, 19, 16, 16)], op=shifted)
+    assert [row.check.name for row in rows if not row.ok] == ["argmax", "seen"]
