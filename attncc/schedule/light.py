@@ -16,6 +16,7 @@ def light_tilings(schedule: Schedule) -> dict[str, KernelSchedule]:
     side = min(pair.block_m, pair.block_n, 64)
     return {
         "by_query": forward,
-        "by_key": KernelSchedule(forward.block_n, forward.block_m, forward.num_warps, forward.num_stages),
+        # 64 queries a step: on the H100 (D=128, causal) 65% of the forward's time, where 128 take 77%
+        "by_key": KernelSchedule(min(forward.block_n, 64), forward.block_m, forward.num_warps, forward.num_stages),
         "by_offset": KernelSchedule(side, side, pair.num_warps, pair.num_stages),
     }
