@@ -341,6 +341,7 @@ def _pair_slots(
     in_loop: bool = True,
     many_heads: bool = False,
     settle: bool = False,
+    by_tile: bool = False,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
@@ -348,7 +349,7 @@ def _pair_slots(
     delta is that of a rounded output, and where a cotangent is a small sum of large terms, that shows.
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
-    only their own parts are computed.
+    only their own parts are computed. by_tile: distances are taken apart by tile.
     """
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     leaves, blank = {**base, **LEAVES}, _blank(similarity, rows_first)
@@ -357,7 +358,8 @@ def _pair_slots(
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1
     computed = [
-        _backward_exprs(part, gradients, in_loop, one_scale) for (part, _, _), gradients in zip(shown, own, strict=True)
+        _backward_exprs(part, gradients, in_loop, one_scale, by_tile)
+        for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
     settle = settle and len(plan.parts) == 1
     settled = [g for g in own[0] if not g.row_only and not g.own and g.expr.has(DELTA)] if settle else []
@@ -423,12 +425,14 @@ class _Cotangents:
     inlined: dict[Any, Any]
 
 
-def _backward_exprs(part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool) -> _Cotangents:
+def _backward_exprs(
+    part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool, by_tile: bool
+) -> _Cotangents:
     """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
     accumulator."""
     folded, backward = part.folded, part.backward
     weight = folded.apply(backward.weight)
-    score = split_distances(folded.score) if in_loop else folded.score
+    score = split_distances(folded.score) if by_tile else folded.score
     sums = {f"d{s.name}": e for s, e in backward.dsums}
     if SimilaritySlots(part).has_dot:
         sums = {part.own("ds"): backward.dqk if one_scale else backward.dqk * backward.dqk_scale, **sums}
@@ -495,21 +499,25 @@ def _alive(part: Plan) -> str:
     return " | ".join(f"({n} != 0.0)" for n in names) or "q_idx < q_len"
 
 
-def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of dkdv.py.j2."""
+def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:
+    """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits."""
     wanted = [g for g in plan.gradients if g.kind == "col"]
     edges = [_edge("q_idx", False), _edge("kv_idx", False)]
     inside = "kv_idx < kv_len"
-    slots = _pair_slots(plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside, many_heads=True)
+    slots = _pair_slots(
+        plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside, many_heads=True, by_tile=by_tile
+    )
     return {**slots, "one_loop": plan.one_loop and not SimilaritySlots(plan).own_accumulators(KEY)}
 
 
-def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of dq.py.j2."""
+def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:
+    """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`."""
     wanted = [g for g in plan.gradients if g.kind in ("program", "row")]
     edges = [_edge("kv_idx", True)]
     inside = "q_idx < q_len"
-    return _pair_slots(plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside, settle=True)
+    return _pair_slots(
+        plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside, settle=True, by_tile=by_tile
+    )
 
 
 def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient) -> dict[str, Any]:

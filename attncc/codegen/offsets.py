@@ -3,7 +3,8 @@
 A term such as slope * (kv_idx - q_idx) costs a kernel three operations a pair. With q_idx and kv_idx written as where
 their tile starts and where they lie in it, the term is slope * kv_in_tile, one value a column, plus
 slope * (tile_shift - q_in_tile), one value a row: they join what else the row and the column add, and a pair pays for
-one addition. Both parts are small where the distance is, so nothing cancels.
+one addition. The parts are as large as a tile where the distance is small: too coarse by some bits for float32, and far
+finer than what 16-bit kernels compute with, so only kernels for those have it.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def render(
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
     }
     if backward:
-        kv, dq = dkdv_slots(plan, qk_chunks), dq_slots(plan, qk_chunks)
+        kv, dq = dkdv_slots(plan, qk_chunks, tma), dq_slots(plan, qk_chunks, tma)
         pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
         for slots in (kv, dq, *pair.values()):
             helpers |= slots["helpers"]

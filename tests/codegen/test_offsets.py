@@ -57,9 +57,10 @@ def test_what_is_no_multiple_of_a_distance_stays(expr):
 
 
 def test_alibi_pays_one_addition_a_pair():
-    text = render(Plan(ac.variants.get("alibi").graph), 64, 64, True)
+    text = render(Plan(ac.variants.get("alibi").graph), 64, 64, True, tma=True)
     for kernel in ("dkdv", "dq"):
         body = text[text.index(f"def {kernel}_kernel") :]
         assert "tile_shift = " in body[: body.index("tl.exp2")]
         assert "(qk * scale_log2) + product_1[" in body
-    assert "tile_shift" not in render(Plan(ac.variants.get("causal").graph), 64, 64, True)
+    assert "tile_shift" not in render(Plan(ac.variants.get("causal").graph), 64, 64, True, tma=True)
+    assert "tile_shift" not in render(Plan(ac.variants.get("alibi").graph), 64, 64, True)
