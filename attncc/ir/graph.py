@@ -111,6 +111,12 @@ class VariantGraph:
                 if used in names:
                     self.dag.add_edge(used, stage.name)
         nx.freeze(self.dag)
+        # what every call asks is settled here: torch.compile cannot follow a cached property
+        found = [s.expr.atoms(Read) for s in stages]
+        #: the inputs that are read as vectors over the head dimension
+        self.vectors = frozenset(r.input for reads in found for r in reads if sym.COMPONENT in r.index)
+        #: does the similarity use `scale`?
+        self.has_scale = any(sym.SCALE in s.expr.free_symbols for s in stages)
 
     def changed(
         self,
@@ -155,19 +161,9 @@ class VariantGraph:
         return tuple(s for s in self.stages if s.op == "sum_d")
 
     @cached_property
-    def vectors(self) -> frozenset[str]:
-        """The inputs that are read as vectors over the head dimension."""
-        return frozenset(r.input for r in self.reads if r.index and r.index[-1] == sym.COMPONENT)
-
-    @cached_property
     def has_dot(self) -> bool:
         """Is dot(q_vec, k_vec) itself part of the similarity?"""
         return sym.QK in self["raw_score"].expr.free_symbols
-
-    @cached_property
-    def has_scale(self) -> bool:
-        """Does the similarity use `scale`?"""
-        return any(sym.SCALE in s.expr.free_symbols for s in self.stages)
 
     @cached_property
     def parts(self) -> tuple[VariantGraph, ...]:
