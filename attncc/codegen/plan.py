@@ -12,6 +12,7 @@ from typing import Any
 
 import sympy
 
+from attncc.codegen.facts import Facts, facts_of
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
@@ -48,12 +49,19 @@ class InputGradient:
 
 
 class Plan:
-    """The facts about one graph. Each is computed when first asked for, so a forward pays for no backward."""
+    """What is known about one graph. Each thing is computed when first asked for, so a forward pays for no backward.
 
-    def __init__(self, graph: VariantGraph, tag: str = "", extra: PairCotangents | None = None):
+    `tag` is that of a part among others; `extra` are further cotangents of pairs. `facts`, if they are known already,
+    are those of an equal plan.
+    """
+
+    def __init__(
+        self, graph: VariantGraph, tag: str = "", extra: PairCotangents | None = None, facts: Facts | None = None
+    ):
         self.graph = graph
         self.tag = tag
         self.extra = extra
+        self._facts = facts
 
     @cached_property
     def parts(self) -> tuple[Plan, ...]:
@@ -61,6 +69,18 @@ class Plan:
         if self.graph.branches == 1:
             return (self,)
         return tuple(Plan(part, f"_{i}") for i, part in enumerate(self.graph.parts))
+
+    @property
+    def knows_facts(self) -> bool:
+        """Whether the facts are there without a pass."""
+        return self._facts is not None
+
+    @property
+    def facts(self) -> Facts:
+        """What calls need to know, from the cache or from the passes."""
+        if self._facts is None:
+            self._facts = facts_of(self)
+        return self._facts
 
     @cached_property
     def similarity(self) -> Similarity:
@@ -95,11 +115,15 @@ class Plan:
     def has_backward(self) -> UnsupportedError | None:
         """None, or why there is no backward."""
         try:
-            for part in self.parts:
-                part.backward  # noqa: B018
+            self.gradients  # noqa: B018
         except UnsupportedError as error:
             return error
         return None
+
+    def refuse_gradients(self) -> None:
+        """Raise why there is no backward, if there is none."""
+        if not self.facts.has_backward and self.has_backward is not None:
+            raise self.has_backward
 
     @cached_property
     def folded(self) -> Folded:

@@ -8,8 +8,6 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any, get_args
 
-import jinja2
-
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import hopper_forward_slots
@@ -37,8 +35,10 @@ from attncc.version import __version__
 
 
 @functools.cache
-def environment() -> jinja2.Environment:
-    """The templates of both backends. An undefined slot is an error, never an empty string."""
+def environment() -> Any:
+    """The templates of both backends, a jinja2.Environment. An undefined slot is an error, never an empty string."""
+    import jinja2  # here: a process that finds its sources in the cache renders nothing
+
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader([str(path("templates") / backend) for backend in get_args(Backend)]),
         undefined=jinja2.StrictUndefined,

@@ -22,9 +22,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from graphlib import TopologicalSorter
 from typing import Any
 
-import networkx as nx
 import sympy
 
 from attncc.errors import Span
@@ -83,7 +83,7 @@ class Stage:
 
 
 class VariantGraph:
-    """An immutable variant: declarations plus a frozen networkx DiGraph whose nodes carry a `stage`."""
+    """An immutable variant: declarations plus stages, which form a directed graph without circles."""
 
     def __init__(
         self,
@@ -101,22 +101,13 @@ class VariantGraph:
         self.inputs = tuple(sorted(inputs, key=lambda d: d.name))
         self.scalars = tuple(sorted(scalars, key=lambda d: d.name))
         self.outputs = tuple(sorted(outputs, key=lambda o: o.name))
-        self.dag = nx.DiGraph()
-        stages = tuple(stages)
-        names = {s.name for s in stages}
-        for stage in stages:
-            self.dag.add_node(stage.name, stage=stage)
-        for stage in stages:
-            for used in sorted(s.name for s in stage.expr.free_symbols):
-                if used in names:
-                    self.dag.add_edge(used, stage.name)
-        nx.freeze(self.dag)
+        self._given = {stage.name: stage for stage in stages}
         # what every call asks is settled here: torch.compile cannot follow a cached property
-        found = [s.expr.atoms(Read) for s in stages]
+        found = [s.expr.atoms(Read) for s in self._given.values()]
         #: the inputs that are read as vectors over the head dimension
         self.vectors = frozenset(r.input for reads in found for r in reads if sym.COMPONENT in r.index)
         #: does the similarity use `scale`?
-        self.has_scale = any(sym.SCALE in s.expr.free_symbols for s in stages)
+        self.has_scale = any(sym.SCALE in s.expr.free_symbols for s in self._given.values())
 
     def changed(
         self,
@@ -139,16 +130,41 @@ class VariantGraph:
         )
 
     def __getitem__(self, name: str) -> Stage:
-        return self.dag.nodes[name]["stage"]
+        return self._given[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.dag
+        return name in self._given
+
+    @cached_property
+    def uses(self) -> dict[str, tuple[str, ...]]:
+        """For each stage the stages that it uses."""
+        found = {}
+        for name, stage in self._given.items():
+            found[name] = tuple(sorted(s.name for s in stage.expr.free_symbols if s.name in self._given))
+        return found
+
+    @cached_property
+    def dag(self) -> Any:
+        """The stages as a frozen networkx.DiGraph: a node carries its `stage`, an edge runs from a definition to a
+        use."""
+        import networkx as nx  # here: a call needs the order alone, and the package takes a quarter of a second
+
+        dag = nx.DiGraph()
+        for name, stage in self._given.items():
+            dag.add_node(name, stage=stage)
+        dag.add_edges_from((used, name) for name, uses in self.uses.items() for used in uses)
+        return nx.freeze(dag)
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """In an order in which every name is defined before it is used."""
-        order = {name: i for i, name in enumerate(self.dag.nodes)}
-        return tuple(self[n] for n in nx.lexicographical_topological_sort(self.dag, key=order.__getitem__))
+        """In the order given, but that every name is defined before it is used. CycleError where none is such."""
+        TopologicalSorter(self.uses).prepare()
+        waiting, ordered = dict(self.uses), []
+        while waiting:
+            ready = next(name for name, uses in waiting.items() if not any(u in waiting for u in uses))
+            del waiting[ready]
+            ordered.append(self[ready])
+        return tuple(ordered)
 
     @cached_property
     def rows(self) -> tuple[Stage, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import networkx as nx
+from graphlib import CycleError
+
 import sympy
 
 from attncc.errors import SpecError
@@ -25,13 +26,15 @@ def verify(graph: VariantGraph) -> None:
     for name in _REQUIRED:
         if name not in graph:
             raise SpecError(f"the graph has no stage '{name}'")
-    if not nx.is_directed_acyclic_graph(graph.dag):
-        cycle = " -> ".join(edge[0] for edge in nx.find_cycle(graph.dag))
-        raise SpecError(f"the stages depend on each other in a circle: {cycle}")
+    try:
+        stages = graph.stages
+    except CycleError as error:
+        cycle = " -> ".join(error.args[1][:-1])
+        raise SpecError(f"the stages depend on each other in a circle: {cycle}") from None
     declared = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
-    names = {s.name for s in graph.stages}
+    names = {s.name for s in stages}
     indices = set(sym.INDICES)
-    for stage in graph.stages:
+    for stage in stages:
         allowed = declared | names | indices | _extra(stage)
         unknown = sorted(s.name for s in stage.expr.free_symbols if s.name not in allowed)
         if unknown:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import sympy
+import sympy.tensor.tensor  # sympy imports it at its first sum: a part of importing, not of the first formula
 from sympy.core.relational import Relational
 
 from attncc.errors import SpecError

@@ -5,8 +5,9 @@ Everything is made on first use and kept; the second call of the same kind finds
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, cast
@@ -15,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from attncc.codegen.facts import Facts
 from attncc.codegen.launch import schedule_meta
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
@@ -24,9 +26,10 @@ from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.differentiate import PairCotangents
 from attncc.resources import fingerprint
-from attncc.runtime import interpreter, warm
-from attncc.runtime.replay import Recording, key_of, recorder, usable
-from attncc.runtime.shapes import Bound, bind
+from attncc.runtime import interpreter
+from attncc.runtime.launch import Launcher, collect, ghost, watched
+from attncc.runtime.replay import Recording, key_of, record
+from attncc.runtime.shapes import Bound
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
@@ -51,6 +54,14 @@ class Prepared:
     interpreted: bool
 
 
+@dataclass(frozen=True)
+class Route:
+    """How calls of one kind are replayed, and what they are bound to; of the caller's tensors it has ghosts."""
+
+    recording: Recording
+    bound: Bound
+
+
 class Engine:
     """The generated kernels of one variant, for every device, dtype and size that calls bring."""
 
@@ -63,21 +74,37 @@ class Engine:
         extra: PairCotangents | None = None,
     ):
         self.graph = graph
-        self.plan = Plan(graph, extra=extra)
+        self.cache = Cache()
+        self.plan = self._known_plan(extra)
+        facts = self.plan.facts
+        # places among the results of a forward
+        self.saved_at = tuple(1 + facts.results.index(name) for name in facts.saved)
+        self.lse_at = 1 + facts.results.index("lse") if "lse" in facts.results else None
         self._fixed = schedule
         self._precision = precision
         self._backend = backend
-        self._cache = Cache()
         self._sources: dict[tuple[int, int, bool, Backend, int], str] = {}
         self._modules: dict[tuple[int, int, bool, Backend, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
-        self._recordings: dict[Any, tuple[Recording, Bound]] = {}
+        self._routes: dict[Any, Route] = {}
+        self._recordings: dict[Any, Recording] = {}  # of backwards
+        self._opaque: set[Any] = set()  # kinds that cannot be replayed
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
     def sibling(self, graph: VariantGraph, extra: PairCotangents) -> Engine:
         """An engine with the same schedule and precision for this graph's backward with further cotangents."""
         return Engine(graph, self._fixed, self._precision, "triton", extra)
+
+    def _known_plan(self, extra: PairCotangents | None) -> Plan:
+        """The graph's plan with its facts, from the disk cache where they lie there."""
+        if extra is not None:
+            return Plan(self.graph, extra=extra)
+        name = cache_key(kind="facts", digest=self.graph.digest, code=fingerprint())
+        plan = Plan(self.graph, facts=Facts.from_json(self.cache.get(name)))
+        if not plan.knows_facts:
+            self.cache.put(name, {**plan.facts.to_json(), "what": self.graph.name})
+        return plan
 
     def source(
         self, d_qk: int, d_v: int, tma: bool = False, backend: Backend = "triton", d_k: int | None = None
@@ -95,16 +122,16 @@ class Engine:
     def source_here(self, d_qk: int, d_v: int) -> str:
         """The text for 16-bit tensors on the current GPU; with none, the one that needs no feature of any."""
         tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", d_qk, d_v, self.graph.branches)
-        return self.source(d_qk, d_v, tma and self.plan.has_backward is None, self._backend or "triton")
+        return self.source(d_qk, d_v, tma and self.plan.facts.has_backward, self._backend or "triton")
 
     def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend, d_k: int) -> str:
         facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": backend}
         name = cache_key(kind="source", d_qk=d_qk, d_v=d_v, d_k=d_k, tma=tma, code=fingerprint(), **facts)
-        found = self._cache.get(name)
+        found = self.cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.has_backward is None, tma, backend, d_k)
-        self._cache.put(name, {"kind": "source", "variant": self.graph.name, "text": text})
+        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, backend, d_k)
+        self.cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
         return text
 
     def module(
@@ -121,7 +148,7 @@ class Engine:
             key = (d_qk, d_v, tma, backend, d_k or d_qk, interpreted)
             if key not in self._modules:
                 source = self.source(d_qk, d_v, tma, backend, d_k)
-                self._modules[key] = load_module(source, self.graph.name, interpreted)
+                self._modules[key] = load_module(source, self.graph.name, interpreted, self.cache)
             return self._modules[key]
 
     def problem(self, sizes: Mapping[str, int], dtype: torch.dtype, scalars: Mapping[str, Any]) -> Problem:
@@ -155,7 +182,7 @@ class Engine:
             )
         target = device_of(device)
         problem = self.problem(bound.sizes, dtype, bound.scalars)
-        schedule = self._fixed or choose(problem, target, self._cache, self._backend if boxed else "triton")
+        schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")
         if schedule.forward.backend == "gluon" and not boxed:
             raise InputError(
                 "the given schedule has a Gluon kernel, which cannot copy these tensors",
@@ -164,7 +191,7 @@ class Engine:
         interpreted = device.type == "cpu"
         d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
         boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches)
-        tma = boxed and self.plan.has_backward is None and boxes
+        tma = boxed and self.plan.facts.has_backward and boxes
         module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend, bound.sizes.get("d_k"))
         return Prepared(
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
@@ -178,25 +205,25 @@ class Engine:
             if kind in self._warmed:
                 return
             self._warmed.add(kind)
-        ghosts = [warm.ghost(x) for x in (q, k, v)]
-        inputs = [*map(warm.ghost, bound.tensors.values()), *bound.scalars.values(), bound.scale]
+        ghosts = [ghost(x) for x in (q, k, v)]
+        inputs = [*map(ghost, bound.tensors.values()), *bound.scalars.values(), bound.scale]
         module, meta, options = prepared.module, prepared.meta, prepared.options
 
         def run() -> None:
             out, *rows = module.forward(*ghosts, *inputs, meta, options)
             if backward:
-                results = dict(zip(self.plan.results, rows, strict=True))
-                saved = tuple(results[name] for name in self.plan.saved)
+                results = dict(zip(self.plan.facts.results, rows, strict=True))
+                saved = tuple(results[name] for name in self.plan.facts.saved)
                 wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
                 module.backward(*ghosts, *inputs, out, saved, out, None, wanted, meta, options)
 
-        warm.start(warm.collector.collect(run), q.device)
+        collect(run, q.get_device())
 
     def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False) -> tuple[Tensor, ...]:
         """out, then the plan's results in their order. `then_backward`: compile the backward meanwhile."""
         prepared = self.prepare(bound, q, k, v)
         if not prepared.interpreted:
-            self.warm(prepared, bound, q, k, v, then_backward and self.plan.has_backward is None)
+            self.warm(prepared, bound, q, k, v, then_backward and self.plan.facts.has_backward)
         with on_device(q.device):
             return cast(
                 tuple[Tensor, ...],
@@ -212,40 +239,32 @@ class Engine:
                 ),
             )
 
-    def infer(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None,
-        inputs: Mapping[str, Any],
-        then_backward: bool = False,
-    ) -> tuple[tuple[Tensor, ...], Bound]:
-        """`forward` of CUDA tensors, checked once for each kind of call; with it, what the call was bound to."""
-        key = ("forward", key_of(q, k, v, scale, inputs), self.precision())
-        given = [x for x in inputs.values() if isinstance(x, Tensor)]
-        found = self._recordings.get(key)
-        if found is not None and usable():
-            recording, bound = found
-            tensors = {name: inputs.get(name, x) for name, x in bound.tensors.items()}
-            return self.play(recording, [q, k, v, *given]), replace(bound, tensors=tensors)
-        bound = bind(self.graph, q, k, v, scale, inputs)
-        defaults = [x for name, x in bound.tensors.items() if name not in inputs]
-        results, recording = recorder.record(
-            lambda: self.forward(bound, q, k, v, then_backward), [q, k, v, *given], defaults
-        )
-        if not capturing():
-            # of the caller's tensors only the kind is kept
-            own = {name: x if name not in inputs else warm.ghost(x) for name, x in bound.tensors.items()}
-            self._recordings[key] = (recording, replace(bound, tensors=own))
-        return results, bound
+    def route(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]
+    ) -> tuple[Any, Route | None]:
+        """The key of a call's kind, and how such a call is replayed; None where it is not known, or is watched."""
+        precision = self.precision() if q.dtype == torch.float32 else None
+        key = (key_of(q, k, v, scale, inputs), precision)
+        return key, None if watched() else self._routes.get(key)
 
-    def play(self, recording: Recording, tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        """A recorded call again, on other tensors of the same kind."""
-        if torch.cuda.current_device() == recording.device.index:
-            return recording.play(tensors)
-        with torch.cuda.device(recording.device):
-            return recording.play(tensors)
+    def infer(
+        self, key: Any, bound: Bound, names: Sequence[str], q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
+    ) -> tuple[Tensor, ...]:
+        """`forward` of CUDA tensors, kept as the route of calls with this key. `names`: the inputs that the caller
+        gave, in the order of the key."""
+        if key in self._opaque:
+            return self.forward(bound, q, k, v, then_backward)
+        prepared = self.prepare(bound, q, k, v)
+        self.warm(prepared, bound, q, k, v, then_backward and self.plan.facts.has_backward)  # before anything is noted
+        given = [bound.tensors[name] for name in names]
+        defaults = [x for name, x in bound.tensors.items() if name not in names]
+        results, recording = record(lambda: self.forward(bound, q, k, v, then_backward), [q, k, v, *given], defaults)
+        if recording is None:
+            self._opaque.add(key)
+        elif not capturing() and not watched():
+            # of the caller's tensors only the kind is kept
+            self._routes[key] = Route(recording, bound.among({name: ghost(bound.tensors[name]) for name in names}))
+        return results
 
     def gradients(
         self,
@@ -259,28 +278,25 @@ class Engine:
         dlse: Tensor | None,
         wanted: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
-        """`backward` of CUDA tensors; recorded where it is launches alone, with no gradient of an input to collect."""
-        if wanted or not q.is_cuda or dout.stride(-1) != 1 or (dlse is not None and not dlse.is_contiguous()):
-            return self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
-        rows = {f" {name}": row for name, row in zip(self.plan.saved, saved, strict=True)}
+        """`backward`, which a call of a known kind replays."""
+        rows = {f" {name}": row for name, row in zip(self.plan.facts.saved, saved, strict=True)}
         own = {" out": out, " dout": dout, **rows, **bound.tensors}  # no input's name begins with a blank
         if dlse is not None:
             own[" dlse"] = dlse
-        key = ("backward", key_of(q, k, v, bound.scale, {**own, **bound.scalars}), self.precision())
-        given = list(own.values())
+        precision = self.precision() if q.dtype == torch.float32 else None
+        key = (key_of(q, k, v, bound.scale, {**own, **bound.scalars}), precision, wanted)
+        if not q.is_cuda or key in self._opaque:
+            return self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
+        given = [q, k, v, *own.values()]
         found = self._recordings.get(key)
-        absent = (None,) * sum(d.grad for d in self.graph.inputs)
-        if found is not None and usable():
-            return (*self.play(found[0], [q, k, v, *given]), *absent)
-
-        def call() -> tuple[Tensor, ...]:
-            results = self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
-            return cast(tuple[Tensor, ...], results[:3])
-
-        results, recording = recorder.record(call, [q, k, v, *given], [])
-        if not capturing():
-            self._recordings[key] = (recording, replace(bound, tensors={}))
-        return (*results, *absent)
+        if found is not None and not watched():
+            return found.play(given)
+        results, recording = record(lambda: self.backward(bound, q, k, v, out, saved, dout, dlse, wanted), given, [])
+        if recording is None:
+            self._opaque.add(key)
+        elif not capturing() and not watched():
+            self._recordings[key] = recording
+        return results
 
     def backward(
         self,
@@ -296,8 +312,7 @@ class Engine:
     ) -> tuple[Tensor | None, ...]:
         """dq, dk, dv, then the gradient of each differentiable input in the graph's order; None where it is not
         wanted."""
-        if self.plan.has_backward is not None:
-            raise self.plan.has_backward
+        self.plan.refuse_gradients()
         prepared = self.prepare(bound, q, k, v)
         with on_device(q.device):
             return cast(
@@ -309,16 +324,15 @@ class Engine:
             )
 
 
-def load_module(source: str, name: str, interpreted: bool) -> ModuleType:
-    """A generated module, for the compiler or for the interpreter."""
+def load_module(source: str, name: str, interpreted: bool, cache: Cache) -> ModuleType:
+    """A generated module, for the compiler, whose binaries lie in `cache`, or for the interpreter."""
     if interpreted:
         with interpreter.decorating():
             module = load_source(source, f"{name} (interpreted)")
         module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
     else:
         module = load_source(source, name)
-        module._launch = recorder.launch  # type: ignore[attr-defined]
-        module._zeros = recorder.zeros  # type: ignore[attr-defined]
+        module._launch = Launcher(hashlib.sha256(source.encode()).hexdigest(), cache)  # type: ignore[attr-defined]
     return module
 
 
@@ -332,7 +346,7 @@ def _fits_boxes(x: Tensor) -> bool:
 
 def capturing() -> bool:
     """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_current_streamcapturing()
 
 
 def on_device(device: torch.device) -> Any:
@@ -360,7 +374,7 @@ def _interpreted_launch(launch: Callable[..., None]) -> Callable[..., None]:
 
 
 def _meta(schedule: Schedule, problem: Problem, device: Device) -> dict[str, dict[str, int]]:
-    if schedule.pair is None:
+    if schedule.pair is None and problem.pairs:
         schedule = replace(schedule, pair=candidates("pair", problem, device)[0])
     return schedule_meta(schedule, device)
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import triton
-import triton.experimental.gluon  # imported before the language is patched: it refuses to be imported while it is
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpretedFunction
@@ -76,6 +75,8 @@ def decorating() -> Iterator[None]:
 @contextlib.contextmanager
 def interpreting() -> Iterator[None]:
     """While this is open, interpreted kernels run."""
+    import triton.experimental.gluon  # noqa: F401  before the language is patched: it refuses to be imported then
+
     with _gate.alone():
         before = [(owner, dict(vars(owner))) for owner in _OWNERS]
         patch_tensor = interpreter._patch_lang_tensor

@@ -6,12 +6,13 @@ them an op works under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncc.runtime.engine import Engine
+from attncc.runtime.engine import Engine, Route
 from attncc.runtime.shapes import Bound, bind
 
 _engines: dict[str, Engine] = {}
@@ -53,9 +54,10 @@ def forward_op(
 def _(
     q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float, key: str
 ) -> list[Tensor]:
-    plan = _engines[key].plan
-    rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in plan.stored]
-    return [_like(q, v.shape[3]), *rows, *(_like(q, v.shape[3]) for _ in plan.shares)]
+    facts = _engines[key].plan.facts
+    rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in facts.stored]
+    shares = [_like(q, v.shape[3]) for _ in facts.results[len(facts.stored) :]]
+    return [_like(q, v.shape[3]), *rows, *shares]
 
 
 @torch.library.custom_op("attncc::backward", mutates_args=())
@@ -107,22 +109,21 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, tensors, scalars, scale, key = inputs
     plan = _engines[key].plan
-    if plan.has_backward is not None:
-        ctx.refusal = plan.has_backward
+    facts = plan.facts
+    ctx.plan = plan
+    if not facts.has_backward:
         return
-    names = plan.results
-    saved = [output[1 + names.index(name)] for name in plan.saved]
+    names = facts.results
+    saved = [output[1 + names.index(name)] for name in facts.saved]
     ctx.save_for_backward(q, k, v, output[0], *tensors, *saved)
     ctx.count = len(tensors)
     ctx.wanted = [d.grad and x.requires_grad for d, x in zip(_engines[key].graph.inputs, tensors, strict=True)]
     ctx.numbers = (scalars, scale, key)
-    ctx.refusal = None
     ctx.lse_index = names.index("lse") + 1 if "lse" in names else None
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    if ctx.refusal is not None:
-        raise ctx.refusal
+    ctx.plan.refuse_gradients()
     q, k, v, out, *rest = ctx.saved_tensors
     tensors, saved = rest[: ctx.count], rest[ctx.count :]
     scalars, scale, key = ctx.numbers
@@ -139,51 +140,61 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 forward_op.register_autograd(_backward, setup_context=_setup)
 
 
+@dataclass(frozen=True)
+class EagerCall:
+    """What a call brings besides tensors: what it is bound to, the names of the tensors after q, k, v, and whether
+    somebody asks for the stored rows. `key` is the call's kind; `route` how that kind is replayed, if it was seen."""
+
+    engine: Engine
+    bound: Bound
+    names: tuple[str, ...]
+    only_out: bool
+    key: Any = None
+    route: Route | None = None
+
+
 class EagerAttention(torch.autograd.Function):
     """The same pair without the dispatcher, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, engine: Engine, call: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor
-    ) -> Any:
-        """out and the stored rows. `call` is (scale, names of `inputs`, the rest of the call's inputs)."""
-        scale, names, others = call
-        named = {**dict(zip(names, inputs, strict=True)), **others}
-        if q.is_cuda:
-            results, bound = engine.infer(q, k, v, scale, named, then_backward=True)
+    def forward(ctx: Any, call: EagerCall, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Any:
+        """out, and the stored rows unless `call.only_out`."""
+        engine, route = call.engine, call.route
+        if route is not None:
+            results = route.recording.play((q, k, v, *inputs))
         else:
-            bound = bind(engine.graph, q, k, v, scale, named)
-            results = engine.forward(bound, q, k, v, then_backward=True)
-        plan = engine.plan
-        if plan.has_backward is None:
-            rows = plan.results
-            saved = [results[1 + rows.index(name)] for name in plan.saved]
-            ctx.save_for_backward(q, k, v, results[0], *bound.tensors.values(), *saved)
-            ctx.lse_index = rows.index("lse") + 1 if "lse" in rows else None
-            ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in (0, ctx.lse_index)))
-        ctx.engine, ctx.numbers, ctx.names = engine, (bound.sizes, bound.scale, bound.scalars), names
-        ctx.bound_names = tuple(bound.tensors)
+            bound = call.bound.among(dict(zip(call.names, inputs, strict=True)))
+            if q.is_cuda:
+                results = engine.infer(call.key, bound, call.names, q, k, v, then_backward=True)
+            else:
+                results = engine.forward(bound, q, k, v, then_backward=True)
+        ctx.call = call
         ctx.set_materialize_grads(False)
+        if engine.plan.facts.has_backward:
+            ctx.save_for_backward(q, k, v, *inputs, results[0], *(results[i] for i in engine.saved_at))
+        if call.only_out:
+            return results[0]
+        rows = [r for i, r in enumerate(results) if i not in (0, engine.lse_at)]
+        ctx.mark_non_differentiable(*rows)
         return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Gradients by the derived backward."""
-        engine: Engine = ctx.engine
-        if engine.plan.has_backward is not None:
-            raise engine.plan.has_backward
-        q, k, v, out, *rest = ctx.saved_tensors
-        count = len(ctx.bound_names)
-        sizes, scale, scalars = ctx.numbers
-        bound = Bound(sizes, scale, dict(zip(ctx.bound_names, rest[:count], strict=True)), scalars)
-        dlse = grads[ctx.lse_index] if ctx.lse_index is not None else None
+        call: EagerCall = ctx.call
+        engine, names = call.engine, call.names
+        engine.plan.refuse_gradients()
+        dlse = None if call.only_out or engine.lse_at is None else grads[engine.lse_at]
         if grads[0] is None and dlse is None:
-            return (None,) * (5 + len(ctx.names))
+            return (None,) * (4 + len(names))
+        q, k, v, *rest = ctx.saved_tensors
+        inputs, out, saved = rest[: len(names)], rest[len(names)], tuple(rest[len(names) + 1 :])
         dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
-        needed = dict(zip(ctx.names, ctx.needs_input_grad[5:], strict=True))
-        decls = engine.graph.inputs
-        wanted = tuple(d.name for d in decls if d.grad and needed.get(d.name))
-        dq, dk, dv, *found = engine.gradients(bound, q, k, v, out, tuple(rest[count:]), dout, dlse, wanted)
-        of_inputs = dict(zip((d.name for d in decls if d.grad), found, strict=True))
-        return None, None, dq, dk, dv, *(of_inputs.get(name) for name in ctx.names)
+        needed = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
+        decls = [d for d in engine.graph.inputs if d.grad]
+        wanted = tuple(d.name for d in decls if needed.get(d.name))
+        bound = call.bound.among(dict(zip(names, inputs, strict=True)))
+        dq, dk, dv, *found = engine.gradients(bound, q, k, v, out, saved, dout, dlse, wanted)
+        of_inputs = dict(zip((d.name for d in decls), found, strict=True))
+        return None, dq, dk, dv, *(of_inputs.get(name) for name in names)

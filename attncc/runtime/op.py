@@ -52,15 +52,14 @@ class AttentionOp:
         self._captured = tuple(d for d in graph.inputs if d.captured)
         self._constant = tuple(d for d in graph.inputs if not d.grad)
         self._plain = without_captured(graph)
+        # a normalizer that does not stream is refused here, not at the first call
         self.engine = Engine(self._plain.core, schedule, precision, backend)
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
-        for part in self.plan.parts:
-            part.online  # noqa: B018  a normalizer that does not stream is refused here, not at the first call
         asked = (schedule, precision, backend)
         self._token = "" if asked == (None, None, "triton") else f":{asked}"
         self._key = library.register(f"{graph.core.digest}{self._token}", self.engine)
-        self._stored = [name for name, _ in self.plan.stored]
+        self._stored = self.plan.facts.stored
         self._calls: dict[tuple[str, ...], OutputsCall] = {}
 
     def __repr__(self) -> str:
@@ -85,35 +84,40 @@ class AttentionOp:
         Raises InputError where tensors do not match the variant, UnsupportedError for a device or output that it has
         not.
         """
-        if torch.is_autocast_enabled(q.device.type):
+        if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
             q, k, v = _autocast(q, k, v)
         if self._captured:
             inputs = with_captured(self._captured, q, k, inputs)
-        traced = torch.compiler.is_compiling() or _is_special(q, k, v) or torch._C._len_torch_dispatch_stack() > 0
+        traced = _is_traced(q, k, v)
         graph = self.engine.graph
         if self.graph.outputs:
-            call, inputs = self._auxiliary(outputs, inputs)
-            if call is not None:
-                return call(q, k, v, scale, inputs, outputs, traced, _wants_gradient(q, k, v, inputs))
+            auxiliary, inputs = self._auxiliary(outputs, inputs)
+            if auxiliary is not None:
+                return auxiliary(q, k, v, scale, inputs, outputs, traced, _wants_gradient(q, k, v, inputs))
         results: Any
         if traced:
             bound = bind(graph, q, k, v, scale, inputs)
             scalars = [float(x) for x in bound.scalars.values()]
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
-        elif _wants_gradient(q, k, v, inputs):
-            for decl in self._constant:
-                refuse_gradient(decl, inputs.get(decl.name))
-            tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-            others = {name: x for name, x in inputs.items() if name not in tensors}
-            bundle = (scale, tuple(tensors), others)
-            results = library.EagerAttention.apply(self.engine, bundle, q, k, v, *tensors.values())
+            return results[0] if outputs == "out" else self._pick(results, outputs)
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        key, route = self.engine.route(q, k, v, scale, inputs) if q.is_cuda else (None, None)
+        bound = bind(graph, q, k, v, scale, inputs) if route is None else route.bound
+        if _wants_gradient(q, k, v, tensors):
+            if route is None:
+                for decl in self._constant:
+                    refuse_gradient(decl, inputs.get(decl.name))
+            only_out = outputs == "out"
+            call = library.EagerCall(self.engine, bound, tuple(tensors), only_out, key, route)
+            results = library.EagerAttention.apply(call, q, k, v, *tensors.values())
+            return results if only_out else self._pick(results, outputs)
+        if route is not None:
+            results = route.recording.play((q, k, v, *tensors.values()))
         elif q.is_cuda:
-            results, _ = self.engine.infer(q, k, v, scale, inputs)
+            results = self.engine.infer(key, bound, tuple(tensors), q, k, v)
         else:
-            results = self.engine.forward(bind(graph, q, k, v, scale, inputs), q, k, v)
-        if outputs == "out":
-            return results[0]
-        return self._pick(results, outputs)
+            results = self.engine.forward(bound, q, k, v)
+        return results[0] if outputs == "out" else self._pick(results, outputs)
 
     def _auxiliary(
         self, outputs: str | Sequence[str], inputs: dict[str, Any]
@@ -199,9 +203,17 @@ class AttentionOp:
         return (q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
 
 
-def _is_special(*tensors: Tensor) -> bool:
-    """Is any a tensor subclass, such as a fake tensor? Those never reach a kernel by themselves."""
-    return any(type(t) is not Tensor and type(t) is not torch.nn.Parameter for t in tensors)
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Does somebody look at operators rather than at values? Tensor subclasses, such as fake tensors, never reach a
+    kernel by themselves."""
+    return (
+        torch.compiler.is_compiling()
+        or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]) -> bool:

@@ -20,7 +20,8 @@ from attncc.passes.cotangents import Cotangents, cotangents, place_of, with_plac
 from attncc.passes.outputs import final_weight, named
 from attncc.runtime.cells import finish
 from attncc.runtime.engine import Engine, capturing, load_module, on_device
-from attncc.runtime.replay import Recording, key_of, recorder, usable
+from attncc.runtime.launch import watched
+from attncc.runtime.replay import Recording, key_of, record
 from attncc.runtime.shapes import Bound
 from attncc.schedule.light import light_tilings
 
@@ -34,9 +35,8 @@ class LightPasses:
         self.weight = final_weight(graph)
         self.saved = saved_rows(self.plan, self.weight)
         self.names = tuple(entry.name for entry in named(graph.outputs))
-        #: is a call launches alone, with nothing that PyTorch does between them?
-        self._recordable = {o.domain.kind for o in graph.outputs} <= {"row", "col"}
         self._recordings: dict[Any, Recording] = {}
+        self._opaque: set[Any] = set()  # kinds of calls that cannot be replayed
         self._modules: dict[tuple[int, bool], ModuleType] = {}
         self._lock = threading.RLock()
 
@@ -46,19 +46,21 @@ class LightPasses:
 
     def __call__(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every reduction by its name, given the stored rows; of v only the kind of call is read."""
-        if not q.is_cuda or not self._recordable:
-            return dict(zip(self.names, self._run(bound, q, k, v, rows), strict=True))
         tensors = {f" {name}": rows[name] for name in self.saved}  # no input's name begins with a blank
         tensors |= {d.name: bound.tensors[d.name] for d in self.graph.inputs}
         scalars = {s.name: bound.scalars[s.name] for s in self.graph.scalars}
-        key = (key_of(q, k, v, bound.scale, {**tensors, **scalars}), self.core.precision())
         given = [q, k, v, *tensors.values()]
+        key = (key_of(q, k, v, bound.scale, {**tensors, **scalars}), self.core.precision())
         recording = self._recordings.get(key)
-        if recording is not None and usable():
-            results = self.core.play(recording, given)
+        if not q.is_cuda or watched() or key in self._opaque:
+            results = self._run(bound, q, k, v, rows)
+        elif recording is not None:
+            results = recording.play(given)
         else:
-            results, recording = recorder.record(lambda: self._run(bound, q, k, v, rows), given, [])
-            if not capturing():
+            results, recording = record(lambda: self._run(bound, q, k, v, rows), given, [])
+            if recording is None:
+                self._opaque.add(key)
+            elif not capturing():
                 self._recordings[key] = recording
         return dict(zip(self.names, results, strict=True))
 
@@ -70,7 +72,7 @@ class LightPasses:
         with self._lock:
             if key not in self._modules:
                 name = f"outputs of {self.graph.name}"
-                self._modules[key] = load_module(self.source(key[0]), name, prepared.interpreted)
+                self._modules[key] = load_module(self.source(key[0]), name, prepared.interpreted, self.core.cache)
             module = self._modules[key]
         meta = {loop: launch_meta(tiling) for loop, tiling in light_tilings(prepared.schedule).items()}
         with on_device(q.device):
@@ -133,10 +135,7 @@ class OutputsEngine:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(out and the stored rows, the outputs in the graph's order, the residuals)."""
         own = core_bound(self.core, bound)
-        if q.is_cuda:
-            results, _ = self.core.infer(q, k, v, own.scale, {**own.tensors, **own.scalars}, with_residuals)
-        else:
-            results = self.core.forward(own, q, k, v, with_residuals)
+        results = self.core.run(q, k, v, own.scale, {**own.tensors, **own.scalars}, with_residuals)
         rows = {name: x for (name, _), x in zip(self.core.plan.stored, results[1:], strict=True)}
         light = self.light_placed if with_residuals else self.light
         values = light(bound, q, k, v, rows)

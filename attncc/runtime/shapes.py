@@ -49,6 +49,12 @@ class Bound:
     tensors: dict[str, Tensor]
     scalars: dict[str, int | float]
 
+    def among(self, tensors: Mapping[str, Tensor]) -> Bound:
+        """The same call on other tensors of the same kind, where `tensors` has them."""
+        if not self.tensors:
+            return self
+        return replace(self, tensors={name: tensors.get(name, x) for name, x in self.tensors.items()})
+
 
 def bind(
     graph: VariantGraph,

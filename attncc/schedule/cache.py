@@ -26,7 +26,7 @@ from attncc.errors import AttnccWarning, InputError
 from attncc.version import __version__
 
 FORMAT = "attncc-cache-1"
-KINDS = ("schedule", "source")
+KINDS = ("schedule", "facts", "source", "kernel")
 LOCK_SECONDS = 10.0
 _KEY = re.compile(r"[0-9a-f]{64}")
 
@@ -42,7 +42,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What the entry holds: "schedule" or "source"."""
+        """What the entry holds: one of KINDS."""
         return str(self.value["kind"])
 
 

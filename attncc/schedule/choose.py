@@ -13,6 +13,7 @@ from attncc import resources
 from attncc.errors import AttnccWarning
 from attncc.schedule import hopper
 from attncc.schedule.cache import Cache, bucket, cache_key
+from attncc.schedule.candidates import candidates
 from attncc.schedule.cost import ranked
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
@@ -38,7 +39,7 @@ def choose(
         forward=first_choice("forward", problem, device, backend),
         dkdv=first_choice("dkdv", problem, device),
         dq=first_choice("dq", problem, device),
-        pair=first_choice("pair", problem, device),
+        pair=first_choice("pair", problem, device) if problem.pairs else None,
         origin="model",
     )
 
@@ -47,7 +48,8 @@ def first_choice(
     kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
 ) -> KernelSchedule:
     """The candidate that the model predicts to be the fastest."""
-    return ranked(kernel, problem, device, backend)[0][0]
+    found = candidates(kernel, problem, device, backend)
+    return found[0] if len(found) == 1 else ranked(kernel, problem, device, backend)[0][0]
 
 
 def _is_in(schedule: Schedule, backend: Backend | None, problem: Problem, device: Device) -> bool:
@@ -102,7 +104,7 @@ def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any)
                 stacklevel=4,
             )
             return None
-    if found.pair is None:
+    if found.pair is None and problem.pairs:
         found = replace(found, pair=first_choice("pair", problem, device))
     return found
 

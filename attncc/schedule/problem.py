@@ -85,7 +85,8 @@ class Problem:
 
     `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
     `digest` is the variant's IR digest; with none, no tuned schedule is looked up. `branches`: how many scores a pair
-    has, each over its own part of d_qk.
+    has, each over its own part of d_qk. `pairs`: some input has a gradient with an entry a pair, so there is a pair
+    kernel to schedule.
     """
 
     dtype: Dtype
@@ -100,6 +101,7 @@ class Problem:
     costs: KernelCosts
     digest: str = ""
     branches: int = 1
+    pairs: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):

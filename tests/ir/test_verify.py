@@ -84,3 +84,11 @@ def test_a_graph_is_frozen_and_ordered():
     assert [s.name for s in g.rows] == ["row_max_0"]
     with pytest.raises(Exception, match="[Ff]rozen"):
         g.dag.add_node("more")
+
+
+def test_the_stages_are_a_networkx_graph_for_those_who_want_one():
+    made = graph()
+    assert set(made.dag.nodes) == {stage.name for stage in made.stages}
+    assert made.dag.nodes["score"]["stage"] is made["score"]
+    assert set(made.dag.edges) == {(used, name) for name, uses in made.uses.items() for used in uses}
+    assert ("raw_score", "score") in made.dag.edges

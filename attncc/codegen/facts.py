@@ -1,0 +1,117 @@
+"""What calls need to know of a plan: small enough to keep on disk, so that a later process runs no pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from attncc.ir import symbols as sym
+from attncc.ir.levels import Level, level
+from attncc.passes.counts import pair_costs
+from attncc.passes.differentiate import DP
+from attncc.passes.fold import S
+from attncc.passes.stream import renamed
+from attncc.schedule.problem import PairCosts
+
+if TYPE_CHECKING:
+    from attncc.codegen.plan import Plan
+
+_PAIR_NAMES = frozenset({S.name, DP.name, "qk"})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`stored`: names of the row statistics that the forward writes; `results`: of all that it returns behind `out`;
+    `saved`: of those that the backward reads, if there is one. The costs are those of `KernelCosts`; `pairs` is that
+    of `Problem`.
+    """
+
+    stored: tuple[str, ...]
+    results: tuple[str, ...]
+    saved: tuple[str, ...]
+    has_backward: bool
+    forward: PairCosts
+    backward: PairCosts
+    mask: PairCosts
+    vectors: int
+    nested: bool
+    dots: int
+    plain_dot: bool
+    pairs: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for the cache."""
+        names = {name: list(getattr(self, name)) for name in _NAMES}
+        return {**asdict(self), **names, "kind": "facts"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | None) -> Self | None:
+        """The inverse of `to_json`; None for something else."""
+        try:
+            known = {name: data[name] for name in cls.__dataclass_fields__} if data is not None else {}
+            costs = {name: PairCosts(**known[name]) for name in ("forward", "backward", "mask")}
+            names = {name: tuple(known[name]) for name in _NAMES}
+            return cls(**{**known, **costs, **names})
+        except (KeyError, TypeError):
+            return None
+
+
+_NAMES = ("stored", "results", "saved")
+
+
+def facts_of(plan: Plan) -> Facts:
+    """The facts of a plan, from its passes. UnsupportedError where its normalizer does not stream."""
+    from attncc.codegen.similarity import SimilaritySlots
+
+    has_backward = plan.has_backward is None
+    forward, backward, mask = _costs(plan)
+    similarity = SimilaritySlots(plan)
+    return Facts(
+        stored=tuple(name for name, _ in plan.stored),
+        results=plan.results,
+        saved=plan.saved if has_backward else (),
+        has_backward=has_backward,
+        forward=forward,
+        backward=backward,
+        mask=mask,
+        vectors=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL}),
+        nested=has_backward and not plan.one_loop,
+        dots=len(plan.similarity.dots) + similarity.has_dot,
+        plain_dot=similarity.plain_dot,
+        pairs=has_backward and any(g.kind in ("tile", "band") for g in plan.gradients),
+    )
+
+
+def _costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
+    """The work of a pair: forward, backward, mask. Branches add up, and equal masks count once."""
+    found = [_part_costs(part) for part in plan.parts]
+    if len(found) == 1:
+        return found[0]
+    forward, backward, mask = (_total(costs) for costs in zip(*found, strict=True))
+    return forward, backward, mask if len(plan.masks) > 1 else found[0][2]
+
+
+def _total(costs: Iterable[PairCosts]) -> PairCosts:
+    found = tuple(costs)
+    return PairCosts(*(sum(getattr(c, name) for c in found) for name in ("fma", "sfu", "int", "loads")))
+
+
+def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
+    online, folded = plan.online, plan.folded
+    to_new = {m: renamed(m) for m in online.max_symbols}
+    terms = [folded.apply_online(r.term.xreplace(to_new), online.max_symbols) for r in (online.numerator, *online.sums)]
+    operands = [folded.maximum_of(g) for _, g in online.maxes]
+    # one more a running maximum, a sum, and the conversion of the weight for its matmul
+    forward = pair_costs([folded.score, *terms, *operands], _PAIR_NAMES)
+    extra = len(operands) + len(online.sums) + 1
+    forward = PairCosts(forward.fma + extra, forward.sfu, forward.int, forward.loads)
+    backward = forward
+    if plan.has_backward is None:
+        raw = {sym.RAW_SCORE: plan.core["raw_score"].expr}
+        exprs = [folded.score, folded.apply(plan.backward.weight), folded.apply(plan.backward.dqk.xreplace(raw))]
+        exprs += [folded.apply(e.xreplace(raw)) for _, e in (*plan.backward.dsums, *plan.backward.dreads)]
+        cost = pair_costs(exprs, _PAIR_NAMES)
+        backward = PairCosts(cost.fma + 2, cost.sfu, cost.int, cost.loads)
+    mask = pair_costs([plan.graph["mask"].expr], _PAIR_NAMES)
+    return forward, backward, PairCosts(mask.fma + 1, mask.sfu, mask.int + 1, mask.loads)

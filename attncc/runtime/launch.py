@@ -1,0 +1,163 @@
+"""How a generated module's host code starts its kernels: collected, run, or run and noted for a replay.
+
+The module's own `_launch` is replaced by a Launcher. A binary goes straight to the driver; a kernel that needs more
+than pointers and numbers, or is watched by a profiler, goes through Triton.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+from torch import Tensor
+
+from attncc.runtime.arguments import Cells, addresses_of
+from attncc.runtime.binaries import Binaries, pool
+from attncc.runtime.compiler import Binary, bypasses, current_target
+from attncc.runtime.cuda import Function
+from attncc.runtime.interpreter import compiling
+from attncc.runtime.specialize import Signature, signature
+from attncc.schedule.cache import Cache
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch as it was made: a loaded Function with the types of its arguments and the compiler's facts of their
+    descriptors, or a kernel that Triton launches (`kinds` is empty)."""
+
+    kernel: Any
+    grid: int
+    arguments: tuple[Any, ...]
+    kinds: tuple[str, ...] = ()
+    boxes: tuple[Mapping[str, Any], ...] = ()
+
+
+class Tape(Protocol):
+    """What notes launches."""
+
+    def launched(self, call: Call) -> None:
+        """Take note of a launch that was made."""
+
+
+class Trace(threading.local):
+    """What this thread does with launches besides making them: `jobs` collects them instead, `tape` notes them."""
+
+    jobs: list[tuple[Launcher, Any, Sequence[Any], Mapping[str, Any]]] | None = None
+    tape: Tape | None = None
+
+
+trace = Trace()
+
+
+def watched() -> bool:
+    """Has a profiler hooks on launches? They go through Triton's front end then."""
+    runtime = triton.knobs.runtime
+    return bool(_hooks(runtime.launch_enter_hook) or _hooks(runtime.launch_exit_hook))
+
+
+def _hooks(hook: Any) -> Any:
+    """The functions of a hook: Triton has it as None, one function, or a chain of them."""
+    return getattr(hook, "calls", hook)
+
+
+class Launcher:
+    """The `_launch` of one compiled module; its kernels by specialization and device."""
+
+    def __init__(self, digest: str, cache: Cache):
+        self._binaries = Binaries(digest, cache)
+        self._functions: dict[tuple[int, int], Function] = {}
+        self._warming: dict[int, list[Future[None]]] = {}
+
+    def __call__(self, kernel: Any, grid: int, arguments: Sequence[Any], meta: Mapping[str, Any]) -> None:
+        """Run a kernel on a one-dimensional grid of the current device."""
+        if not grid:
+            return
+        if trace.jobs is not None:
+            trace.jobs.append((self, kernel, arguments, dict(meta)))
+            return
+        device = torch.cuda.current_device()
+        special = signature(kernel, arguments, meta) if bypasses(kernel) and not watched() else None
+        if special is None:
+            for future in self._warming.pop(id(kernel), ()):
+                future.exception()  # what failed fails again here, with its reason
+            with compiling():
+                compiled = kernel[(grid,)](*arguments, **meta)
+            call = Call(compiled, grid, _all(kernel, arguments, meta))
+        else:
+            found = self._binaries.begin(kernel, special, current_target(device)).result()
+            if isinstance(found, Binary):
+                function = self._function(found, device)
+                call = Call(function, grid, *_runtime(special, arguments), found.boxes)
+                stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
+                cells = Cells(call.kinds, call.arguments, call.boxes, addresses_of(call.arguments))
+                function.launch(ctypes.c_uint(grid), stream, cells.addresses)
+            else:
+                call = Call(found, grid, _all(kernel, arguments, meta))
+                launch_compiled(found, grid, torch._C._cuda_getCurrentRawStream(device), call.arguments)
+        if trace.tape is not None:
+            trace.tape.launched(call)
+
+    def begin(self, kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any], device: int) -> None:
+        """Start to compile what such a launch needs, unless it is there."""
+        special = signature(kernel, arguments, meta) if bypasses(kernel) else None
+        if special is not None:
+            self._binaries.begin(kernel, special, current_target(device))
+        else:
+            future = pool().submit(_warm_up, kernel, arguments, meta, device)
+            self._warming.setdefault(id(kernel), []).append(future)
+
+    def _function(self, binary: Binary, device: int) -> Function:
+        key = (id(binary), device)  # binaries live as long as their module
+        found = self._functions.get(key)
+        if found is None:
+            found = self._functions.setdefault(
+                key, Function(binary.image, binary.name, binary.warps, binary.shared, device)
+            )
+        return found
+
+
+def _warm_up(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any], device: int) -> None:
+    """Compile a kernel in Triton's own way, with the C code that launches it."""
+    with torch.cuda.device(device), compiling():
+        compiled = kernel.warmup(*arguments, grid=(1,), **meta)
+        compiled.run  # noqa: B018  a property that loads the kernel
+
+
+def launch_compiled(compiled: Any, grid: int, stream: int, arguments: Sequence[Any]) -> None:
+    """Launch what Triton compiled, through its own launcher."""
+    run = compiled.run  # loads the kernel at the first use
+    run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def _all(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments as Triton's launcher wants them: constants, too."""
+    return (*arguments, *(meta[p.name] for p in kernel.params[len(arguments) :]))
+
+
+def _runtime(special: Signature, arguments: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """The arguments that a binary takes, and their types."""
+    positions = special.runtime
+    return tuple(arguments[i] for i in positions), tuple(special.types[i] for i in positions)
+
+
+def ghost(x: Tensor) -> Tensor:
+    """A tensor like x without storage: as aligned as anything that PyTorch allocates."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def collect(run: Callable[[], object], device: int) -> None:
+    """Run host code for its launches alone, and start to compile each of its kernels."""
+    trace.jobs = []
+    try:
+        run()
+        jobs = trace.jobs
+    finally:
+        trace.jobs = None
+    for launcher, kernel, arguments, meta in jobs:
+        launcher.begin(kernel, arguments, meta, device)
