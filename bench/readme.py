@@ -76,8 +76,24 @@ def dense_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def latency_table(folder: Path) -> str:
+    """Seconds to the first result, and microseconds of host time a call, beside the peers."""
+    compiled, host = results(folder, "compile"), results(folder, "host")
+    seconds = {(row["case"], row["cache"]): row["total_s"] for row in compiled["rows"]}
+    lines = ["| | attncc | FlexAttention | SDPA |", "|---|---|---|---|"]
+    for cache, what in (("cold", "with empty caches"), ("warm disk cache", "in a new process with warm caches")):
+        ours, theirs = (f"{seconds[name, cache]:.2f} s" for name in ("attncc", "flex"))
+        lines.append(f"| formula to first result, forward and backward, {what} | **{ours}** | {theirs} | |")
+    for row in host["rows"]:
+        us = {name: f"{value:.0f} us" for name, value in row["us"].items()}
+        fields = (f"host time: {TITLES.get(row['case'], row['case'])}, {row['mode']}", f"**{us['attncc']}**")
+        lines.append(f"| {' | '.join(fields)} | {us['flex']} | {us.get('sdpa', '')} |")
+    lines += ["", f"Seconds are beyond imports and the CUDA context. {_provenance(compiled)}", "", _provenance(host)]
+    return "\n".join(lines)
+
+
 #: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`
-TABLES: dict[str, Callable[[Path], str]] = {"dense": dense_table}
+TABLES: dict[str, Callable[[Path], str]] = {"dense": dense_table, "latency": latency_table}
 
 
 def refresh(text: str, folder: Path = RESULTS) -> str:

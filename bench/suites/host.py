@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ import attncc as ac
 from bench import area
 from bench.case import Case, FlexForm, Shape
 from bench.check import against_reference
-from bench.dense_cases import CAUSAL
+from bench.dense_cases import ALIBI, CAUSAL
 from bench.peers import flex
 from bench.run import Run
 from bench.timing import host_us
@@ -27,29 +27,52 @@ LINEAR_BIAS = Case(
 SHAPE = Shape(b=1, h=2, m=128, d=64)
 
 
+def _calls(case: Case) -> tuple[dict[str, Callable[[], torch.Tensor]], list[torch.Tensor]]:
+    """One call of each contestant, and the tensors that gradients are asked of: those of the inputs, too."""
+    q, k, v = SHAPE.tensors()
+    inputs = case.inputs(SHAPE, "cuda")
+    leaves = [q, k, v, *(inputs[name].requires_grad_() for name in case.differentiable)]
+    op, theirs = ac.compile(case.variant), flex(case, SHAPE, inputs)
+    calls: dict[str, Callable[[], Any]] = {
+        "attncc": lambda: op(q, k, v, **inputs),
+        "flex": lambda: theirs(q, k, v),
+    }
+    if not case.differentiable:
+        calls["sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case is CAUSAL)
+    return calls, leaves
+
+
+def _trained(call: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Callable[[], object]:
+    """The call and its backward."""
+    grad = torch.ones_like(call())
+    # an answer without the inputs' gradients would not be the same answer
+    return lambda: torch.autograd.grad(call(), leaves, grad)
+
+
 def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("host")
-    q, k, v = SHAPE.tensors()
     lines = []
-    for case in (LINEAR_BIAS, CAUSAL):
+    for case in (LINEAR_BIAS, CAUSAL, ALIBI):
+        if run.out_of_time(results, case.name):
+            break
         try:
-            op = ac.compile(case.variant)
-            against_reference(op, case, SHAPE)
+            against_reference(ac.compile(case.variant), case, SHAPE)
         except Exception as error:
             run.fail(results, case.name, error, case=case.name)
             continue
-        calls: dict[str, Callable[[], object]] = {
-            "attncc": partial(op, q, k, v),
-            "flex": partial(flex(case, SHAPE, {}), q, k, v),
-            "sdpa": partial(F.scaled_dot_product_attention, q, k, v, is_causal=case is CAUSAL),
-        }
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                taken = {name: round(host_us(call), 1) for name, call in calls.items()}
-            label = "autograd on" if grad else "no_grad"
-            results.add(case=case.name, **SHAPE.row(), autograd=grad, us=taken)
-            lines.append([case.name, label, *(f"{taken[name]:.1f}" for name in calls)])
+        calls, leaves = _calls(case)
+        taken: dict[str, dict[str, float]] = {}
+        with torch.no_grad():
+            taken["no_grad"] = {name: host_us(call) for name, call in calls.items()}
+        taken["autograd"] = {name: host_us(call) for name, call in calls.items()}
+        taken["autograd, with the backward"] = {name: host_us(_trained(call, leaves)) for name, call in calls.items()}
+        for mode, times in taken.items():
+            rounded = {name: round(us, 1) for name, us in times.items()}
+            results.add(case=case.name, **SHAPE.row(), mode=mode, us=rounded)
+            lines.append(
+                [case.name, mode, *(f"{rounded[n]:.1f}" if n in rounded else "" for n in ("attncc", "flex", "sdpa"))]
+            )
     run.show(
         f"host, microseconds a call, {results.meta['gpu']}", ["case", "", "attncc", "FlexAttention", "SDPA"], lines
     )

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from bench import readme
-from bench.readme import SHOWN_GPU, dense_table, refresh
+from bench.readme import SHOWN_GPU, dense_table, latency_table, refresh
 
 HEAD = {
     "suite": "dense",
@@ -107,3 +107,21 @@ def test_the_committed_readme_shows_the_committed_results():
         assert "<!-- bench:dense -->\n<!-- /bench:dense -->" in text, "figures that no committed run has measured"
         return
     assert refresh(text) == text, "run `python -m bench readme`"
+
+
+def test_the_latency_table_shows_seconds_and_microseconds(tmp_path):
+    starts = [("attncc", "cold", 2.04), ("attncc", "warm disk cache", 0.171), ("flex", "cold", 13.9)]
+    starts.append(("flex", "warm disk cache", 6.0))
+    compiled = [{"case": case, "cache": cache, "total_s": seconds} for case, cache, seconds in starts]
+    host = [{"case": "causal", "mode": "no_grad", "us": {"attncc": 19.6, "flex": 63.0, "sdpa": 27.2}}]
+    host.append({"case": "alibi", "mode": "autograd", "us": {"attncc": 33.0, "flex": 140.0}})
+    for suite, rows in (("compile", compiled), ("host", host)):
+        path = tmp_path / SHOWN_GPU / f"{suite}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**HEAD, "suite": suite, "command": f"python -m bench {suite}", "rows": rows}))
+    text = latency_table(tmp_path)
+    assert "forward and backward, with empty caches | **2.04 s** | 13.90 s | |" in text
+    assert "in a new process with warm caches | **0.17 s** | 6.00 s | |" in text
+    assert "| host time: causal, no_grad | **20 us** | 63 us | 27 us |" in text
+    assert "| host time: ALiBi + causal, autograd | **33 us** | 140 us |  |" in text
+    assert "`python -m bench host`" in text
