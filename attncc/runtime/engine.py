@@ -29,7 +29,7 @@ from attncc.resources import fingerprint
 from attncc.runtime import interpreter
 from attncc.runtime.launch import Launcher, collect, ghost, watched
 from attncc.runtime.replay import Recording, key_of, record
-from attncc.runtime.shapes import Bound
+from attncc.runtime.shapes import Bound, bind
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
@@ -247,6 +247,18 @@ class Engine:
         key = (key_of(q, k, v, scale, inputs), precision)
         return key, None if watched() else self._routes.get(key)
 
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """The results of a call from its own arguments: on a GPU replayed where its kind is known."""
+        if not q.is_cuda:
+            return self.forward(bind(self.graph, q, k, v, scale, inputs), q, k, v)
+        key, route = self.route(q, k, v, scale, inputs)
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        if route is not None:
+            return route.recording.play((q, k, v, *tensors.values()))
+        return self.infer(key, bind(self.graph, q, k, v, scale, inputs), tuple(tensors), q, k, v)
+
     def infer(
         self, key: Any, bound: Bound, names: Sequence[str], q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
     ) -> tuple[Tensor, ...]:
@@ -263,7 +275,8 @@ class Engine:
             self._opaque.add(key)
         elif not capturing() and not watched():
             # of the caller's tensors only the kind is kept
-            self._routes[key] = Route(recording, bound.among({name: ghost(bound.tensors[name]) for name in names}))
+            own = bound.among({name: ghost(bound.tensors[name]) for name in names})
+            _keep(self._routes, key, Route(recording, own))
         return results
 
     def gradients(
@@ -295,7 +308,7 @@ class Engine:
         if recording is None:
             self._opaque.add(key)
         elif not capturing() and not watched():
-            self._recordings[key] = recording
+            _keep(self._recordings, key, recording)
         return results
 
     def backward(
@@ -322,6 +335,17 @@ class Engine:
                     *(out, saved, dout, dlse, wanted, prepared.meta, prepared.options),
                 ),
             )
+
+
+#: kinds of calls that an engine remembers; beyond them it forgets the oldest
+REMEMBERED = 1024
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Remember how a kind of call is replayed."""
+    while len(known) >= REMEMBERED:
+        known.pop(next(iter(known)), None)
+    known[key] = value
 
 
 def load_module(source: str, name: str, interpreted: bool, cache: Cache) -> ModuleType:

@@ -24,13 +24,11 @@ def register(key: str, engine: Engine) -> str:
     return key
 
 
-def _bound(
-    engine: Engine, q: Tensor, k: Tensor, v: Tensor, inputs: list[Tensor], scalars: list[float], scale: float
-) -> Bound:
+def _named(engine: Engine, inputs: list[Tensor], scalars: list[float]) -> dict[str, Any]:
+    """A call's inputs by name, from the operator's lists."""
     graph = engine.graph
     numbers = {s.name: int(x) if s.is_int else x for s, x in zip(graph.scalars, scalars, strict=True)}
-    named: dict[str, Any] = dict(zip((d.name for d in graph.inputs), (i.detach() for i in inputs), strict=True))
-    return bind(graph, q, k, v, scale if graph.has_scale else None, {**named, **numbers})
+    return {**dict(zip((d.name for d in graph.inputs), (i.detach() for i in inputs), strict=True)), **numbers}
 
 
 def _like(x: Tensor, last: int) -> Tensor:
@@ -47,7 +45,7 @@ def forward_op(
 ) -> list[Tensor]:
     """out, then the variant's row statistics and what else its backward needs."""
     engine = _engines[key]
-    return list(engine.forward(_bound(engine, q, k, v, inputs, scalars, scale), q, k, v))
+    return list(engine.run(q, k, v, scale if engine.graph.has_scale else None, _named(engine, inputs, scalars)))
 
 
 @forward_op.register_fake
@@ -77,9 +75,10 @@ def backward_op(
 ) -> list[Tensor]:
     """dq, dk, dv, then the gradient of each differentiable input."""
     engine = _engines[key]
-    bound = _bound(engine, q, k, v, inputs, scalars, scale)
+    scale_given = scale if engine.graph.has_scale else None
+    bound = bind(engine.graph, q, k, v, scale_given, _named(engine, inputs, scalars))
     names = tuple(d.name for d, want in zip(engine.graph.inputs, wanted, strict=True) if want)
-    found = engine.backward(bound, q, k, v, out, tuple(saved), dout, dlse, names)
+    found = engine.gradients(bound, q, k, v, out, tuple(saved), dout, dlse, names)
     # a schema's list of tensors has no place for None
     return [q.new_empty(0) if x is None else x for x in found]
 
