@@ -248,16 +248,23 @@ class Engine:
         return key, None if watched() else self._routes.get(key)
 
     def run(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        inputs: Mapping[str, Any],
+        then_backward: bool = False,
     ) -> tuple[Tensor, ...]:
         """The results of a call from its own arguments: on a GPU replayed where its kind is known."""
+        scale = scale if self.graph.has_scale else None
         if not q.is_cuda:
-            return self.forward(bind(self.graph, q, k, v, scale, inputs), q, k, v)
+            return self.forward(bind(self.graph, q, k, v, scale, inputs), q, k, v, then_backward)
         key, route = self.route(q, k, v, scale, inputs)
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         if route is not None:
             return route.recording.play((q, k, v, *tensors.values()))
-        return self.infer(key, bind(self.graph, q, k, v, scale, inputs), tuple(tensors), q, k, v)
+        return self.infer(key, bind(self.graph, q, k, v, scale, inputs), tuple(tensors), q, k, v, then_backward)
 
     def infer(
         self, key: Any, bound: Bound, names: Sequence[str], q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
@@ -370,7 +377,7 @@ def _fits_boxes(x: Tensor) -> bool:
 
 def capturing() -> bool:
     """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
-    return torch.cuda.is_current_streamcapturing()
+    return torch.cuda.is_current_stream_capturing()
 
 
 def on_device(device: torch.device) -> Any:

@@ -45,7 +45,7 @@ def forward_op(
 ) -> list[Tensor]:
     """out, then the variant's row statistics and what else its backward needs."""
     engine = _engines[key]
-    return list(engine.run(q, k, v, scale if engine.graph.has_scale else None, _named(engine, inputs, scalars)))
+    return list(engine.run(q, k, v, scale, _named(engine, inputs, scalars)))
 
 
 @forward_op.register_fake

@@ -136,7 +136,7 @@ class AttentionOp:
         for name in output_names(outputs, self.graph):
             if name == "out":
                 picked.append(results[0])
-            elif len(self.plan.parts) > 1:
+            elif self.graph.branches > 1:
                 raise no_lse_of_branches(self.graph)
             elif name in self._stored:
                 picked.append(results[1 + self._stored.index(name)])
