@@ -121,13 +121,14 @@ def tuned(
     any_variant: Annotated[
         bool, typer.Option(help="Let the rows match every formula, not the swept one only.")
     ] = False,
+    any_shape: Annotated[bool, typer.Option(help="Let the rows match every length and group.")] = False,
 ) -> None:
     """Write a sweep's best schedules as a table that attncc ships."""
     from bench.record import load
     from bench.tuned import table, text
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text(table(load(sweep), any_variant=any_variant)))
+    output.write_text(text(table(load(sweep), any_variant=any_variant, any_shape=any_shape)))
 
 
 if __name__ == "__main__":

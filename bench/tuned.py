@@ -12,8 +12,9 @@ _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
 
 
-def table(data: dict[str, Any], *, any_variant: bool = False) -> list[dict[str, Any]]:
-    """One row a cell of a sweep file; `any_variant` leaves the formula out of what a row must match.
+def table(data: dict[str, Any], *, any_variant: bool = False, any_shape: bool = False) -> list[dict[str, Any]]:
+    """One row a cell of a sweep file; `any_variant` leaves the formula out of what a row must match, `any_shape` the
+    lengths and the heads that share a key head.
 
     ValueError for a cell whose sweep is incomplete, and for two cells that one row would stand for.
     """
@@ -26,10 +27,9 @@ def table(data: dict[str, Any], *, any_variant: bool = False) -> list[dict[str, 
             "dtype": _DTYPES[row["dtype"]],
             "d_qk": row["Dqk"],
             "d_v": row["Dv"],
-            "group": row["Hq"] // row["Hkv"],
-            "q_bucket": bucket(row["M"]),
-            "kv_bucket": bucket(row["N"]),
         }
+        if not any_shape:
+            match |= {"group": row["Hq"] // row["Hkv"], "q_bucket": bucket(row["M"]), "kv_bucket": bucket(row["N"])}
         cell = cells.setdefault(json.dumps(match), {"match": match, "best": {}})
         if row["kernel"] in cell["best"]:
             raise ValueError(f"two sweeps of {row['kernel']} match {match}: sweep them apart")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from attncc.codegen.offsets import split_distances
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
 from attncc.passes.counts import pair_costs
@@ -35,6 +36,8 @@ class Facts:
     backward: PairCosts
     mask: PairCosts
     vectors: int
+    rows: int
+    distances: bool
     nested: bool
     dots: int
     plain_dot: bool
@@ -76,6 +79,8 @@ def facts_of(plan: Plan) -> Facts:
         backward=backward,
         mask=mask,
         vectors=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL}),
+        rows=sum(len(part.backward.saved) + plan.needs_delta for part in plan.parts) if has_backward else 0,
+        distances=any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
         nested=has_backward and not plan.one_loop,
         dots=len(plan.similarity.dots) + similarity.has_dot,
         plain_dot=similarity.plain_dot,
@@ -109,7 +114,8 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     backward = forward
     if plan.has_backward is None:
         raw = {sym.RAW_SCORE: plan.core["raw_score"].expr}
-        exprs = [folded.score, folded.apply(plan.backward.weight), folded.apply(plan.backward.dqk.xreplace(raw))]
+        score = split_distances(folded.score)
+        exprs = [score, folded.apply(plan.backward.weight), folded.apply(plan.backward.dqk.xreplace(raw))]
         exprs += [folded.apply(e.xreplace(raw)) for _, e in (*plan.backward.dsums, *plan.backward.dreads)]
         cost = pair_costs(exprs, _PAIR_NAMES)
         backward = PairCosts(cost.fma + 2, cost.sfu, cost.int, cost.loads)

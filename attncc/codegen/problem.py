@@ -23,6 +23,9 @@ def problem_of(
         facts.mask,
         live=_live(plan, size, scalars),
         vectors=facts.vectors,
+        rows=facts.rows,
+        # float32 kernels keep the distances whole (codegen/offsets.py)
+        distances=facts.distances and dtype != "fp32",
         nested=facts.nested,
         dots=facts.dots,
         plain_dot=facts.plain_dot,

@@ -18,6 +18,9 @@ from attncc.passes.numeric import evaluate
 from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
 from attncc.schedule.problem import LiveTiles, PairCosts
 
+# Where data decides which tiles are live, one of so many is taken to be: documents of an eighth to a half of a row.
+SCANNED = 4
+
 _BOOLEAN_OPERATIONS = (sympy.And, sympy.Or, sympy.Not)
 
 
@@ -66,7 +69,7 @@ def live_tiles(
     """A function from (block_m, block_n) to the tiles of one head, over the blocks of the plan's outer axis.
 
     What only the data knows is estimated: an input read once a program counts as half the keys, and a scanned mask as
-    its closed-form hull.
+    one of `SCANNED` tiles of its closed-form hull.
     """
     known: dict[str, Any] = {
         sym.Q_LEN.name: q_len,
@@ -112,6 +115,8 @@ def live_tiles(
             live |= inside(live_range, False) & evaluate_over(may, lo, hi).astype(bool)[:, None]
             if full_range is not None:
                 full |= inside(full_range, True) & evaluate_over(must, lo, hi).astype(bool)[:, None]
+        if plan.scan is not None:
+            live &= (np.cumsum(live, axis=1) - 1) % SCANNED == 0
         full &= live
         return LiveTiles(int(full.sum()), int((live & ~full).sum()), live.size)
 

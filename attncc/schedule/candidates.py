@@ -19,7 +19,7 @@ STAGES = {"cuda": (2, 3, 4), "hip": (1, 2)}
 # Pairs of a tile for each warp: fewer leave lanes without work, more cannot stay in registers.
 PAIRS_A_WARP = (64, 4096)
 # A few spilled registers cost less than a smaller tile may: the cost model weighs them.
-SPILL_TOLERANCE = 1.15
+SPILL_TOLERANCE = 1.3
 
 
 def candidates(

@@ -3,6 +3,9 @@
 One SM is the unit. For every tile the model counts what each of its units has to do, in clocks, and how much of it can
 overlap; the tiles of all programs are then spread over the SMs. It is a model for ranking: its absolute times are those
 of a kernel at the clock of the device file that never waits for anything not counted here.
+
+The constants that no data sheet gives were fitted to kernels measured on an H100 (bf16, head dimensions 64, 128, 256;
+the sweeps in `bench/results`), so that first choices are the tilings that were the fastest: `python -m bench regret`.
 """
 
 from __future__ import annotations
@@ -23,26 +26,38 @@ _LIMITS: tuple[Limit, ...] = ("tensor", "sfu", "alu", "memory", "launch")
 
 SMEM_BYTES_PER_CLK = 128
 # What an SM gets from the level-two cache when all of them read.
-L2_BYTES_PER_CLK_SM = 32
-# Clocks from a load to its data. A pipeline of n stages hides all but 4^(1-n) of it; that of an asynchronous matmul,
-# which holds one tile more, all but half of that.
-LOAD_LATENCY = 800
+L2_BYTES_PER_CLK_SM = 47
+# Clocks from a load to its data while every SM loads, and the share of them that a pipeline of so many stages leaves
+# unhidden.
+LOAD_LATENCY = 500
+UNHIDDEN = {1: 1.0, 2: 0.6, 3: 0.004, 4: 0.0012}
 # Clocks of a tile in which a warp issues no work: waits of a matmul for its operands and for its result.
-MATMUL_GAP = 60
+MATMUL_GAP = 10
+# Clocks from a barrier of a program's warps, at which they exchange what others need, to the first of it.
+EXCHANGE = 220
 # Instructions of a warp in each turn of the loop beside the arithmetic: addresses, copies, barriers, bounds.
-LOOP_INSTRUCTIONS = 100
+LOOP_INSTRUCTIONS = 300
 # Float32 operations for each row of a tile: the reduction across lanes, and the running statistics.
-ROW_WORK = 16
-# Clocks to start a program, load what is resident and write its output.
-PROGRAM_OVERHEAD = 2500
+ROW_WORK = 32
+# Clocks to start a program, load what is resident and write its output, and to fill and drain the pipeline of a loop:
+# of the mixed tiles, of the full ones. An SM idles so long unless another program has work for it.
+PROGRAM_LATENCY = 4700
+LOOP_LATENCY = 1200
 # The share of its peak that a matmul instruction reaches in the best loop of plain Triton.
-TENSOR_EFFICIENCY = 0.8
+TENSOR_EFFICIENCY = 0.95
 # Loads run beside the arithmetic, but two streams that each need all of the time get in each other's way: a p-norm.
-OVERLAP = 4
+OVERLAP = 4.5
+# Programs run each at its own pace, and one's matmuls beside another's arithmetic. Warps of one program meet at a
+# barrier in every tile: four more of them fill as many gaps as this share of another program.
+LOCKSTEP = 0.85
+# Times that a spilled register is stored or loaded in a tile. Most live through the loop and are not used there.
+SPILL_ACCESSES = 0.15
+# What a tiling that spills must gain over one that does not, before a formula that nobody has timed is given it.
+SPILL_RISK = 1.25
 MATMULS = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}
 SCHEDULERS = 4
 # What shared memory leaves free is cache: a tiling that takes all of it loses this share of its speed.
-CACHE_SHARE = 0.02
+CACHE_SHARE = 0.2
 MAX_THREADS_PER_SM = 2048
 # Shared memory that the driver keeps for each program.
 RESERVED_BYTES = 1024
@@ -86,12 +101,13 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         return clocks_a_tile * tiles_total / device.sms * imbalance / clocks_per_us
 
     # Units of one SM work side by side only as far as there are other warps, ready, to feed them.
-    warps_per_scheduler = max(ks.num_warps * resident / SCHEDULERS, 1.0)
+    warps_a_scheduler = max(ks.num_warps / SCHEDULERS, 1.0)
+    streams = resident * (1 + LOCKSTEP * (warps_a_scheduler - 1))
     compute = (clocks.tensor, clocks.sfu, clocks.alu)
-    in_turn = max(compute) + (sum(compute) - max(compute) + clocks.gaps) / warps_per_scheduler
-    ahead = ks.num_stages - 1 + 0.5 * (instruction(kernel, ks, problem, device) in ("wgmma", "tcgen05"))
-    waiting = LOAD_LATENCY * 0.25**ahead / resident
-    start = PROGRAM_OVERHEAD * ceil(waves) / clocks_per_us
+    in_turn = max(compute) + (sum(compute) - max(compute) + clocks.gaps) / streams
+    waiting = LOAD_LATENCY * UNHIDDEN.get(ks.num_stages, 0.0) / resident
+    loops = (live.full > 0) + (live.mixed > 0)
+    start = (PROGRAM_LATENCY + LOOP_LATENCY * loops) * ceil(waves) / resident / clocks_per_us
     launch = device.launch_us + start
     busy = (in_turn**OVERLAP + clocks.memory**OVERLAP) ** (1 / OVERLAP)
     taken = shared_memory(kernel, ks, problem, device) / device.smem_per_block
@@ -113,12 +129,18 @@ def ranked(
     """Every candidate with its prediction, the fastest first; ScheduleError if nothing fits. `backend` as in
     `candidates`.
 
-    Candidates that are expected to spill come last: how much that costs cannot be told from outside the compiler.
+    Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
+    On warp groups, whose matmuls run beside the spills, it can: there they count as `SPILL_RISK` times as slow.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
-    return tuple(
-        sorted(found, key=lambda entry: (spilled_registers(kernel, entry[0], problem, device) > 0, entry[1].us))
-    )
+
+    def order(entry: tuple[KernelSchedule, Prediction]) -> tuple[bool, float]:
+        ks, prediction = entry
+        if not spilled_registers(kernel, ks, problem, device):
+            return False, prediction.us
+        return instruction(kernel, ks, problem, device) != "wgmma", SPILL_RISK * prediction.us
+
+    return tuple(sorted(found, key=order))
 
 
 def _programs(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
@@ -143,24 +165,28 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     tiles = tiling(kernel, ks, problem)
     pairs = tiles.rows * tiles.cols
     work = _pair_work(problem.costs.pair(kernel), problem.costs.mask, live)
+    twice = _repeated(kernel, ks, tiles, problem, device)
     qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
-    depth = {"forward": qk + v * problem.branches, "dkdv": 2 * (qk + v), "dq": 2 * qk + v, "pair": qk + v}[kernel]
+    scores = {"forward": qk, "dkdv": qk + v, "dq": qk + v, "pair": qk + v}[kernel]
+    results = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
+    depth = twice * scores + results
     flops_per_clk_sm = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     # The running sum of the forward is rescaled once a tile.
     rows_work = tiles.rows * (v + ROW_WORK) * problem.branches if kernel == "forward" else 0
-    alu = (work.fma * pairs + rows_work) / device.fma_per_clk_sm + work.int * pairs / device.int_per_clk_sm
+    alu = twice * (work.fma * pairs + rows_work) / device.fma_per_clk_sm
+    alu += twice * work.int * pairs / device.int_per_clk_sm
     alu += LOOP_INSTRUCTIONS * ks.num_warps / SCHEDULERS
-    # Spilled registers are stored and loaded once a tile, by the warps that compute.
-    alu += 2 * 4 * spilled_registers(kernel, ks, problem, device) * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
+    spilled = spilled_registers(kernel, ks, problem, device)
+    alu += SPILL_ACCESSES * 4 * spilled * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
     return _TileClocks(
         tensor=2 * pairs * depth / (flops_per_clk_sm * TENSOR_EFFICIENCY),
-        sfu=work.sfu * pairs / device.sfu_per_clk_sm,
+        sfu=twice * work.sfu * pairs / device.sfu_per_clk_sm,
         alu=alu,
         memory=max(
             _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
             _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
         ),
-        gaps=(_matmuls(kernel, problem) + _exchanges(kernel, ks, tiles, problem, device)) * MATMUL_GAP,
+        gaps=_matmuls(kernel, problem) * MATMUL_GAP + _exchanges(kernel, ks, tiles, problem, device) * EXCHANGE,
     )
 
 
@@ -200,13 +226,23 @@ def _shared_bytes(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Pr
     right = (blocks if op in ("wgmma", "tcgen05") else down) * tiles.cols * depth * MATMULS[kernel]
     left = across * tiles.rows * sum(tile.dim for tile in tiles.resident)
     weights = max(MATMULS[kernel] - 2, 1) * (1 + across) * scores_bytes(kernel, ks, problem, device)
-    return (right + left) * problem.dtype_bytes + weights
+    written = sum(tile.rows * tile.dim for tile in tiles.streamed)
+    return (right + left + written) * problem.dtype_bytes + weights
+
+
+def _repeated(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> int:
+    """Times that each score is computed: where warp groups outnumber the blocks of rows of a chain of matmuls, every
+    group of a row computes all of it, and only the second matmul is divided among them."""
+    op = instruction(kernel, ks, problem, device)
+    return warp_grid(op, ks, tiles)[2] if op == "wgmma" and tiles.chained else 1
 
 
 def _exchanges(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> int:
-    """Times in a tile that warps wait for each other's part of a row: its maximum and its sum."""
+    """Times in a tile that warps wait for each other: for the maximum and sum of a row, weights in shared memory."""
     across = warp_grid(instruction(kernel, ks, problem, device), ks, tiles)[2]
-    return 2 if kernel == "forward" and across > 1 else 0
+    statistics = 2 if kernel == "forward" and across > 1 else 0
+    weights = max(MATMULS[kernel] - 2, 1) if scores_bytes(kernel, ks, problem, device) else 0
+    return statistics + weights
 
 
 def _dram_us(kernel: Kernel, problem: Problem, device: Device) -> float:

@@ -60,9 +60,11 @@ class KernelCosts:
     """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
 
     `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths. `vectors` counts
-    the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `nested`: the
-    query heads that share a key head have a loop each in dkdv, for their bounds or sums are their own. `dots` is how
-    many matmuls over the head dimension of q and k the scores take, `plain_dot` whether that is the one of q with k.
+    the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `rows` counts
+    what dkdv streams for each query: its stored statistics, and delta. `distances`: the backward computes distances
+    between queries and keys by tile. `nested`: the query heads that share a key head have a loop each in dkdv, for
+    their bounds or sums are their own. `dots` is how many matmuls over the head dimension of q and k the scores take,
+    `plain_dot` whether that is the one of q with k.
     """
 
     forward: PairCosts
@@ -70,6 +72,8 @@ class KernelCosts:
     mask: PairCosts
     live: Callable[[int, int], LiveTiles]
     vectors: int = 0
+    rows: int = 2
+    distances: bool = False
     nested: bool = False
     dots: int = 1
     plain_dot: bool = True

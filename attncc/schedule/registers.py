@@ -27,11 +27,24 @@ COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 # Operations of a pair, in those of a plain softmax, that can be done in place; each of the rest keeps a part of a tile.
 IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
+TEMPORARIES = 1.0
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
 STAGE = {"forward": 0, "dkdv": 64, "dq": 0, "pair": 64}
-# BASE and STAGE where tiles come through descriptors, which the compiler makes use of to keep more matmuls under way.
-BOXES = {"dkdv": 72, "dq": 40}
-BOXES_STAGE = {"dkdv": 20, "dq": 0}
+# Where tiles come through descriptors, which take no pointers and offsets: the base, a row vector, an input by key
+# alone, distances by tile, a stage, tiles of scores, and the accumulators, which live partly twice, for more matmuls
+# are under way.
+BOXES = {"dkdv": -33, "dq": 10}
+BOXES_ROW = {"dkdv": 25, "dq": 0}
+BOXES_VECTOR = {"dkdv": 0, "dq": 48}
+BOXES_DISTANCES = {"dkdv": 0, "dq": 44}
+BOXES_STAGE = {"dkdv": 12, "dq": 8}
+BOXES_SCORES = {"dkdv": 4.0, "dq": 2.0}
+BOXES_ACCUMULATOR = {"dkdv": 1.2, "dq": 1.5}
+BOXES_TEMPORARIES = 1.5
+# A warp's own matmul cannot read such a tile where it lies: each warp holds most of the tile as its operand.
+BOXES_OPERAND = 0.8
+# Warp groups that lie side by side, and compute the scores of their rows each for itself.
+SIDE_BY_SIDE = 30
 # A loop over the query heads that share a key head, around the loops over tiles.
 OUTER_LOOP = 96
 # An input that is read by key alone, or its pointers, beside each streamed tile.
@@ -43,6 +56,8 @@ OPERANDS_A_STAGE = 10
 MFMA_BASE = 250
 MFMA_PIPELINED = {"forward": 1.0, "dkdv": 5.0, "dq": 1.5, "pair": 5.0}
 MFMA_ROWS = 32
+# Scores that feed a matmul on AMD change their layout on the way, and live in both.
+MFMA_SCORES = {"forward": 1.0, "dkdv": 2.5, "dq": 1.0, "pair": 1.0}
 
 
 def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
@@ -55,30 +70,38 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     pairs = tiles.rows * tiles.cols
     qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
     columns = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel]
-    work = problem.costs.pair(kernel)
-    beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
-    temporaries = min(beyond * TILE_AN_OPERATION, 1.0)
     # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless
     # it comes to them through shared memory.
-    holders = 1 if scores_bytes(kernel, ks, problem, device) else warp_grid(op, ks, tiles)[2]
-    tiles_of_scores = SCORES[kernel] + BRANCH[kernel] * (problem.branches - 1)
+    across = warp_grid(op, ks, tiles)[2]
+    holders = 1 if scores_bytes(kernel, ks, problem, device) else across
+    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v, problem.branches)
+    work = problem.costs.pair(kernel)
+    beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
+    temporaries = min(beyond * TILE_AN_OPERATION, BOXES_TEMPORARIES if boxes else TEMPORARIES)
+    tiles_of_scores = (BOXES_SCORES if boxes else SCORES)[kernel] + BRANCH[kernel] * (problem.branches - 1)
     scores = (tiles_of_scores + temporaries) * holders * pairs / threads
     accumulator = tiles.rows * columns / threads
-    vectors = VECTOR * problem.costs.vectors
+    vectors = (BOXES_VECTOR[kernel] if boxes else VECTOR) * problem.costs.vectors
+    streamed = sum(tile.rows * tile.dim for tile in tiles.streamed) * problem.dtype_bytes
     if op == "mfma":
+        scores *= MFMA_SCORES[kernel]
         return round(MFMA_BASE + scores + vectors + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
-    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v, problem.branches)
     base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
     wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
     if kernel == "dkdv" and problem.group > 1 and problem.costs.nested:
         wanted += OUTER_LOOP
+    if op == "wgmma" and across > 1:
+        wanted += SIDE_BY_SIDE
     if op == "tcgen05":
         wanted += TENSOR_MEMORY + (RESCALED if kernel == "forward" else WRITTEN) * accumulator
+    elif boxes:
+        wanted += BOXES_ROW[kernel] * problem.costs.rows + BOXES_DISTANCES[kernel] * problem.costs.distances
+        wanted += BOXES_ACCUMULATOR[kernel] * accumulator
+        wanted += BOXES_OPERAND * streamed / 4 / device.warp_size if op == "mma" else 0
     else:
         wanted += (RESCALED if kernel == "forward" else 1.0) * accumulator
     if not boxes:
-        streamed = sum(tile.rows * tile.dim for tile in tiles.streamed)
-        wanted += COPY[kernel] * streamed * problem.dtype_bytes / 16 / threads
+        wanted += COPY[kernel] * streamed / 16 / threads
     if op == "fma":
         # Each thread computes a small square of the result, and holds its operands along the head dimension.
         side = (pairs / threads) ** 0.5

@@ -53,6 +53,11 @@ def test_a_table_for_any_variant_does_not_name_one():
     assert "digest" not in found["match"]
 
 
+def test_a_table_for_any_shape_names_head_dimensions_alone():
+    (found,) = tuned.table({"rows": [row(kernel) for kernel in KERNELS]}, any_shape=True)
+    assert found["match"] == {"digest": "d1", "dtype": "bf16", "d_qk": 128, "d_v": 128}
+
+
 @pytest.mark.parametrize(
     ("rows", "finding"),
     [
