@@ -30,13 +30,13 @@ TILE_AN_OPERATION = 1 / 16
 TEMPORARIES = 1.0
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
 STAGE = {"forward": 0, "dkdv": 64, "dq": 0, "pair": 64}
+# Distances taken apart by tile have a value for each column, and in dQ every column lies in every row of a warp.
+DISTANCES = {"forward": 0, "dkdv": 0, "dq": 44, "pair": 0}
 # Where tiles come through descriptors, which take no pointers and offsets: the base, a row vector, an input by key
-# alone, distances by tile, a stage, tiles of scores, and the accumulators, which live partly twice, for more matmuls
-# are under way.
+# alone, a stage, tiles of scores, and the accumulators, which live partly twice, for more matmuls are under way.
 BOXES = {"dkdv": -33, "dq": 10}
 BOXES_ROW = {"dkdv": 25, "dq": 0}
 BOXES_VECTOR = {"dkdv": 0, "dq": 48}
-BOXES_DISTANCES = {"dkdv": 0, "dq": 44}
 BOXES_STAGE = {"dkdv": 12, "dq": 8}
 BOXES_SCORES = {"dkdv": 4.0, "dq": 2.0}
 BOXES_ACCUMULATOR = {"dkdv": 1.2, "dq": 1.5}
@@ -88,6 +88,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
         return round(MFMA_BASE + scores + vectors + accumulator + _mfma_operands(kernel, ks, tiles, problem, device))
     base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
     wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
+    wanted += DISTANCES[kernel] * problem.costs.distances
     if kernel == "dkdv" and problem.group > 1 and problem.costs.nested:
         wanted += OUTER_LOOP
     if op == "wgmma" and across > 1:
@@ -95,7 +96,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     if op == "tcgen05":
         wanted += TENSOR_MEMORY + (RESCALED if kernel == "forward" else WRITTEN) * accumulator
     elif boxes:
-        wanted += BOXES_ROW[kernel] * problem.costs.rows + BOXES_DISTANCES[kernel] * problem.costs.distances
+        wanted += BOXES_ROW[kernel] * problem.costs.rows
         wanted += BOXES_ACCUMULATOR[kernel] * accumulator
         wanted += BOXES_OPERAND * streamed / 4 / device.warp_size if op == "mma" else 0
     else:
