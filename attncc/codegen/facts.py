@@ -13,7 +13,7 @@ from attncc.passes.counts import pair_costs
 from attncc.passes.differentiate import DP
 from attncc.passes.fold import S
 from attncc.passes.stream import renamed
-from attncc.schedule.problem import PairCosts
+from attncc.schedule.problem import PairCosts, SimilarityWork
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan
@@ -39,8 +39,7 @@ class Facts:
     rows: int
     distances: bool
     nested: bool
-    dots: int
-    plain_dot: bool
+    similarity: SimilarityWork
     pairs: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -55,7 +54,7 @@ class Facts:
             known = {name: data[name] for name in cls.__dataclass_fields__} if data is not None else {}
             costs = {name: PairCosts(**known[name]) for name in ("forward", "backward", "mask")}
             names = {name: tuple(known[name]) for name in _NAMES}
-            return cls(**{**known, **costs, **names})
+            return cls(**{**known, **costs, **names, "similarity": SimilarityWork(**known["similarity"])})
         except (KeyError, TypeError):
             return None
 
@@ -65,11 +64,13 @@ _NAMES = ("stored", "results", "saved")
 
 def facts_of(plan: Plan) -> Facts:
     """The facts of a plan, from its passes. UnsupportedError where its normalizer does not stream."""
-    from attncc.codegen.similarity import SimilaritySlots
+    from attncc.codegen.similarity import KEY, QUERY, SimilaritySlots
 
     has_backward = plan.has_backward is None
     forward, backward, mask = _costs(plan)
-    similarity = SimilaritySlots(plan)
+    slots = SimilaritySlots(plan)
+    made_q, made_k = (len(slots.own_accumulators(side)) for side in (QUERY, KEY))
+    similarity = SimilarityWork(len(plan.similarity.dots) + slots.has_dot, slots.plain_dot, made_q, made_k)
     return Facts(
         stored=tuple(name for name, _ in plan.stored),
         results=plan.results,
@@ -82,8 +83,7 @@ def facts_of(plan: Plan) -> Facts:
         rows=sum(len(part.backward.saved) + plan.needs_delta for part in plan.parts) if has_backward else 0,
         distances=any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
         nested=has_backward and not plan.one_loop,
-        dots=len(plan.similarity.dots) + similarity.has_dot,
-        plain_dot=similarity.plain_dot,
+        similarity=similarity,
         pairs=has_backward and any(g.kind in ("tile", "band") for g in plan.gradients),
     )
 

@@ -27,8 +27,7 @@ def problem_of(
         # float32 kernels keep the distances whole (codegen/offsets.py)
         distances=facts.distances and dtype != "fp32",
         nested=facts.nested,
-        dots=facts.dots,
-        plain_dot=facts.plain_dot,
+        similarity=facts.similarity,
     )
     return Problem(
         dtype=dtype,

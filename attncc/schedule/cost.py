@@ -45,6 +45,8 @@ PROGRAM_LATENCY = 4700
 LOOP_LATENCY = 1200
 # The share of its peak that a matmul instruction reaches in the best loop of plain Triton.
 TENSOR_EFFICIENCY = 0.95
+# Rows that a matmul in tensor memory takes at once: 64 take as long.
+TCGEN05_ROWS = 128
 # Loads run beside the arithmetic, but two streams that each need all of the time get in each other's way: a p-norm.
 OVERLAP = 4.5
 # Programs run each at its own pace, and one's matmuls beside another's arithmetic. Warps of one program meet at a
@@ -166,7 +168,7 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     pairs = tiles.rows * tiles.cols
     work = _pair_work(problem.costs.pair(kernel), problem.costs.mask, live)
     twice = _repeated(kernel, ks, tiles, problem, device)
-    qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
+    qk, v = sum(problem.qk_chunks) * problem.costs.similarity.dots, sum(head_chunks(problem.d_v))
     scores = {"forward": qk, "dkdv": qk + v, "dq": qk + v, "pair": qk + v}[kernel]
     results = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
     depth = twice * scores + results
@@ -179,7 +181,11 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     spilled = spilled_registers(kernel, ks, problem, device)
     alu += SPILL_ACCESSES * 4 * spilled * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
     return _TileClocks(
-        tensor=2 * pairs * depth / (flops_per_clk_sm * TENSOR_EFFICIENCY),
+        tensor=2
+        * pairs
+        * depth
+        * _idle_rows(kernel, ks, tiles, problem, device)
+        / (flops_per_clk_sm * TENSOR_EFFICIENCY),
         sfu=twice * work.sfu * pairs / device.sfu_per_clk_sm,
         alu=alu,
         memory=max(
@@ -191,9 +197,11 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
 
 
 def _matmuls(kernel: Kernel, problem: Problem) -> int:
-    """Matmuls of a tile: branches have their own scores and gradients of them, and share dp and the weights of dV."""
+    """Matmuls of a tile: branches have their own scores and gradients of them, and share dp and the weights of dV; each
+    dot of a similarity is one for the scores, and one for its gradient."""
     own = {"forward": 2, "dkdv": 2, "dq": 2, "pair": 0}[kernel]
-    return MATMULS[kernel] + own * (problem.branches - 1)
+    dots = {"forward": 1, "dkdv": 2, "dq": 2, "pair": 1}[kernel]
+    return MATMULS[kernel] + own * (problem.branches - 1) + dots * (problem.costs.similarity.dots - 1)
 
 
 def _pair_work(pair: PairCosts, mask: PairCosts, live: LiveTiles) -> PairCosts:
@@ -235,6 +243,12 @@ def _repeated(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Proble
     group of a row computes all of it, and only the second matmul is divided among them."""
     op = instruction(kernel, ks, problem, device)
     return warp_grid(op, ks, tiles)[2] if op == "wgmma" and tiles.chained else 1
+
+
+def _idle_rows(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> float:
+    """How much longer a matmul takes than its rows need: tcgen05 takes as long for 64 rows as for 128."""
+    op = instruction(kernel, ks, problem, device)
+    return max(TCGEN05_ROWS / tiles.rows, 1.0) if op == "tcgen05" else 1.0
 
 
 def _exchanges(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> int:

@@ -42,7 +42,7 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "Gluon kernels have one score a pair, and the variant has several branches"
     if problem.dtype == "fp32":
         return "Gluon kernels multiply 16-bit operands"
-    if not problem.costs.plain_dot:
+    if not problem.costs.similarity.plain_dot:
         return "the Gluon backend multiplies q with k, and this similarity is made in another way"
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:

@@ -119,6 +119,7 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     live = {tile.name: (1 if op != "mfma" else 0) * _bytes(tile, problem) for tile in tiles.resident}
     for tile, copies in zip(tiles.streamed, _copies(kernel, tiles, op, ks.num_stages, problem), strict=True):
         live[tile.name] = int(copies * _bytes(tile, problem))
+    live["made operands"] = _made_operands(kernel, ks, problem)
     live["scores"] = scores_bytes(kernel, ks, problem, device)
     live["row vectors"] = _row_vectors(kernel, tiles, op, ks.num_stages, problem)
     live["barriers"] = ALIGNMENT if op == "tcgen05" else 0
@@ -130,6 +131,12 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         live = {"a tile between layouts": transit}
     found = [Buffer(name, count) for name, count in live.items() if count]
     return tuple(sorted(found, key=lambda buffer: -buffer.bytes))
+
+
+def _made_operands(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
+    """Operands of matmuls that are computed from a loaded tile lie beside it."""
+    work, width = problem.costs.similarity, sum(problem.qk_chunks)
+    return (work.made_q * ks.block_m + work.made_k * ks.block_n) * width * problem.dtype_bytes
 
 
 def warp_grid(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[int, int, int]:

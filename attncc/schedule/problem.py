@@ -56,6 +56,20 @@ class PairCosts:
 
 
 @dataclass(frozen=True)
+class SimilarityWork:
+    """What makes a tile of raw scores: `dots` matmuls over the head dimension of q and k, the plain one among them or
+    not; `made_q` and `made_k` operands of them are computed from q's and k's tile, and have gradients of their own."""
+
+    dots: int = 1
+    plain_dot: bool = True
+    made_q: int = 0
+    made_k: int = 0
+
+
+PLAIN_DOT = SimilarityWork()
+
+
+@dataclass(frozen=True)
 class KernelCosts:
     """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
 
@@ -63,8 +77,7 @@ class KernelCosts:
     the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `rows` counts
     what dkdv streams for each query: its stored statistics, and delta. `distances`: the backward computes distances
     between queries and keys by tile. `nested`: the query heads that share a key head have a loop each in dkdv, for
-    their bounds or sums are their own. `dots` is how many matmuls over the head dimension of q and k the scores take,
-    `plain_dot` whether that is the one of q with k.
+    their bounds or sums are their own.
     """
 
     forward: PairCosts
@@ -75,8 +88,7 @@ class KernelCosts:
     rows: int = 2
     distances: bool = False
     nested: bool = False
-    dots: int = 1
-    plain_dot: bool = True
+    similarity: SimilarityWork = PLAIN_DOT
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""

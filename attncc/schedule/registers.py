@@ -69,7 +69,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     threads = ks.num_warps * device.warp_size
     pairs = tiles.rows * tiles.cols
     qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
-    columns = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel]
+    made = {"dkdv": problem.costs.similarity.made_k, "dq": problem.costs.similarity.made_q}.get(kernel, 0)
+    columns = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel] + made * qk
     # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless
     # it comes to them through shared memory.
     across = warp_grid(op, ks, tiles)[2]
