@@ -13,6 +13,7 @@ from attncc.language.functions import (
     bit_or,
     bit_xor,
     cos,
+    detach,
     dot,
     erf,
     exp,
@@ -49,7 +50,7 @@ from attncc.language.masks import (
     window,
 )
 from attncc.language.mods import alibi, alibi_slopes, bias, softcap
-from attncc.language.normalizers import cog, softmax, softmax1, taylor
+from attncc.language.normalizers import cog, entmax15, softmax, softmax1, sparsemax, taylor
 from attncc.language.textform import load_toml, loads_toml
 from attncc.language.variant import Input, Scalar, Variant
 
@@ -105,9 +106,11 @@ __all__ = [
     "cog",
     "compile",
     "cos",
+    "detach",
     "dilated",
     "document",
     "dot",
+    "entmax15",
     "erf",
     "exp",
     "exp2",
@@ -136,6 +139,7 @@ __all__ = [
     "softmax",
     "softmax1",
     "softplus",
+    "sparsemax",
     "sqrt",
     "sum_d",
     "tanh",

@@ -66,8 +66,10 @@ def _undone_gradients(graph: VariantGraph) -> list[Finding]:
 
     plan = Plan(graph)
     try:
-        if plan.has_backward is None:
-            plan.gradients  # noqa: B018
-    except UnsupportedError as error:
-        return [Finding("warning", f"there is no backward: {error.reason}", error.stage, error.span, error.remedy)]
-    return []
+        plan.backward  # noqa: B018
+    except UnsupportedError:
+        return []  # lint has said so
+    error = plan.has_backward
+    if error is None:
+        return []
+    return [Finding("warning", f"there is no backward: {error.reason}", error.stage, error.span, error.remedy)]

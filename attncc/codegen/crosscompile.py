@@ -148,6 +148,8 @@ def _tiling(name: str, schedule: Schedule) -> Any:
     for loop, tiling in light_tilings(schedule).items():
         if name.startswith(f"{loop}_"):
             return tiling
+    if name.startswith("cotangents"):
+        return schedule.dq
     if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq

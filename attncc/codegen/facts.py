@@ -12,20 +12,22 @@ from attncc.ir.levels import Level, level
 from attncc.passes.counts import pair_costs
 from attncc.passes.differentiate import DP
 from attncc.passes.fold import S
-from attncc.passes.stream import renamed
+from attncc.passes.stream import Sweep, renamed
 from attncc.schedule.problem import PairCosts, SimilarityWork
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan
 
+#: sweeps that the search for an implicit value takes, for the cost model
+TYPICAL_TURNS = 8
 _PAIR_NAMES = frozenset({S.name, DP.name, "qk"})
 
 
 @dataclass(frozen=True)
 class Facts:
     """`stored`: names of the row statistics that the forward writes; `results`: of all that it returns behind `out`;
-    `saved`: of those that the backward reads, if there is one. The costs are those of `KernelCosts`; `pairs` is that
-    of `Problem`.
+    `saved`: of those that the backward reads, if there is one. The costs, `sweeps` and
+    `only_triton` are those of `KernelCosts`; `pairs` is that of `Problem`.
     """
 
     stored: tuple[str, ...]
@@ -41,6 +43,8 @@ class Facts:
     nested: bool
     similarity: SimilarityWork
     pairs: bool
+    sweeps: int
+    only_triton: str
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for the cache."""
@@ -80,12 +84,30 @@ def facts_of(plan: Plan) -> Facts:
         backward=backward,
         mask=mask,
         vectors=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL}),
-        rows=sum(len(part.backward.saved) + plan.needs_delta for part in plan.parts) if has_backward else 0,
+        rows=sum(len(part.backward.pair_rows) + plan.needs_delta for part in plan.parts) if has_backward else 0,
         distances=any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
         nested=has_backward and not plan.one_loop,
         similarity=similarity,
         pairs=has_backward and any(g.kind in ("tile", "band") for g in plan.gradients),
+        sweeps=sum(_turns(sweep) for part in plan.parts for sweep in part.online.before),
+        only_triton=plan.only_triton,
     )
+
+
+def _turns(sweep: Sweep) -> int:
+    """How often a sweep goes over the keys."""
+    return TYPICAL_TURNS if sweep.root is not None else 1
+
+
+def _sweep_costs(plan: Plan, sweep: Sweep) -> PairCosts:
+    folded, maxima = plan.folded, sweep.max_symbols
+    to_new = {m: renamed(m) for m in maxima}
+    exprs = [folded.apply_online(r.term.xreplace(to_new), maxima) for r in sweep.sums]
+    exprs += [folded.maximum_of(g) for _, g in sweep.maxes]
+    if sweep.root is not None:
+        exprs += [folded.apply(e) for e in (sweep.root.term, sweep.root.term.diff(sym.UNKNOWN))]
+    found = pair_costs([folded.score, *exprs], _PAIR_NAMES)
+    return PairCosts(found.fma + len(exprs), found.sfu, found.int, found.loads)
 
 
 def _costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
@@ -111,6 +133,8 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     forward = pair_costs([folded.score, *terms, *operands], _PAIR_NAMES)
     extra = len(operands) + len(online.sums) + 1
     forward = PairCosts(forward.fma + extra, forward.sfu, forward.int, forward.loads)
+    for sweep in online.before:
+        forward = _total([forward, *[_sweep_costs(plan, sweep)] * _turns(sweep)])
     backward = forward
     if plan.has_backward is None:
         raw = {sym.RAW_SCORE: plan.core["raw_score"].expr}

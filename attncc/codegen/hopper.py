@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 
 from attncc.codegen.chunks import chunks
-from attncc.codegen.kernels import forward_slots
+from attncc.codegen.forward import forward_slots
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import SimilaritySlots
 from attncc.codegen.statements import free_names, in_gluon
@@ -36,6 +36,8 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             f"Gluon kernels multiply q with k, and the similarity of '{plan.graph.name}' is made in another way",
             remedy="use backend='triton'",
         )
+    if plan.only_triton:
+        raise UnsupportedError(plan.only_triton, remedy="use backend='triton'")
     f = forward_slots(plan, chunks(d_qk), hopper=True)
     (chain,) = f.pop("chains")
     f = {**f, **chain, "visible": chain["show"]}

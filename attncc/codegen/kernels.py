@@ -1,8 +1,11 @@
-"""The slots of each kernel's template, filled with lines from the passes' facts."""
+"""The slots of each kernel's template, filled with lines from the passes' facts: the backward, and the small kernels.
+
+Those of the forward are in `codegen.forward`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -17,16 +20,9 @@ from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
-from attncc.passes.fold import LN2, S, exp2
-from attncc.passes.stream import LSE, renamed
+from attncc.passes.fold import LN2, S
+from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
-
-#: where a running maximum starts: below every score, and finite, so that no difference of two is NaN
-NEGATIVE = "-1.0e30"
-
-
-#: the name of what a score adds to all keys of a row in a tile
-ROW_OFFSET = "row_offset"
 
 
 def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
@@ -45,231 +41,36 @@ def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
     return {**leaves, **extra}
 
 
-def _visible(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
+def visible_lines(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
     """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts."""
     scope = lowering.branch()
     conditions = list(edges)
     if mask is not sympy.true:
         conditions.append(scope.emit(mask, Level.PAIR))
+        lowering.set_aside(scope)
     return [*scope.body, f"{name} = {' & '.join(conditions)}"]
 
 
-def _shown(plan: Plan) -> list[tuple[Plan, str, bool]]:
+def shown_masks(plan: Plan) -> list[tuple[Plan, str, bool]]:
     """Each part with the name of what its mask shows, and whether that is computed for it: equal masks share it."""
     own = len(plan.masks) > 1
     return [(part, part.own("visible") if own else "visible", own or i == 0) for i, part in enumerate(plan.parts)]
 
 
-def _edge(axis: str, rows_first: bool) -> str:
+def edge(axis: str, rows_first: bool) -> str:
     length = {"q_idx": "q_len", "kv_idx": "kv_len"}[axis]
     first = (axis == "q_idx") == rows_first
     return f"({axis} < {length}){'[:, None]' if first else '[None, :]'}"
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """What the forward computes for one part, in the unit of its score: operands of the running maxima, accumulated
-    terms (that of the output row first) and the factors that rescale them."""
-
-    part: Plan
-    score: Any
-    operands: list[Any]
-    terms: list[Any]
-    rescales: list[Any]
-    scaled: Any
-    #: what the score adds to all keys of a row in a tile, where that joins the row's maximum; `score` is without it
-    row_part: Any = sympy.S.Zero
-
-    @property
-    def vanishes(self) -> bool:
-        """Where everything is exp2(score - m), a hidden score of -inf does all that a mask must do."""
-        s = sympy.Symbol(self.part.own(S.name), real=True)
-        return all(_vanishes(t, s) for t in self.terms) and all(o == self.scaled for o in self.operands)
-
-
-def _terms(part: Plan) -> _Terms:
-    online, folded = part.online, part.folded
-    maxima = online.max_symbols
-    to_new = {m: renamed(m) for m in maxima}
-    accumulated = (online.numerator, *online.sums)
-    return _Terms(
-        part,
-        part.tagged(folded.score),
-        [part.tagged(folded.maximum_of(g)) for _, g in online.maxes],
-        [part.tagged(folded.apply_online(r.term.xreplace(to_new), maxima)) for r in accumulated],
-        [part.tagged(folded.apply_online(r.rescale, maxima)) for r in accumulated],
-        part.tagged(folded.unit * S),
-    )
-
-
-def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
-    """The same with distances taken apart by tile, and with `row_part` split off where that is enough."""
-    score = split_distances(t.score)
-    if not t.vanishes:
-        return replace(t, score=score)
-    shared = [e for e in sympy.Add.make_args(score) if lowering.level_of(e) in (Level.PROGRAM, Level.ROW)]
-    row_part = sympy.Add(*shared)
-    if row_part == 0:
-        return replace(t, score=score)
-    s = sympy.Symbol(t.part.own(S.name), real=True)
-    offset = sympy.Symbol(t.part.own(ROW_OFFSET), real=True)
-    terms = [exp2(sympy.expand(term.args[0].xreplace({s: s + offset}))) for term in t.terms]
-    return replace(t, score=score - row_part, row_part=row_part, terms=terms)
-
-
-def forward_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False) -> dict[str, Any]:
-    """Slots of forward.py.j2. hopper: for kernels in which several groups of warps share a block of rows.
-
-    There, bounds that need a whole block are found apart, distances are taken apart by tile, and what a score adds to
-    all keys of a row joins the row's maximum.
-    """
-    extra = {}
-    for part in plan.parts:
-        for m in part.online.max_symbols:
-            extra[part.own(m.name)] = Leaf(part.own(m.name), Level.ROW)
-            extra[part.own(renamed(m).name)] = Leaf(part.own(renamed(m).name), Level.ROW)
-        for r in part.online.sums:
-            extra[part.own(r.symbol.name)] = Leaf(part.own(r.symbol.name), Level.ROW)
-        extra[part.own(ROW_OFFSET)] = Leaf(part.own(ROW_OFFSET), Level.ROW)
-    similarity, running = SimilaritySlots(plan), frozenset(extra) | RUNNING
-    leaves = {**base_leaves(plan, extra), **(LEAVES if hopper else {})}
-    lowering = Lowering(plan.core, leaves, running=running, blank=_blank(similarity, rows_first=True))
-    computed = [_terms(part) for part in plan.parts]
-    if hopper:
-        computed = [_by_tile(t, lowering) for t in computed]
-    for t in computed:
-        lowering.count([t.score, t.row_part, t.part.graph["mask"].expr, *t.operands, *t.terms])
-        _prefer_shared(lowering, t.terms)
-    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", hopper)
-    chains = [
-        _forward_chain(t, lowering, visible, fresh)
-        for t, (_, visible, fresh) in zip(computed, _shown(plan), strict=True)
-    ]
-    after = lowering.after_loop()
-    for chain, t in zip(chains, computed, strict=True):
-        chain.update(_forward_end(t.part, after))
-    return {
-        "bounds": bounds,
-        **_similarity_slots(similarity, QUERY, qk_chunks, lowering, base_leaves(plan, {})),
-        "outer": lowering.outer,
-        "chains": chains,
-        "negative": NEGATIVE,
-        "helpers": lowering.helpers,
-    }
-
-
-def _forward_chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool) -> dict[str, Any]:
-    """What one part does with a tile of its scores, up to its share of the accumulation."""
-    part, online, unit = t.part, t.part.online, t.part.tagged(t.part.folded.unit)
-    own = part.own
-    score = lowering.tile(t.score)
-    shown = _visible(lowering, part.graph["mask"].expr, [_edge("kv_idx", True)], visible) if fresh else []
-    score_lines = _take(lowering)
-    max_lines = []
-    if t.row_part != 0:
-        offset = lowering.emit(t.row_part, Level.ROW)
-        max_lines = [*_take(lowering), f"{own(ROW_OFFSET)} = {offset}"]
-    for number, ((m, _), operand) in enumerate(zip(online.maxes, t.operands, strict=True)):
-        # unit is positive, so it can multiply the row's maximum and not every pair
-        by_unit = operand == t.scaled and unit != 1
-        text = own("s") if operand == t.scaled else lowering.tile(operand)
-        factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
-        if t.row_part != 0:
-            factor += f" + {lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True))}"
-        max_lines += _take(lowering)
-        if not t.vanishes:
-            name = own(f"shown_{number}")
-            max_lines += [f"{name} = {text}", "if phase == 0:"]
-            max_lines.append(f'    {name} = tl.where({visible}, {text}, float("-inf"))')
-            text = name
-        max_lines.append(f"{own(renamed(m).name)} = tl.maximum({own(m.name)}, tl.max({text}, 1){factor})")
-    lowering.assign(own("p"), t.terms[0], Level.PAIR)
-    weight_lines = _take(lowering)
-    names = {t.terms[0]: own("p")}
-    for k, term in enumerate(t.terms[1:]):
-        if term not in names:
-            names[term] = own(f"term_{k}")
-            lowering.assign(names[term], term, Level.PAIR)
-            weight_lines += _take(lowering)
-    hide = [] if t.vanishes else [f"{n} = tl.where({visible}, {n}, 0.0)" for n in names.values()]
-    factor_names: dict[Any, str] = {}
-    rescale_lines = []
-    for rescale in t.rescales:
-        if rescale != 1 and rescale not in factor_names:
-            name = own("alpha" if not factor_names else f"alpha_{len(factor_names)}")
-            factor_names[rescale] = name
-            text = lowering.emit(rescale)
-            rescale_lines += _take(lowering)
-            if not isinstance(rescale, exp2):  # only exp2 is known to be finite at the start, when m is still NEGATIVE
-                text = f"tl.where({own(online.max_symbols[0].name)} > {NEGATIVE}, {text}, 0.0)"
-            rescale_lines.append(f"{name} = {text}")
-    sum_lines = []
-    for r, term, rescale in zip(online.sums, t.terms[1:], t.rescales[1:], strict=True):
-        name = own(r.symbol.name)
-        kept = f"{name} * {factor_names[rescale]}" if rescale != 1 else name
-        sum_lines.append(f"{name} = {kept} + tl.sum({names[term]}, 1)")
-    return {
-        "tag": part.tag,
-        "by_tile": uses_tiles(t.score, t.row_part),
-        "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
-        "score": score,
-        "score_lines": score_lines,
-        "visible": visible,
-        "show": shown,
-        "vanishes": t.vanishes,
-        "max_lines": max_lines,
-        "weight_lines": weight_lines,
-        "hide": hide,
-        "rescale_lines": rescale_lines,
-        "acc_rescale": factor_names.get(t.rescales[0]),
-        "sum_lines": sum_lines,
-        "moves": [(own(m.name), own(renamed(m).name)) for m in online.max_symbols],
-        "sums": [own(r.symbol.name) for r in online.sums],
-    }
-
-
-def _forward_end(part: Plan, after: Lowering) -> dict[str, Any]:
-    """What is left of a part when its last key is seen: its row's factor, and the statistics that are stored."""
-    online, folded, guard = part.online, part.folded, _needs_guard(part)
-    maxima = online.max_symbols
-    scale = part.tagged(folded.apply_online(online.coefficient * online.scale, maxima))
-    stored = [(n, part.tagged(folded.apply_online(e, maxima))) for n, e in part.stored]
-    after.count([scale, *(e for _, e in stored)])
-    final = after.emit(scale) if scale != 1 else None
-    if final is not None and not guard and after.level_of(scale) == Level.ROW:
-        final = f"({final})[:, None]"
-    final_lines = _take(after)
-    stores = []
-    for name, e in stored:
-        text = after.emit(e)
-        stores += _take(after)
-        empty = 'float("-inf")' if name == "lse" else "0.0"
-        if guard:
-            text = f"tl.where({part.own('alive')}, {text}, {empty})"
-        stores.append(f"tl.store({part.own(name).upper()}_PTR + bh * q_len + q_idx, {text}, mask=q_idx < q_len)")
-    alive = None
-    if maxima:
-        alive = f"{part.own(maxima[0].name)} > {NEGATIVE}"
-    elif guard:
-        alive = f"{part.own('seen')} > 0"
-    return {
-        "final_lines": final_lines,
-        "final": final,
-        "guard": guard,
-        "alive": alive,
-        "count_seen": guard and not maxima,
-        "stores": stores,
-    }
-
-
-def _blank(similarity: SimilaritySlots, rows_first: bool) -> str:
+def blank_tile(similarity: SimilaritySlots, rows_first: bool) -> str:
     """A tile of zeros."""
     if similarity.has_dot:
         return "tl.zeros_like(qk)"
     return f"tl.zeros([{'BLOCK_M, BLOCK_N' if rows_first else 'BLOCK_N, BLOCK_M'}], tl.float32)"
 
 
-def _similarity_slots(
+def similarity_slots(
     similarity: SimilaritySlots, resident: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
 ) -> dict[str, Any]:
     """The matmuls of a tile's scores. `resident` is the side whose tile stays while the other streams."""
@@ -297,33 +98,17 @@ def _after_slots(
     }
 
 
-def _take(lowering: Lowering) -> list[str]:
+def take(lowering: Lowering) -> list[str]:
     lines = list(lowering.body)
     lowering.body.clear()
     return lines
 
 
-def _prefer_shared(lowering: Lowering, terms: list[Any]) -> None:
-    """Equal terms are one value however often they are accumulated."""
-    lowering.count(terms[1:])
-
-
-def _vanishes(term: Any, s: sympy.Symbol) -> bool:
-    """Is the term exp2(k * s - a row value), which is 0 at a score of -inf?"""
-    if not isinstance(term, exp2):
-        return False
-    coefficient = sympy.expand(term.args[0]).coeff(s)
-    rest = sympy.expand(term.args[0] - coefficient * s)
-    return bool(coefficient.is_positive) and s not in rest.free_symbols and sym.KV_IDX not in rest.free_symbols
-
-
-def _needs_guard(plan: Plan) -> bool:
-    """Can finishing an empty row divide by zero, or must its statistic be -inf?"""
-    return bool(plan.stored) or bool(plan.online.sums)
-
-
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
     extra = {name: Leaf(name, Level.ROW) for name in plan.saved_names}
+    for part in plan.parts:
+        swept = (*part.backward.parts, *part.backward.cotangents)
+        extra |= {part.own(s.name): Leaf(part.own(s.name), Level.ROW) for s, _ in swept}
     extra[DP.name] = Leaf("dp", Level.PAIR)
     extra |= {part.own(DELTA.name): Leaf(part.own(DELTA.name), Level.ROW) for part in plan.parts}
     return base_leaves(plan, extra)
@@ -352,9 +137,9 @@ def _pair_slots(
     only their own parts are computed. by_tile: distances are taken apart by tile.
     """
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
-    leaves, blank = {**base, **LEAVES}, _blank(similarity, rows_first)
+    leaves, blank = {**base, **LEAVES}, blank_tile(similarity, rows_first)
     lowering = Lowering(plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank)
-    shown = [s for i, s in enumerate(_shown(plan)) if in_loop or any(g.part == i for g in wanted)]
+    shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1
     computed = [
@@ -380,20 +165,20 @@ def _pair_slots(
     final_lines, row_lines = [], []
     for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
         chain["dqk_scale"] = after.emit(part.tagged(part.backward.dqk_scale)) if one_scale else "1"
-        final_lines += _take(after)
+        final_lines += take(after)
         row_only = [g for g in gradients if g.row_only]
         if row_only:
             row_lines.append(f"{part.own('alive')} = {_alive(part)}")
         for gradient in row_only:
             text = after.emit(part.tagged(part.folded.apply(gradient.expr)), Level.ROW)
-            row_lines += _take(after)
+            row_lines += take(after)
             row_lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
     deltas = [part.own("delta") for part, _, _ in shown] if plan.needs_delta else []
-    saved = [part.own(s.name) for part, _, _ in shown for s, _ in part.backward.saved]
+    saved = [part.own(name) for part, _, _ in shown for name in part.backward.pair_rows]
     resident = QUERY if rows_first else KEY
     return {
         "bounds": bounds,
-        **_similarity_slots(similarity, resident, qk_chunks, lowering, base),
+        **similarity_slots(similarity, resident, qk_chunks, lowering, base),
         **(_after_slots(similarity, resident, qk_chunks, lowering, base) if in_loop else {}),
         "outer": lowering.outer,
         "by_head": lowering.by_head,
@@ -470,10 +255,10 @@ def _backward_chain(
     """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already."""
     score = next((lowering.tile(e) for e in exprs.score), None)
     mask = part.graph["mask"].expr
-    shown = _visible(lowering, mask, edges, visible) if edges is not None else []
-    score_lines = _take(lowering)
+    shown = visible_lines(lowering, mask, edges, visible) if edges is not None else []
+    score_lines = take(lowering)
     lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
-    weight_lines = _take(lowering)
+    weight_lines = take(lowering)
     hide = []
     for name, expr in (*exprs.dsums.items(), *zip(exprs.names, exprs.dreads, strict=True)):
         lowering.assign(name, expr, Level.PAIR)
@@ -486,23 +271,69 @@ def _backward_chain(
         "visible": visible,
         "show": shown,
         "weight_lines": weight_lines,
-        "grad_lines": _take(lowering),
+        "grad_lines": take(lowering),
         "hide": hide,
     }
 
 
 def _alive(part: Plan) -> str:
-    """In the backward, whether a row saw any key: its lse is finite, or its other statistics are not all 0."""
+    """In the backward, whether a row saw any key: its lse is finite, or its other statistics are not all 0, or -inf
+    where reverse mode reads them."""
     names = part.saved_names
-    if part.own(LSE.name) in names:
+    if part.own(LSE.name) in names or (part.by_reverse and names):
         return f'{names[0]} > float("-inf")'
     return " | ".join(f"({n} != 0.0)" for n in names) or "q_idx < q_len"
+
+
+def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
+    """Slots of cotangents.py.j2: the sums that a part's gradient through row statistics needs, and the cotangents of
+    those."""
+    folded, backward, mask = part.folded, part.backward, part.graph["mask"].expr
+    similarity, base = SimilaritySlots(plan), backward_leaves(plan)
+    score = part.tagged(folded.score)
+    parts = {part.own(s.name): part.tagged(_over_raw(part, e)) for s, e in backward.parts}
+    blank = blank_tile(similarity, rows_first=True)
+    lowering = Lowering(plan.core, base, running=frozenset(parts), blank=blank)
+    lowering.count([score, mask, *parts.values()])
+    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len")
+    score_text = lowering.tile(score)
+    visible = visible_lines(lowering, mask, [edge("kv_idx", True)])
+    score_lines = take(lowering)
+    for name, expr in parts.items():
+        lowering.assign(f"{name}_tile", expr, Level.PAIR)
+    part_lines = take(lowering)
+    after = lowering.after_loop()
+    cotangents = [(part.own(s.name), part.tagged(folded.apply(e))) for s, e in backward.cotangents]
+    texts = {name: after.emit(e, Level.ROW) for name, e in cotangents}
+    rows = [part.own(s.name) for s, _ in backward.saved]
+    return {
+        "name": f"cotangents{part.tag}_kernel",
+        "tag": part.tag,
+        "branch": part.branch,
+        "mask": formula(mask),
+        "bounds": bounds,
+        **similarity_slots(similarity, QUERY, qk_chunks, lowering, base),
+        "outer": lowering.outer,
+        "score": score_text,
+        "score_lines": score_lines,
+        "visible": visible,
+        "part_lines": part_lines,
+        "hide": [f"{name}_tile = tl.where(visible, {name}_tile, 0.0)" for name in parts],
+        "final_lines": take(after),
+        "loaded": (*rows, *((part.own("delta"),) if backward.sweep_needs_delta else ())),
+        "parts": tuple(parts),
+        "cotangents": tuple(texts),
+        "texts": texts,
+        "needs_dp": any(DP in e.free_symbols for _, e in backward.parts),
+        "alive": _alive(part),
+        "helpers": lowering.helpers,
+    }
 
 
 def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:
     """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits."""
     wanted = [g for g in plan.gradients if g.kind == "col"]
-    edges = [_edge("q_idx", False), _edge("kv_idx", False)]
+    edges = [edge("q_idx", False), edge("kv_idx", False)]
     inside = "kv_idx < kv_len"
     slots = _pair_slots(
         plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside, many_heads=True, by_tile=by_tile
@@ -513,7 +344,7 @@ def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[
 def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:
     """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`."""
     wanted = [g for g in plan.gradients if g.kind in ("program", "row")]
-    edges = [_edge("kv_idx", True)]
+    edges = [edge("kv_idx", True)]
     inside = "q_idx < q_len"
     return _pair_slots(
         plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside, settle=True, by_tile=by_tile
@@ -522,7 +353,7 @@ def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[st
 
 def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient) -> dict[str, Any]:
     """Slots of pair_grad.py.j2, for one element read that varies by pair."""
-    edges = [_edge("q_idx", True), _edge("kv_idx", True)]
+    edges = [edge("q_idx", True), edge("kv_idx", True)]
     common = _pair_slots(
         plan, qk_chunks, True, [gradient], plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", in_loop=False
     )

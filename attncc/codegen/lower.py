@@ -68,6 +68,7 @@ class Lowering:
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
     _names: Counter[str] = field(default_factory=Counter)
     _uses: Counter[Any] = field(default_factory=Counter)
+    _aside: dict[Any, tuple[str, Level]] = field(default_factory=dict)
 
     def count(self, exprs: Iterable[Any]) -> None:
         """Announce expressions before they are emitted: what occurs twice becomes a named value."""
@@ -83,10 +84,20 @@ class Lowering:
         """A scope inside the loop whose statements are its own, such as the body of an `if`."""
         return replace(self, body=[], _memo=dict(self._memo))
 
+    def set_aside(self, scope: Lowering) -> None:
+        """Let loops behind this one know what a branch hoisted."""
+        self._aside.update({e: v for e, v in scope._memo.items() if self._is_outer(e, v[1])})
+
     def after_loop(self) -> Lowering:
         """The scope behind the loop: only what was computed before the loop still stands."""
         kept = {e: v for e, v in self._memo.items() if self._is_outer(e, v[1])}
         return replace(self, body=[], _memo=kept)
+
+    def next_sweep(self, running: frozenset[str]) -> Lowering:
+        """The scope of another loop behind this one, in which other row values change; what it needs is hoisted to
+        between the two."""
+        after = self.after_loop()
+        return replace(after, outer=[], running=running, _memo={**self._aside, **after._memo}, _uses=Counter())
 
     def emit(self, expr: Any, at: Level | None = None) -> str:
         """The text of an expression, as an operand of level `at` (its own level by default)."""
@@ -350,6 +361,9 @@ class Lowering:
         condition = self._operand(expr.args[0], level, False)
         a, b = (self._operand(x, level, is_float) for x in expr.args[1:])
         return f"tl.where({condition}, {a}, {b})"
+
+    def _detach(self, expr: Any, level: Level) -> str:
+        return self._operand(expr.args[0], level, type_of(expr) == "float")
 
     def _floor(self, expr: Any, level: Level) -> str:
         return f"tl.floor({self._operand(expr.args[0], level, True)}).to(tl.int32)"

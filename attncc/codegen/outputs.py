@@ -8,10 +8,8 @@ from typing import Any
 import sympy
 
 from attncc.codegen.bounds import bound_lines
-from attncc.codegen.kernels import _edge as edge
-from attncc.codegen.kernels import _take as take
-from attncc.codegen.kernels import _visible as visible_lines
 from attncc.codegen.kernels import base_leaves as leaves_of
+from attncc.codegen.kernels import edge, take, visible_lines
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym

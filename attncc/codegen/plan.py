@@ -23,11 +23,13 @@ from attncc.passes.differentiate import (
     Backward,
     PairCotangents,
     differentiate,
+    needs_reverse,
     normal_form,
 )
 from attncc.passes.fold import Folded, S, fold
+from attncc.passes.reverse import first_at
 from attncc.passes.similarity import Similarity, similarity
-from attncc.passes.stream import LSE, Online, renamed, stream
+from attncc.passes.stream import LSE, Online, Sweep, renamed, stream
 from attncc.passes.tiles import TilePlan, tile_plan_of
 
 
@@ -99,6 +101,11 @@ class Plan:
         """The variant with row and column terms of its similarity as inputs: what the kernels' pairs are made of."""
         return self.similarity.core
 
+    @property
+    def branch(self) -> int:
+        """The number of this part's branch."""
+        return int(self.tag[1:]) if self.tag else 0
+
     @cached_property
     def online(self) -> Online:
         return stream(self.core)
@@ -154,8 +161,32 @@ class Plan:
 
     @cached_property
     def _own_symbols(self) -> frozenset[sympy.Symbol]:
-        own = {S, sym.QK, LSE, DELTA, *self.online.max_symbols, *(r.symbol for r in self.online.sums)}
-        return frozenset({*own, *map(renamed, self.online.max_symbols)})
+        own = {S, sym.QK, LSE, DELTA}
+        steps: list[Sweep | Online] = [*self.online.before, self.online]
+        for step in steps:
+            own |= {*step.max_symbols, *map(renamed, step.max_symbols), *(r.symbol for r in step.sums)}
+        for sweep in self.online.before:
+            if sweep.root is not None:
+                name = sweep.root.symbol.name
+                own |= {sympy.Symbol(n, real=True) for n in (name, f"{name}_slope", f"{name}_value")}
+        if self.has_backward is None:
+            backward = self.backward
+            own |= {s for s, _ in (*backward.saved, *backward.parts, *backward.cotangents)}
+        return frozenset(own)
+
+    @cached_property
+    def by_reverse(self) -> bool:
+        """Does a gradient pass through row statistics? Their rows are then -inf where a row saw no key."""
+        return needs_reverse(self.core, self.online)
+
+    @cached_property
+    def only_triton(self) -> str:
+        """Why only the Triton backend has this forward, if so."""
+        if any(part.online.before for part in self.parts):
+            return "Gluon kernels go over the keys once, and this plan has several passes"
+        if any(first_at(m).name in dict(part.stored) for part in self.parts for m in part.online.max_symbols):
+            return "Gluon kernels do not keep where a row maximum is, which this backward needs"
+        return ""
 
     @cached_property
     def stored(self) -> tuple[tuple[str, sympy.Expr], ...]:
@@ -163,6 +194,8 @@ class Plan:
         if len(self.parts) > 1:
             return tuple((part.own(name), e) for part in self.parts for name, e in part.stored)
         rows = [(s.name, e) for s, e in normal_form(self.online).saved]
+        if self.by_reverse and self.has_backward is None:
+            rows += [(s.name, e) for s, e in self.backward.saved if s.name not in dict(rows)]
         if self.online.lse is not None and LSE.name not in dict(rows):
             rows.append((LSE.name, self.online.lse))
         return tuple(rows)
@@ -187,7 +220,7 @@ class Plan:
 
     @cached_property
     def needs_delta(self) -> bool:
-        return any(part.backward.needs_delta for part in self.parts)
+        return any(part.backward.needs_delta or part.backward.sweep_needs_delta for part in self.parts)
 
     @cached_property
     def results(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ def problem_of(
         distances=facts.distances and dtype != "fp32",
         nested=facts.nested,
         similarity=facts.similarity,
+        sweeps=facts.sweeps,
+        only_triton=facts.only_triton,
     )
     return Problem(
         dtype=dtype,

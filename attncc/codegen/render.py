@@ -10,14 +10,15 @@ from typing import Any, get_args
 
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks
+from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.indices import collect_lines, nested_reads
 from attncc.codegen.kernels import (
     base_leaves,
     bounds_slots,
+    cotangent_slots,
     dkdv_slots,
     dq_slots,
-    forward_slots,
     pair_slots,
     summary_slots,
 )
@@ -108,6 +109,7 @@ def render(
     host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "saved": (), "pair": {}}
     host |= {
         "nested_reads": False,
+        "cotangents": [],
         "graph": graph,
         "terms": terms,
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
@@ -123,6 +125,10 @@ def render(
         bounds += _bounds(plan, "q", plan.over_queries, kv["bounds"])
         if plan.needs_delta:
             kernels.append(("delta.py.j2", {}))
+        swept = [cotangent_slots(plan, part, qk_chunks) for part in plan.parts if part.backward.cotangents]
+        for slots in swept:
+            helpers |= slots["helpers"]
+            kernels.append(("cotangents.py.j2", {"k": slots}))
         kernels += [("dkdv.py.j2", {"k": kv}), ("dq.py.j2", {"k": dq})]
         for p in pair.values():
             kernels.append(("pair_grad.py.j2", {"k": p, "what": formula(p["gradient"].read)}))
@@ -135,6 +141,7 @@ def render(
             saved=plan.saved,
             collects=collect_lines(plan, similarity.gradients),
             nested_reads=nested_reads(plan),
+            cotangents=swept,
         )
     scans = []
     for u in bounds:

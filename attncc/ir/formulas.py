@@ -31,7 +31,8 @@ def stage_texts(graph: VariantGraph) -> dict[str, str]:
         sums[sympy.Symbol(stage.name, real=True)] = sympy.Symbol(f"sum_d({formula(stage.expr)})", real=True)
     for stage in graph.rows:
         # a reduction prints as a name, so that whatever it stands in keeps its form
-        text = f"row.{stage.op}({formula(stage.expr.xreplace(rows))})"
+        body = formula(stage.expr.xreplace(rows))
+        text = body if stage.op == "root" else f"row.{stage.op}({body})"
         rows[sym.row_symbol(*_numbered(stage.name))] = sympy.Symbol(text, real=True)
     return {
         "similarity": formula(graph["raw_score"].expr.xreplace(sums)),

@@ -6,6 +6,7 @@
     stage  := name = sum_d(expr)                    a sum over the head dimension, of q_vec, k_vec and vector inputs
             | name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
             | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
+            | name = row.root(t: row.sum(expr) + expr, lo, hi)  one value a query: the t that makes the sum 0
             | out  = row.sum(expr * v_vec)          the output row
     output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
 
@@ -69,8 +70,8 @@ class ScalarDecl:
 
 @dataclass(frozen=True)
 class Stage:
-    """One named value. `op` is None for a pair stage, "max" or "sum" for a reduction over the visible keys of a row,
-    "sum_d" for a sum over the head dimension."""
+    """One named value. `op` is None for a pair stage; for a reduction over the visible keys of a row it is "max" or
+    "sum", or "root", of which `expr` is a `vocabulary.Root`; for a sum over the head dimension it is "sum_d"."""
 
     name: str
     expr: sympy.Basic
@@ -169,7 +170,7 @@ class VariantGraph:
     @cached_property
     def rows(self) -> tuple[Stage, ...]:
         """The row reductions, without `out`."""
-        return tuple(s for s in self.stages if s.op in ("max", "sum") and s.name != "out")
+        return tuple(s for s in self.stages if s.op in ("max", "sum", "root") and s.name != "out")
 
     @cached_property
     def sums_d(self) -> tuple[Stage, ...]:

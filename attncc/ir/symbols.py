@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
+
 import sympy
 
 
@@ -31,6 +34,11 @@ SCORE = sympy.Symbol("score", real=True)
 WEIGHT = sympy.Symbol("weight", real=True)
 V_VEC = sympy.Symbol("v_vec", real=True)
 
+#: the row reductions, and what kernels keep beside them: the next maximum, where it is, how often, a cotangent
+ROW_NAME = r"row_(max|sum|root|part)_\d+(_[a-z]+)?(\[\d+\])?|row_unknown"
+#: what a row.root solves for; bound inside it
+UNKNOWN = sympy.Symbol("row_unknown", real=True)
+
 #: indices and lengths that every stage sees, by the user's names
 INDICES: dict[str, sympy.Symbol] = {s.name: s for s in (B, H, H_KV, Q_IDX, KV_IDX, Q_LEN, KV_LEN, NUM_HEADS)}
 
@@ -48,6 +56,12 @@ def of_branch(symbol: sympy.Symbol, branch: int) -> sympy.Symbol:
 def similarity_symbol(kind: str, number: int) -> sympy.Symbol:
     """The value of the `number`-th sum over the head dimension of its kind, e.g. `k_term_0`."""
     return sympy.Symbol(f"{kind}_{number}", real=True)
+
+
+@cache
+def is_row_name(name: str) -> bool:
+    """Is it the name of a row reduction, or of something that a kernel keeps beside one?"""
+    return re.fullmatch(ROW_NAME, name) is not None
 
 
 def scalar_symbol(name: str, is_int: bool) -> sympy.Symbol:

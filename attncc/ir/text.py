@@ -11,7 +11,7 @@ from sympy.printing.str import StrPrinter
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.levels import Level, level
 from attncc.ir.outputs import Output, Reduction
-from attncc.ir.symbols import COMPONENT
+from attncc.ir.symbols import COMPONENT, UNKNOWN
 
 
 class FormulaPrinter(StrPrinter):
@@ -53,6 +53,13 @@ class FormulaPrinter(StrPrinter):
         text = self._print(expr)
         return f"({text})" if isinstance(expr, sympy.And | sympy.Or) else text
 
+    def _print_Root(self, expr: Any) -> str:
+        names = {s.name for a in expr.args for s in a.free_symbols}
+        shown = next(n for n in ("t", "tau", "row_unknown") if n not in names or n == UNKNOWN.name)
+        term, rest, lo, hi = (a.xreplace({UNKNOWN: sympy.Symbol(shown, real=True)}) for a in expr.args)
+        total = sympy.Symbol(f"row.sum({self._print(term)})", real=True) + rest
+        return f"row.root(lambda {shown}: {self._print(total)}, {self._print(lo)}, {self._print(hi)})"
+
     def _print_Relational(self, expr: Any) -> str:
         return f"{self._print(expr.lhs)} {expr.rel_op} {self._print(expr.rhs)}"
 
@@ -78,7 +85,7 @@ def _definition(stage: Stage) -> str:
     body = formula(stage.expr)
     if stage.op == "sum_d":
         return f"sum_d({body})"
-    return f"row.{stage.op}({body})" if stage.op else body
+    return f"row.{stage.op}({body})" if stage.op in ("max", "sum") else body
 
 
 def _each(stage: Stage) -> str:

@@ -17,6 +17,8 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from sympy.printing.precedence import PRECEDENCE
 
+from attncc.ir.symbols import UNKNOWN
+
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 
@@ -225,8 +227,9 @@ class where(Op):
     def _eval_is_nonnegative(self) -> bool | None:
         return True if all(a.is_nonnegative for a in self.args[1:]) else None
 
-    def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        return where(self.args[0], 1, 0) if argindex == 2 else where(self.args[0], 0, 1)
+    def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
+        # the side that is not taken may have an infinite slope, which no factor of 0 would hide
+        return where(self.args[0], self.args[1].diff(s), self.args[2].diff(s))
 
 
 class floordiv(Op):
@@ -333,6 +336,31 @@ class sum_d(Op):
     nargs = 1
 
 
+class detach(Op):
+    """Its argument, as a constant for differentiation."""
+
+    nargs = 1
+    result = "join"
+
+    @classmethod
+    def eval(cls, x: Any) -> Any:
+        return x if x.is_number else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
+class Root(Op):
+    """`Root(term, rest, lo, hi)`: the t in [lo, hi] at which the sum of `term` over the visible keys, plus `rest`, is
+    0. The sum is monotone in t, which is the symbol `symbols.UNKNOWN` in term and rest."""
+
+    nargs = 4
+
+    @property
+    def free_symbols(self) -> set[sympy.Basic]:
+        return super().free_symbols - {UNKNOWN}
+
+
 class Read(sympy.Function):
     """`Read(input, i, j, ...)`: one element of a user's input tensor. An index outside the tensor reads 0."""
 
@@ -381,6 +409,7 @@ FUNCTIONS: dict[str, type[sympy.Function]] = {
     "bit_xor": bit_xor,
     "int": to_int,
     "float": to_float,
+    "detach": detach,
 }
 
 #: pieces of the special-function unit that one evaluation costs, for the cost model
@@ -410,3 +439,8 @@ def type_of(expr: Any) -> str:
     if isinstance(expr, BOOLEANS):
         return "bool"
     return "int" if expr.is_integer else "float"
+
+
+def attached(expr: Any) -> Any:
+    """The expression without its `detach`: what it is worth, whatever is differentiated."""
+    return expr.replace(detach, lambda x: x) if expr.has(detach) else expr

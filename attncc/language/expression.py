@@ -35,7 +35,7 @@ _COMPARE: dict[type, Callable[[Value, Any], Value]] = {
     ast.Eq: lambda a, b: a == b,
     ast.NotEq: lambda a, b: a != b,
 }
-_ROW = ("max", "min", "sum", "mean", "count")
+_ROW = ("max", "min", "sum", "mean", "count", "root")
 #: shipped pieces that a stage of the text form may name
 PIECES: dict[str, Mapping[str, Any]] = {"mask": masks.TABLE, "score": mods.TABLE, "output": outputs.TABLE}
 _DOMAINS = ("row", "col", "offset", "block", "pair")
@@ -283,6 +283,8 @@ class _Reader:
         if func.attr not in methods:
             listed = f", {name}.".join(methods)
             self.refuse(func, f"no {name} reduction is called '{func.attr}'", f"one of: {name}.{listed}")
+        if func.attr == "root":
+            return self._root(node)
         arguments = [self.value(a) for a in node.args]
         least = int(func.attr != "count")
         most = least + (self.stage.split()[0] == "output")
@@ -312,6 +314,32 @@ class _Reader:
 
     def _methods(self, name: str) -> tuple[str, ...]:
         return reducers.METHODS if self.stage.split()[0] == "output" else _ROW
+
+    def _root(self, node: ast.Call) -> Value:
+        """`row.root(lambda t: equation, lo, hi)`: the only place of a lambda."""
+        remedy = "write row.root(lambda t: row.sum(...) - 1, lo, hi)"
+        if len(node.args) != 3 or node.keywords:
+            self.refuse(node, f"row.root takes 3 argument(s), got {len(node.args)}", remedy)
+        function = node.args[0]
+        if not isinstance(function, ast.Lambda):
+            self.refuse(function, "row.root solves an equation: its first argument is a lambda", remedy)
+        taken = function.args
+        if len(taken.args) != 1 or taken.defaults or ast.unparse(taken) != taken.args[0].arg:
+            self.refuse(function, "the lambda of row.root has one argument", remedy)
+        name = taken.args[0].arg
+        if name in self.env or name in functions.TABLE:
+            self.refuse(taken.args[0], f"'{name}' already has a meaning here", "choose another name")
+        lo, hi = (self.value(a) for a in node.args[1:])
+
+        def equation(unknown: Value) -> Value:
+            self.env[name] = unknown
+            try:
+                return self.value(function.body)
+            finally:
+                del self.env[name]
+
+        result: Value = self.env["row"].root(equation, lo, hi)
+        return result
 
 
 def _describe(node: ast.AST) -> str:

@@ -25,6 +25,7 @@ _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "bit_xor": operator.xor,
     "int": int,
     "float": float,
+    "detach": lambda x: x,
 }
 
 
@@ -66,6 +67,7 @@ where = _function("where", "where(condition, a, b): a where the condition holds,
 bit_and = _function("bit_and", "The bitwise and of two integers.")
 bit_or = _function("bit_or", "The bitwise or of two integers.")
 bit_xor = _function("bit_xor", "The bitwise exclusive or of two integers.")
+detach = _function("detach", "x as a constant: its value, and no gradient through it.")
 to_int = _function("int", "Truncation towards zero; a boolean becomes 0 or 1.")
 to_float = _function("float", "An index or a boolean as a number.")
 
@@ -130,4 +132,5 @@ TABLE: dict[str, Callable[..., Any]] = {
     "dot": dot,
     "norm": norm,
     "sum_d": sum_d,
+    "detach": detach,
 }

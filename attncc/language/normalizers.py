@@ -47,6 +47,21 @@ def cog(score: Any, row: Any) -> Any:
     return fn.sign(score) * e / row.sum(e)
 
 
+def sparsemax(score: Any, row: Any) -> Any:
+    """max(s - tau, 0), with tau such that the row sums to 1 (arXiv:1602.02068)."""
+    top = row.max(score)
+    tau = row.root(lambda t: row.sum(fn.relu(score - t)) - 1, top - 1, top)
+    return fn.relu(score - tau)
+
+
+def entmax15(score: Any, row: Any) -> Any:
+    """max(s / 2 - tau, 0)^2, with tau such that the row sums to 1 (arXiv:1905.05702)."""
+    half = score / 2
+    top = row.max(half)
+    tau = row.root(lambda t: row.sum(fn.relu(half - t) ** 2) - 1, top - 1, top)
+    return fn.relu(half - tau) ** 2
+
+
 #: by the name they have in the text form
 TABLE: dict[str, Any] = {
     "softmax": softmax,
@@ -56,6 +71,8 @@ TABLE: dict[str, Any] = {
     "relu2": relu2,
     "taylor": taylor,
     "cog": cog,
+    "sparsemax": sparsemax,
+    "entmax15": entmax15,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import keyword
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import sympy
 
 from attncc.errors import Span, SpecError, UnsupportedError
 from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
 from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph, tagged
 from attncc.ir.outputs import Output
 from attncc.ir.similarity import is_vector, separate
@@ -35,7 +37,7 @@ SEES: dict[str, tuple[str, ...]] = {
 }
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
-_STAGE_NAME = r"row_(max|sum)_\d+(_new)?|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc|delta"
+_STAGE_NAME = rf"{sym.ROW_NAME}|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc|delta"
 #: names that a user's input or scalar cannot have
 _RESERVED = {
     *sym.INDICES,
@@ -55,16 +57,21 @@ class Row:
 
     def __init__(self, stages: list[Stage]):
         self._stages = stages
+        self._counts: Counter[str] = Counter()
+        self._solving = False
 
     def _reduce(self, op: str, x: Any) -> Value:
         expr = number(x)
         if expr.has(sym.V_VEC) and op != "sum":
             fail(f"row.{op}(v_vec): only row.sum reduces the value vectors")
+        return self._add(op, expr)
+
+    def _add(self, op: str, expr: Any) -> Value:
         for stage in self._stages:
             if stage.op == op and stage.expr == expr and not expr.has(sym.V_VEC):
                 return Value(sym.row_symbol(*_split(stage.name)))
-        count = sum(s.op == op for s in self._stages)
-        symbol = sym.row_symbol(op, count)
+        symbol = sym.row_symbol(op, self._counts[op])
+        self._counts[op] += 1
         self._stages.append(Stage(symbol.name, expr, op))
         return Value(symbol)
 
@@ -80,6 +87,28 @@ class Row:
         """The sum of x over the visible keys."""
         return self._reduce("sum", x)
 
+    def root(self, f: Callable[[Value], Any], lo: Any, hi: Any) -> Value:
+        """The t between lo and hi at which f(t) is 0.
+
+        f is monotone in t, and row sums enter it with factors of the row: row.sum(relu(score - t)) - 1. Its gradient is
+        that of the implicit function; lo and hi only say where to look.
+        """
+        before = list(self._stages)
+        bounds = [number(lo), number(hi)]
+        if self._solving or any(b.has(sym.UNKNOWN) for b in bounds):
+            fail("a row.root cannot stand inside another", "solve for the inner one first, and use its value")
+        self._solving = True
+        try:
+            residual = number(f(Value(sym.UNKNOWN)))
+        finally:
+            self._solving = False
+        # sums that know t are part of the equation, all others are the row's
+        inner = {}
+        for stage in [s for s in self._stages if s not in before and s.expr.has(sym.UNKNOWN)]:
+            self._stages.remove(stage)
+            inner[sym.row_symbol(*_split(stage.name))] = stage
+        return self._add("root", voc.Root(*_equation(residual, inner), *bounds))
+
     def count(self) -> Value:
         """How many keys are visible."""
         return self._reduce("sum", 1)
@@ -87,6 +116,23 @@ class Row:
     def mean(self, x: Any) -> Value:
         """The mean of x over the visible keys."""
         return self.sum(x) / self.count()
+
+
+def _equation(residual: sympy.Expr, inner: Mapping[sympy.Symbol, Stage]) -> tuple[sympy.Expr, sympy.Expr]:
+    """A residual over sums that know the unknown, as (the term of one sum over the keys, what is added to it)."""
+    rest = residual.xreplace(dict.fromkeys(inner, sympy.S.Zero))
+    term = sympy.S.Zero
+    for symbol, stage in inner.items():
+        factor = residual.diff(symbol)
+        if stage.op != "sum" or factor.free_symbols & set(inner):
+            fail(
+                "row.root takes row sums of what it solves for, each times a factor of the row",
+                "write it as row.sum(...) - target",
+            )
+        term += factor * stage.expr
+    if not inner or sympy.expand(residual - rest - sum(residual.diff(s) * s for s in inner)) != 0:
+        fail("row.root needs a row.sum of what it solves for", "for example row.sum(relu(score - t)) - 1")
+    return term, rest
 
 
 def _split(name: str) -> tuple[str, int]:
@@ -281,7 +327,7 @@ def _branch(run: Run, vectors: dict[str, Any] | None, extra: dict[str, Any]) -> 
     score, span = run("score", {"score": Value(sym.RAW_SCORE), **extra}, number)
     stages.append(Stage("score", score, span=span))
     mask, span = run("mask", extra, boolean)
-    stages.append(Stage("mask", mask, span=span))
+    stages.append(Stage("mask", voc.attached(mask), span=span))  # a boolean has no gradient to cut
     rows: list[Stage] = []
     weight, span = run("normalizer", {"score": Value(sym.SCORE), "row": Row(rows), **extra}, number)
     rows, weight = _canonical(rows, weight)

@@ -156,13 +156,15 @@ def _function(expr: Any, known: Mapping[sympy.Symbol, Extent]) -> Extent:
         return Extent(min(a.lo, b.lo), min(a.hi, b.hi), positive=a.positive and b.positive)
     if isinstance(expr, voc.where):
         _, a, b = args
+        if expr.args[0] == sympy.Gt(expr.args[1], 0):  # what is guarded by its own sign
+            a = Extent(max(a.lo, 0), max(a.hi, 0), positive=True)
         return Extent(min(a.lo, b.lo), max(a.hi, b.hi), positive=a.positive and b.positive)
     if isinstance(expr, voc.relu):
         return Extent(max(args[0].lo, 0), max(args[0].hi, 0), positive=args[0].positive)
     if isinstance(expr, voc.absolute):
         largest = max(abs(args[0].lo), abs(args[0].hi))
         return Extent(max(args[0].lo, -args[0].hi, 0), largest, positive=args[0].positive)
-    if isinstance(expr, voc.to_float):
+    if isinstance(expr, voc.to_float | voc.detach):
         return args[0]
     if isinstance(expr, voc.mod) and args[1].lo > 0:
         return Extent(0, args[1].hi - 1)

@@ -10,6 +10,8 @@ reduction may have, is one of A's here: o has it, too. The running maximum count
 proves that the weight does not change when it moves. Where the weight has an exponential, the proof lets us put the
 maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the forward
 stores the sums themselves.
+
+Where a gradient does pass through a maximum, or through a statistic of an earlier sweep, `passes.reverse` derives it.
 """
 
 from __future__ import annotations
@@ -20,18 +22,15 @@ from functools import lru_cache
 
 import sympy
 
-from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level, level_of_name, varies_by_key
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import Read, attached
 from attncc.passes.calculus import derivative as _diff
+from attncc.passes.reverse import DELTA, DP, Adjoint, detaches, reverse
 from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
 
-#: do . v, one value a pair
-DP = sympy.Symbol("dp", real=True)
-#: do . o - dlse, one value a row
-DELTA = sympy.Symbol("delta", real=True)
+__all__ = ["DELTA", "DP", "Backward", "Normal", "PairCotangents", "differentiate", "normal_form"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Backward:
     dsums: that of every other sum over the head dimension with a value a pair, whole;
     dreads: for each element read whose input wants a gradient, its cotangent (a pair expression, over DP and DELTA);
     row_dreads: the same for reads in row expressions such as a sink: one value a row;
-    needs_delta: whether DELTA occurs anywhere.
+    parts, cotangents: where a gradient passes through row statistics, the row sums that a sweep of its own computes,
+    and the row values that it stores for the other kernels (see `passes.reverse`).
     """
 
     saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -54,11 +54,32 @@ class Backward:
     dsums: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
     dreads: tuple[tuple[Read, sympy.Expr], ...]
     row_dreads: tuple[tuple[Read, sympy.Expr], ...]
+    parts: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
+    cotangents: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
 
     @property
     def needs_delta(self) -> bool:
-        used = [self.dqk, *(e for _, e in self.dsums), *(e for _, e in self.dreads), *(e for _, e in self.row_dreads)]
-        return any(DELTA in e.free_symbols for e in used)
+        """Whether DELTA occurs in what is computed for every pair."""
+        return any(DELTA in e.free_symbols for e in self._of_pairs())
+
+    @property
+    def sweep_needs_delta(self) -> bool:
+        """Whether DELTA occurs in a stored cotangent."""
+        return any(DELTA in e.free_symbols for _, e in self.cotangents)
+
+    @property
+    def pair_rows(self) -> tuple[str, ...]:
+        """The saved rows and stored cotangents that pair expressions use; all saved rows where nothing is swept for."""
+        names = [s.name for s, _ in (*self.saved, *self.cotangents)]
+        if not self.cotangents:
+            return tuple(names)
+        used = {s.name for e in (self.weight, *self._of_pairs()) for s in e.free_symbols}
+        if self.row_dreads:  # which know a row without keys by the first
+            used.add(names[0])
+        return tuple(n for n in names if n in used)
+
+    def _of_pairs(self) -> list[sympy.Expr]:
+        return [self.dqk, *(e for _, e in (*self.dsums, *self.dreads, *self.row_dreads))]
 
 
 @dataclass(frozen=True)
@@ -88,8 +109,11 @@ class PairCotangents:
     def by(self, wrt: sympy.Expr) -> sympy.Expr:
         """The cotangent of the score, or of an element read, without what comes through the row's sums: that is a term
         of delta."""
-        direct = self.of_score if wrt == sym.SCORE else dict(self.of_reads).get(wrt, sympy.S.Zero)
-        return self.of_weight * _diff(self.weight, wrt) + direct
+        return self.of_weight * _diff(self.weight, wrt) + self.direct(wrt)
+
+    def direct(self, wrt: sympy.Expr) -> sympy.Expr:
+        """The part of it that does not come through the weight."""
+        return self.of_score if wrt == sym.SCORE else dict(self.of_reads).get(wrt, sympy.S.Zero)
 
     def xreplace(self, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> PairCotangents:
         """The same over other symbols."""
@@ -105,57 +129,76 @@ class PairCotangents:
 
 def normal_form(online: Online) -> Normal:
     """The plan over as few stored rows as the weight can be told from: lse alone where the maximum may move to it."""
-    settled = _at_lse(online) if online.maxes and _shift_invariant(online) else None
+    settled = _at_lse(online) if not online.before and online.maxes and _shift_invariant(online) else None
     return settled or _with_sums(online)
 
 
+def needs_reverse(graph: VariantGraph, online: Online) -> bool:
+    """Do the rules above fall short, because the gradient passes through a maximum or an earlier sweep's statistic, or
+    because a value is held back from it?"""
+    return bool(online.before) or detaches(graph) or bool(online.maxes and not _shift_invariant(online))
+
+
 def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | None = None) -> Backward:
-    """Derive the backward, or raise UnsupportedError where the weight depends on the row maximum itself.
+    """Derive the backward, or raise UnsupportedError that says what stands in the way.
 
     With `extra`, DELTA has one more term, the row's sum of weight * extra.of_weight, which the caller supplies.
     """
-    if online.maxes and not _shift_invariant(online):
-        raise UnsupportedError(
-            "the weight changes when the row maximum alone moves, so a gradient flows through the maximum: "
-            "not derived yet",
-            stage="normalizer",
-            span=graph["weight"].span,
-            remedy="divide by a sum that scales with it, as softmax does, or call the op without gradients",
-        )
-    normal = normal_form(online)
-    normal = replace(normal, numerator=online.coefficient * normal.numerator)
     wanted = {d.name for d in graph.inputs if d.grad}
-    dscore = _cotangent(normal, sym.SCORE)
-    if extra is not None:
-        dscore = sympy.factor_terms(dscore + extra.by(sym.SCORE))
+    if needs_reverse(graph, online):
+        found = reverse(graph, wanted, online.lse is not None, extra.of_weight if extra is not None else sympy.S.Zero)
+        direct = extra.direct if extra is not None else None
+    else:
+        found = _one_pass(online, wanted)
+        direct = extra.by if extra is not None else None
+    dscore = found.dscore
+    if direct is not None:
+        dscore = sympy.factor_terms(dscore + direct(sym.SCORE))
     score, raw = graph["score"].expr, graph["raw_score"].expr
-    draw = _diff(score, sym.RAW_SCORE)
-    scale, local = _program_factor(draw * _diff(raw, sym.QK)) if graph.has_dot else (sympy.S.One, sympy.S.Zero)
+    draw = attached(_diff(score, sym.RAW_SCORE))
+    by_qk = attached(_diff(raw, sym.QK))
+    scale, local = _program_factor(draw * by_qk) if graph.has_dot else (sympy.S.One, sympy.S.Zero)
     sums = sorted((s for s in raw.free_symbols if level_of_name(s.name) == Level.PAIR and s != sym.QK), key=str)
-    dsums = tuple((s, sympy.factor_terms(dscore * draw * _diff(raw, s))) for s in sums)
+    dsums = tuple((s, sympy.factor_terms(dscore * draw * attached(_diff(raw, s)))) for s in sums)
     dreads: dict[Read, sympy.Expr] = {}
+
+    def add(read: Read, cotangent: sympy.Expr) -> None:
+        if read.input in wanted:
+            dreads[read] = dreads.get(read, sympy.S.Zero) + cotangent
+
     for outer, expr in ((dscore, score), (dscore * draw, raw)):
         for read in reads_of(expr):
-            if read.input in wanted:
-                dreads[read] = dreads.get(read, sympy.S.Zero) + outer * _diff(expr, read)
-    terms = (normal.numerator, *(t for t, _ in normal.sums))
-    for read in sorted(set().union(*(t.atoms(Read) for t in terms)), key=str):
-        if read.input in wanted:
-            dreads[read] = dreads.get(read, sympy.S.Zero) + _cotangent(normal, read)
-    if extra is not None:
+            add(read, outer * attached(_diff(expr, read)))
+    for read, e in found.dreads.items():
+        add(read, e)
+    if extra is not None and direct is not None:
         for read in sorted(extra.reads, key=str):
-            if read.input in wanted:
-                dreads[read] = dreads.get(read, sympy.S.Zero) + extra.by(read)
-    weight = normal.numerator * normal.scale
-    row_dreads = tuple((r, DELTA * e) for r, e in normal.row_reads if r.input in wanted and e != 0)
+            add(read, direct(read))
     return Backward(
-        normal.saved,
-        weight,
+        found.saved,
+        found.weight,
         sympy.factor_terms(dscore * local),
         scale,
         dsums,
         tuple((r, sympy.factor_terms(e)) for r, e in dreads.items() if e != 0),
-        row_dreads,
+        tuple((r, e) for r, e in found.row_dreads.items() if e != 0),
+        found.parts,
+        found.cotangents,
+    )
+
+
+def _one_pass(online: Online, wanted: set[str]) -> Adjoint:
+    """The backward of a plan whose weight does not change when its maxima move."""
+    normal = normal_form(online)
+    normal = replace(normal, numerator=online.coefficient * normal.numerator)
+    terms = (normal.numerator, *(t for t, _ in normal.sums))
+    reads = sorted(set().union(*(t.atoms(Read) for t in terms)), key=str)
+    return Adjoint(
+        normal.saved,
+        normal.numerator * normal.scale,
+        _cotangent(normal, sym.SCORE),
+        {r: _cotangent(normal, r) for r in reads if r.input in wanted},
+        {r: DELTA * e for r, e in normal.row_reads if r.input in wanted},
     )
 
 
@@ -263,6 +306,9 @@ def _solve_for_one(scale: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None
 def _with_sums(online: Online) -> Normal:
     """The plan as it is: the forward stores the maxima and the sums that the weight needs."""
     symbols = [*online.max_symbols, *(r.symbol for r in online.sums)]
+    for sweep in online.before:
+        symbols += [*sweep.max_symbols, *(r.symbol for r in sweep.sums)]
+        symbols += [sweep.root.symbol] if sweep.root is not None else []
     used = set().union(
         online.numerator.term.free_symbols, online.scale.free_symbols, *(r.term.free_symbols for r in online.sums)
     )

@@ -15,6 +15,7 @@ from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
+from attncc.ir.vocabulary import attached
 from attncc.passes.differentiate import Backward
 from attncc.passes.stream import Online
 
@@ -63,8 +64,10 @@ class Folded:
 def fold(graph: VariantGraph, online: Online, backward: Backward | None = None) -> Folded:
     """Choose the unit of the score."""
     terms = [online.numerator.term, *(r.term for r in online.sums)]
+    for sweep in online.before:
+        terms += [r.term for r in sweep.sums] + ([sweep.root.term] if sweep.root else [])
     log2 = any(t.has(sympy.exp) for t in terms)
-    score = graph["score"].expr.xreplace({sym.RAW_SCORE: graph["raw_score"].expr})
+    score = attached(graph["score"].expr.xreplace({sym.RAW_SCORE: graph["raw_score"].expr}))
     score = lower_exp(score)
     if log2:
         score = per_ln2(score)

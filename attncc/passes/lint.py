@@ -16,6 +16,7 @@ from attncc.errors import Span, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.similarity import by_distance
+from attncc.ir.symbols import scalar_symbol
 from attncc.ir.text import formula
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
@@ -123,6 +124,8 @@ def vanishing_denominators(graph: VariantGraph) -> Iterator[Finding]:
     for stage in graph.rows:
         if stage.op == "sum":
             term = extent(stage.expr, known)
+            if term.lo >= 0 and any(extent(e, known).positive for e in _at_maxima(graph, stage.expr)):
+                term = Extent(term.lo, term.hi, positive=True)
             symbol = sympy.Symbol(stage.name, real=True)
             sums[symbol] = stage
             # a row that sees no key is 0 whatever it is divided by: here there is at least one term
@@ -143,6 +146,15 @@ def vanishing_denominators(graph: VariantGraph) -> Iterator[Finding]:
                 stage.span,
                 "add a small constant to the denominator, or divide by a sum of positive terms",
             )
+
+
+def _at_maxima(graph: VariantGraph, term: sympy.Expr) -> Iterator[sympy.Expr]:
+    """The term of a row sum at a key that attains a row maximum of the score: every row that sees a key has one."""
+    scalars = {scalar_symbol(s.name, s.is_int): sympy.Number(s.default) for s in graph.scalars}
+    for stage in graph.rows:
+        symbol = sympy.Symbol(stage.name, real=True)
+        if stage.op == "max" and stage.expr == sym.SCORE and symbol in term.free_symbols:
+            yield term.xreplace(scalars).xreplace({sym.SCORE: symbol})
 
 
 def overflowing_indices(graph: VariantGraph) -> Iterator[Finding]:
@@ -193,7 +205,7 @@ def indices_out_of_range(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def derivations(graph: VariantGraph) -> Iterator[Finding]:
-    """Is there a one-pass form, and a backward?"""
+    """Is there a plan, and a backward?"""
     try:
         online = stream(graph)
     except UnsupportedError as error:
@@ -244,7 +256,7 @@ def _score_extent(graph: VariantGraph) -> Extent:
 
 def _stage_of(stage: Stage) -> str:
     """The stage that the user wrote."""
-    if stage.name == "weight" or stage.name.startswith("row_"):
+    if stage.name == "weight" or sym.is_row_name(stage.name):
         return "normalizer"
     return {"raw_score": "score", "out": "reduction"}.get(stage.name, stage.name)
 

@@ -41,6 +41,7 @@ _TABLE: dict[type, Callable[..., Any]] = {
     voc.maximum: np.maximum,
     voc.minimum: np.minimum,
     voc.where: np.where,
+    voc.detach: lambda x: x,
     voc.floordiv: np.floor_divide,
     voc.mod: np.mod,
     voc.bit_and: np.bitwise_and,

@@ -8,11 +8,15 @@ A normalizer is a cascade of row reductions followed by a weight. One pass suffi
 
 That ratio is the factor by which a partial accumulator is rescaled when the running maximum moves from m to m', and
 the same factor merges two partial results computed over different keys (split-KV).
+
+Where one of the three fails, it fails because of certain reductions: those, and what they need, are completed by
+earlier sweeps over the keys, and count as known from then on. A sweep leaves to later ones whatever they can do
+themselves, so that the number of sweeps is the length of the longest chain of reductions that need one another whole.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -21,7 +25,8 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.levels import varies_by_key
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import Read, attached
+from attncc.passes.algebra import row_ratio
 
 #: the row statistic that a kernel stores: log of the factor that turns a(s) exp(x(s)) into the weight
 LSE = sympy.Symbol("lse", real=True)
@@ -42,14 +47,45 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Implicit:
+    """The t between `lo` and `hi` at which row.sum(term(t)) + rest(t) is 0, where t is `ir.symbols.UNKNOWN`."""
+
+    symbol: sympy.Symbol
+    term: sympy.Expr
+    rest: sympy.Expr
+    lo: sympy.Expr
+    hi: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep over the keys that completes row statistics for later ones: running maxima and sums beside them, or
+    one implicit value, for which the keys are swept until it is found.
+
+    reason: why they must be complete before the next sweep.
+    """
+
+    maxes: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    sums: tuple[Running, ...]
+    root: Implicit | None
+    proof: tuple[str, ...]
+    reason: str
+
+    @property
+    def max_symbols(self) -> tuple[sympy.Symbol, ...]:
+        return tuple(m for m, _ in self.maxes)
+
+
+@dataclass(frozen=True)
 class Online:
-    """The one-pass plan of a normalizer.
+    """The plan of a normalizer: its last pass over the keys, and the sweeps before it.
 
     maxes: running maxima, in order; numerator: the accumulator of the output row (its term multiplies v);
     sums: the running sums; scale: G, over maxima, sums and row values;
     coefficient: what the reduction multiplies a whole row by: out = coefficient * G * acc;
     shift: M(m), where the weight is a(s) exp(x(s) - M) * G, else None;
-    lse: M - log G, the log of the denominator (None where the row has no statistic); proof: the steps, for `explain`.
+    lse: M - log G, the log of the denominator (None where the row has no statistic); proof: the steps, for `explain`;
+    before: the sweeps whose row statistics the last pass knows.
     """
 
     maxes: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -60,10 +96,16 @@ class Online:
     lse: sympy.Expr | None
     proof: tuple[str, ...]
     coefficient: sympy.Expr = sympy.S.One
+    before: tuple[Sweep, ...] = ()
 
     @property
     def max_symbols(self) -> tuple[sympy.Symbol, ...]:
         return tuple(m for m, _ in self.maxes)
+
+    @property
+    def passes(self) -> int:
+        """How often the forward goes over the keys."""
+        return len(self.before) + 1
 
     def merge(self) -> dict[str, sympy.Expr]:
         """How two partial results over different keys combine: for each accumulator, the factor of a partial whose
@@ -71,25 +113,103 @@ class Online:
         return {r.symbol.name: r.rescale for r in (self.numerator, *self.sums)}
 
 
+class _Blocked(Exception):
+    """What stands in the way of one sweep: reductions that must be complete before it, and why."""
+
+    def __init__(self, rows: set[str], reason: str):
+        super().__init__(reason)
+        self.rows, self.reason = rows, reason
+
+
 def stream(graph: VariantGraph) -> Online:
-    """Derive the one-pass form of the graph's normalizer, or raise UnsupportedError that says which step fails and
-    why."""
-    maxes = [s for s in graph.rows if s.op == "max"]
-    sums = [s for s in graph.rows if s.op == "sum"]
-    proof: list[str] = []
-    for stage in graph.rows:
-        _independent(stage, maxes, sums)
-    weight = graph["weight"].expr
-    pair, scale = _split(weight, sums)
+    """Derive the plan with the fewest passes, or raise UnsupportedError that says which step fails and why."""
+    stages = [Stage(s.name, attached(s.expr), s.op, s.span) for s in graph.rows]
+    known: set[str] = set()
+    reasons: list[str] = []
+    while True:
+        try:
+            last = _last_pass(graph, [s for s in stages if s.name not in known])
+            break
+        except _Blocked as blocked:
+            known |= _with_ancestors(graph, blocked.rows)
+            reasons.append(blocked.reason)
+    before: list[Sweep] = []
+    while known:
+        own = set(known)
+        own_reasons: list[str] = []
+        while True:
+            try:
+                sweep = _sweep([s for s in stages if s.name in own])
+                break
+            except _Blocked as blocked:
+                own -= _with_ancestors(graph, blocked.rows)
+                own_reasons.append(blocked.reason)
+        before.insert(0, replace(sweep, reason="; ".join(dict.fromkeys(reasons))))
+        known, reasons = known - own, own_reasons
+    if not before:
+        return last
+    passes = f"the last of {len(before) + 1} passes over the keys"
+    proof = tuple(line.replace("one pass over the keys", passes) for line in last.proof)
+    return replace(last, proof=proof, before=tuple(before))
+
+
+def _with_ancestors(graph: VariantGraph, rows: set[str]) -> set[str]:
+    """Reductions, and all that they need."""
+    found = set(rows)
+    for stage in reversed(graph.rows):
+        if stage.name in found:
+            found |= _uses(stage)
+    return found
+
+
+def _sweep(stages: list[Stage]) -> Sweep:
+    """The sweep that completes these reductions; _Blocked if some of them must come before."""
+    roots = [s for s in stages if s.op == "root"]
+    if not roots:
+        proof: list[str] = []
+        return Sweep(*_reductions(stages, proof), None, tuple(proof), "")
+    if len(stages) > 1:
+        used = {name for s in stages for name in _uses(s)}
+        needed = {s.name for s in roots if s.name in used} or {s.name for s in stages if s is not roots[-1]}
+        raise _Blocked(needed, f"{roots[-1].name} takes sweeps of its own")
+    (stage,) = stages
+    term, rest, lo, hi = stage.expr.args
+    symbol = sympy.Symbol(stage.name, real=True)
+    proof = [f"{stage.name} solves {formula(stage.expr)}: as many sweeps as it takes"]
+    return Sweep((), (), Implicit(symbol, term, rest, lo, hi), tuple(proof), "")
+
+
+def _uses(stage: Stage) -> set[str]:
+    """The reductions that a stage needs."""
+    return {s.name for s in stage.expr.free_symbols if sym.is_row_name(s.name)}
+
+
+def _reductions(
+    stages: list[Stage], proof: list[str]
+) -> tuple[tuple[tuple[sympy.Symbol, sympy.Expr], ...], tuple[Running, ...]]:
+    """Maxima and sums that stream together; _Blocked if one needs another whole, or sweeps of its own."""
+    for stage in stages:
+        _independent(stage, stages)
+    maxes = tuple((sympy.Symbol(s.name, real=True), s.expr) for s in stages if s.op == "max")
+    symbols = tuple(m for m, _ in maxes)
+    sums = tuple(_running(sympy.Symbol(s.name, real=True), s.expr, symbols, proof) for s in stages if s.op == "sum")
+    return maxes, sums
+
+
+def _last_pass(graph: VariantGraph, stages: list[Stage]) -> Online:
+    """The pass that accumulates the output, with these reductions in it and all others known."""
+    weight, out = attached(graph["weight"].expr), attached(graph["out"].expr)
+    running = {sympy.Symbol(s.name, real=True) for s in stages}
+    sums = {sympy.Symbol(s.name, real=True) for s in stages if s.op == "sum"}
+    for stage in stages:
+        if stage.op == "root":
+            raise _Blocked({stage.name}, f"{stage.name} takes sweeps of its own")
+        _independent(stage, stages)
+    pair, scale = _split(weight, sums, running)
     if pair is None:
-        raise UnsupportedError(
-            f"the weight '{formula(weight)}' needs its row sums before the first key is weighted: "
-            "two passes over the keys",
-            stage="normalizer",
-            span=graph["weight"].span,
-            remedy="write the weight as f(score) times a factor of the row; multi-pass plans are not generated yet",
-        )
-    factor = graph["out"].expr.coeff(sym.V_VEC)
+        sticking = {s.name for s in weight.free_symbols & sums}
+        raise _Blocked(sticking, f"the weight needs {_names(sticking)} before the first key is weighted")
+    factor = out.coeff(sym.V_VEC)
     if not _linear_in_weight(factor):
         raise UnsupportedError(
             f"the reduction weighs v by '{formula(factor)}', which is not the weight times a factor",
@@ -98,56 +218,53 @@ def stream(graph: VariantGraph) -> Online:
             remedy="write row.sum(weight * factor * v_vec)",
         )
     coefficient, inner = _row_and_pair(factor.diff(sym.WEIGHT))
-    symbols = tuple(sympy.Symbol(s.name, real=True) for s in maxes)
-    numerator = _running(sympy.Symbol("acc", real=True), inner * pair, symbols, graph["weight"], proof)
-    running = tuple(_running(sympy.Symbol(s.name, real=True), s.expr, symbols, s, proof) for s in sums)
+    symbols = tuple(sympy.Symbol(s.name, real=True) for s in stages if s.op == "max")
+    proof: list[str] = []
+    numerator = _running(sympy.Symbol("acc", real=True), inner * pair, symbols, proof)
+    maxes, running_sums = _reductions(stages, proof)
     shift = _shift(pair)
-    sums_used = any(sympy.Symbol(s.name, real=True) in scale.free_symbols for s in sums)
-    lse = _log_denominator(pair, scale, shift, symbols) if shift is not None or sums_used else None
+    sums_used = any(s.name.startswith("row_sum_") for s in scale.free_symbols)
+    lse = _log_denominator(pair, scale, shift) if shift is not None or sums_used else None
     if lse is not None:
         proof.append(f"lse = {formula(lse)}")
     proof.append(f"weight = ({formula(pair)}) * ({formula(scale)}): one pass over the keys")
     if coefficient != 1:
         proof.append(f"out = ({formula(coefficient)}) * ({formula(scale)}) * acc: a factor of the row comes last")
-    operands = tuple(zip(symbols, (s.expr for s in maxes), strict=True))
-    return Online(operands, numerator, running, scale, shift, lse, tuple(proof), coefficient)
+    return Online(maxes, numerator, running_sums, scale, shift, lse, tuple(proof), coefficient)
 
 
-def _independent(stage: Stage, maxes: list[Stage], sums: list[Stage]) -> None:
-    names = {s.name for s in stage.expr.free_symbols}
-    earlier = [s for s in (*maxes, *sums) if s.name in names]
-    blocking = [s for s in earlier if stage.op == "max" or s.op == "sum"]
+def _names(rows: set[str]) -> str:
+    return " and ".join(sorted(rows))
+
+
+def _independent(stage: Stage, among: list[Stage]) -> None:
+    blocking = {s.name for s in among if s.name in _uses(stage) and (stage.op == "max" or s.op == "sum")}
     if blocking:
-        raise UnsupportedError(
-            f"row.{stage.op}({formula(stage.expr)}) needs {blocking[0].name} over all keys first: "
-            "two passes over the keys",
-            stage="normalizer",
-            span=stage.span,
-            remedy="a sum may use row maxima, nothing else; multi-pass plans are not generated yet",
-        )
+        raise _Blocked(blocking, f"{stage.name} = row.{stage.op}({formula(stage.expr)}) needs {_names(blocking)} whole")
 
 
-def _split(weight: sympy.Expr, sums: list[Stage]) -> tuple[sympy.Expr | None, sympy.Expr]:
+def _split(
+    weight: sympy.Expr, sums: set[sympy.Symbol], running: set[sympy.Symbol]
+) -> tuple[sympy.Expr | None, sympy.Expr]:
     """The weight as (what varies by key) * (what is the row's), or (None, 1) where a sum sticks in the first part."""
-    running = {sympy.Symbol(s.name, real=True) for s in sums}
     for candidate in (weight, sympy.factor_terms(weight), sympy.together(weight), sympy.factor(weight)):
         pair, scale = sympy.S.One, sympy.S.One
         for f in sympy.Mul.make_args(candidate):
-            if varies_by_key(f) or not (f.free_symbols & running):
+            if varies_by_key(f) or not (f.free_symbols & sums):
                 pair *= f
             else:
                 scale *= f
-        if not pair.free_symbols & running:
-            constant, rest = _row_factors(pair)
+        if not pair.free_symbols & sums:
+            constant, rest = _row_factors(pair, running)
             return rest, scale * constant
     return None, sympy.S.One
 
 
-def _row_factors(pair: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """Move factors that are the same for the whole row and know no maximum out of the accumulated term."""
+def _row_factors(pair: sympy.Expr, running: set[sympy.Symbol]) -> tuple[sympy.Expr, sympy.Expr]:
+    """Move factors that are the same for the whole row and know no running maximum out of the accumulated term."""
     out, rest = sympy.S.One, sympy.S.One
     for f in sympy.Mul.make_args(pair):
-        if varies_by_key(f) or any(s.name.startswith("row_max_") for s in f.free_symbols):
+        if varies_by_key(f) or f.free_symbols & running:
             rest *= f
         else:
             out *= f
@@ -170,24 +287,26 @@ def _linear_in_weight(factor: sympy.Expr) -> bool:
     return sympy.expand(factor - other * sym.WEIGHT) == 0 and not other.has(sym.WEIGHT)
 
 
-def _running(
-    symbol: sympy.Symbol, term: sympy.Expr, maxes: tuple[sympy.Symbol, ...], stage: Stage, proof: list[str]
-) -> Running:
+def _running(symbol: sympy.Symbol, term: sympy.Expr, maxes: tuple[sympy.Symbol, ...], proof: list[str]) -> Running:
     used = [m for m in maxes if m in term.free_symbols]
     if not used:
         return Running(symbol, term, sympy.S.One)
-    ratio = term.subs({m: renamed(m) for m in used}, simultaneous=True) / term
+    moved = term.subs({m: renamed(m) for m in used}, simultaneous=True)
+    ratio = moved / term
     for simplify in (lambda e: e, sympy.powsimp, sympy.cancel, sympy.simplify):
         ratio = simplify(ratio)
         if not varies_by_key(ratio):
-            proof.append(f"{symbol.name}: f(s, m') / f(s, m) = {formula(ratio)}, free of s")
-            return Running(symbol, term, ratio)
-    raise UnsupportedError(
-        f"'{formula(term)}' cannot be rescaled when the running maximum moves: f(s, m') / f(s, m) = {formula(ratio)} "
-        "depends on the key: two passes over the keys",
-        stage="normalizer",
-        span=stage.span,
-        remedy="multi-pass plans are not generated yet; a form such as exp(score - row.max(score)) streams",
+            break
+    else:
+        ratio = row_ratio(moved, term) or ratio  # it may have cases
+    if not varies_by_key(ratio):
+        proof.append(f"{symbol.name}: f(s, m') / f(s, m) = {formula(ratio)}, free of s")
+        return Running(symbol, term, ratio)
+    names = {m.name for m in used}
+    raise _Blocked(
+        names,
+        f"'{formula(term)}' cannot be rescaled when {_names(names)} moves: f(s, m') / f(s, m) = {formula(ratio)} "
+        "depends on the key",
     )
 
 
@@ -205,17 +324,23 @@ def _shift(pair: sympy.Expr) -> sympy.Expr | None:
     return -sympy.Add(*(t for t in sympy.Add.make_args(e) if not varies_by_key(t)))
 
 
-def _log_denominator(
-    pair: sympy.Expr, scale: sympy.Expr, shift: sympy.Expr | None, maxes: tuple[sympy.Symbol, ...]
-) -> sympy.Expr | None:
-    """log Z, where the weight is a(pair) exp(x(pair)) / Z; None where a maximum is tied to the pair in another way."""
+def _log_denominator(pair: sympy.Expr, scale: sympy.Expr, shift: sympy.Expr | None) -> sympy.Expr | None:
+    """log Z, where the weight is a(pair) exp(x(pair)) / Z; None where a row statistic is tied to the pair in another
+    way."""
     result = (shift if shift is not None else sympy.S.Zero) - _log(scale)
     for f in sympy.Mul.make_args(pair):
         if not varies_by_key(f):
             result -= _log(f)
-        elif not isinstance(f, sympy.exp) and f.free_symbols & set(maxes):
+        elif any(sym.is_row_name(s.name) for t in _varying(f) for s in t.free_symbols):
             return None
     return result
+
+
+def _varying(factor: sympy.Expr) -> tuple[sympy.Expr, ...]:
+    """What of a factor of the weight varies by key: of an exponential, the terms of its exponent that do."""
+    if not isinstance(factor, sympy.exp):
+        return (factor,)
+    return tuple(t for t in sympy.Add.make_args(sympy.expand(factor.args[0])) if varies_by_key(t))
 
 
 def _log(scale: sympy.Expr) -> sympy.Expr:

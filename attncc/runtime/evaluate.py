@@ -53,6 +53,7 @@ _FLOAT_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
 #: functions of floats or of integers: the result is of the type of the arguments
 _JOIN_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
     voc.relu: torch.relu,
+    voc.detach: torch.detach,
     voc.absolute: torch.abs,
     voc.sign: torch.sign,
     voc.maximum: lambda a, b: torch.where(a > b, a, b),

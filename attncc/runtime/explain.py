@@ -13,6 +13,7 @@ from attncc.codegen.problem import problem_of
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.formulas import stage_texts
 from attncc.ir.text import formula
+from attncc.ir.vocabulary import Root
 from attncc.runtime.explain_outputs import output_facts, output_lines
 from attncc.schedule import hopper
 from attncc.schedule.cache import Cache
@@ -71,7 +72,7 @@ def facts(
 
     Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one; `backend`
     is that of `choose`. Scalars that are not given have their defaults. UnsupportedError for a variant without a
-    one-pass form, InputError for a scalar that the variant has not, ScheduleError if no tiling fits the device.
+    plan, InputError for a scalar that the variant has not, ScheduleError if no tiling fits the device.
     """
     graph = plan.graph
     numbers = {**{s.name: s.default for s in graph.scalars}, **(scalars or {})}
@@ -88,7 +89,8 @@ def facts(
         "scalars": numbers,
         "dtype": dtype,
         "stages": stage_texts(graph),
-        "passes": 1,
+        "passes": max(part.online.passes for part in plan.parts),
+        "sweeps": [_sweep(part, number) for part in plan.parts for number in range(len(part.online.before))],
         "proof": [f"{_of(part)}{line}" for part in plan.parts for line in part.online.proof],
         "merge": {part.own(n): formula(f) for part in plan.parts for n, f in part.online.merge().items()},
         "backward": _backward(plan),
@@ -98,6 +100,22 @@ def facts(
             kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend)
             for kernel in kernels_of(plan)
         },
+    }
+
+
+def _sweep(part: Plan, number: int) -> dict[str, Any]:
+    """What a pass before the last one completes, and why it must."""
+    sweep = part.online.before[number]
+    found = {m.name: f"row.max({formula(g)})" for m, g in sweep.maxes}
+    found |= {r.symbol.name: f"row.sum({formula(r.term)})" for r in sweep.sums}
+    if sweep.root is not None:
+        root = sweep.root
+        found[root.symbol.name] = formula(Root(root.term, root.rest, root.lo, root.hi))
+    return {
+        "pass": f"{_of(part)}pass {number + 1} of {part.online.passes}",
+        "completes": found,
+        "reason": sweep.reason,
+        "proof": list(sweep.proof),
     }
 
 
@@ -126,11 +144,14 @@ def _backward(plan: Plan) -> dict[str, Any]:
 def _part_backward(part: Plan) -> dict[str, Any]:
     backward = part.backward
     delta = "row.sum(dout*out)" + (" - dlse" if part.has_lse and not part.tag else "")
+    needs_delta = backward.needs_delta or backward.sweep_needs_delta
     return {
+        "parts": {part.own(s.name): f"row.sum({formula(part.tagged(e))})" for s, e in backward.parts},
+        "cotangents": {part.own(s.name): formula(part.tagged(e)) for s, e in backward.cotangents},
         "saved": {part.own(symbol.name): formula(expr) for symbol, expr in backward.saved},
         "weight": formula(part.tagged(backward.weight)),
         "dqk": formula(part.tagged(backward.dqk_scale * backward.dqk)),
-        "delta": delta if backward.needs_delta else None,
+        "delta": delta if needs_delta else None,
     }
 
 
@@ -201,7 +222,8 @@ def text_of(found: Mapping[str, Any]) -> str:
     parts = [
         f"{found['name']}  {call}{numbers}  on {device['title']} ({device['target']})",
         _section("formula", [f"{stage:<10} = {text}" for stage, text in found["stages"].items()]),
-        _section(f"forward: {found['passes']} pass over the keys, because", found["proof"]),
+        *_sweep_texts(found),
+        _section(f"forward: {_passes(found)} over the keys, because", found["proof"]),
         _section("merge of two parts of the keys: each accumulator is scaled, then added", _assigned(found["merge"])),
         _section("backward, derived", _backward_lines(found["backward"])),
     ]
@@ -216,6 +238,20 @@ def text_of(found: Mapping[str, Any]) -> str:
     parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
     parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
     return "\n\n".join(parts)
+
+
+def _passes(found: Mapping[str, Any]) -> str:
+    count = found["passes"]
+    return "1 pass" if count == 1 else f"the last of {count} passes"
+
+
+def _sweep_texts(found: Mapping[str, Any]) -> list[str]:
+    """The passes before the last one."""
+    texts = []
+    for sweep in found["sweeps"]:
+        title = f"forward: {sweep['pass']} over the keys, because {sweep['reason']}"
+        texts.append(_section(title, [*_assigned(sweep["completes"]), *sweep["proof"]]))
+    return texts
 
 
 def _section(title: str, lines: list[str]) -> str:
@@ -238,6 +274,8 @@ def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
         rows |= {f"weight{tag}": own["weight"], "dp": "dot(dout, v_vec)"}
         delta = own["delta"] and own["delta"].replace("out)", f"share{tag})" if tag else "out)")
         rows |= {f"delta{tag}": delta} if delta else {}
+        rows |= {f"{name} (a sweep of its own)": text for name, text in own["parts"].items()}
+        rows |= own["cotangents"]
         rows |= {
             f"dqk{tag}": own["dqk"],
             f"dq_vec{tag}": f"dqk{tag}*k_vec{tag}",

@@ -29,6 +29,9 @@ from attncc.runtime.cells import finish
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.shapes import OUTPUTS, REFERENCE_DTYPES, Bound, auxiliary_names, bind, output_names, read_inputs
 
+#: bisections of a bracket: more than float64 has bits
+_HALVINGS = 80
+
 
 def graph_of(variant: Variant | VariantGraph | str | Path) -> VariantGraph:
     """The graph of a Variant, of a shipped name, or of a TOML file. Raises InputError for anything else."""
@@ -146,6 +149,7 @@ class Dense:
         #: flat positions: in (B, H, M, N) of the pairs that the mask shows, in (B, H, M) of the rows that see a key
         self.visible = mask.reshape(-1).nonzero().squeeze(1)
         self.live = mask.any(-1).reshape(-1).nonzero().squeeze(1)
+        self.row_count = b * h * m
         self.row_of_pair = self.visible // max(n, 1)
         self.pairs: dict[str, Any] = {**self.constants, **self._indices(self.visible, n)}
         if graph.has_dot:
@@ -284,11 +288,50 @@ class Dense:
         return dense.index_put((self.visible,), values).reshape(b * h * m, n)
 
     def _reduce(self, stage: Stage) -> Tensor:
+        if stage.op == "root":
+            return self._solve(stage)
         values = self._on_pairs(stage.expr)
         if stage.op == "sum":
             return self._spread(values, 0.0).sum(-1)
         dense = self._spread(values, -torch.inf)
         return dense.amax(-1) if dense.shape[1] else dense.sum(-1)
+
+    def _solve(self, stage: Stage) -> Tensor:
+        """(B * H * M): the root of a stage's equation, by bisection; its gradient is that of the implicit function.
+
+        The bracket is halved until it cannot be; where both ends have one sign, the root is taken to be the upper end.
+        Rows that see no key have 0.
+        """
+        term, rest, lo, hi = stage.expr.args
+        rows = {name: value[self.live] for name, value in self.rows.items()}
+        on_rows = {**self.constants, **self._indices(self.live * max(self.shape[3], 1), self.shape[3]), **rows}
+
+        def row(expr: Any, t: Tensor) -> Tensor:
+            env = {**on_rows, sym.UNKNOWN.name: t}
+            return evaluate(expr, env, self.number, self.device).expand(self.live.shape)
+
+        def total(t: Tensor, term: Any, rest: Any) -> Tensor:
+            spread = torch.zeros(self.row_count, dtype=t.dtype, device=self.device).index_put((self.live,), t)
+            env = {**self.pairs, sym.UNKNOWN.name: spread[self.row_of_pair]}
+            values = evaluate(term, env, self.number, self.device).expand(self.visible.shape)
+            return self._spread(values, 0.0).sum(-1)[self.live] + row(rest, t)
+
+        with torch.no_grad():
+            t = torch.zeros(self.live.shape, dtype=self.number, device=self.device)
+            low, high = row(lo, t).to(self.number), row(hi, t).to(self.number)
+            slopes = term.diff(sym.UNKNOWN), rest.diff(sym.UNKNOWN)
+            slope = total(low, *slopes)
+            rising = (slope > 0) | ((slope == 0) & (total(low, term, rest) < 0))
+            for _ in range(_HALVINGS):
+                t = (low + high) / 2
+                low_side = (total(t, term, rest) < 0) == rising
+                low, high = torch.where(low_side, t, low), torch.where(low_side, high, t)
+            t = (low + high) / 2
+            slope = total(t, *slopes)
+        residual = total(t, term, rest)
+        # at the root the residual is 0, and only its gradient is left
+        t = t - torch.where(slope == 0, 0.0, (residual - residual.detach()) / slope)
+        return torch.zeros(self.row_count, dtype=t.dtype, device=self.device).index_put((self.live,), t)
 
 
 def log_denominator(graph: VariantGraph) -> sympy.Expr:

@@ -171,7 +171,8 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     qk, v = sum(problem.qk_chunks) * problem.costs.similarity.dots, sum(head_chunks(problem.d_v))
     scores = {"forward": qk, "dkdv": qk + v, "dq": qk + v, "pair": qk + v}[kernel]
     results = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
-    depth = twice * scores + results
+    sweeps = problem.costs.sweeps if kernel == "forward" else 0
+    depth = twice * (1 + sweeps) * scores + results
     flops_per_clk_sm = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     # The running sum of the forward is rescaled once a tile.
     rows_work = tiles.rows * (v + ROW_WORK) * problem.branches if kernel == "forward" else 0
@@ -189,10 +190,12 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
         sfu=twice * work.sfu * pairs / device.sfu_per_clk_sm,
         alu=alu,
         memory=max(
-            _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
-            _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
+            # a sweep has the first of the forward's two matmuls, and streams k
+            (1 + sweeps / 2) * _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
+            (1 + sweeps / 2) * _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
         ),
-        gaps=_matmuls(kernel, problem) * MATMUL_GAP + _exchanges(kernel, ks, tiles, problem, device) * EXCHANGE,
+        gaps=(_matmuls(kernel, problem) + sweeps) * MATMUL_GAP
+        + _exchanges(kernel, ks, tiles, problem, device) * EXCHANGE,
     )
 
 

@@ -40,6 +40,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "the Gluon backend has no such kernel yet"
     if problem.branches > 1:
         return "Gluon kernels have one score a pair, and the variant has several branches"
+    if problem.costs.only_triton:
+        return problem.costs.only_triton
     if problem.dtype == "fp32":
         return "Gluon kernels multiply 16-bit operands"
     if not problem.costs.similarity.plain_dot:

@@ -77,7 +77,9 @@ class KernelCosts:
     the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `rows` counts
     what dkdv streams for each query: its stored statistics, and delta. `distances`: the backward computes distances
     between queries and keys by tile. `nested`: the query heads that share a key head have a loop each in dkdv, for
-    their bounds or sums are their own.
+    their bounds or sums are their own. `sweeps` says how often the forward goes over the keys before its last pass, each
+    time with a matmul of q and k; the work of a pair in those is part of `forward`. `only_triton`: why only the Triton
+    backend has this forward, if so.
     """
 
     forward: PairCosts
@@ -89,6 +91,8 @@ class KernelCosts:
     distances: bool = False
     nested: bool = False
     similarity: SimilarityWork = PLAIN_DOT
+    sweeps: int = 0
+    only_triton: str = ""
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""

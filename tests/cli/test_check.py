@@ -15,10 +15,12 @@ def test_a_warning_fails_only_when_strict(attncc):
     assert attncc(*words, "--strict").exit_code == 1
 
 
-def test_what_cannot_be_compiled_is_an_error(attncc):
-    result = attncc("check", "--normalizer", "maximum(score - row.max(score) + 1, 0)")
+def test_what_cannot_be_compiled_is_an_error(attncc, tmp_path):
+    path = tmp_path / "squared.toml"
+    path.write_text('[stages]\nreduction = "row.sum(weight**2 * v_vec)"\n')
+    result = attncc("check", str(path))
     assert result.exit_code == 1
-    assert "two passes over the keys" in result.stdout
+    assert "is not the weight times a factor" in result.stdout
 
 
 def test_a_spec_that_is_wrong_fails_with_its_place(attncc, tmp_path):

@@ -4,6 +4,7 @@ import json
 import pytest
 
 import attncc as ac
+from attncc.errors import UnsupportedError
 from attncc.schedule.cache import Cache
 
 
@@ -68,11 +69,26 @@ def test_the_op_explains_its_own_schedule_and_refuses_unknown_scalars():
         ac.compile("softcap").explain(target="h100", cup=3.0)
 
 
-def test_a_variant_without_a_backward_says_why(attncc):
-    result = attncc("explain", "--normalizer", "exp(score - row.max(score))", "--target", "h100", "--q-len", "256")
+def test_a_variant_without_a_backward_says_why(attncc, monkeypatch):
+    def refuse(*_):
+        raise UnsupportedError("nobody knows its derivative")
+
+    monkeypatch.setattr("attncc.codegen.plan.differentiate", refuse)
+    result = attncc("explain", "causal", "--target", "h100", "--q-len", "256")
     assert result.exit_code == 0
-    assert "none: <normalizer>:1: normalizer: the weight changes when the row maximum alone moves" in result.stdout
+    assert "none: nobody knows its derivative" in result.stdout
     assert "dkdv" not in result.stdout
+
+
+def test_each_pass_over_the_keys_is_explained(attncc):
+    result = attncc("explain", "--normalizer", "relu(score - row.mean(score))", "--target", "h100", "--q-len", "256")
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    assert "forward: pass 1 of 2 over the keys, because the weight needs row_sum_0 and row_sum_1" in text
+    assert "forward: the last of 2 passes over the keys, because" in text
+    assert "row_part_0 (a sweep of its own)" in text
+    text = " ".join(attncc("explain", "entmax15", "--target", "h100", "--q-len", "256").stdout.split())
+    assert "row_root_0 = row.root(lambda t: row.sum(relu(score/2 - t)**2) - 1, row_max_0 - 1, row_max_0)" in text
 
 
 @pytest.mark.parametrize(

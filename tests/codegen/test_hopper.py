@@ -22,8 +22,8 @@ from tests.schedule.problems import problem
 H100 = device_for("h100")
 NAMES = [
     name
-    for name in ac.variants.names()
-    if ac.variants.get(name).graph.branches == 1 and SimilaritySlots(Plan(ac.variants.get(name).graph)).plain_dot
+    for name, plan in ((name, Plan(ac.variants.get(name).graph)) for name in ac.variants.names())
+    if plan.graph.branches == 1 and SimilaritySlots(plan).plain_dot and not plan.only_triton
 ]
 
 
@@ -54,6 +54,11 @@ def test_the_text_is_tidy_and_names_only_what_it_is_handed(name):
     for warp in ("_weigh", "_load", "_attend"):
         unused = {s.get_name() for s in functions[warp].get_symbols() if s.is_parameter() and not s.is_referenced()}
         assert unused == set()
+
+
+def test_several_passes_are_refused():
+    with pytest.raises(UnsupportedError, match="go over the keys once(.|\n)*backend='triton'"):
+        source("entmax15")
 
 
 def test_branches_are_refused():

@@ -21,6 +21,7 @@ from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
 from attncc.codegen.standalone import standalone
+from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
 from attncc.runtime import interpreter
 from attncc.runtime.verify import eager
@@ -115,6 +116,7 @@ def test_no_tensor_has_a_row_for_each_query_and_a_column_for_each_key(name):
 SCRIPT = """
 import hashlib, json, sys
 import attncc as ac
+from attncc.errors import UnsupportedError
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
 names = json.loads(sys.argv[1])
@@ -203,12 +205,16 @@ def test_a_standalone_file_computes_the_variant(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_standalone_file_says_why_it_has_no_backward():
-    graph = ac.Variant(normalizer=lambda score, row: ac.exp(score - row.max(score))).graph
+def test_a_standalone_file_says_why_it_has_no_backward(monkeypatch):
+    def refuse(*_):
+        raise UnsupportedError("nobody knows its derivative")
+
+    monkeypatch.setattr("attncc.codegen.plan.differentiate", refuse)
+    graph = ac.variants.get("causal").graph
     text = standalone(Plan(graph), 16, 16, Schedule(SMALL, SMALL, SMALL), "fp32", device_for("h100"))
     compile(text, "kernel", "exec")
     assert "raise NotImplementedError(" in text
-    assert "flows through the maximum" in text
+    assert "nobody knows its derivative" in text
 
 
 def test_the_formulas_stand_where_they_are_computed():

@@ -76,6 +76,15 @@ def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
         assert f".target {target}" in fact.ptx if device.backend == "cuda" else target in fact.ptx
 
 
+def test_a_sweep_of_the_backward_compiles_beside_kernels_with_descriptors():
+    device, plan = device_for("sm_90"), Plan(ac.variants.get("entmax15").graph)
+    module = load_source(render(plan, 64, 64, True, tma=True), "targets_sweeps")
+    schedule = choose(problem_of(plan, sizes(64), "bf16", "ieee", {}), device)
+    compiled = cross_compile(module, plan.graph, schedule, device, "bf16")
+    assert {"forward_kernel", "cotangents_kernel", "dkdv_kernel", "dq_kernel"} <= set(compiled)
+    assert all(fact.shared <= device.smem_per_block for fact in compiled.values())
+
+
 def test_what_does_not_compile_is_refused_with_the_kernel_and_the_target():
     _, module = generated(64)
     wrong = KernelSchedule(48, 64, 4, 2)  # a block that is no power of two

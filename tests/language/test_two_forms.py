@@ -49,6 +49,21 @@ SHIPPED = {
         "[stages]\nscore = 'score + bias[b, h, q_idx, kv_idx]'\n"
         '[inputs]\nbias = { index = ["b", "h", "q_idx", "kv_idx"], grad = true }'
     ),
+    "entmax15": (
+        f"[stages]\n{CAUSAL}\nnormalizer = '''\nhalf = score / 2\n"
+        "tau = row.root(lambda t: row.sum(relu(half - t)**2) - 1, row.max(half) - 1, row.max(half))\n"
+        "relu(half - tau)**2'''"
+    ),
+    "sparsemax": f"[stages]\n{CAUSAL}\nnormalizer = 'sparsemax'",
+    "min_p": (
+        f"[stages]\n{CAUSAL}\nnormalizer = '''\nm = row.max(score)\n"
+        "p = where(score >= m + log(least), exp(score - m), 0)\np / row.sum(p)'''\n[scalars]\nleast = 0.5"
+    ),
+    "top_theta": (
+        f"[stages]\n{CAUSAL}\nnormalizer = '''\nkeep = score > theta[h] or {POSITION} < dense_keys\n"
+        "p = where(keep, exp(score - row.max(score)), 0)\ntotal = row.sum(p)\np / where(total > 0, total, 1)'''\n"
+        '[inputs]\ntheta = { index = ["h"] }\n[scalars]\ndense_keys = 3'
+    ),
     "softmax1": (
         f"[stages]\n{CAUSAL}\nnormalizer = '''\n"
         "m = maximum(row.max(score), 0)\np = exp(score - m)\np / (row.sum(p) + exp(-m))'''"

@@ -12,9 +12,10 @@ from torch import Tensor
 import attncc as ac
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
-from attncc.ir.symbols import H
+from attncc.ir.symbols import UNKNOWN, H
+from attncc.passes.reverse import first_at, ties
 from attncc.passes.similarity import similarity
-from attncc.passes.stream import Online
+from attncc.passes.stream import Implicit, Online
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.samples import Sample
 
@@ -54,6 +55,72 @@ def softplus_mean(score, row):
     return ac.softplus(score) / row.sum(ac.softplus(score))
 
 
+def below_the_largest(score, row):
+    return ac.relu(score - row.max(score) + 1)
+
+
+def over_the_largest(score, row):
+    return ac.exp(score - row.max(score))
+
+
+def above_the_mean(score, row):
+    return ac.relu(score - row.mean(score))
+
+
+def standardized(score, row):
+    mean = row.mean(score)
+    z = (score - mean) / ac.sqrt(row.mean((score - mean) ** 2) + 1e-3)
+    p = ac.exp(z - row.max(z))
+    return p / row.sum(p)
+
+
+def from_least_to_largest(score, row):
+    low, high = row.min(score), row.max(score)
+    x = (score - low) / (high - low + 0.1)
+    return x / (row.sum(x) + 1)
+
+
+def kept_probabilities(score, row):
+    p = ac.softmax(score, row)
+    kept = ac.where(p > 0.1, p, 0)
+    return kept / (row.sum(kept) + 0.1)
+
+
+def two_roots(score, row):
+    top = row.max(score)
+    t = row.root(lambda t: row.sum(ac.relu(score - t)) - 1, top - 1, top)
+    u = row.root(lambda u: row.sum(ac.sigmoid(score - t - u)) - 0.5, -20, 20)
+    return ac.sigmoid(score - t - u)
+
+
+def weighed_root(score, row, h, b, kv_idx, tau, gate):
+    z = tau[h] * score
+    top = row.max(z)
+    g = gate[b, kv_idx] ** 2 + 0.1
+    t = row.root(lambda t: row.sum(g * ac.relu(z - t) ** 2) - tau[h] ** 2, top - 5 - 5 * tau[h] ** 2, top)
+    return g * ac.relu(z - t) ** 2
+
+
+def held_back(score, row):
+    p = score**3
+    return p / ac.maximum(ac.detach(ac.abs(row.sum(p))), 1)
+
+
+def half_held_back(score, row):
+    p = ac.exp(score - ac.detach(row.max(score)))
+    return p / (row.sum(p) + 1)
+
+
+def held_sink(score, row, h, sink):
+    p = ac.exp(score - row.max(score))
+    return p / (row.sum(p) + ac.detach(row.sum(p)) * ac.exp(sink[h]))
+
+
+def not_less_than_one(score, row):
+    p = score**3
+    return p / ac.maximum(ac.abs(row.sum(p)), 1)
+
+
 #: what nobody ships
 UNSHIPPED = {
     "unit_length": ac.Variant(normalizer=unit_length, mask=ac.causal),
@@ -69,6 +136,22 @@ UNSHIPPED = {
         reduction=lambda weight, v_vec, row, kv_idx: row.sum(weight / (1 + kv_idx) * v_vec), mask=ac.causal
     ),
     "by_head": ac.Variant(score=lambda score, h, kv_len: score * (1 + h) / kv_len, mask=ac.causal),
+    "below_the_largest": ac.Variant(normalizer=below_the_largest, mask=ac.causal),
+    "over_the_largest": ac.Variant(normalizer=over_the_largest, mask=ac.causal),
+    "above_the_mean": ac.Variant(normalizer=above_the_mean, mask=ac.causal),
+    "standardized": ac.Variant(normalizer=standardized, mask=ac.causal),
+    "from_least_to_largest": ac.Variant(normalizer=from_least_to_largest, mask=ac.causal),
+    "kept_probabilities": ac.Variant(normalizer=kept_probabilities, mask=ac.causal, score=ac.alibi()),
+    "two_roots": ac.Variant(normalizer=two_roots, mask=ac.causal),
+    "weighed_root": ac.Variant(
+        normalizer=weighed_root,
+        mask=ac.causal,
+        inputs={"tau": ac.Input("h", grad=True), "gate": ac.Input("b", "kv_idx", grad=True)},
+    ),
+    "held_back": ac.Variant(normalizer=held_back, mask=ac.causal),
+    "half_held_back": ac.Variant(normalizer=half_held_back, mask=ac.causal),
+    "held_sink": ac.Variant(normalizer=held_sink, mask=ac.causal, inputs={"sink": ac.Input("h", grad=True)}),
+    "not_less_than_one": ac.Variant(normalizer=not_less_than_one, mask=ac.causal),
     "learned_gain": ac.Variant(
         score=lambda score, h, gain: score * gain[h] + gain[h] ** 2, inputs={"gain": ac.Input("h", grad=True)}
     ),
@@ -146,18 +229,51 @@ class Pairs:
 
     def accumulate(self, online: Online, among: Tensor | None = None) -> dict[str, Tensor]:
         """Maxima and accumulators (B, H, M, 1) over the visible keys `among`; that of the output is (B, H, M, Dv)."""
+        known: dict[str, Tensor] = {}
+        for sweep in online.before:  # these are of all keys, whatever part of them the last pass has
+            known |= self._maxima(sweep.maxes, self.visible, known)
+            for running in sweep.sums:
+                known[running.symbol.name] = self._sum(running.term, self.visible, known)
+            if sweep.root is not None:
+                known[sweep.root.symbol.name] = self._root(sweep.root, known)
         seen = self.visible if among is None else self.visible & among
-        found = {m.name: torch.where(seen, self(g), -torch.inf).amax(-1, keepdim=True) for m, g in online.maxes}
-        for running in (online.numerator, *online.sums):
-            term = torch.where(seen, self(running.term, **found), 0.0)
-            found[running.symbol.name] = term @ self.v if running is online.numerator else term.sum(-1, keepdim=True)
+        found = self._maxima(online.maxes, seen, known)
+        values = {**known, **found}
+        for running in online.sums:
+            found[running.symbol.name] = self._sum(running.term, seen, values)
+        term = torch.where(seen, self(online.numerator.term, **values), 0.0)
+        return {**known, **found, online.numerator.symbol.name: term @ self.v}
+
+    def _maxima(self, maxes: Any, seen: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {m.name: torch.where(seen, self(g, **known), -torch.inf).amax(-1, keepdim=True) for m, g in maxes}
+
+    def attained(self, online: Online, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where each maximum is first, and how many keys attain it."""
+        found = {}
+        for m, g in [pair for step in (*online.before, online) for pair in step.maxes]:
+            attains = (torch.where(self.visible, self(g, **known), -torch.inf) == known[m.name]).double()
+            found[first_at(m).name] = attains.argmax(-1, keepdim=True).double()
+            found[ties(m).name] = attains.sum(-1, keepdim=True)
         return found
+
+    def _sum(self, term: Any, seen: Tensor, known: dict[str, Tensor]) -> Tensor:
+        return torch.where(seen, self(term, **known).double(), 0.0).sum(-1, keepdim=True)
+
+    def _root(self, root: Implicit, known: dict[str, Tensor]) -> Tensor:
+        """By bisection of a falling sum."""
+        low, high = self.rows(root.lo, known).double(), self.rows(root.hi, known).double()
+        for _ in range(100):
+            at = {**known, UNKNOWN.name: (low + high) / 2}
+            above = self._sum(root.term, self.visible, at) + self.rows(root.rest, at) > 0
+            low, high = torch.where(above, at[UNKNOWN.name], low), torch.where(above, high, at[UNKNOWN.name])
+        return (low + high) / 2
 
     def merged(self, online: Online, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Partial results over different keys as one, by the derived factors."""
+        before = {name: value for name, value in parts[0].items() if name not in online.merge()}
         maxima = {m.name: functools.reduce(torch.maximum, (p[m.name] for p in parts)) for m in online.max_symbols}
         moved = {f"{name}_new": value for name, value in maxima.items()}
-        result = dict(maxima)
+        result = {**before, **maxima}
         for name, factor in online.merge().items():
             result[name] = sum(evaluate(factor, {**self.env, **part, **moved}) * part[name] for part in parts)
         return result

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import attncc as ac
-from attncc.errors import UnsupportedError
+from attncc.ir.symbols import RAW_SCORE
 from attncc.ir.text import formula
 from attncc.passes.differentiate import differentiate
 from attncc.passes.similarity import similarity
@@ -39,9 +39,15 @@ def by_derivation(graph, pairs, dout, dlse, out, differentiable, inputs):
     online = stream(core)
     derived = differentiate(core, online)
     rows = pairs.accumulate(online)
+    rows |= pairs.attained(online, rows)
     saved = {s.name: pairs.rows(e, rows) for s, e in derived.saved}
     delta = (dout * out).sum(-1, keepdim=True) - dlse.unsqueeze(-1)
     values = {**saved, "delta": delta, "dp": dout @ pairs.v.mT}
+    raw = {RAW_SCORE: graph["raw_score"].expr}
+    for symbol, expr in derived.parts:
+        term = pairs(expr.xreplace(raw), **values)
+        values[symbol.name] = torch.where(pairs.visible, term, 0.0).sum(-1, keepdim=True)
+    values |= {symbol.name: pairs.rows(expr, values) for symbol, expr in derived.cotangents}
 
     def shown(expr):
         return torch.where(pairs.visible, pairs(expr, **values), 0.0)
@@ -136,17 +142,28 @@ def test_only_inputs_that_ask_get_a_gradient():
     assert [r.input for r, _ in derived("sink").row_dreads] == ["sink"]
 
 
-@pytest.mark.parametrize(
-    "normalizer",
-    [
-        lambda score, row: ac.exp(score - row.max(score)) / (row.sum(ac.exp(score - row.max(score))) + 1),
-        lambda score, row: ac.exp(score - row.max(score)),
-        lambda score, row: ac.exp(score - row.max(score)) / row.sum(ac.exp(score - row.max(score))) ** 2,
-    ],
-    ids=["a sum plus one", "no sum", "a squared sum"],
-)
-def test_a_weight_that_depends_on_the_maximum_alone_has_no_backward(normalizer):
-    graph = ac.Variant(normalizer=normalizer).graph
-    with pytest.raises(UnsupportedError, match="a gradient flows through the maximum") as refused:
-        differentiate(graph, stream(graph))
-    assert "test_differentiate.py" in str(refused.value)
+def swept(name):
+    """The sums over keys that the backward takes beside its own."""
+    return [formula(e) for _, e in derived(name).parts]
+
+
+def test_a_mere_shift_passes_no_gradient_on():
+    for name in ("min_p", "top_theta", "kept_probabilities", "two_sums"):
+        backward = derived(name)
+        assert not any("_at" in s.name for s, _ in backward.saved)
+        assert backward.cotangents == ()
+
+
+def test_a_gradient_through_statistics_takes_one_sweep_at_most():
+    assert swept("entmax15") == ["-2*relu(-row_root_0 + score/2)", "-2*dp*relu(-row_root_0 + score/2)"]
+    assert [formula(e) for _, e in derived("entmax15").cotangents] == [
+        "-row_part_1*where(row_part_0 == 0, 0, 1/row_part_0)"
+    ]
+    assert swept("below_the_largest") == ["-dp*step(-row_max_0 + score + 1)"]
+    assert swept("over_the_largest") == []  # its cotangent is delta
+
+
+def test_what_is_held_back_gets_no_gradient():
+    assert "delta" not in {s.name for s in derived("held_back").dqk.free_symbols}
+    assert "delta" in {s.name for s in derived("not_less_than_one").dqk.free_symbols}
+    assert derived("half_held_back").parts == ()

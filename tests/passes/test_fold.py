@@ -47,17 +47,23 @@ def test_the_folded_score_is_the_score(name):
 def test_terms_keep_their_value_in_the_new_unit(name):
     online, found, pairs = folded(name)
     # any finite maxima will do: the algebra must not depend on which
-    maxima = {m.name: pairs(sym.SCORE).abs().amax(-1, keepdim=True) + 0.5 for m in online.max_symbols}
+    some = pairs(sym.SCORE).abs().amax(-1, keepdim=True) + 0.5
     ln2 = math.log(2.0) if found.log2 else 1.0
     s = {S.name: pairs(plain(found.score))}
-    for running in (online.numerator, *online.sums):
-        lowered = found.apply_online(running.term, online.max_symbols)
-        assert not lowered.has(sympy.exp)
-        value = pairs(plain(lowered), **s, **{name: m / ln2 for name, m in maxima.items()})
-        torch.testing.assert_close(value, pairs(running.term, **maxima), rtol=1e-11, atol=1e-13)
-    for _, operand in online.maxes:
-        value = pairs(plain(found.maximum_of(operand)), **s) * ln2
-        torch.testing.assert_close(value, pairs(operand), rtol=1e-11, atol=1e-13)
+    known: dict[str, torch.Tensor] = {}  # the statistics of earlier sweeps, which are plain numbers
+    for step in (*online.before, online):
+        maxima = {m.name: some for m in step.max_symbols}
+        for running in (*step.sums, *([online.numerator] if step is online else [])):
+            lowered = found.apply_online(running.term, step.max_symbols)
+            assert not lowered.has(sympy.exp)
+            value = pairs(plain(lowered), **s, **known, **{name: m / ln2 for name, m in maxima.items()})
+            torch.testing.assert_close(value, pairs(running.term, **known, **maxima), rtol=1e-11, atol=1e-13)
+        for _, operand in step.maxes:
+            value = pairs(plain(found.maximum_of(operand)), **s, **known) * ln2
+            torch.testing.assert_close(value, pairs(operand, **known), rtol=1e-11, atol=1e-13)
+        known |= {**maxima, **{r.symbol.name: some for r in step.sums}}
+        if step is not online and step.root is not None:
+            known[step.root.symbol.name] = -some
 
 
 def test_the_scale_and_the_constant_become_one_factor():

@@ -139,10 +139,8 @@ def test_indices_of_loop_dimensions():
 
 
 def test_what_is_not_derived():
-    (error,) = found("error", normalizer="maximum(score - row.max(score) + 1, 0)")
-    assert "two passes over the keys" in error.reason
-    (warning,) = found("warning", normalizer="exp(score - row.max(score))")
-    assert warning.reason.startswith("there is no backward")
+    (error,) = found("error", reduction="row.sum(weight**2 * v_vec)")
+    assert "is not the weight times a factor" in error.reason
 
 
 def test_a_mask_without_bounds_is_a_note():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -110,27 +112,50 @@ def maximum_of_a_sum(score, row):
     return ac.exp(score - row.max(score * row.sum(score)))
 
 
+def two_thresholds(score, row):
+    """The keys above the mean, and of those above their own mean."""
+    above = ac.relu(score - row.mean(score))
+    return ac.relu(above - row.mean(above))
+
+
 @pytest.mark.parametrize(
-    ("normalizer", "reason"),
+    ("normalizer", "sweeps", "reason"),
     [
-        (
-            lambda score, row: ac.relu(score - row.max(score) + 1),
-            "cannot be rescaled when the running maximum moves(.|\n)*depends on the key: two passes",
-        ),
+        (lambda score, row: ac.relu(score - row.max(score) + 1), [{"row_max_0"}], "cannot be rescaled(.*)on the key"),
         (
             lambda score, row: ac.softplus(score - row.max(score)) / row.sum(ac.softplus(score - row.max(score))),
+            [{"row_max_0"}],
             "cannot be rescaled",
         ),
-        (needs_a_sum, "row.sum(.|\n)*needs row_sum_0 over all keys first"),
-        (sum_in_the_weight, "needs its row sums before the first key is weighted"),
-        (maximum_of_a_sum, "row.max(.|\n)*needs row_sum_0 over all keys first"),
+        (needs_a_sum, [{"row_max_0", "row_sum_0"}], "row.sum(.*)needs row_sum_0 whole"),
+        (sum_in_the_weight, [{"row_sum_0", "row_sum_1"}], "the weight needs row_sum_0 and row_sum_1"),
+        (maximum_of_a_sum, [{"row_sum_0"}], "row.max(.*)needs row_sum_0 whole"),
+        (two_thresholds, [{"row_sum_0", "row_sum_1"}, {"row_sum_2"}], "needs row_sum_0 and row_sum_1 whole"),
+        (ac.entmax15, [{"row_max_0"}, {"row_root_0"}], "row_root_0 takes sweeps of its own"),
     ],
-    ids=["relu", "softplus", "needs_a_sum", "sum_in_the_weight", "maximum_of_a_sum"],
+    ids=["relu", "softplus", "needs_a_sum", "sum_in_the_weight", "maximum_of_a_sum", "two_thresholds", "entmax15"],
 )
-def test_two_passes_are_refused_with_the_reason(normalizer, reason):
-    with pytest.raises(UnsupportedError, match=reason) as refused:
-        of(normalizer)
-    assert "test_stream.py" in str(refused.value)
+def test_what_must_be_whole_takes_a_pass_before(normalizer, sweeps, reason):
+    online = of(normalizer)
+    found = [{*(m.name for m in s.max_symbols), *(r.symbol.name for r in s.sums)} for s in online.before]
+    found = [names | ({s.root.symbol.name} if s.root else set()) for names, s in zip(found, online.before, strict=True)]
+    assert found == sweeps
+    assert re.search(reason, online.before[0].reason)
+    assert online.passes == len(sweeps) + 1
+    assert online.proof[-1].endswith(f"the last of {online.passes} passes over the keys")
+
+
+def test_a_sum_that_the_last_pass_can_do_is_left_to_it():
+    online = stream(ac.variants.get("min_p").graph)
+    assert [m.name for m in online.before[0].max_symbols] == ["row_max_0"]
+    assert online.before[0].sums == ()
+    assert [r.symbol.name for r in online.sums] == ["row_sum_0"]
+
+
+def test_a_threshold_that_knows_no_statistic_streams():
+    online = stream(ac.variants.get("top_theta").graph)
+    assert online.before == ()
+    assert rescales(online)["row_sum_0"] == "exp(row_max_0 - row_max_0_new)"
 
 
 def test_a_reduction_that_is_not_linear_in_the_weight_is_refused():

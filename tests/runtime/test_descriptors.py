@@ -35,7 +35,7 @@ def failures(rows):
     return [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok]
 
 
-@pytest.mark.parametrize("name", ["causal", "document", "t5_bias", "sink", "sigmoid", "cog"])
+@pytest.mark.parametrize("name", ["causal", "document", "t5_bias", "sink", "sigmoid", "cog", "entmax15"])
 @pytest.mark.parametrize("shape", [ODD, CHUNKED], ids=str)
 def test_they_agree_with_the_reference(boxed, name, shape):
     assert failures(verify_variant(ac.variants.get(name), dtype=torch.float16, shapes=[shape])) == []

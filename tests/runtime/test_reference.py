@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from attncc.errors import InputError, UnsupportedError
 from attncc.ir.formulas import own_stages
 from attncc.runtime.reference import log_denominator
 from attncc.runtime.samples import Sample, Shape, sample_inputs
+
+from .oracles import near_the_largest, over_threshold, sorted_entmax15, sorted_sparsemax
 
 SCALE = 0.4
 SHAPES = (
@@ -77,6 +80,10 @@ def taylor(t: Textbook) -> tuple[Tensor, Tensor]:
     return p / p.sum(-1, keepdim=True), p.sum(-1).log()
 
 
+def implicit(weights: Callable[[Tensor], Tensor], t: Textbook) -> Tensor:
+    return weights(t.s.masked_fill(~t.causal, -torch.inf))
+
+
 FORMULAS = {
     "full": lambda t: softmax(t.s),
     "causal": lambda t: softmax(t.s, t.causal),
@@ -97,6 +104,13 @@ FORMULAS = {
     "relu2": lambda t: (torch.relu(t.s) ** 2 / t.j.numel(), None),
     "taylor": taylor,
     "cog": cog,
+    "entmax15": lambda t: (implicit(sorted_entmax15, t), None),
+    "sparsemax": lambda t: (implicit(sorted_sparsemax, t), None),
+    "min_p": lambda t: (implicit(lambda s: near_the_largest(s, t["least"]), t), None),
+    "top_theta": lambda t: (
+        implicit(lambda s: over_threshold(s, t["theta"][:, None, None], t.i < t["dense_keys"]), t),
+        None,
+    ),
     "qk_temperature": lambda t: softmax(t.s * t["tau"][..., None], t.causal),
 }
 
@@ -113,7 +127,7 @@ def by_hand(name: str, sample: Sample, scale: float) -> tuple[Tensor, Tensor | N
 
 def leaves(sample: Sample) -> dict[str, Tensor]:
     tensors = {"q": sample.q, "k": sample.k, "v": sample.v, **sample.inputs}
-    floats = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    floats = {n: t for n, t in tensors.items() if isinstance(t, Tensor) and t.is_floating_point() and n != "theta"}
     return {name: tensor.requires_grad_() for name, tensor in floats.items()}
 
 

@@ -60,6 +60,8 @@ def test_inputs_and_defaults():
         "t5_bias": {"table": ("bucket", "h")},
         "dense_bias": {"bias": ("b", "h", "q_idx", "kv_idx")},
         "sink": {"sink": ("h",)},
+        "min_p": {"least": 0.02},
+        "top_theta": {"theta": ("h",), "dense_keys": 64},
         "qk_temperature": {"tau": ("b", "h", "q_idx")},
         "cosine": {"tau": ("h",)},
         "trilinear": dict.fromkeys(("w_q", "w_k", "w_qk"), ("h", "d")),

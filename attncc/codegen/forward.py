@@ -1,0 +1,390 @@
+"""The slots of the forward's template: its last pass over the keys, and the sweeps before it.
+
+Parts of a plan, one a branch, stand side by side in the last pass; the sweeps of each are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+
+from attncc.codegen.bounds import BoundLines, bound_lines
+from attncc.codegen.chunks import Chunk
+from attncc.codegen.kernels import (
+    base_leaves,
+    blank_tile,
+    edge,
+    shown_masks,
+    similarity_slots,
+    take,
+    visible_lines,
+)
+from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
+from attncc.codegen.plan import Plan
+from attncc.codegen.similarity import QUERY, SimilaritySlots
+from attncc.ir import symbols as sym
+from attncc.ir.levels import Level
+from attncc.ir.text import formula
+from attncc.passes.fold import S, exp2
+from attncc.passes.reverse import first_at, ties, trimmed
+from attncc.passes.stream import LSE, Implicit, Online, Running, Sweep, renamed
+
+#: where a running maximum starts: below every score, and finite, so that no difference of two is NaN
+NEGATIVE = "-1.0e30"
+#: the most sweeps for one implicit value: what bisection alone would take to float32's precision, twice
+MOST_TURNS = 50
+#: the name of what a score adds to all keys of a row in a tile
+ROW_OFFSET = "row_offset"
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What one loop over the keys computes for one part, in the unit of its score: operands of the running maxima,
+    accumulated terms (that of the output row first, in the last pass) and the factors that rescale them."""
+
+    part: Plan
+    maxima: tuple[sympy.Symbol, ...]
+    runnings: tuple[Running, ...]
+    score: Any
+    operands: list[Any]
+    terms: list[Any]
+    rescales: list[Any]
+    scaled: Any
+    #: what the score adds to all keys of a row in a tile, where that joins the row's maximum; `score` is without it
+    row_part: Any = sympy.S.Zero
+
+    @property
+    def vanishes(self) -> bool:
+        """Where everything is exp2(score - m), a hidden score of -inf does all that a mask must do."""
+        s = sympy.Symbol(self.part.own(S.name), real=True)
+        return all(_vanishes(t, s) for t in self.terms) and all(o == self.scaled for o in self.operands)
+
+
+def _terms(part: Plan, step: Sweep | Online) -> _Terms:
+    folded, maxima = part.folded, step.max_symbols
+    to_new = {m: renamed(m) for m in maxima}
+    runnings = (step.numerator, *step.sums) if isinstance(step, Online) else step.sums
+    return _Terms(
+        part,
+        maxima,
+        runnings,
+        part.tagged(folded.score),
+        [part.tagged(folded.maximum_of(g)) for _, g in step.maxes],
+        [part.tagged(folded.apply_online(r.term.xreplace(to_new), maxima)) for r in runnings],
+        [part.tagged(folded.apply_online(r.rescale, maxima)) for r in runnings],
+        part.tagged(folded.unit * S),
+    )
+
+
+def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
+    """The same with distances taken apart by tile, and with `row_part` split off where that is enough."""
+    score = split_distances(t.score)
+    if not t.vanishes:
+        return replace(t, score=score)
+    shared = [e for e in sympy.Add.make_args(score) if lowering.level_of(e) in (Level.PROGRAM, Level.ROW)]
+    row_part = sympy.Add(*shared)
+    if row_part == 0:
+        return replace(t, score=score)
+    s = sympy.Symbol(t.part.own(S.name), real=True)
+    offset = sympy.Symbol(t.part.own(ROW_OFFSET), real=True)
+    terms = [exp2(sympy.expand(term.args[0].xreplace({s: s + offset}))) for term in t.terms]
+    return replace(t, score=score - row_part, row_part=row_part, terms=terms)
+
+
+def forward_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False) -> dict[str, Any]:
+    """Slots of forward.py.j2. hopper: for kernels in which several groups of warps share a block of rows.
+
+    There, bounds that need a whole block are found apart, distances are taken apart by tile, and what a score adds to
+    all keys of a row joins the row's maximum.
+    """
+    steps = [(part, i) for part in plan.parts for i in range(len(part.online.before))]
+    running = [_running_names(part, part.online.before[i]) for part, i in steps]
+    last = frozenset().union(*(_running_names(part, part.online) for part in plan.parts))
+    running.append(last | {part.own(ROW_OFFSET) for part in plan.parts})
+    rows = {name: Leaf(name, Level.ROW) for names in running for name in names}
+    similarity = SimilaritySlots(plan)
+    leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {})}
+    blank = blank_tile(similarity, rows_first=True)
+    lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank)
+    sweeps: list[dict[str, Any]] = []
+    bounds: BoundLines | None = None
+    for (part, i), following in zip(steps, running[1:], strict=True):
+        if bounds is None:
+            lowering.count([part.tagged(part.folded.score), part.graph["mask"].expr])
+            bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", hopper)
+        sweeps.append(_sweep_slots(part, i, lowering, between=lowering.outer if sweeps else []))
+        lowering = lowering.next_sweep(following | RUNNING)
+    computed = [_terms(part, part.online) for part in plan.parts]
+    if hopper:
+        computed = [_by_tile(t, lowering) for t in computed]
+    for t in computed:
+        lowering.count([t.score, t.row_part, t.part.graph["mask"].expr, *t.operands, *t.terms])
+        lowering.count(t.terms[1:])  # equal terms are one value however often they are accumulated
+    if bounds is None:
+        bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", hopper)
+    chains = [
+        _chain(t, lowering, visible, fresh, "p")
+        for t, (_, visible, fresh) in zip(computed, shown_masks(plan), strict=True)
+    ]
+    after = lowering.after_loop()
+    for chain, t in zip(chains, computed, strict=True):
+        chain.update(_end(t.part, after))
+    return {
+        "bounds": bounds,
+        **similarity_slots(similarity, QUERY, qk_chunks, first, base_leaves(plan, {})),
+        "outer": first.outer,
+        "sweeps": sweeps,
+        "between": lowering.outer if sweeps else [],
+        "chains": chains,
+        "negative": NEGATIVE,
+        "helpers": first.helpers,
+    }
+
+
+def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) -> dict[str, Any]:
+    """What one part does with a tile of its scores, up to its share of the accumulation. The first term is `lead`."""
+    part, unit = t.part, t.part.tagged(t.part.folded.unit)
+    own = part.own
+    score = lowering.tile(t.score)
+    shown = visible_lines(lowering, part.graph["mask"].expr, [edge("kv_idx", True)], visible) if fresh else []
+    score_lines = take(lowering)
+    max_lines, places = [], []
+    if t.row_part != 0:
+        offset = lowering.emit(t.row_part, Level.ROW)
+        max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {offset}"]
+    for number, (m, operand) in enumerate(zip(t.maxima, t.operands, strict=True)):
+        # unit is positive, so it can multiply the row's maximum and not every pair
+        by_unit = operand == t.scaled and unit != 1
+        text = own("s") if operand == t.scaled else lowering.tile(operand)
+        factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
+        if t.row_part != 0:
+            factor += f" + {lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True))}"
+        max_lines += take(lowering)
+        if not t.vanishes:
+            name = own(f"shown_{number}")
+            max_lines += [f"{name} = {text}", "if phase == 0:"]
+            max_lines.append(f'    {name} = tl.where({visible}, {text}, float("-inf"))')
+            text = name
+        if first_at(m).name in dict(part.stored):
+            max_lines += _place_lines(part, m, text, factor)
+            places += [own(first_at(m).name), own(ties(m).name)]
+        else:
+            max_lines.append(f"{own(renamed(m).name)} = tl.maximum({own(m.name)}, tl.max({text}, 1){factor})")
+    weight_lines: list[str] = []
+    names: dict[Any, str] = {}
+    for k, term in enumerate(t.terms):
+        if term not in names:
+            names[term] = own(f"term_{k - 1}" if k else lead)
+            lowering.assign(names[term], term, Level.PAIR)
+            weight_lines += take(lowering)
+    hide = [] if t.vanishes else [f"{n} = tl.where({visible}, {n}, 0.0)" for n in names.values()]
+    factor_names: dict[Any, str] = {}
+    rescale_lines = []
+    for rescale in t.rescales:
+        if rescale != 1 and rescale not in factor_names:
+            name = own("alpha" if not factor_names else f"alpha_{len(factor_names)}")
+            factor_names[rescale] = name
+            text = lowering.emit(rescale)
+            rescale_lines += take(lowering)
+            if not isinstance(rescale, exp2):  # only exp2 is known to be finite at the start, when m is still NEGATIVE
+                text = f"tl.where({own(t.maxima[0].name)} > {NEGATIVE}, {text}, 0.0)"
+            rescale_lines.append(f"{name} = {text}")
+    sums = [
+        (own(r.symbol.name), term, rescale)
+        for r, term, rescale in zip(t.runnings, t.terms, t.rescales, strict=True)
+        if sym.is_row_name(r.symbol.name)
+    ]
+    sum_lines = []
+    for name, term, rescale in sums:
+        kept = f"{name} * {factor_names[rescale]}" if rescale != 1 else name
+        sum_lines.append(f"{name} = {kept} + tl.sum({names[term]}, 1)")
+    return {
+        "tag": part.tag,
+        "by_tile": uses_tiles(t.score, t.row_part),
+        "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
+        "score": score,
+        "score_lines": score_lines,
+        "visible": visible,
+        "show": shown,
+        "vanishes": t.vanishes,
+        "max_lines": max_lines,
+        "weight_lines": weight_lines,
+        "hide": hide,
+        "rescale_lines": rescale_lines,
+        "acc_rescale": factor_names.get(t.rescales[0]) if t.rescales else None,
+        "sum_lines": sum_lines,
+        "moves": [(own(m.name), own(renamed(m).name)) for m in t.maxima],
+        "sums": [*(name for name, _, _ in sums), *places],
+    }
+
+
+def _end(part: Plan, after: Lowering) -> dict[str, Any]:
+    """What is left of a part when its last key is seen: its row's factor, and the statistics that are stored."""
+    online, folded, guard = part.online, part.folded, _needs_guard(part)
+    maxima = online.max_symbols
+    scale = part.tagged(folded.apply_online(online.coefficient * online.scale, maxima))
+    stored = [(n, part.tagged(folded.apply_online(e, maxima))) for n, e in part.stored]
+    after.count([scale, *(e for _, e in stored)])
+    final = after.emit(scale) if scale != 1 else None
+    if final is not None and not guard and after.level_of(scale) == Level.ROW:
+        final = f"({final})[:, None]"
+    final_lines = take(after)
+    stores = []
+    for name, e in stored:
+        text = after.emit(e)
+        stores += take(after)
+        empty = 'float("-inf")' if name == LSE.name or part.by_reverse else "0.0"
+        if guard:
+            text = f"tl.where({part.own('alive')}, {text}, {empty})"
+        stores.append(f"tl.store({part.own(name).upper()}_PTR + bh * q_len + q_idx, {text}, mask=q_idx < q_len)")
+    alive = None if online.before else _alive(part, online) or (f"{part.own('seen')} > 0" if guard else None)
+    return {
+        "final_lines": final_lines,
+        "final": final,
+        "guard": guard,
+        "alive": alive,
+        "count_seen": alive is not None and not maxima,
+        "stores": stores,
+    }
+
+
+def _sweep_slots(part: Plan, number: int, lowering: Lowering, between: list[str]) -> dict[str, Any]:
+    """Slots of one sweep of a part, for sweep.py.j2. `between` gets the lines that this sweep's loop hoists."""
+    sweep, first = part.online.before[number], number == 0
+    if sweep.root is not None:
+        slots = _root_slots(part, lowering, sweep.root)
+    else:
+        t = _terms(part, sweep)
+        lowering.count([t.score, part.graph["mask"].expr, *t.operands, *t.terms])
+        slots = _chain(t, lowering, "visible", True, "term")
+        slots |= {"root": None, "after": []}
+        if part.folded.log2:  # running maxima are in the score's unit; row statistics are plain numbers
+            after = lowering.after_loop()
+            for m in sweep.max_symbols:
+                text = after.emit(part.tagged(part.folded.apply_online(m, sweep.max_symbols)))
+                slots["after"].append(f"{part.own(m.name)} = {text}")
+    alive = _alive(part, sweep) or f"{part.own('seen')} > 0"
+    return {
+        **slots,
+        "why": _why(part, number),
+        "branch": part.branch,
+        "between": between,
+        "alive": alive if first else None,
+        "count_seen": first and not sweep.max_symbols,
+        "negative": NEGATIVE,
+    }
+
+
+def _root_slots(part: Plan, lowering: Lowering, root: Implicit) -> dict[str, Any]:
+    """The sum of an implicit value's equation, and its slope: one turn of the search."""
+    folded, mask, at = part.folded, part.graph["mask"].expr, {sym.UNKNOWN: root.symbol}
+    score = part.tagged(folded.score)
+
+    def own(expr: sympy.Expr) -> Any:
+        return part.tagged(folded.apply(expr.xreplace(at)))
+
+    factor, slope = trimmed(root.term.diff(sym.UNKNOWN)).as_coeff_Mul()
+    term, slope, lo, hi = (own(e) for e in (root.term, slope, root.lo, root.hi))
+    lowering.count([score, mask, term, slope, lo, hi])
+    ends = [lowering.emit(e, Level.ROW) for e in (lo, hi)]
+    score_text = lowering.tile(score)
+    visible = visible_lines(lowering, mask, [edge("kv_idx", True)])
+    score_lines = take(lowering)
+    lowering.assign("term", term, Level.PAIR)
+    lowering.assign("slope", slope, Level.PAIR)
+    weight_lines = take(lowering)
+    after = lowering.after_loop()
+    equation_lines = []
+    for n, e in zip(_sums_of(root), _equation(root, factor), strict=True):  # the slope knows the sum, so it is first
+        text = after.emit(own(e), Level.ROW)
+        equation_lines += [*take(after), f"{part.own(n)} = {text}"]
+    return {
+        "tag": part.tag,
+        "score": score_text,
+        "score_lines": score_lines,
+        "visible": "visible",
+        "show": visible,
+        "vanishes": False,
+        "weight_lines": weight_lines,
+        "root": part.own(root.symbol.name),
+        "value": part.own(_sums_of(root)[1]),
+        "slope": part.own(_sums_of(root)[0]),
+        "ends": ends,
+        "equation_lines": equation_lines,
+        "turns": MOST_TURNS,
+        "after": [],
+    }
+
+
+def _sums_of(root: Implicit) -> tuple[str, str]:
+    """The names of the slope of an equation's sum, and of the sum."""
+    return f"{root.symbol.name}_slope", f"{root.symbol.name}_value"
+
+
+def _equation(root: Implicit, factor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """The equation's slope and value, from the sums of the term's slope over `factor` and of the term.
+
+    A sum of p-th powers that must be c is solved as its p-th root, a norm, which must be c^(1/p): nearly a straight
+    line, where the powers themselves would take Newton's steps one by one down their curve.
+    """
+    slope, total = (sympy.Symbol(n, real=True) for n in _sums_of(root))
+    slope = factor * slope + root.rest.diff(sym.UNKNOWN)
+    base, power = root.term.as_base_exp()
+    if power.is_number and power > 1 and base.is_nonnegative and root.rest.is_number and root.rest < 0:
+        return slope * total ** (1 / power - 1) / power, total ** (1 / power) - (-root.rest) ** (1 / power)
+    return slope, total + root.rest
+
+
+def _place_lines(part: Plan, m: sympy.Symbol, text: str, factor: str) -> list[str]:
+    """A running maximum, the first key that attains it, and how many do: a gradient passes through it."""
+    first, count, new, old = (part.own(s.name) for s in (first_at(m), ties(m), renamed(m), m))
+    return [
+        f"best = tl.max({text}, 1)",
+        f"attains = {text} == best[:, None]",
+        f"{new} = tl.maximum({old}, best{factor})",
+        "attained_at = tl.min(tl.where(attains, kv_idx[None, :], 2147483647), 1).to(tl.float32)",
+        "attained = tl.sum(tl.where(attains, 1.0, 0.0), 1)",
+        f"{first} = tl.where({new} > {old}, attained_at, {first})",
+        f"{count} = tl.where({new} > {old}, 0.0, {count}) + tl.where(best{factor} == {new}, attained, 0.0)",
+    ]
+
+
+def _why(part: Plan, number: int) -> str:
+    """What one of several passes over the keys is for."""
+    sweep, passes = part.online.before[number], part.online.passes
+    names: Sequence[str] = [s.name for s in (*sweep.max_symbols, *(r.symbol for r in sweep.sums))]
+    what = f"{sweep.root.symbol.name}, swept for until it is found" if sweep.root else ", ".join(names)
+    return f"pass {number + 1} of {passes} over the keys: {what}"
+
+
+def _running_names(part: Plan, step: Sweep | Online) -> frozenset[str]:
+    """The row values that change inside a step's loop, by their names in the kernel."""
+    names = {r.symbol.name for r in step.sums}
+    for m in step.max_symbols:
+        names |= {m.name, renamed(m).name, *({first_at(m).name, ties(m).name} & dict(part.stored).keys())}
+    if isinstance(step, Sweep) and step.root is not None:
+        names |= {step.root.symbol.name, *_sums_of(step.root)}
+    return frozenset(map(part.own, names))
+
+
+def _alive(part: Plan, step: Sweep | Online) -> str | None:
+    """Whether a row saw any key, by its running maxima."""
+    return f"{part.own(step.max_symbols[0].name)} > {NEGATIVE}" if step.max_symbols else None
+
+
+def _vanishes(term: Any, s: sympy.Symbol) -> bool:
+    """Is the term exp2(k * s - a row value), which is 0 at a score of -inf?"""
+    if not isinstance(term, exp2):
+        return False
+    coefficient = sympy.expand(term.args[0]).coeff(s)
+    rest = sympy.expand(term.args[0] - coefficient * s)
+    return bool(coefficient.is_positive) and s not in rest.free_symbols and sym.KV_IDX not in rest.free_symbols
+
+
+def _needs_guard(plan: Plan) -> bool:
+    """Can finishing an empty row divide by zero, or must its statistic be -inf?"""
+    return bool(plan.stored) or bool(plan.online.sums) or bool(plan.online.before)

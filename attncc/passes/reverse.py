@@ -1,0 +1,317 @@
+"""The backward of a cascade: reverse mode over row statistics that the one-pass rules do not cover.
+
+Write out = sum_j w_j v_j with w_j = w(s_j, r), where r are row statistics, each a reduction over the same keys:
+
+    a maximum  r = max_j g_j          dr = the mean of dg_j over the keys that attain it, as PyTorch's amax has it
+    a sum      r = sum_j g_j          dr = sum_j dg_j
+    a root     sum_j g_j(r) + e(r) = 0    dr = -(sum_j dg_j + de) / (sum_j g_j'(r) + e'(r)), r itself held fixed
+
+With dp_j = do . v_j, the cotangent of r is linear in dp:  c_r = sum_j dp_j E_rj,  where E_r is dw/dr plus what comes
+through later statistics, E_l (dr_l/dr) f_l. So one sweep over the keys has every sum that any cotangent needs, and each
+cotangent is then arithmetic of a row. Most need no sweep at all:
+
+    E_r = 0             the statistic is a mere shift, and no gradient passes through it
+    E_r = k(row) w      c_r = k delta, with delta = do . o as ever
+
+Both are found by algebra. The cotangent of a score is dp_j dw_j/ds + sum_l a_l dg_lj/ds, with a_l = c_l f_l.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sympy
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
+from attncc.ir.graph import Stage, VariantGraph
+from attncc.ir.levels import varies_by_key
+from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read, attached, detach
+from attncc.passes.algebra import is_zero, row_ratio
+from attncc.passes.calculus import derivative as diff
+
+#: two computations of one float32 score agree to this, relative to it
+TIE = 1e-5
+#: do . v, one value a pair
+DP = sympy.Symbol("dp", real=True)
+#: do . o - dlse, one value a row
+DELTA = sympy.Symbol("delta", real=True)
+
+
+def first_at(symbol: sympy.Symbol) -> sympy.Symbol:
+    """Where a row maximum was met first: the key's index, as the forward stores it."""
+    return sympy.Symbol(f"{symbol.name}_at", real=True)
+
+
+def ties(symbol: sympy.Symbol) -> sympy.Symbol:
+    """How many keys attain a row maximum."""
+    return sympy.Symbol(f"{symbol.name}_ties", real=True)
+
+
+def cotangent_of(symbol: sympy.Symbol) -> sympy.Symbol:
+    """The multiplier of a statistic's term in the cotangent of a pair."""
+    return sympy.Symbol(f"{symbol.name}_grad", real=True)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """What reverse mode found.
+
+    saved: row statistics that the forward stores; parts: row sums of pair expressions over DP and saved rows, which one
+    sweep of the backward computes; cotangents: row expressions over saved rows, DELTA, parts and earlier cotangents;
+    weight: of a pair, as it multiplies v; dscore, dreads: cotangents of a pair's score and of element reads;
+    row_dreads: of reads in row expressions, one value a row.
+    """
+
+    saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
+    weight: sympy.Expr
+    dscore: sympy.Expr
+    dreads: dict[Read, sympy.Expr]
+    row_dreads: dict[Read, sympy.Expr]
+    parts: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
+    cotangents: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
+
+
+def reverse(graph: VariantGraph, wanted: set[str], has_lse: bool, of_weight: sympy.Expr = sympy.S.Zero) -> Adjoint:
+    """Differentiate the weight through all row statistics. `wanted` names the inputs that want a gradient.
+
+    of_weight: the cotangent of a pair's weight beside that of the output row; DELTA has its share, too. So it has that
+    of lse: where there is an lse, the weight knows its row by the factor exp(-lse) alone.
+    UnsupportedError where that cannot be shown.
+    """
+    return _Reverse(graph, wanted, has_lse, of_weight).run()
+
+
+def detaches(graph: VariantGraph) -> bool:
+    """Does the normalizer or the reduction hold a value back from differentiation?"""
+    return any(s.expr.has(detach) for s in (*graph.rows, graph["weight"], graph["out"]))
+
+
+@dataclass
+class _Reverse:
+    graph: VariantGraph
+    wanted: set[str]
+    has_lse: bool
+    of_weight: sympy.Expr
+    parts: dict[sympy.Expr, sympy.Symbol] = field(default_factory=dict)
+    #: the factor of a statistic's cotangent that multiplies its term, and the cotangents so multiplied
+    factors: dict[str, sympy.Expr] = field(default_factory=dict)
+    multipliers: dict[str, sympy.Expr] = field(default_factory=dict)
+
+    def run(self) -> Adjoint:
+        out = self.graph["out"].expr.coeff(sym.V_VEC)
+        self.weight = self.graph["weight"].expr
+        self.factor = out.diff(sym.WEIGHT)
+        self.known = attached(self.weight)
+        #: what a pair's weight is to be multiplied by: dp and the factor of the reduction, and what else asks for it
+        self.source = DP * attached(self.factor) + self.of_weight
+        self.moving = self._moving()
+        through: dict[str, sympy.Expr] = {}
+        for stage in reversed(self.graph.rows):
+            if stage.name in self.moving:
+                self._cotangent(stage, through)
+        dscore = self._of_pair(sym.SCORE)
+        reads = sorted(set().union(*(e.atoms(Read) for e in self._expressions())), key=str)
+        dreads: dict[Read, sympy.Expr] = {}
+        row_dreads: dict[Read, sympy.Expr] = {}
+        for read in reads:
+            if read.input in self.wanted:
+                by_row, by_pair = self._of_read(read)
+                dreads |= {read: by_pair} if by_pair != 0 else {}
+                row_dreads |= {read: by_row} if by_row != 0 else {}
+        return self._finished(dscore, dreads, row_dreads)
+
+    def _moving(self) -> set[str]:
+        """The statistics that depend on a score, or on an input that wants a gradient: not the number of keys."""
+        found: set[str] = set()
+        for stage in self.graph.rows:
+            exprs = stage.expr.args[:2] if stage.op == "root" else (stage.expr,)
+            reads = {r.input for e in exprs for r in e.atoms(Read)}
+            names = {s.name for e in exprs for s in e.free_symbols}
+            if sym.SCORE.name in names or names & found or reads & self.wanted:
+                found.add(stage.name)
+        return found
+
+    def _expressions(self) -> list[sympy.Expr]:
+        """What is differentiated: the ends of a root's bracket are not."""
+        rows = [s.expr.args[:2] if s.op == "root" else (s.expr,) for s in self.graph.rows]
+        return [self.factor, self.weight, *(e for exprs in rows for e in exprs)]
+
+    def _cotangent(self, stage: Stage, through: dict[str, sympy.Expr]) -> None:
+        """Find the multiplier of one statistic, given those of all later ones."""
+        symbol = _symbol(stage)
+        direct = attached(diff(self.weight, symbol))
+        total, later = direct, sympy.S.Zero
+        for user in self.graph.rows:
+            if user.name in through:
+                slope = self._row_slope(user, symbol)
+                total += through[user.name] * self.factors[user.name] * slope
+                later += self.multipliers.get(user.name, sympy.S.Zero) * slope
+        if total == 0 or is_zero(total):
+            return
+        factor = self._factor(stage)
+        through[stage.name], self.factors[stage.name] = total, factor
+        ratio = row_ratio(total, self.known)
+        if ratio is not None:
+            cotangent = ratio * DELTA
+        else:
+            cotangent = later + self._summed(direct)
+        self.multipliers[stage.name] = sympy.factor_terms(factor * cotangent)
+
+    def _summed(self, direct: sympy.Expr) -> sympy.Expr:
+        """sum_j dp_j E_j as a row expression."""
+        if direct == 0 or is_zero(direct):
+            return sympy.S.Zero
+        ratio = row_ratio(direct, self.known)
+        if ratio is None and self.has_lse:
+            raise UnsupportedError(
+                f"the gradient of lse is not derived: '{formula(direct)}' is no multiple of the weight",
+                stage="normalizer",
+                span=self.graph["weight"].span,
+            )
+        return ratio * DELTA if ratio is not None else self._part(self.source * direct)
+
+    def _part(self, expr: sympy.Expr) -> sympy.Expr:
+        """A row sum that the backward's sweep computes; one that is a multiple of another is not computed again."""
+        for known, symbol in self.parts.items():
+            ratio = row_ratio(expr, known)
+            if ratio is not None:
+                return ratio * symbol
+        symbol = sym.row_symbol("part", len(self.parts))
+        self.parts[trimmed(sympy.factor_terms(expr))] = symbol
+        return symbol
+
+    def _factor(self, stage: Stage) -> sympy.Expr:
+        """f: what a statistic's cotangent is multiplied by on its way to the statistic's term."""
+        if stage.op != "root":
+            return sympy.S.One
+        term, rest = (e.xreplace({sym.UNKNOWN: _symbol(stage)}) for e in stage.expr.args[:2])
+        slope = self._row_sum(attached(diff(term, _symbol(stage)))) + attached(diff(rest, _symbol(stage)))
+        return -voc.where(sympy.Eq(slope, 0), 0, 1 / slope)
+
+    def _row_slope(self, stage: Stage, wrt: sympy.Expr) -> sympy.Expr:
+        """The derivative of a statistic's reduction by another statistic: one value a row."""
+        if stage.op == "root":
+            term, rest = (e.xreplace({sym.UNKNOWN: _symbol(stage)}) for e in stage.expr.args[:2])
+            return self._row_sum(attached(diff(term, wrt))) + attached(diff(rest, wrt))
+        slope = attached(diff(stage.expr, wrt))
+        if stage.op == "max":  # a mean over the keys that attain it
+            return slope if not varies_by_key(slope) else self._row_sum(self._hits(stage) * slope)
+        return self._row_sum(slope)
+
+    def _row_sum(self, expr: sympy.Expr) -> sympy.Expr:
+        """sum_j expr_j as a row expression: a multiple of a sum that the forward has, or one more of the sweep's."""
+        if expr == 0 or is_zero(expr):
+            return sympy.S.Zero
+        known = self._known_sum(expr)
+        if known is None:
+            terms = [self._known_sum(t) for t in sympy.Add.make_args(sympy.expand(expr))]
+            if all(t is not None for t in terms):
+                known = sympy.simplify(sympy.Add(*terms))
+        return self._part(expr) if known is None else known
+
+    def _known_sum(self, expr: sympy.Expr) -> sympy.Expr | None:
+        """sum_j expr_j as a multiple of a sum that the forward has."""
+        for stage in self.graph.rows:
+            if stage.op == "sum":
+                ratio = row_ratio(expr, attached(stage.expr))
+                if ratio is not None:
+                    return ratio * _symbol(stage)
+        return None
+
+    def _hits(self, stage: Stage) -> sympy.Expr:
+        """1 / (number of keys that attain a maximum) at those keys, 0 elsewhere.
+
+        A score that is computed again need not have the same last bit, so a key that is alone is known by its index.
+        """
+        symbol, value = _symbol(stage), attached(stage.expr)
+        close = voc.absolute(value - symbol) <= TIE * voc.absolute(symbol)
+        alone = sympy.Eq(voc.to_float(sym.KV_IDX), first_at(symbol))
+        return voc.to_float(sympy.Or(sympy.And(ties(symbol) > 1, close), sympy.And(ties(symbol) <= 1, alone))) / ties(
+            symbol
+        )
+
+    def _of_pair(self, wrt: sympy.Expr) -> sympy.Expr:
+        """The cotangent of what a pair depends on."""
+        total = self.source * attached(diff(self.weight, wrt))
+        for stage in self.graph.rows:
+            if stage.name in self.multipliers:
+                total += self._multiplier(stage) * self._term_slope(stage, wrt)
+        return sympy.factor_terms(total)
+
+    def _term_slope(self, stage: Stage, wrt: sympy.Expr) -> sympy.Expr:
+        """How a statistic's term, at one pair, changes the statistic."""
+        if stage.op == "root":
+            return attached(diff(stage.expr.args[0].xreplace({sym.UNKNOWN: _symbol(stage)}), wrt))
+        slope = attached(diff(stage.expr, wrt))
+        return self._hits(stage) * slope if stage.op == "max" and slope != 0 else slope
+
+    def _of_read(self, read: Read) -> tuple[sympy.Expr, sympy.Expr]:
+        """The cotangent of an element read: (one value a row, one value a pair)."""
+        by_row, by_pair = sympy.S.Zero, sympy.S.Zero
+        # a factor of the reduction is none of the weight's, and so has no part in lse and delta
+        slope = attached(diff(self.weight, read))
+        ratio = None if slope == 0 or varies_by_key(read) else row_ratio(slope, self.known)
+        by_row, by_pair = (ratio * DELTA, by_pair) if ratio is not None else (by_row, self.source * slope)
+        by_pair += DP * attached(diff(self.factor, read) * self.weight)
+        for stage in self.graph.rows:
+            if stage.name not in self.multipliers:
+                continue
+            multiplier, slope = self._multiplier(stage), self._term_slope(stage, read)
+            if stage.op == "root":
+                rest = stage.expr.args[1].xreplace({sym.UNKNOWN: _symbol(stage)})
+                by_row += multiplier * attached(diff(rest, read))
+            ratio = None
+            if stage.op == "sum" and slope != 0 and not varies_by_key(read):
+                ratio = row_ratio(slope, attached(stage.expr))
+            if ratio is not None:
+                by_row += multiplier * ratio * _symbol(stage)
+            else:
+                by_pair += multiplier * slope
+        return by_row, sympy.factor_terms(by_pair)
+
+    def _multiplier(self, stage: Stage) -> sympy.Expr:
+        """A statistic's multiplier in pair expressions: by name where the sweep stores it, else in full."""
+        return cotangent_of(_symbol(stage))
+
+    def _finished(
+        self, dscore: sympy.Expr, dreads: dict[Read, sympy.Expr], row_dreads: dict[Read, sympy.Expr]
+    ) -> Adjoint:
+        cotangents = tuple(
+            (cotangent_of(_symbol(s)), self.multipliers[s.name])
+            for s in reversed(self.graph.rows)
+            if s.name in self.multipliers
+        )
+        if not self.parts:  # nothing to sweep for: each multiplier is arithmetic of the row
+            inline = dict(cotangents)
+            dscore = sympy.factor_terms(dscore.xreplace(inline))
+            dreads = {r: sympy.factor_terms(e.xreplace(inline)) for r, e in dreads.items()}
+            row_dreads = {r: e.xreplace(inline) for r, e in row_dreads.items()}
+            cotangents = ()
+        dscore = trimmed(dscore)
+        used: set[sympy.Symbol] = set()
+        weight = attached(self.factor) * self.known
+        for e in (weight, dscore, *dreads.values(), *row_dreads.values(), *self.parts, *(e for _, e in cotangents)):
+            used |= {s for s in e.free_symbols if sym.is_row_name(s.name)}
+        own = {s for s, _ in cotangents} | set(self.parts.values())
+        saved = tuple((s, s) for s in sorted(used - own, key=lambda s: s.name))
+        parts = tuple((symbol, e) for e, symbol in self.parts.items())
+        return Adjoint(saved, weight, dscore, dreads, row_dreads, parts, cotangents)
+
+
+def trimmed(expr: sympy.Basic) -> sympy.Basic:
+    """relu(x) * step(x) is relu(x)."""
+    if not expr.args or isinstance(expr, Read):
+        return expr
+    args = [trimmed(a) for a in expr.args]
+    if expr.is_Mul:
+        bases = [a.as_base_exp()[0] for a in args]
+        positive = {b.args[0] for b in bases if isinstance(b, voc.relu)}
+        args = [a for a in args if not (isinstance(a, voc.step) and a.args[0] in positive)]
+    return expr.func(*args)
+
+
+def _symbol(stage: Stage) -> sympy.Symbol:
+    return sympy.Symbol(stage.name, real=True)
