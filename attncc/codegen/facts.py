@@ -26,8 +26,8 @@ _PAIR_NAMES = frozenset({S.name, DP.name, "qk"})
 @dataclass(frozen=True)
 class Facts:
     """`stored`: names of the row statistics that the forward writes; `results`: of all that it returns behind `out`;
-    `saved`: of those that the backward reads, if there is one. The costs, `sweeps` and
-    `only_triton` are those of `KernelCosts`; `pairs` is that of `Problem`.
+    `saved`: of those that the backward reads, if there is one. The costs, `sweeps` and `only_triton` are those of
+    `KernelCosts`; `pairs` is that of `Problem`.
     """
 
     stored: tuple[str, ...]

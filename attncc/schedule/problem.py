@@ -77,9 +77,9 @@ class KernelCosts:
     the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `rows` counts
     what dkdv streams for each query: its stored statistics, and delta. `distances`: the backward computes distances
     between queries and keys by tile. `nested`: the query heads that share a key head have a loop each in dkdv, for
-    their bounds or sums are their own. `sweeps` says how often the forward goes over the keys before its last pass, each
-    time with a matmul of q and k; the work of a pair in those is part of `forward`. `only_triton`: why only the Triton
-    backend has this forward, if so.
+    their bounds or sums are their own. `sweeps` says how often the forward goes over the keys before its last pass,
+    each time with a matmul of q and k; the work of a pair in those is part of `forward`. `only_triton`: why only the
+    Triton backend has this forward, if so.
     """
 
     forward: PairCosts
