@@ -94,7 +94,7 @@ def command(
     graph = spelled.core
     plan = Plan(graph)
     device = explained_device(target)
-    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     problem = problem_of(plan, sizes, dtype.value, "ieee", scalars(graph, settings))
     schedule = choose(problem, device, Cache())
     source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)

@@ -13,9 +13,9 @@ from torch import Tensor
 from attncc.errors import AttnccError, InputError
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
 from attncc.runtime.evaluate import evaluate
-from attncc.runtime.reference import Dense
+from attncc.runtime.reference import dense
 from attncc.runtime.samples import Sample, Shape, sample_inputs
-from attncc.runtime.shapes import REFERENCE_DTYPES, bind
+from attncc.runtime.shapes import REFERENCE_DTYPES, bind, value_of
 
 #: pairs evaluated at once
 CHUNK = 1 << 22
@@ -129,12 +129,13 @@ def mask_and_weights(
             f"an image of {heads} heads at {q_len} x {kv_len} is too large", remedy="use shorter sequences"
         )
     sample = _sample(graph, heads, q_len, kv_len, scalars)
-    bound = bind(graph, sample.q, sample.k, sample.v, None, sample.inputs, REFERENCE_DTYPES)
-    dense = Dense(graph, sample.q, sample.k, sample.v, bound, torch.float32)
+    v = value_of(graph, sample.k, sample.v)
+    bound = bind(graph, sample.q, sample.k, v, None, sample.inputs, REFERENCE_DTYPES)
     weights = torch.zeros(heads * q_len * kv_len)
-    weights[dense.visible] = dense.pairs["weight"].float()
     mask = torch.zeros(heads * q_len * kv_len, dtype=torch.bool)
-    mask[dense.visible] = True
+    for part in dense(graph, sample.q, sample.k, v, bound, torch.float32).parts:
+        weights[part.visible] += part.factor().float() if graph.branches > 1 else part.pairs["weight"].float()
+        mask[part.visible] = True
     return mask.reshape(heads, q_len, kv_len)[head], weights.reshape(heads, q_len, kv_len)[head]
 
 

@@ -64,7 +64,7 @@ def command(
     from attncc.schedule.cache import Cache
 
     graph = resolve(spec, similarity, score, mask, normalizer).graph
-    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     device = explained_device(target)
     found = facts(Plan(graph), sizes, dtype.value, device, scalars(graph, settings), cache=Cache(), shown=top)
     if json:

@@ -67,12 +67,14 @@ def command(
 
     graph = resolve(spec, similarity, score, mask, normalizer).graph
     values = scalars(graph, settings)
-    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     where = gpu()
     plan, device = Plan(graph), device_of(where)
     problem = problem_of(plan, sizes, dtype.value, AttentionOp(graph).engine.precision(), values)
     s = sizes
-    shape = Shape(s["b"], s["h"], s["h_kv"], s["q_idx"], s["kv_idx"], s["d_qk"], s["d_v"])
+    shape = Shape(
+        s["b"], s["h"], s["h_kv"], s["q_idx"], s["kv_idx"], s["d_qk"] // graph.branches - (graph.value or 0), s["d_v"]
+    )
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err.console) as bar:
         task = bar.add_task("the model's first choice", total=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attncc.schedule.problem import head_chunks
 
@@ -11,7 +11,9 @@ from attncc.schedule.problem import head_chunks
 class Chunk:
     """A power-of-two piece of a head dimension: columns [start, start + real), held in a tile `width` wide.
 
-    `branch` says whose it is, `key` which piece of k it meets, where branches of q may share one k."""
+    `branch` says whose it is, `key` which piece of k it meets, where branches of q may share one k; `head` which of the
+    heads of v that share a weight. Columns end at `end`: a number, or where the tensor's do.
+    """
 
     index: int
     start: int
@@ -19,20 +21,37 @@ class Chunk:
     real: int
     branch: int
     key: int
+    head: int
+    end: int | None
 
     @property
     def partial(self) -> bool:
         return self.real < self.width
 
 
-def chunks(dim: int, branches: int = 1, shared_key: bool = False) -> tuple[Chunk, ...]:
-    """A head dimension as tiles, as the scheduler counts them: those of each branch, one branch after the other."""
+def chunks(dim: int, branches: int = 1, shared_key: bool = False, value: int | None = None) -> tuple[Chunk, ...]:
+    """The last dimension of q or k as tiles, as the scheduler counts them: those of each branch, one branch after the
+    other. `value`: where the part ends that v is, too; it has tiles of its own."""
+    spans = [(branch, dim // branches) for branch in range(branches)]
+    if value is not None and value < dim:
+        spans = [(0, value), (0, dim - value)]
     found: list[Chunk] = []
-    own = dim // branches
-    for branch in range(branches):
+    first = 0
+    for branch, own in spans:
         start = 0
         for piece, width in enumerate(head_chunks(own)):
             key = piece if shared_key else len(found)
-            found.append(Chunk(len(found), branch * own + start, width, min(width, own - start), branch, key))
+            real = min(width, own - start)
+            end = None if first + start + real == dim else first + start + real
+            found.append(Chunk(len(found), first + start, width, real, branch, key, 0, end))
             start += width
+        first += own
+    return tuple(found)
+
+
+def value_chunks(dim: int, heads: int = 1) -> tuple[Chunk, ...]:
+    """The last dimension of v as tiles: those of each head of v that shares a weight, one head after the other."""
+    found: list[Chunk] = []
+    for head in range(heads):
+        found += [replace(c, index=len(found) + c.index, key=len(found) + c.index, head=head) for c in chunks(dim)]
     return tuple(found)

@@ -31,6 +31,11 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
             remedy="use backend='triton'",
         )
+    if plan.graph.value is not None:
+        raise UnsupportedError(
+            f"Gluon kernels load v for itself, and that of '{plan.graph.name}' is part of k",
+            remedy="use backend='triton'",
+        )
     if not SimilaritySlots(plan).plain_dot:
         raise UnsupportedError(
             f"Gluon kernels multiply q with k, and the similarity of '{plan.graph.name}' is made in another way",

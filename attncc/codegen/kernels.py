@@ -141,7 +141,8 @@ def _pair_slots(
     lowering = Lowering(plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank)
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
-    one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1
+    # where v is part of k, one accumulator takes dk and dv
+    one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
     computed = [
         _backward_exprs(part, gradients, in_loop, one_scale, by_tile)
         for (part, _, _), gradients in zip(shown, own, strict=True)

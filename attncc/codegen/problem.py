@@ -45,6 +45,8 @@ def problem_of(
         digest=plan.graph.core.digest,
         branches=plan.graph.branches,
         pairs=facts.pairs,
+        values=max(size.get("h_v", size["h_kv"]) // size["h_kv"], 1),
+        value_of_key=plan.graph.value is not None,
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from attncc.codegen.bounds import BoundLines
-from attncc.codegen.chunks import Chunk, chunks
+from attncc.codegen.chunks import Chunk, chunks, value_chunks
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.indices import collect_lines, nested_reads
@@ -57,17 +57,20 @@ def render(
     tma: bool = False,
     forward_in: Backend = "triton",
     d_k: int | None = None,
+    values: int = 1,
 ) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q share it.
+    language of the forward kernel. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q share it;
+    `values`: heads of v for each head of k.
     """
     users = plan
     plan, called = coded(plan)
     graph, hopper = plan.graph, forward_in == "gluon"
     d_k = d_qk if d_k is None else d_k
-    qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk)
+    qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk, value=graph.value)
+    v_chunks = value_chunks(d_v, values)
     names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     context: dict[str, Any] = {
         "graph": plan.core,
@@ -77,7 +80,13 @@ def render(
         "d_v": d_v,
         "qk_chunks": qk_chunks,
         "k_chunks": tuple(c for c in qk_chunks if c.key == c.index),
-        "v_chunks": chunks(d_v),
+        "v_chunks": v_chunks,
+        "values": values,
+        "value_of_key": graph.value is not None,
+        "v_head": "h_kv" if values == 1 else f"(h_kv * {values})",
+        "out_head": "h" if values == 1 else f"(h * {values})",
+        "v_heads": "Hkv" if values == 1 else f"{values} * Hkv",
+        "out_heads": "H" if values == 1 else f"{values} * H",
         "stored": plan.stored,
         "results": plan.results if backward else tuple(name for name, _ in plan.stored),
         "shares": plan.shares if backward else (),
@@ -85,7 +94,7 @@ def render(
         "backward": backward,
         "tma": tma and backward,
         "widths_qk": _widths(qk_chunks),
-        "widths_v": _widths(chunks(d_v)),
+        "widths_v": _widths(v_chunks),
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),

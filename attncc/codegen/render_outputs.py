@@ -79,6 +79,7 @@ def _context(plan: Plan, d_qk: int) -> dict[str, Any]:
         "hopper": False,
         "d_qk": d_qk,
         "qk_chunks": chunks(d_qk),
+        "value_of_key": False,
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),

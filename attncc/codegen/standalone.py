@@ -18,7 +18,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     """The file's text. It exports `attention(q, k, v, *, <inputs>, scale=None, return_lse=False)`."""
     graph = coded(plan)[0].graph
     backward = plan.has_backward is None
-    tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches)
+    tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)
     context: dict[str, Any] = {
         "graph": graph,
         "d_qk": d_qk,

@@ -11,7 +11,7 @@
     output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
 
 A variant may have several branches: each has the stages of a variant of its own, named `score[0]`, `score[1]` and so
-on, and `out` is linear in their weights.
+on, and `out` is linear in their weights. Where v is the first elements of k, `value` says how many.
 
 An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of
 earlier stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes
@@ -95,9 +95,11 @@ class VariantGraph:
         cites: str = "",
         branches: int = 1,
         outputs: Iterable[Output] = (),
+        value: int | None = None,
     ):
         self.name = name
         self.branches = branches
+        self.value = value
         self.cites = cites
         self.inputs = tuple(sorted(inputs, key=lambda d: d.name))
         self.scalars = tuple(sorted(scalars, key=lambda d: d.name))
@@ -118,6 +120,7 @@ class VariantGraph:
         inputs: Iterable[InputDecl] | None = None,
         scalars: Iterable[ScalarDecl] | None = None,
         outputs: Iterable[Output] | None = None,
+        value: int | None = None,
     ) -> VariantGraph:
         """A copy with other stages, declarations or outputs, and the same in all else."""
         return VariantGraph(
@@ -127,6 +130,7 @@ class VariantGraph:
             self.scalars if scalars is None else scalars,
             self.cites,
             branches=self.branches,
+            value=self.value if value is None else value,
             outputs=self.outputs if outputs is None else outputs,
         )
 

@@ -121,6 +121,8 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
         at = f"[{i}]" if graph.branches > 1 else ""
         if graph.parts[i].has_dot:
             lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")
+    if graph.value is not None:
+        lines.append(f"  input  v_vec = k_vec[:{graph.value}] : vector")
     width = max(len(s.name) for s in graph.stages)
     for s in graph.stages:
         lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {_each(s)}")

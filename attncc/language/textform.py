@@ -29,10 +29,10 @@ from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language.combinators import Piece
 from attncc.language.expression import PIECES, Source, parse, stage_function
 from attncc.language.stages import SEES, assemble, check_name
-from attncc.language.variant import Input, Scalar, Variant, check_branches
+from attncc.language.variant import Input, Scalar, Variant, check_branches, value_of_key
 
 _DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
-_TOP = ("name", "cites", "description", "branches", "stages", "inputs", "scalars", "outputs")
+_TOP = ("name", "cites", "description", "branches", "value", "stages", "inputs", "scalars", "outputs")
 
 
 def load_toml(path: str | Path) -> Variant:
@@ -82,6 +82,11 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         check_branches(data.get("branches", 1))
     except SpecError as error:
         raise error.at(_key_span(lines, file, (), "branches")) from None
+    value = data.get("value")
+    try:
+        length = None if value is None else value_of_key(value, data.get("branches", 1))
+    except SpecError as error:
+        raise error.at(_key_span(lines, file, (), "value")) from None
     auxiliary = {}
     for output, value in _table(data, "outputs", file, lines).items():
         if not isinstance(value, str):
@@ -90,7 +95,7 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
                 span=_key_span(lines, file, ("outputs",), output),
             )
         auxiliary[output] = _value_source(lines, file, ("outputs",), output, value)
-    return from_sources(
+    variant = from_sources(
         sources,
         outputs=auxiliary,
         name=_string(data, "name", Path(file).stem if file.endswith(".toml") else "variant", file, lines),
@@ -99,6 +104,7 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         scalars=_scalars(_table(data, "scalars", file, lines), file, lines),
         branches=data.get("branches", 1),
     )
+    return variant if length is None else Variant.from_graph(variant.graph.changed(value=length))
 
 
 def from_texts(name: str = "inline", **stages: str) -> Variant:

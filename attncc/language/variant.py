@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -81,7 +82,8 @@ class Variant:
 
     With `branches=2` or more there are as many weights, `weight[0]` and so on, and `out` is a sum of them times v. q
     holds the branches side by side along its last dimension, as k does unless they share one; each stage but the
-    reduction is evaluated for every `branch`, an integer that it may use.
+    reduction is evaluated for every `branch`, an integer that it may use. With `value="k[:512]"` v is the first 512
+    elements of each key, and a call passes none.
     `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`. `outputs` names
     auxiliary outputs, each one of `ac.outputs` or a function as described there; a call computes those it asks for.
     Raises SpecError, with file, line and a caret, when a stage is wrong.
@@ -100,6 +102,7 @@ class Variant:
         normalizer: Callable[..., Any] | str = normalizers.softmax,
         reduction: Callable[..., Any] = normalizers.weighted_sum,
         branches: int = 1,
+        value: str | None = None,
         cites: str = "",
         outputs: Mapping[str, Callable[..., Any] | OutputSpec] | None = None,
     ):
@@ -126,7 +129,8 @@ class Variant:
             stages[stage] = (_located(run, stage), return_span(function))
         self.name = name
         auxiliary = _located_specs(specs, outputs or {})
-        self.graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
+        graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
+        self.graph = graph.changed(value=value_of_key(value, branches)) if value is not None else graph
 
     @classmethod
     def from_graph(cls, graph: VariantGraph) -> Variant:
@@ -163,6 +167,16 @@ def check_branches(count: Any) -> None:
     """Raise SpecError unless a variant can have so many branches."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_BRANCHES:
         raise SpecError(f"branches is {count!r}", remedy=f"a variant has 1 to {MAX_BRANCHES} branches")
+
+
+def value_of_key(text: Any, branches: int) -> int:
+    """How many elements of a key are its value, from "k[:512]". Raises SpecError for anything else."""
+    found = re.fullmatch(r"\s*k\s*\[\s*:\s*(\d+)\s*\]\s*", text) if isinstance(text, str) else None
+    if found is None or int(found[1]) < 1:
+        raise SpecError(f"the value is {text!r}", remedy='write value = "k[:512]" for the first 512 elements of k')
+    if branches > 1:
+        raise SpecError("v cannot be a part of k where k has several branches", remedy="pass v")
+    return int(found[1])
 
 
 def named_normalizer(name: str) -> Callable[..., Any]:

@@ -83,8 +83,8 @@ class Engine:
         self._fixed = schedule
         self._precision = precision
         self._backend = backend
-        self._sources: dict[tuple[int, int, bool, Backend, int], str] = {}
-        self._modules: dict[tuple[int, int, bool, Backend, int, bool], ModuleType] = {}
+        self._sources: dict[tuple[int, int, bool, Backend, int, int], str] = {}
+        self._modules: dict[tuple[int, int, bool, Backend, int, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._routes: dict[Any, Route] = {}
         self._recordings: dict[Any, Recording] = {}  # of backwards
@@ -107,30 +107,38 @@ class Engine:
         return plan
 
     def source(
-        self, d_qk: int, d_v: int, tma: bool = False, backend: Backend = "triton", d_k: int | None = None
+        self,
+        d_qk: int,
+        d_v: int,
+        tma: bool = False,
+        backend: Backend = "triton",
+        d_k: int | None = None,
+        values: int = 1,
     ) -> str:
         """The generated module's text for these head dimensions, from the disk cache where it lies there.
 
-        d_k is that of k, where branches of q share it.
+        d_k is that of k, where branches of q share it; values: heads of v for each head of k.
         """
         with self._lock:
-            key = (d_qk, d_v, tma, backend, d_k or d_qk)
+            key = (d_qk, d_v, tma, backend, d_k or d_qk, values)
             if key not in self._sources:
                 self._sources[key] = self._cached_source(*key)
             return self._sources[key]
 
     def source_here(self, d_qk: int, d_v: int) -> str:
         """The text for 16-bit tensors on the current GPU; with none, the one that needs no feature of any."""
-        tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", d_qk, d_v, self.graph.branches)
+        dims = (d_qk, d_v, self.graph.branches, self.graph.value)
+        tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", *dims)
         return self.source(d_qk, d_v, tma and self.plan.facts.has_backward, self._backend or "triton")
 
-    def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend, d_k: int) -> str:
+    def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend, d_k: int, values: int) -> str:
         facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": backend}
-        name = cache_key(kind="source", d_qk=d_qk, d_v=d_v, d_k=d_k, tma=tma, code=fingerprint(), **facts)
+        dims = {"d_qk": d_qk, "d_v": d_v, "d_k": d_k, "values": values}
+        name = cache_key(kind="source", tma=tma, code=fingerprint(), **facts, **dims)
         found = self.cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, backend, d_k)
+        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, backend, d_k, values)
         self.cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
         return text
 
@@ -142,12 +150,13 @@ class Engine:
         tma: bool = False,
         backend: Backend = "triton",
         d_k: int | None = None,
+        values: int = 1,
     ) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
         with self._lock:
-            key = (d_qk, d_v, tma, backend, d_k or d_qk, interpreted)
+            key = (d_qk, d_v, tma, backend, d_k or d_qk, values, interpreted)
             if key not in self._modules:
-                source = self.source(d_qk, d_v, tma, backend, d_k)
+                source = self.source(d_qk, d_v, tma, backend, d_k, values)
                 self._modules[key] = load_module(source, self.graph.name, interpreted, self.cache)
             return self._modules[key]
 
@@ -190,9 +199,10 @@ class Engine:
             )
         interpreted = device.type == "cpu"
         d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
-        boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches)
+        boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches, self.graph.value)
         tma = boxed and self.plan.facts.has_backward and boxes
-        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend, bound.sizes.get("d_k"))
+        more = (bound.sizes.get("d_k"), problem.values)
+        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend, *more)
         return Prepared(
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
         )

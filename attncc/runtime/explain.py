@@ -12,6 +12,7 @@ from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.formulas import stage_texts
+from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Root
 from attncc.runtime.explain_outputs import output_facts, output_lines
@@ -36,8 +37,16 @@ def sizes_of(
     kv_heads: int | None = None,
     d_qk: int = 128,
     d_v: int | None = None,
+    graph: VariantGraph | None = None,
 ) -> dict[str, int]:
-    """The sizes of a call by their names in a formula; what is None is as large as its counterpart."""
+    """The sizes of a call by their names in a formula; what is None is as large as its counterpart.
+
+    `d_qk` is that of one branch of `graph`. Where v is part of k, d_v is given, and k is longer by 64 at least.
+    """
+    if graph is not None and graph.value is not None:
+        d_qk, d_v = max(d_qk, graph.value + 64), graph.value
+    d_v = d_qk if d_v is None else d_v
+    d_qk *= graph.branches if graph is not None else 1
     return {
         "b": batch,
         "h": heads,
@@ -45,7 +54,7 @@ def sizes_of(
         "q_idx": q_len,
         "kv_idx": q_len if kv_len is None else kv_len,
         "d_qk": d_qk,
-        "d_v": d_qk if d_v is None else d_v,
+        "d_v": d_v,
     }
 
 

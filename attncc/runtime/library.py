@@ -31,9 +31,11 @@ def _named(engine: Engine, inputs: list[Tensor], scalars: list[float]) -> dict[s
     return {**dict(zip((d.name for d in graph.inputs), (i.detach() for i in inputs), strict=True)), **numbers}
 
 
-def _like(x: Tensor, last: int) -> Tensor:
-    """As the generated modules lay results out: x's shape but for the last dimension, in x's order of dimensions."""
+def _like(x: Tensor, last: int, per_head: int = 1) -> Tensor:
+    """As the generated modules lay results out: x's shape but for the last dimension, in x's order of dimensions, with
+    `per_head` heads for each of x's."""
     b, h, length, _ = x.shape
+    h = h * per_head
     if x.transpose(1, 2).is_contiguous() and not x.is_contiguous():
         return x.new_empty((b, length, h, last)).transpose(1, 2)
     return x.new_empty((b, h, length, last))
@@ -54,8 +56,8 @@ def _(
 ) -> list[Tensor]:
     facts = _engines[key].plan.facts
     rows = [q.new_empty(q.shape[:3], dtype=torch.float32) for _ in facts.stored]
-    shares = [_like(q, v.shape[3]) for _ in facts.results[len(facts.stored) :]]
-    return [_like(q, v.shape[3]), *rows, *shares]
+    outs = [_like(q, v.shape[3], v.shape[1] // k.shape[1]) for _ in ("out", *facts.results[len(facts.stored) :])]
+    return [outs[0], *rows, *outs[1:]]
 
 
 @torch.library.custom_op("attncc::backward", mutates_args=())
@@ -102,7 +104,9 @@ def _(
     for x, decl, want in zip(inputs, _engines[key].graph.inputs, wanted, strict=True):
         if decl.grad:
             grads.append(x.new_empty(x.shape) if want else q.new_empty(0))
-    return [_like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3]), *grads]
+    part_of_k = _engines[key].graph.value is not None
+    dv = v.new_empty(0, 0, 0, 0) if part_of_k else _like(v, v.shape[3])
+    return [_like(q, q.shape[3]), _like(k, k.shape[3]), dv, *grads]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -133,6 +137,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     gradients = [next(results) if d.grad else None for d in _engines[key].graph.inputs]
     inputs = [g if want else None for g, want in zip(gradients, ctx.wanted, strict=True)]
     # the structure of the arguments again, in which an empty list is one and a list of numbers is a leaf
+    dv = dv if _engines[key].graph.value is None else None  # that of a part of k is in dk
     return dq, dk, dv, inputs, None if scalars else [], None, None
 
 
@@ -196,4 +201,5 @@ class EagerAttention(torch.autograd.Function):
         bound = call.bound.among(dict(zip(names, inputs, strict=True)))
         dq, dk, dv, *found = engine.gradients(bound, q, k, v, out, saved, dout, dlse, wanted)
         of_inputs = dict(zip((d.name for d in decls), found, strict=True))
+        dv = dv if engine.graph.value is None else None  # that of a part of k is in dk
         return None, dq, dk, dv, *(of_inputs.get(name) for name in names)

@@ -25,6 +25,7 @@ from attncc.runtime.shapes import (
     output_names,
     read_inputs,
     refuse_gradient,
+    value_of,
     with_captured,
     without_captured,
 )
@@ -69,7 +70,7 @@ class AttentionOp:
         self,
         q: Tensor,
         k: Tensor,
-        v: Tensor,
+        v: Tensor | None = None,
         *,
         scale: float | None = None,
         outputs: str | Sequence[str] = "out",
@@ -84,6 +85,8 @@ class AttentionOp:
         Raises InputError where tensors do not match the variant, UnsupportedError for a device or output that it has
         not.
         """
+        if v is None or self.graph.value is not None:
+            v = value_of(self.graph, k, v).detach()  # its gradient is part of that of k
         if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
             q, k, v = _autocast(q, k, v)
         if self._captured:
@@ -147,12 +150,13 @@ class AttentionOp:
         return picked[0] if len(picked) == 1 else tuple(picked)
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
-        """The generated module for these head dimensions, in 16 bits and the backend asked for, as it runs on this
-        machine's GPU.
+        """The generated module for these head dimensions (d_qk: of one branch), in 16 bits and the backend asked for,
+        as it runs on this machine's GPU.
 
         Without a GPU: the portable form, which any other runs.
         """
-        return self.engine.source_here(d_qk, d_qk if d_v is None else d_v)
+        sizes = sizes_of(d_qk=d_qk, d_v=d_v, graph=self.graph)
+        return self.engine.source_here(sizes["d_qk"], sizes["d_v"])
 
     def explain(
         self,
@@ -172,7 +176,7 @@ class AttentionOp:
         `target` is a device or architecture ("h100", "sm_90"); None is this machine's GPU, else the H100. `scalars` are
         the variant's own; others have their defaults. Raises UnsupportedError for an unknown target.
         """
-        sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v)
+        sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v, self.graph)
         device, precision = explained_device(target), self.engine.precision()
         cache, schedule, backend = Cache(), self._schedule, self._backend
         plan = Plan(self.graph) if self.graph.outputs else self.plan

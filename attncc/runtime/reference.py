@@ -27,7 +27,16 @@ from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.runtime.cells import finish
 from attncc.runtime.evaluate import evaluate
-from attncc.runtime.shapes import OUTPUTS, REFERENCE_DTYPES, Bound, auxiliary_names, bind, output_names, read_inputs
+from attncc.runtime.shapes import (
+    OUTPUTS,
+    REFERENCE_DTYPES,
+    Bound,
+    auxiliary_names,
+    bind,
+    output_names,
+    read_inputs,
+    value_of,
+)
 
 #: bisections of a bracket: more than float64 has bits
 _HALVINGS = 80
@@ -49,7 +58,7 @@ def reference(
     /,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None = None,
     *,
     scale: float | None = None,
     outputs: str | Sequence[str] = ("out",),
@@ -63,7 +72,9 @@ def reference(
     gradients. Raises InputError for tensors that do not fit, UnsupportedError for the lse of a normalizer that has
     none.
     """
-    results = evaluated(graph_of(variant), q.double(), k.double(), v.double(), scale, inputs, outputs, torch.float64)
+    graph = graph_of(variant)
+    v = value_of(graph, k, v)
+    results = evaluated(graph, q.double(), k.double(), v.double(), scale, inputs, outputs, torch.float64)
     return results[0] if len(results) == 1 else results
 
 
@@ -209,10 +220,20 @@ class Dense:
 
     def out(self) -> Tensor:
         """(B, Hq, M, Dv): the sum over the keys of the pair's factor times v."""
-        b, h, m, n = self.shape
-        factor = self._on_pairs(self.graph["out"].expr.coeff(sym.V_VEC))
-        dense = self._spread(factor, 0.0).to(self.v.dtype).reshape(b, self.h_kv, self.group, m, n)
-        return (dense @ self.v.unsqueeze(2)).reshape(b, h, m, self.v.shape[3])
+        b, _, m, n = self.shape
+        factor = self.factor()
+        dense = self._spread(factor, 0.0).to(self.v.dtype).reshape(b, self.h_kv, self.group, 1, m, n)
+        values = self.v.unflatten(1, (self.h_kv, -1)).unsqueeze(2)  # with the heads of v that share a weight
+        return (dense @ values).flatten(1, 3)
+
+    @property
+    def parts(self) -> tuple[Dense, ...]:
+        """What adds up to the output."""
+        return (self,)
+
+    def factor(self) -> Tensor:
+        """What v is weighed by, for each visible pair."""
+        return self._on_pairs(self.graph["out"].expr.coeff(sym.V_VEC))
 
     def lse(self) -> Tensor:
         """(B, Hq, M): the log of the denominator, -inf where a row sees no key."""

@@ -21,7 +21,8 @@ class Shape:
     """The sizes of a call. `strided` makes q, k, v transposed views of (batch, length, heads, dim) tensors.
 
     The loop dimensions in `broadcast` have size 1 in the inputs. `d_qk` is that of one branch; with `shared_key` a
-    variant with several has one k for all.
+    variant with several has one k for all. `values`: heads of v for each head of k. Where v is part of k, d_qk counts
+    what k has besides.
     """
 
     batch: int
@@ -34,6 +35,7 @@ class Shape:
     strided: bool = False
     broadcast: tuple[str, ...] = ()
     shared_key: bool = False
+    values: int = 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -55,11 +57,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sample:
-    """The arguments of one call: q, k, v, and every input and scalar of the variant by name."""
+    """The arguments of one call: q, k, v (None where it is part of k), and each input and scalar by name."""
 
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     inputs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,9 +86,10 @@ def sample_inputs(
         tensor = normal(*size).to(device, dtype)
         return tensor.transpose(1, 2) if shape.strided else tensor
 
-    q = sequence(shape.heads, shape.q_len, graph.branches * shape.d_qk)
-    k = sequence(shape.kv_heads, shape.kv_len, (1 if shape.shared_key else graph.branches) * shape.d_qk)
-    v = sequence(shape.kv_heads, shape.kv_len, shape.d_v)
+    d_qk = shape.d_qk + (graph.value or 0)
+    q = sequence(shape.heads, shape.q_len, graph.branches * d_qk)
+    k = sequence(shape.kv_heads, shape.kv_len, (1 if shape.shared_key else graph.branches) * d_qk)
+    v = sequence(shape.kv_heads * shape.values, shape.kv_len, shape.d_v) if graph.value is None else None
     positive = _positive(graph)
     inputs: dict[str, Any] = {}
     for decl in graph.inputs:

@@ -2,6 +2,7 @@
 
     q (B, Hq, M, Dqk)   k (B, Hkv, N, Dqk)   v (B, Hkv, N, Dv)      Hq a multiple of Hkv, one dtype, one device
 
+v may have a multiple of k's heads: then each head's weights meet as many heads of v, which are heads of the output.
 Where a variant has several branches, q holds them side by side along its last dimension, and so does k, or they share
 it.
 
@@ -40,8 +41,9 @@ class Bound:
     """What a checked call binds the names of a variant to.
 
     `sizes` has the loop sizes b, h, h_kv, q_idx, kv_idx and the head dims d_qk, d_v, as q and v have them; d_k is that
-    of k, where branches of q share it. `tensors` holds every declared input as it was passed (a loop dimension of size
-    1 is not expanded), or its default; `scalars` every scalar.
+    of k, where branches of q share it, and h_v counts the heads of v, where they are more than those of k. `tensors`
+    holds every declared input as it was passed (a loop dimension of size 1 is not expanded), or its default; `scalars`
+    every scalar.
     """
 
     sizes: dict[str, int]
@@ -79,13 +81,14 @@ def bind(
     if (
         k_batch != batch
         or v_batch != batch
-        or v_heads != kv_heads
         or v_len != kv_len
         or (k_dim != d_qk and (graph.branches == 1 or k_dim * graph.branches != d_qk))
         or d_qk % graph.branches
         or kv_heads < 1
         or heads < 1
         or heads % kv_heads
+        or v_heads < 1
+        or v_heads % kv_heads
         or d_qk < 1
         or d_v < 1
     ):
@@ -113,9 +116,25 @@ def bind(
     }
     if k_dim != d_qk:
         sizes["d_k"] = k_dim
+    if v_heads != kv_heads:
+        sizes["h_v"] = v_heads
     if not inputs and not graph.inputs and not graph.scalars:
         return Bound(sizes, scale, {}, {})
     return Bound(sizes, scale, *_bind_inputs(graph, inputs, sizes, device, dtypes))
+
+
+def value_of(graph: VariantGraph, k: Tensor, v: Tensor | None) -> Tensor:
+    """v as a call means it: a view of k where it is k's first elements. InputError for a v missing or too many."""
+    if graph.value is None:
+        if v is None:
+            raise InputError(f"'{graph.name}' needs v", remedy="pass q, k, v")
+        return v
+    if v is not None:
+        raise InputError(f"the values of '{graph.name}' are k[..., :{graph.value}]", remedy="pass q and k alone")
+    if k.dim() != 4 or k.shape[3] < graph.value:
+        shape = f"(batch, key/value heads, keys, head dim >= {graph.value})"
+        raise InputError(f"k has shape {tuple(k.shape)}, expected {shape}", remedy=f"v is k[..., :{graph.value}]")
+    return k[..., : graph.value]
 
 
 def with_captured(captured: Sequence[InputDecl], q: Tensor, k: Tensor, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,9 +303,12 @@ def _fail_dimensions(**tensors: Any) -> NoReturn:
 
 def _fail_sizes(q: Tensor, k: Tensor, v: Tensor, branches: int) -> NoReturn:
     sizes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    for axis, what in enumerate(("batch", "number of key/value heads", "number of keys")):
+    for axis, what in ((0, "batch"), (2, "number of keys")):
         if k.shape[axis] != v.shape[axis]:
             raise InputError(f"k and v differ in their {what}: {k.shape[axis]} and {v.shape[axis]}", remedy=sizes)
+    if k.shape[1] and (v.shape[1] < 1 or v.shape[1] % k.shape[1]):
+        reason = f"k and v differ in their number of key/value heads: {k.shape[1]} and {v.shape[1]}"
+        raise InputError(f"{reason}, which is no multiple", remedy=sizes)
     if q.shape[0] != k.shape[0]:
         raise InputError(f"q and k differ in their batch: {q.shape[0]} and {k.shape[0]}", remedy=sizes)
     if q.shape[3] % branches:

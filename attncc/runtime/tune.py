@@ -170,9 +170,9 @@ class Track:
         sample = sample_inputs(graph, shape, self.dtype, device)
         self.inputs = {**sample.inputs, **scalars}
         differentiable = [d.name for d in graph.inputs if d.grad]
-        self.qkv = [t.requires_grad_() for t in (sample.q, sample.k, sample.v)]
+        self.qkv = [t.requires_grad_() for t in (sample.q, sample.k, sample.v) if t is not None]
         self.leaves = [*self.qkv, *(self.inputs[name].requires_grad_() for name in differentiable)]
-        self.dout = torch.randn((*sample.q.shape[:3], shape.d_v), device=device, dtype=self.dtype)
+        self.dout = torch.randn((*sample.q.shape[:3], graph.value or shape.d_v), device=device, dtype=self.dtype)
 
     def __call__(self, kernel: Kernel, schedule: Schedule) -> float:
         """The time of the forward, or of the whole backward for a kernel of it, in microseconds."""

@@ -22,6 +22,7 @@ from attncc.language.variant import Variant
 from attncc.passes.cotangents import differentiable_outputs
 from attncc.runtime.reference import evaluated, graph_of, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
+from attncc.runtime.shapes import value_of
 from attncc.runtime.verify_outputs import compared
 
 __all__ = ["Check", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
@@ -110,7 +111,7 @@ def eager(
     /,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None = None,
     *,
     scale: float | None = None,
     outputs: str | Sequence[str] = ("out",),
@@ -118,7 +119,8 @@ def eager(
 ) -> Any:
     """The reference's own steps in the dtype of q, k, v, with index arithmetic in float32: what plain PyTorch gives."""
     number = torch.promote_types(q.dtype, torch.float32)
-    results = evaluated(graph_of(variant), q, k, v, scale, inputs, outputs, number)
+    graph = graph_of(variant)
+    results = evaluated(graph, q, k, value_of(graph, k, v), scale, inputs, outputs, number)
     return results[0] if len(results) == 1 else results
 
 
@@ -210,12 +212,16 @@ def _results(
 ) -> dict[str, Tensor]:
     """The outputs of a call by name, and if wanted the gradients dq, dk, dv, d<input> under random cotangents, which
     outputs in `constant` have not."""
-    leaves = {name: getattr(sample, name).detach().requires_grad_() for name in ("q", "k", "v")}
+    leaves = {
+        name: getattr(sample, name).detach().requires_grad_()
+        for name in ("q", "k", "v")
+        if getattr(sample, name) is not None
+    }
     inputs = {
         name: value.detach().requires_grad_() if name in differentiable else value
         for name, value in sample.inputs.items()
     }
-    results = function(leaves["q"], leaves["k"], leaves["v"], outputs=outputs, **inputs)
+    results = function(*leaves.values(), outputs=outputs, **inputs)
     results = (results,) if isinstance(results, Tensor) else results
     named = dict(zip(outputs, (r.detach() for r in results), strict=True))
     if not with_gradients:
@@ -238,4 +244,5 @@ def _double(sample: Sample) -> Sample:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in sample.inputs.items()
     }
-    return Sample(sample.q.double(), sample.k.double(), sample.v.double(), inputs)
+    v = None if sample.v is None else sample.v.double()
+    return Sample(sample.q.double(), sample.k.double(), v, inputs)

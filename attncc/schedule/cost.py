@@ -18,7 +18,7 @@ from attncc.schedule import hopper
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling, warp_grid
-from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, head_chunks
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
@@ -168,7 +168,7 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     pairs = tiles.rows * tiles.cols
     work = _pair_work(problem.costs.pair(kernel), problem.costs.mask, live)
     twice = _repeated(kernel, ks, tiles, problem, device)
-    qk, v = sum(problem.qk_chunks) * problem.costs.similarity.dots, sum(head_chunks(problem.d_v))
+    qk, v = sum(problem.qk_chunks) * problem.costs.similarity.dots, sum(problem.v_chunks)
     scores = {"forward": qk, "dkdv": qk + v, "dq": qk + v, "pair": qk + v}[kernel]
     results = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
     sweeps = problem.costs.sweeps if kernel == "forward" else 0

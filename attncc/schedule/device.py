@@ -13,7 +13,7 @@ import torch
 
 from attncc import resources
 from attncc.errors import AttnccError, UnsupportedError
-from attncc.schedule.problem import Dtype, Precision, head_chunks
+from attncc.schedule.problem import MAX_CHUNK, Dtype, Precision, head_chunks
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,16 @@ def parse_device(path: Path) -> Device:
     return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"])})
 
 
-def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int, branches: int = 1) -> bool:
+def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int, branches: int = 1, value: int | None = None) -> bool:
     """Whether the backward loads its tiles through descriptors, whose rows must be multiples of 16 bytes.
 
-    What a box has beyond the tensor is 0, but what it has beyond a branch is the next branch: its pieces must be whole.
+    Beyond the tensor a box has 0, but beyond a branch it has the next one, and beyond a value that is part of k
+    the rest of k: pieces must be whole there. Wider heads come by pointers: resident boxes would fill the registers.
     """
-    own = d_qk // branches
-    whole = branches == 1 or sum(head_chunks(own)) == own
-    return device.tma and dtype != "fp32" and d_qk % 8 == 0 and d_v % 8 == 0 and whole
+    ends = [d_qk // branches] * (branches > 1) + [value] * (value is not None)
+    whole = all(sum(head_chunks(end)) == end for end in ends if end is not None)
+    fits = all(dim % 8 == 0 and dim <= MAX_CHUNK * branches for dim in (d_qk, d_v))
+    return device.tma and dtype != "fp32" and fits and whole
 
 
 def device_for(target_or_name: str) -> Device:

@@ -42,6 +42,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "Gluon kernels have one score a pair, and the variant has several branches"
     if problem.costs.only_triton:
         return problem.costs.only_triton
+    if problem.values > 1 or problem.value_of_key:
+        return "Gluon kernels have one head of v for each of k, and load it for itself"
     if problem.dtype == "fp32":
         return "Gluon kernels multiply 16-bit operands"
     if not problem.costs.similarity.plain_dot:

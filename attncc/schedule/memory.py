@@ -20,7 +20,7 @@ from typing import Literal
 
 from attncc.schedule import hopper
 from attncc.schedule.device import Device
-from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem
 
 Instruction = Literal["fma", "mma", "wgmma", "tcgen05", "mfma"]
 
@@ -68,21 +68,23 @@ class Tiling:
 
 def tiling(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Tiling:
     """What `kernel` keeps and what it streams; head dimensions are padded as the kernel pads them."""
-    qk, v = problem.qk_chunks, head_chunks(problem.d_v)
+    qk, v = problem.qk_chunks, problem.v_chunks
     tiles = {
         "q": Tile("q", ks.block_m, sum(qk)),
         "do": Tile("do", ks.block_m, sum(v)),
         "k": Tile("k", ks.block_n, sum(qk)),
         "v": Tile("v", ks.block_n, sum(v)),
     }
+    if problem.value_of_key:
+        del tiles["v"]
     resident = {"forward": ("q",), "dkdv": ("k", "v"), "dq": ("q", "do"), "pair": ()}[kernel]
     streamed = {"forward": ("k", "v"), "dkdv": ("q", "do"), "dq": ("k", "v"), "pair": ("q", "k", "v", "do")}[kernel]
     rows, cols = (ks.block_n, ks.block_m) if kernel == "dkdv" else (ks.block_m, ks.block_n)
     return Tiling(
         rows,
         cols,
-        tuple(tiles[name] for name in resident),
-        tuple(tiles[name] for name in streamed),
+        tuple(tiles[name] for name in resident if name in tiles),
+        tuple(tiles[name] for name in streamed if name in tiles),
         max(*qk, *v),
         chained=kernel != "pair",
     )
@@ -158,7 +160,8 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
     shared memory; one more again on Blackwell for a tile that two matmuls read, and backward for one in chunks.
     """
     count = len(tiles.streamed)
-    twice = {"forward": (), "dkdv": ("q", "do"), "dq": ("k",), "pair": ()}[kernel]  # read by two matmuls
+    as_value = ("k",) if problem.value_of_key else ()
+    twice = {"forward": as_value, "dkdv": ("q", "do"), "dq": ("k",), "pair": ()}[kernel]  # read by two matmuls
     # 32-bit operands cannot be read transposed: a tile that is read both ways is not pipelined but held in both orders.
     tf32 = problem.dtype == "fp32" and op != "fma"
     in_both_orders = tf32 and (op in ("mma", "wgmma") or stages == 1)
@@ -167,16 +170,16 @@ def _copies(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem
     if stages == 1:
         if op == "mfma":
             return (0.0,) * count
-        if kernel == "forward":  # k is dead when v comes
+        if kernel == "forward" and not as_value:  # k is dead when v comes
             return (0.0, 1.0)
         if kernel == "dq" and in_both_orders:
-            return (2.0, 1.0)
+            return (2.0, 1.0)[:count]
         if kernel == "dkdv" and op == "mma" and tiles.rows < tiles.chunk:
             return (1.5, 1.5)
         return (1.0,) * count
     if in_both_orders and twice:
         return tuple(2.0 if tile.name in twice else float(stages) for tile in tiles.streamed)
-    chunked = kernel != "forward" and max(len(problem.qk_chunks), len(head_chunks(problem.d_v))) > 1
+    chunked = kernel != "forward" and max(len(problem.qk_chunks), len(problem.v_chunks)) > 1
     ahead = {"wgmma": stages, "tcgen05": stages + chunked}.get(op, stages - 1)
     return tuple(float(ahead + (op == "tcgen05" and tile.name in twice)) for tile in tiles.streamed)
 
@@ -218,7 +221,7 @@ def tensor_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: 
     if not device.tmem_columns or instruction(kernel, ks, problem, device) != "tcgen05":
         return 0
     tiles = tiling(kernel, ks, problem)
-    qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
+    qk, v = sum(problem.qk_chunks), sum(problem.v_chunks)
     more = problem.branches - 1
     accumulators = {"forward": v * (1 + more), "dkdv": qk + v, "dq": qk, "pair": 0}[kernel]
     scores = {"forward": 1 + more, "dkdv": 2 + more, "dq": 2 + more, "pair": 2}[kernel] * tiles.cols

@@ -20,6 +20,8 @@ DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # The narrowest operand of a tensor-core matmul in Triton: narrower head dims are padded to it.
 MIN_CHUNK = 16
+# The widest: what the tensor memory accelerator copies at once, and the widest result of one instruction.
+MAX_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Problem:
     `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
     `digest` is the variant's IR digest; with none, no tuned schedule is looked up. `branches`: how many scores a pair
     has, each over its own part of d_qk. `pairs`: some input has a gradient with an entry a pair, so there is a pair
-    kernel to schedule.
+    kernel to schedule. `values`: heads of v that each weight meets; `value_of_key`: v is the first part of k, and is
+    not loaded for itself.
     """
 
     dtype: Dtype
@@ -122,6 +125,8 @@ class Problem:
     digest: str = ""
     branches: int = 1
     pairs: bool = True
+    values: int = 1
+    value_of_key: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -136,8 +141,15 @@ class Problem:
 
     @property
     def qk_chunks(self) -> tuple[int, ...]:
-        """The head dimension of q and k as tiles, those of each branch for themselves."""
+        """The head dimension of q and k as tiles, those of each branch, and of a value, for themselves."""
+        if self.value_of_key and self.d_v < self.d_qk:
+            return head_chunks(self.d_v) + head_chunks(self.d_qk - self.d_v)
         return head_chunks(self.d_qk // self.branches) * self.branches
+
+    @property
+    def v_chunks(self) -> tuple[int, ...]:
+        """The head dimension of v as tiles, those of each head that a weight meets."""
+        return head_chunks(self.d_v) * self.values
 
     @property
     def dtype_bytes(self) -> int:
@@ -228,7 +240,7 @@ class Schedule:
 
 
 def head_chunks(dim: int) -> tuple[int, ...]:
-    """A head dimension as powers of two of at least 16, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
+    """A head dimension as powers of two from 16 to 256, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
 
     The last one is padded where that wastes at most a quarter of it: 112 -> (128,), 72 -> (64, 16). InputError below 1.
     """
@@ -236,7 +248,7 @@ def head_chunks(dim: int) -> tuple[int, ...]:
         raise InputError(f"a head dimension is {dim}; it must be at least 1")
     chunks: list[int] = []
     while dim > 0:
-        padded = max(MIN_CHUNK, 1 << (dim - 1).bit_length())
+        padded = min(max(MIN_CHUNK, 1 << (dim - 1).bit_length()), MAX_CHUNK)
         chunks.append(padded if padded - dim <= dim // 4 or dim < MIN_CHUNK else padded // 2)
         dim -= chunks[-1]
     return tuple(chunks)

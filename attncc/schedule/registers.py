@@ -9,7 +9,7 @@ from __future__ import annotations
 from attncc.schedule import hopper
 from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, tiling, warp_grid
-from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem
 
 # Loop counters, bases, strides, bounds and row statistics.
 BASE = {"forward": 40, "dkdv": 32, "dq": 40, "pair": 40}
@@ -68,14 +68,17 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     op = instruction(kernel, ks, problem, device)
     threads = ks.num_warps * device.warp_size
     pairs = tiles.rows * tiles.cols
-    qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v))
+    qk, v = sum(problem.qk_chunks), sum(problem.v_chunks)
+    both = qk if problem.value_of_key else qk + v
     made = {"dkdv": problem.costs.similarity.made_k, "dq": problem.costs.similarity.made_q}.get(kernel, 0)
-    columns = {"forward": v * problem.branches, "dkdv": qk + v, "dq": qk, "pair": tiles.cols}[kernel] + made * qk
+    columns = {"forward": v * problem.branches, "dkdv": both, "dq": qk, "pair": tiles.cols}[kernel] + made * qk
     # Warps that lie side by side along the head dimension each hold the whole row of weights as their operand, unless
     # it comes to them through shared memory.
     across = warp_grid(op, ks, tiles)[2]
     holders = 1 if scores_bytes(kernel, ks, problem, device) else across
-    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, problem.d_qk, problem.d_v, problem.branches)
+    value = problem.d_v if problem.value_of_key else None
+    dims = (problem.d_qk, problem.d_v, problem.branches, value)
+    boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, *dims)
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, BOXES_TEMPORARIES if boxes else TEMPORARIES)

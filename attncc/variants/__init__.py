@@ -42,6 +42,7 @@ _NAMES = (
     "afa",
     "head_gates",
     "differential",
+    "mla",
 )
 
 

@@ -23,7 +23,10 @@ H100 = device_for("h100")
 NAMES = [
     name
     for name, plan in ((name, Plan(ac.variants.get(name).graph)) for name in ac.variants.names())
-    if plan.graph.branches == 1 and SimilaritySlots(plan).plain_dot and not plan.only_triton
+    if plan.graph.branches == 1
+    and plan.graph.value is None
+    and SimilaritySlots(plan).plain_dot
+    and not plan.only_triton
 ]
 
 

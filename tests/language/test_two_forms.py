@@ -96,6 +96,7 @@ SHIPPED = {
         f"branches = 2\n[stages]\n{CAUSAL}\nreduction = 'row.sum((weight[0] - lam[h] * weight[1]) * v_vec)'\n"
         f"[inputs]\nlam = {H_GRAD}"
     ),
+    "mla": f'value = "k[:512]"\n[stages]\n{CAUSAL}',
 }
 AFA = """
 [stages]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attncc as ac
+from attncc.errors import InputError, SpecError
 
 
 def rep(x, heads):
@@ -44,7 +45,7 @@ def agree(variant, oracle, arguments, dtype=torch.float32, tolerance=2e-5, **inp
     names = [n for n, x in own.items() if x.is_floating_point()]
     found = torch.autograd.grad(got, (*leaves, *(own[n] for n in names)), cotangent)
     wanted = torch.autograd.grad(want, (*exact, *(exact_own[n] for n in names)), cotangent.double())
-    for name, a, b in zip(("q", "k", "v", *names), found, wanted, strict=True):
+    for name, a, b in zip((*"qkv"[: len(leaves)], *names), found, wanted, strict=True):
         largest = b.abs().max().clamp_min(1)
         torch.testing.assert_close(
             a.double() / largest, b / largest, rtol=0, atol=5 * tolerance, msg=lambda m, n=name: f"d{n}: {m}"
@@ -122,3 +123,58 @@ def test_shared_differential_projections():
         *(torch.autograd.grad(y, (x, lam), cotangent, retain_graph=True) for y in (got, want)), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("value", "d_qk", "options"), [(24, 40, {}), (32, 32, {}), (32, 48, HALF)])
+def test_values_that_are_the_first_part_of_the_keys(value, d_qk, options):
+    """Absorbed latent attention: one key head, no v, and a gradient of k with both of its parts."""
+    variant = ac.Variant(mask=ac.causal, value=f"k[:{value}]")
+    arguments = draw(2, 4, 37, d_qk), draw(2, 1, 29, d_qk, seed=1)
+    agree(variant, lambda q, k: softmax(score(q, k), causal(37, 29)) @ k[..., :value], arguments, **options)
+
+
+def test_absorbed_latents_are_the_unabsorbed_form():
+    """MLA's identity, at its own sizes: absorbing W_K into q and W_V into the output changes nothing."""
+    heads, m, nope, rope, latent = 2, 9, 16, 64, 512
+    q_n, q_r = draw(1, heads, m, nope), draw(1, heads, m, rope, seed=1)
+    c, k_r = draw(1, 1, m, latent, seed=2) / 8, draw(1, 1, m, rope, seed=3)
+    w_k, w_v = draw(heads, nope, latent, seed=4) / 8, draw(heads, 16, latent, seed=5) / 8
+    keys = torch.cat([torch.einsum("bnc,hdc->bhnd", c[:, 0], w_k), k_r.expand(-1, heads, -1, -1)], -1)
+    want = softmax(score(torch.cat([q_n, q_r], -1), keys), causal(m, m)) @ torch.einsum("bnc,hdc->bhnd", c[:, 0], w_v)
+    q = torch.cat([torch.einsum("bhmd,hdc->bhmc", q_n, w_k), q_r], -1).float()
+    out = ac.compile("mla")(q, torch.cat([c, k_r], -1).float(), scale=(nope + rope) ** -0.5)
+    torch.testing.assert_close(torch.einsum("bhmc,hdc->bhmd", out.double(), w_v), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_says_once_what_the_values_are():
+    q, k = draw(1, 1, 4, 48).float(), draw(1, 1, 4, 48).float()
+    op = ac.compile(ac.Variant(value="k[:32]"))
+    with pytest.raises(InputError, match=r"are k\[..., :32\](.|\n)*pass q and k alone"):
+        op(q, k, k)
+    with pytest.raises(InputError, match="head dim >= 32"):
+        op(q[..., :16], k[..., :16])
+    with pytest.raises(InputError, match="'causal' needs v"):
+        ac.compile("causal")(q, k)
+    for wrong in ("v[:3]", "k[:0]", 5):
+        with pytest.raises(SpecError, match=r"the value is .*(.|\n)*k\[:512\]"):
+            ac.Variant(value=wrong)
+    with pytest.raises(SpecError, match=r"spec.toml:1: the value is 'k'(.|\n)*\^\^\^\^\^"):
+        ac.loads_toml("value = 'k'", file="spec.toml")
+
+
+@pytest.mark.parametrize("options", [{}, HALF])
+def test_several_heads_of_v_share_a_weight(options):
+    """Clustered heads (CHAI): one map a cluster, every head its own v. Each key head has three heads of v here."""
+    arguments = draw(2, 4, 37, 16), draw(2, 2, 45, 16, seed=1), draw(2, 6, 45, 24, seed=2)
+
+    def oracle(q, k, v):
+        p = softmax(score(q, k), causal(37, 45))
+        return torch.stack([p[:, h] @ v[:, h // 2 * 3 + i] for h in range(4) for i in range(3)], 1)
+
+    agree(ac.variants.get("causal"), oracle, arguments, **options)
+
+
+def test_heads_of_v_are_a_multiple_of_those_of_k():
+    q, k, v = (draw(1, h, 4, 16).float() for h in (4, 2, 3))
+    with pytest.raises(InputError, match="number of key/value heads: 2 and 3, which is no multiple"):
+        ac.compile("causal")(q, k, v)
