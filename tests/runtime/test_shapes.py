@@ -109,7 +109,10 @@ def test_defaults_are_made_for_the_call():
         ((q(), None, v()), "k is None, not a tensor"),
         ((q(3, HQ, M, DQK), k(), v()), "q and k differ in their batch: 3 and 2"),
         ((q(), k(), v(3, HKV, N, DV)), "k and v differ in their batch: 2 and 3"),
-        ((q(), k(), v(B, 4, N, DV)), "k and v differ in their number of key/value heads: 3 and 4, which is no multiple"),
+        (
+            (q(), k(), v(B, 4, N, DV)),
+            "k and v differ in their number of key/value heads: 3 and 4, which is no multiple",
+        ),
         ((q(), k(), v(B, HKV, 6, DV)), "k and v differ in their number of keys: 5 and 6"),
         ((q(B, HQ, M, 16), k(), v()), "q and k differ in their head dim: 16 and 8"),
         ((q(B, 4, M, DQK), k(), v()), r"4 query heads are no multiple of 3 key/value heads(.|\n)*transpose\(1, 2\)"),
