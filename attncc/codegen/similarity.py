@@ -89,7 +89,9 @@ class SimilaritySlots:
         return self.found.q_terms if side is QUERY else self.found.k_terms
 
     def loads(self, side: Side) -> bool:
-        """Does a tile of scores need the tile of this side itself?"""
+        """Does a tile of pairs need the tile of this side itself, be it for its scores or because v is part of it?"""
+        if side is KEY and self.plan.graph.value is not None:
+            return True
         return self.has_dot or any(side.vector in side.factor(d).free_symbols for d in self.found.dots)
 
     def passes_on(self, side: Side) -> bool:

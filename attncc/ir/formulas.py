@@ -22,7 +22,8 @@ DEFAULTS = {
 
 def stage_texts(graph: VariantGraph) -> dict[str, str]:
     """similarity, score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec.
-    What differs between the branches of a variant has an entry a branch, such as `score[1]`."""
+    What differs between the branches of a variant has an entry a branch, such as `score[1]`. Where v is part of k, so
+    says "value"."""
     if graph.branches > 1:
         return _branch_texts(graph)
     rows: dict[Any, Any] = {}
@@ -40,6 +41,7 @@ def stage_texts(graph: VariantGraph) -> dict[str, str]:
         "mask": formula(graph["mask"].expr),
         "normalizer": formula(graph["weight"].expr.xreplace(rows)),
         "reduction": f"row.sum({formula(graph['out'].expr.xreplace(rows))})",
+        **({} if graph.value is None else {"value": f"k[:{graph.value}]"}),
     }
 
 
@@ -54,7 +56,7 @@ def _branch_texts(graph: VariantGraph) -> dict[str, str]:
 
 def own_stages(graph: VariantGraph) -> dict[str, str]:
     """The stages in which a variant differs from plain attention; "softmax" where there are none."""
-    own = {stage: text for stage, text in stage_texts(graph).items() if text != DEFAULTS[stage.split("[")[0]]}
+    own = {stage: text for stage, text in stage_texts(graph).items() if text != DEFAULTS.get(stage.split("[")[0])}
     return own or {"normalizer": "softmax"}
 
 

@@ -24,7 +24,7 @@ KS = KernelSchedule(128, 64, 8, 3)
         (128, (128,)),
         (192, (128, 64)),
         (256, (256,)),
-        (576, (512, 64)),
+        (576, (256, 256, 64)),
     ],
 )
 def test_head_dimensions_are_cut_into_powers_of_two(dim, chunks):

@@ -133,6 +133,24 @@ def test_values_that_are_the_first_part_of_the_keys(value, d_qk, options):
     agree(variant, lambda q, k: softmax(score(q, k), causal(37, 29)) @ k[..., :value], arguments, **options)
 
 
+def test_a_part_of_k_is_the_value_whatever_the_normalizer_and_the_similarity():
+    """A second sweep, and the sweep of a gradient through a mean, read v where k lies; so do scores without k."""
+    arguments = draw(1, 4, 21, 40), draw(1, 1, 29, 40, seed=1)
+
+    def above_the_mean(s):
+        return (s - s.mean(-1, keepdim=True)).relu()
+
+    variant = ac.Variant(normalizer=lambda score, row: ac.relu(score - row.mean(score)), value="k[:24]")
+    agree(variant, lambda q, k: above_the_mean(score(q, k)) @ k[..., :24], arguments)
+    near = ac.Variant(similarity=lambda q_idx, kv_idx: -0.1 * (q_idx - kv_idx) ** 2, value="k[:24]")
+    op, (q, k) = ac.compile(near), (x.float().requires_grad_() for x in arguments)
+    i, j = torch.arange(21)[:, None], torch.arange(29)
+    want = (-0.1 * (i - j) ** 2).softmax(-1) @ k[..., :24].expand(1, 4, 29, 24)
+    torch.testing.assert_close(op(q, k), want, rtol=1e-5, atol=1e-6)
+    found, exact = (torch.autograd.grad(x.square().sum(), k)[0] for x in (op(q, k), want))
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_absorbed_latents_are_the_unabsorbed_form():
     """MLA's identity, at its own sizes: absorbing W_K into q and W_V into the output changes nothing."""
     heads, m, nope, rope, latent = 2, 9, 16, 64, 512
