@@ -96,6 +96,24 @@ def evaluated(
     return tuple(run.named(name) for name in names)
 
 
+@torch.no_grad()
+def largest_score(
+    variant: Variant | VariantGraph | str | Path,
+    /,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    **inputs: Any,
+) -> float:
+    """The largest |score| that the mask shows, what rounding in the exponents is proportional to."""
+    graph = graph_of(variant)
+    core = graph.select(())
+    bound = bind(core, q, k, v, scale, read_inputs(graph, core, inputs), REFERENCE_DTYPES)
+    return dense(core, q.double(), k.double(), v.double(), bound, torch.float64).largest_score()
+
+
 def dense(
     graph: VariantGraph, q: Tensor, k: Tensor, v: Tensor, bound: Bound, number: torch.dtype
 ) -> Dense | DenseBranches:
@@ -116,6 +134,10 @@ class DenseBranches:
     def named(self, name: str) -> Tensor:
         """out, or lse, which there is not."""
         return self.out() if name == "out" else self.lse()
+
+    def largest_score(self) -> float:
+        """The largest |score| of all branches."""
+        return max(part.largest_score() for part in self.parts)
 
     def out(self) -> Tensor:
         """(B, Hq, M, Dv): the sum of what the branches give."""
@@ -217,6 +239,11 @@ class Dense:
 
     def _pairwise(self, expr: Any, env: dict[str, Any]) -> Tensor:
         return evaluate(expr, env, self.number, self.device).expand(self.visible.shape)
+
+    def largest_score(self) -> float:
+        """The largest |score| that the mask shows; 0 where it shows none."""
+        scores = self.pairs["score"]
+        return float(scores.abs().max()) if scores.numel() else 0.0
 
     def out(self) -> Tensor:
         """(B, Hq, M, Dv): the sum over the keys of the pair's factor times v."""

@@ -1,7 +1,9 @@
 """Is a kernel right? Two rules, both of which must hold, against the float64 reference and plain PyTorch in one dtype.
 
 1. No element is further from the reference than plain PyTorch in the same dtype is, times 2 (gradients: times 3), plus
-   what rounding the exact result would cost.
+   what rounding the exact result would cost. For gradients also what rounding an exponent to float32 would: a backward
+   kernel computes the weights again, each from its score and a stored statistic of its row that is as large as scores
+   are, where plain PyTorch keeps the weights themselves.
 2. RMS(error) / RMS(reference) is at most 5e-3 in 16 bits and tf32, 1e-5 in float32.
 """
 
@@ -20,7 +22,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.passes.cotangents import differentiable_outputs
-from attncc.runtime.reference import evaluated, graph_of, log_denominator, reference
+from attncc.runtime.reference import evaluated, graph_of, largest_score, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import value_of
 from attncc.runtime.verify_outputs import compared
@@ -69,8 +71,10 @@ def check(
     *,
     dtype: torch.dtype | None = None,
     tf32: bool = False,
+    score: float = 0.0,
 ) -> Check:
-    """Hold one result against both rules. `dtype` is that of the computation, if not that of `got` (lse is float32).
+    """Hold one result against both rules. `dtype` is that of the computation, if not that of `got` (lse is float32);
+    `score` is the largest |score| of the call.
 
     Infinities (the lse of a row that sees no key) and integers must agree exactly; a NaN is always wrong. A gradient
     may have the RMS error of `eager`: a sum that nearly cancels, as a bias' gradient may, has no small relative error
@@ -86,7 +90,9 @@ def check(
     error = (got.double()[finite] - exact).abs()
     plain = (eager.double()[finite] - exact).abs().nan_to_num(nan=0.0, posinf=0.0)
     max_err, rms = _largest(error) if agree else torch.inf, _rms(error)
-    max_allowed = _FACTOR[kind] * _largest(plain) + torch.finfo(dtype).eps * _largest(exact.abs()) + _FLOOR
+    exponents = torch.finfo(torch.float32).eps * score if kind == "gradient" else 0.0
+    rounding = torch.finfo(dtype).eps + exponents
+    max_allowed = _FACTOR[kind] * _largest(plain) + rounding * _largest(exact.abs()) + _FLOOR
     limit = _RMS_16_BIT if tf32 or torch.finfo(dtype).bits == 16 else _RMS_32_BIT
     rms_allowed = max(limit * _rms(exact), _rms(plain) if kind == "gradient" else 0.0) + _FLOOR
     return Check(name, max_err <= max_allowed and rms <= rms_allowed, max_err, max_allowed, rms, rms_allowed)
@@ -173,9 +179,10 @@ def verify_variant(
         plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, *asked)
         repeated = {name: torch.equal(value, again[name]) for name, value in got.items()}
         values, exact, plain = compared(variant.graph, _reference_of(sample), got, exact, plain)
+        score = largest_score(variant, sample.q, sample.k, sample.v, **sample.inputs)
         for name, value in values.items():
             kind: Kind = "forward" if name in outputs else "gradient"
-            found = check(name, value, exact[name], plain[name], kind, dtype=dtype, tf32=tf32)
+            found = check(name, value, exact[name], plain[name], kind, dtype=dtype, tf32=tf32, score=score)
             rows.append(Row(shape, found, repeated[name]))
     return rows
 

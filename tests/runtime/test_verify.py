@@ -49,6 +49,14 @@ def test_a_gradient_may_be_three_times_as_far_as_plain_pytorch():
     assert check("dq", got, REFERENCE, plain, "gradient").ok
 
 
+def test_a_gradient_may_have_the_rounding_of_exponents_as_large_as_the_scores():
+    plain, got = near(torch.float32, 1e-7), near(torch.float32, 1.5e-6)
+    assert not check("dv", got, REFERENCE, plain, "gradient").ok
+    assert check("dv", got, REFERENCE, plain, "gradient", score=12.0).ok
+    assert not check("dv", near(torch.float32, 3e-6), REFERENCE, plain, "gradient", score=12.0).ok
+    assert not check("out", got, REFERENCE, plain, score=12.0).ok
+
+
 def test_the_dtype_of_the_computation_counts_not_that_of_the_result():
     got = near(torch.float32, 3e-3)
     assert not check("lse", got, REFERENCE, got).ok
