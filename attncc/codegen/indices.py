@@ -11,7 +11,7 @@ from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import VectorGradient
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
-from attncc.ir.graph import InputDecl, VariantGraph
+from attncc.ir.graph import LOOP_DIMS, InputDecl, VariantGraph
 from attncc.ir.vocabulary import Read
 
 
@@ -81,7 +81,7 @@ class TorchIndexPrinter(StrPrinter):
         if not expr.index:
             return str(expr.input)
         index = ", ".join(self._print(i) for i in expr.index)
-        return f"_at({expr.input}, {_broadcast(self._graph.input(expr.input), expr)!r}, {index})"
+        return f"_at({expr.input}, ({_loops(self._graph.input(expr.input))},), {index})"
 
     def emptyPrinter(self, expr: Any) -> str:
         raise UnsupportedError(f"{type(expr).__name__} in an index whose input wants a gradient: not derived yet")
@@ -90,9 +90,29 @@ class TorchIndexPrinter(StrPrinter):
         return self.emptyPrinter(expr)
 
 
-def _broadcast(decl: InputDecl, read: Read) -> tuple[bool, ...]:
-    """Of which dimensions a size of 1 means that all indices share it: those declared as the loop that indexes them."""
-    return tuple(i.is_Symbol and i.name == dim for dim, i in zip(decl.pattern, read.index, strict=True))
+#: the size of each dimension of the loop, in a host function
+_SIZES = {"b": "q.shape[0]", "h": "q.shape[1]", "h_kv": "k.shape[1]", "q_idx": "q.shape[2]", "kv_idx": "k.shape[2]"}
+
+
+def _loops(decl: InputDecl) -> str:
+    """The sizes that an input's dimensions stand for; 1 for those of any size."""
+    return ", ".join(_SIZES.get(dim, "1") for dim in decl.pattern)
+
+
+def input_arguments(graph: VariantGraph) -> str:
+    """What the host passes to every kernel for the inputs and scalars.
+
+    A kernel that reads a dimension of the loop at another index than the loop's own must know how far it reaches, which
+    a broadcast dimension of size 1 does not say.
+    """
+    shifted = {
+        read.input
+        for read in graph.reads
+        for dim, i in zip(graph.input(read.input).pattern, read.index, strict=True)
+        if dim in LOOP_DIMS and not (i.is_Symbol and i.name == dim)
+    }
+    views = [f"*_addressing({d.name}{f', {_loops(d)}' if d.name in shifted else ''}), " for d in graph.inputs]
+    return "".join((*views, *(f"{s.name}, " for s in graph.scalars)))
 
 
 #: dimensions of the reduced values, by the kind of reduction
@@ -136,27 +156,30 @@ def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) 
     lines: list[str] = []
     if kind == "program":
         lines.append(f"    {name} = {name}.sum({2 if sym.COMPONENT in read.index else -1})")
-    elif kind == "tile":
-        lines.append(f"    {name} = {name}.view(batch if keep_b else 1, heads if keep_h else 1, q_len, kv_len)")
-    elif kind == "band":
-        lines.append(f"    {name} = _diagonals({name}, q_len, kv_len)")
-        lines.append(f"    {name} = {name}.view(batch if keep_b else 1, heads if keep_h else 1, -1)")
-    names = []
-    for index in read.index:
-        plain = index.name if index.is_Symbol and index.name in dims else None
-        names.append(plain)
+    declared = plan.graph.input(read.input).pattern
+    names = [_whole(i, dim) for dim, i in zip(declared, read.index, strict=True)]
+    direct = all(name in dims for name in names) and len(set(names)) == len(names)
     lines.append(f"    dims = {dims!r}")
-    if not all(names) or len(set(names)) != len(names):
+    if not direct:
         lines += _index_tensors(read, dims)
     printer = TorchIndexPrinter(plan.graph)
     index_text = ", ".join(printer.doprint(i) for i in read.index)
     comma = "," if len(read.index) == 1 else ""
-    index = f"lambda: ({index_text}{comma})" if not all(names) or len(set(names)) != len(names) else "None"
-    shared = _broadcast(plan.graph.input(read.input), read)
-    call = f"_collect({name}, dims, {read.input}, {tuple(names)!r}, {shared!r}, {index})"
+    index = "None" if direct else f"lambda: ({index_text}{comma})"
+    loops = _loops(plan.graph.input(read.input))
+    call = f"_collect({name}, dims, {read.input}, {tuple(names)!r}, ({loops + ',' if loops else ''}), {index})"
     target = f"grad_{read.input}"
     lines.append(f"    {target} = {call}" if first else f"    {target} = {target} + {call}")
     return lines
+
+
+def _whole(index: Any, dim: str) -> str | None:
+    """The loop that runs over all of an input's dimension, if its index is that and no more."""
+    if index == sym.COMPONENT:
+        return str(index.name)
+    if not (index.is_Symbol and index.name in LOOP_DIMS) or (dim in LOOP_DIMS and dim != index.name):
+        return None
+    return str(index.name)
 
 
 def _index_tensors(read: Any, dims: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
-from attncc.codegen.indices import collect_lines, nested_reads
+from attncc.codegen.indices import collect_lines, input_arguments, nested_reads
 from attncc.codegen.kernels import (
     base_leaves,
     bounds_slots,
@@ -98,9 +98,9 @@ def render(
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),
-        "input_args": input_args(plan.core),
+        "input_args": input_arguments(plan.core),
         "wide": any_wide(plan.core),
-        "user_args": input_args(graph),
+        "user_args": input_arguments(graph),
         "user_wide": any_wide(graph),
         "takes_inputs": bool(plan.core.inputs),
         "renamed": {user: own for own, user in called.items() if own != user},
@@ -168,12 +168,6 @@ def render(
     return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
-def input_args(graph: VariantGraph) -> str:
-    """A graph's inputs and scalars as arguments of its kernels."""
-    numbers = "".join(f"{s.name}, " for s in graph.scalars)
-    return "".join(f"*_addressing({d.name}), " for d in graph.inputs) + numbers
-
-
 def any_wide(graph: VariantGraph) -> str:
     """Whether any input is too large for 32-bit offsets, as the host finds out."""
     return f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False"
@@ -186,11 +180,12 @@ def _render(template: str, context: dict[str, Any], **slots: Any) -> str:
 def _kept(plan: Plan, gradient: Any) -> dict[str, str]:
     """Whether the input tells batches (heads) apart: known from the index, and at run time from a size of 1."""
     read, result = gradient.read, {}
+    decl = plan.graph.input(read.input)
     for key, symbols in (("keep_b", {sym.B}), ("keep_h", {sym.H, sym.H_KV})):
         dims = [i for i, e in enumerate(read.index) if e.free_symbols & symbols]
         if not dims:
             result[key] = "False"
-        elif all(read.index[i].is_Symbol for i in dims):
+        elif all(read.index[i].is_Symbol and read.index[i].name == decl.pattern[i] for i in dims):
             result[key] = " and ".join(f"{read.input}.shape[{i}] > 1" for i in dims)
         else:
             result[key] = "True"

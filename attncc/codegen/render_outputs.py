@@ -6,10 +6,11 @@ import textwrap
 from typing import Any
 
 from attncc.codegen.chunks import chunks
+from attncc.codegen.indices import input_arguments
 from attncc.codegen.names import coded
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
-from attncc.codegen.render import _bounds, _render, _tidy, any_wide, input_args
+from attncc.codegen.render import _bounds, _render, _tidy, any_wide
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
 from attncc.passes.outputs import Weight, final_weight, named, passes
@@ -83,9 +84,9 @@ def _context(plan: Plan, d_qk: int) -> dict[str, Any]:
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),
-        "input_args": input_args(graph),
+        "input_args": input_arguments(graph),
         "wide": any_wide(graph),
-        "user_args": input_args(graph),
+        "user_args": input_arguments(graph),
         "user_wide": any_wide(graph),
         "takes_inputs": bool(graph.inputs),
         "text": {k: formula(graph[k].expr) for k in ("score", "mask", "weight")},
