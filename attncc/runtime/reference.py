@@ -386,8 +386,11 @@ def log_denominator(graph: VariantGraph) -> sympy.Expr:
     """lse as an expression of row values: log Z, where the weight is a(pair) * exp(x(pair)) / Z.
 
     With the weight as a product, its factors that are the same for a whole row are G, and the exponent is x minus M,
-    which is the same for a whole row: Z = exp(M) / G.
+    which is the same for a whole row: Z = exp(M) / G. Raises UnsupportedError where there is no such statistic, or
+    one of each branch.
     """
+    if graph.branches > 1:
+        raise no_lse_of_branches(graph)
     stage = graph["weight"]
     sums = {s.name for s in graph.rows if s.op == "sum"}
     for weight in (stage.expr, sympy.factor_terms(stage.expr), sympy.factor(stage.expr)):

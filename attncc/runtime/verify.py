@@ -200,8 +200,6 @@ def _reference_of(sample: Sample) -> Callable[[VariantGraph, str], Any]:
 
 
 def _has_lse(graph: VariantGraph) -> bool:
-    if graph.branches > 1:
-        return False
     try:
         log_denominator(graph)
     except UnsupportedError:
