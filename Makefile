@@ -1,5 +1,6 @@
 # make demo    from a bare machine to a compiled variant on real input
 # make test    environment, lint, format, types, tests
+# make fuzz    thousands of random specs, others each time
 # make gpu     the tests that need a GPU
 #
 # Each makes its own environment in .venv at the versions of .ci/constraints.txt; the second run finds it ready.
@@ -28,7 +29,7 @@ RUN = if $(call HAS,$(1)); then $(PY) -m $(1) $(2); else echo "$(1) is not insta
 PYTEST_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 2'; fi)
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test gpu lint format format-check types unit clean
+.PHONY: demo test fuzz gpu lint format format-check types unit clean
 .NOTPARALLEL:
 
 demo: $(DEMO)
@@ -50,6 +51,9 @@ types: $(DEV)
 
 unit: $(DEV)
 	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+fuzz: $(DEV)
+	$(PY) -m pytest tests/fuzz --hypothesis-profile fuzz $(PYTEST_ARGS)
 
 gpu: $(DEV)
 	$(PY) -m pytest -m gpu

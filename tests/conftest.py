@@ -1,4 +1,5 @@
-"""Shared by all tests: GPU tests are skipped where there is no GPU; no test touches the user's own cache."""
+"""Shared by all tests: GPU tests are skipped where there is no GPU; no test touches the user's own cache; what is drawn
+at random is the same in every run, but for `make fuzz`."""
 
 from __future__ import annotations
 
@@ -6,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("same", derandomize=True)
+settings.register_profile("fuzz", max_examples=2000, print_blob=True)
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -165,8 +165,10 @@ SHIPPED = {
 NAMES = (*SHIPPED, *UNSHIPPED)
 
 
-def variant(name: str) -> ac.Variant:
-    """Shipped or not."""
+def variant(name: str | ac.Variant) -> ac.Variant:
+    """Shipped or not, or as it is."""
+    if isinstance(name, ac.Variant):
+        return name
     return {**SHIPPED, **UNSHIPPED}[name]
 
 
@@ -241,7 +243,7 @@ class Pairs:
         values = {**known, **found}
         for running in online.sums:
             found[running.symbol.name] = self._sum(running.term, seen, values)
-        term = torch.where(seen, self(online.numerator.term, **values), 0.0)
+        term = torch.where(seen, self(online.numerator.term, **values).double(), 0.0)
         return {**known, **found, online.numerator.symbol.name: term @ self.v}
 
     def _maxima(self, maxes: Any, seen: Tensor, known: dict[str, Tensor]) -> dict[str, Tensor]:
