@@ -102,13 +102,14 @@ def largest_score(
     /,
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None = None,
     *,
     scale: float | None = None,
     **inputs: Any,
 ) -> float:
     """The largest |score| that the mask shows, what rounding in the exponents is proportional to."""
     graph = graph_of(variant)
+    v = value_of(graph, k, v)
     core = graph.select(())
     bound = bind(core, q, k, v, scale, read_inputs(graph, core, inputs), REFERENCE_DTYPES)
     return dense(core, q.double(), k.double(), v.double(), bound, torch.float64).largest_score()
