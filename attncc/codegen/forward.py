@@ -29,6 +29,7 @@ from attncc.codegen.similarity import QUERY, SimilaritySlots
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read
 from attncc.passes.fold import S, exp2
 from attncc.passes.reverse import first_at, ties, trimmed
 from attncc.passes.stream import LSE, Implicit, Online, Running, Sweep, renamed
@@ -382,6 +383,8 @@ def _vanishes(term: Any, s: sympy.Symbol) -> bool:
         return False
     coefficient = sympy.expand(term.args[0]).coeff(s)
     rest = sympy.expand(term.args[0] - coefficient * s)
+    if rest.atoms(Read):  # an input's value may be infinite, too
+        return False
     return bool(coefficient.is_positive) and s not in rest.free_symbols and sym.KV_IDX not in rest.free_symbols
 
 

@@ -26,6 +26,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level, level_of_name, varies_by_key
 from attncc.ir.vocabulary import Read, attached
+from attncc.passes.algebra import row_ratio
 from attncc.passes.calculus import derivative as _diff
 from attncc.passes.reverse import DELTA, DP, Adjoint, detaches, reverse
 from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
@@ -190,16 +191,36 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
 def _one_pass(online: Online, wanted: set[str]) -> Adjoint:
     """The backward of a plan whose weight does not change when its maxima move."""
     normal = normal_form(online)
+    by_row = dict(normal.row_reads)
+    for read in reads_of(normal.numerator):
+        slope = None if read in reads_of(online.coefficient) else _log_slope(normal, online, read)
+        if slope is not None:
+            by_row[read] = by_row.get(read, sympy.S.Zero) + slope
+    whole = {r for r in by_row if r in reads_of(normal.numerator)}
     normal = replace(normal, numerator=online.coefficient * normal.numerator)
     terms = (normal.numerator, *(t for t, _ in normal.sums))
-    reads = sorted(set().union(*(t.atoms(Read) for t in terms)), key=str)
+    reads = sorted(set().union(*(t.atoms(Read) for t in terms)) - whole, key=str)
     return Adjoint(
         normal.saved,
         normal.numerator * normal.scale,
         _cotangent(normal, sym.SCORE),
         {r: _cotangent(normal, r) for r in reads if r.input in wanted},
-        {r: DELTA * e for r, e in normal.row_reads if r.input in wanted},
+        {r: DELTA * e for r, e in by_row.items() if r.input in wanted and e != 0},
     )
+
+
+def _log_slope(normal: Normal, online: Online, read: Read) -> sympy.Expr | None:
+    """d log(A G) / d read, without what G itself reads, where it is the same for all keys of a row, as in exp(s -
+    given[q_idx]); else None. lse has the opposite slope, so that both of its cotangents are one multiple of DELTA."""
+    if varies_by_key(read) or (normal.saved and normal.saved[0][0] == LSE):
+        return None
+    total = row_ratio(_diff(normal.numerator, read), normal.numerator)
+    for running, (term, dlog) in zip(online.sums, normal.sums, strict=True):
+        slope = row_ratio(_diff(term, read), term)
+        if total is None or slope is None:
+            return None
+        total += slope * running.symbol * dlog
+    return None if total is None else sympy.cancel(total)
 
 
 def _cotangent(normal: Normal, wrt: sympy.Expr) -> sympy.Expr:

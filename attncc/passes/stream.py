@@ -223,8 +223,7 @@ def _last_pass(graph: VariantGraph, stages: list[Stage]) -> Online:
     numerator = _running(sympy.Symbol("acc", real=True), inner * pair, symbols, proof)
     maxes, running_sums = _reductions(stages, proof)
     shift = _shift(pair)
-    sums_used = any(s.name.startswith("row_sum_") for s in scale.free_symbols)
-    lse = _log_denominator(pair, scale, shift) if shift is not None or sums_used else None
+    lse = _log_denominator(pair, scale, shift)
     if lse is not None:
         proof.append(f"lse = {formula(lse)}")
     proof.append(f"weight = ({formula(pair)}) * ({formula(scale)}): one pass over the keys")
@@ -326,14 +325,14 @@ def _shift(pair: sympy.Expr) -> sympy.Expr | None:
 
 def _log_denominator(pair: sympy.Expr, scale: sympy.Expr, shift: sympy.Expr | None) -> sympy.Expr | None:
     """log Z, where the weight is a(pair) exp(x(pair)) / Z; None where a row statistic is tied to the pair in another
-    way."""
+    way, or where no row statistic is part of Z."""
     result = (shift if shift is not None else sympy.S.Zero) - _log(scale)
     for f in sympy.Mul.make_args(pair):
         if not varies_by_key(f):
             result -= _log(f)
         elif any(sym.is_row_name(s.name) for t in _varying(f) for s in t.free_symbols):
             return None
-    return result
+    return result if any(sym.is_row_name(s.name) for s in result.free_symbols) else None
 
 
 def _varying(factor: sympy.Expr) -> tuple[sympy.Expr, ...]:

@@ -387,13 +387,12 @@ def log_denominator(graph: VariantGraph) -> sympy.Expr:
     """lse as an expression of row values: log Z, where the weight is a(pair) * exp(x(pair)) / Z.
 
     With the weight as a product, its factors that are the same for a whole row are G, and the exponent is x minus M,
-    which is the same for a whole row: Z = exp(M) / G. Raises UnsupportedError where there is no such statistic, or
-    one of each branch.
+    which is the same for a whole row: Z = exp(M) / G. Raises UnsupportedError where no row reduction is part of it, or
+    where there is one of each branch.
     """
     if graph.branches > 1:
         raise no_lse_of_branches(graph)
     stage = graph["weight"]
-    sums = {s.name for s in graph.rows if s.op == "sum"}
     for weight in (stage.expr, sympy.factor_terms(stage.expr), sympy.factor(stage.expr)):
         factors = sympy.Mul.make_args(weight)
         row_factors = [f for f in factors if not varies_by_key(f)]
@@ -404,9 +403,10 @@ def log_denominator(graph: VariantGraph) -> sympy.Expr:
         rest = [f for f in pair_factors if not isinstance(f, sympy.exp)] + [t for t in terms if varies_by_key(t)]
         if any(_names(f) & {s.name for s in graph.rows} for f in rest):
             continue  # a row reduction is tied to the pair in another way than as a factor or a shift
-        if exponents or any(_names(f) & sums for f in row_factors):
-            # the sign of a constant is the weight's own
-            return shift - sympy.Add(*(sympy.log(abs(f) if f.is_number else f) for f in row_factors))
+        # the sign of a constant is the weight's own
+        result = shift - sympy.Add(*(sympy.log(abs(f) if f.is_number else f) for f in row_factors))
+        if _names(result) & {s.name for s in graph.rows}:
+            return result
         break
     raise UnsupportedError(
         "this normalizer has no row statistic, and so no lse",

@@ -158,9 +158,12 @@ UNSHIPPED = {
 }
 
 
-#: what ships; of several branches, each is a variant here
+#: what ships; of several branches, each is a variant here, and what v is matters to no pass
 SHIPPED = {
-    part.name: ac.Variant.from_graph(part) for name in ac.variants.names() for part in ac.variants.get(name).graph.parts
+    part.name: ac.Variant.from_graph(part)
+    for name in ac.variants.names()
+    for part in ac.variants.get(name).graph.parts
+    if part.value is None
 }
 NAMES = (*SHIPPED, *UNSHIPPED)
 
