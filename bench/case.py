@@ -14,7 +14,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call. `hkv` and `dv` default to `h` and `d`, `n` to `m`."""
+    """Sizes of one call. `hkv` and `dv` default to `h` and `d`, `n` to `m`. `tied`: v is part of k, and not passed."""
 
     b: int
     h: int
@@ -24,6 +24,7 @@ class Shape:
     n: int = 0
     dv: int = 0
     dtype: torch.dtype = torch.bfloat16
+    tied: bool = False
 
     def __post_init__(self) -> None:
         for name, default in (("hkv", self.h), ("n", self.m), ("dv", self.d)):
@@ -35,18 +36,18 @@ class Shape:
         """Query heads a key/value head."""
         return self.h // self.hkv
 
-    def tensors(self, device: str = "cuda", seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fresh random q, k, v, each a leaf that wants its gradient."""
+    def tensors(self, device: str = "cuda", seed: int = 0) -> tuple[torch.Tensor, ...]:
+        """Fresh random q, k and, unless it is part of k, v, each a leaf that wants its gradient."""
         generator = torch.Generator(device).manual_seed(seed)
         sizes = (
             (self.b, self.h, self.m, self.d),
             (self.b, self.hkv, self.n, self.d),
             (self.b, self.hkv, self.n, self.dv),
         )
-        q, k, v = (
-            torch.randn(size, generator=generator, device=device, dtype=self.dtype).requires_grad_() for size in sizes
+        return tuple(
+            torch.randn(size, generator=generator, device=device, dtype=self.dtype).requires_grad_()
+            for size in sizes[: 2 if self.tied else 3]
         )
-        return q, k, v
 
     def flops(self, area: int, mode: str) -> int:
         """Floating-point operations of the matmuls over `area` pairs a head: 2 of them forward, 5 backward."""

@@ -8,7 +8,7 @@ thing, all heads are compared with it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from bench.case import Case, Shape, Tensors
 
 #: RMS(error) / RMS(expected) against another 16-bit kernel, whose own error comes on top of ours
 PEER_TOLERANCE = 1e-2
+#: the gradients of q, k and v; a variant whose v is part of k has the first two
+OPERANDS = ("dq", "dk", "dv")
 #: where gradients of inputs are checked: the reference sums them over a list of all pairs, one after the other
 SHORT = 1024
 
@@ -97,23 +99,22 @@ def _slice_errors(op: Any, case: Case, shape: Shape, device: str, differentiable
     b, kv_head = shape.b - 1, shape.hkv - 1
     heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
     one, kv = slice(b, b + 1), slice(kv_head, kv_head + 1)
-    q, k, v = shape.tensors(device, seed=1)
+    operands = shape.tensors(device, seed=1)
+    names = OPERANDS[: len(operands)]
     inputs = case.inputs(shape, device)
     for name in differentiable:
         inputs[name].requires_grad_()
     grad = torch.zeros((shape.b, shape.h, shape.m, shape.dv), device=device, dtype=shape.dtype)
     grad[one, heads] = torch.randn_like(grad[one, heads])
 
-    poison(grad, *(t.detach() for t in (q, k, v)))
-    out = op(q, k, v, **inputs)
+    poison(grad, *(t.detach() for t in operands))
+    out = op(*operands, **inputs)
     named = {f"d{name}": inputs[name] for name in differentiable}
-    got = gradients(out, grad, {"dq": q, "dk": k, "dv": v, **named})
+    got = gradients(out, grad, {**dict(zip(names, operands, strict=True)), **named})
     shared = {name: got[f"d{name}"] for name in differentiable}
     parts = {
         "out": out.detach()[one, heads],
-        "dq": got["dq"][one, heads],
-        "dk": got["dk"][one, kv],
-        "dv": got["dv"][one, kv],
+        **{name: got[name][one, heads if name == "dq" else kv] for name in names},
         **{f"d{n}": part for n, part in slice_inputs(case.variant, shared, b, heads, kv_head).items()},
     }
 
@@ -122,14 +123,18 @@ def _slice_errors(op: Any, case: Case, shape: Shape, device: str, differentiable
     def dense(attend: Callable[..., Any], wide: bool) -> Tensors:
         """The slice through a quadratic implementation, in float64 or in the dtypes of the call."""
 
-        def leaf(t: torch.Tensor) -> torch.Tensor:
+        def cast(t: torch.Tensor) -> torch.Tensor:
             t = t.detach()
-            return (t.double() if wide else t).requires_grad_() if t.is_floating_point() else t
+            return t.double() if wide and t.is_floating_point() else t
 
-        ends = {"dq": leaf(q[one, heads]), "dk": leaf(k[one, kv]), "dv": leaf(v[one, kv])}
-        read: dict[str, Any] = {name: leaf(t) for name, t in own.items()}
+        ends = {
+            name: cast(t[one, heads if name == "dq" else kv]).requires_grad_()
+            for name, t in zip(names, operands, strict=True)
+        }
+        sequences = tuple(ends.values())
+        read: dict[str, Any] = {name: cast(t).requires_grad_(name in differentiable) for name, t in own.items()}
         ends |= {f"d{name}": read[name] for name in differentiable}
-        result = attend(case.variant, ends["dq"], ends["dk"], ends["dv"], **read)
+        result = attend(case.variant, *sequences, **read)
         return {"out": result.detach(), **gradients(result, grad[one, heads].to(result), ends)}
 
     exact, plain = dense(ac.reference, wide=True), dense(eager, wide=False)
@@ -147,10 +152,10 @@ def _slice_errors(op: Any, case: Case, shape: Shape, device: str, differentiable
 
 
 def against_peer(
-    ours: torch.Tensor, theirs: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
+    ours: torch.Tensor, theirs: torch.Tensor, operands: Sequence[torch.Tensor], grad: torch.Tensor
 ) -> dict[str, float]:
     """Errors of all heads against another kernel's output and gradients; both graphs are kept."""
-    leaves = {"dq": q, "dk": k, "dv": v}
+    leaves = dict(zip(OPERANDS, operands, strict=False))
     actual, expected = (gradients(out, grad, leaves, retain_graph=True) for out in (ours, theirs))
     errors = {"out": relative_rms(ours.detach(), theirs.detach())}
     errors |= {name: relative_rms(actual[name], expected[name]) for name in leaves}

@@ -78,17 +78,17 @@ def _timed(
     check: dict[str, float],
     gluon: bool,
 ) -> list[dict[str, Any]]:
-    q, k, v = shape.tensors()
+    operands = shape.tensors()
     inputs = case.inputs(shape, "cuda")
-    attend: dict[str, Attend] = {"attncc": lambda q, k, v: op(q, k, v, **inputs)}
+    attend: dict[str, Attend] = {"attncc": lambda *operands: op(*operands, **inputs)}
     broken: dict[str, str] = {}
-    outs = {"attncc": attend["attncc"](q, k, v)}
+    outs = {"attncc": attend["attncc"](*operands)}
     grad = torch.randn_like(outs["attncc"])
     for name, build in peers.items():
         try:
             attend[name] = build(case, shape, inputs)
-            outs[name] = attend[name](q, k, v)
-            torch.autograd.grad(outs[name], (q, k, v), grad, retain_graph=True)
+            outs[name] = attend[name](*operands)
+            torch.autograd.grad(outs[name], operands, grad, retain_graph=True)
         except Exception as error:
             outs.pop(name, None)
             broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
@@ -96,19 +96,19 @@ def _timed(
     if gluon:
         other = ac.compile(case.variant, backend="gluon")
         errors["gluon"] = against_reference(other, case, shape)
-        attend["gluon"] = lambda q, k, v: other(q, k, v, **inputs)
-        outs["gluon"] = attend["gluon"](q, k, v)
+        attend["gluon"] = lambda *operands: other(*operands, **inputs)
+        outs["gluon"] = attend["gluon"](*operands)
     if "flex" in outs:
-        errors["flex"] = against_peer(outs["attncc"], outs["flex"], q, k, v, grad)
+        errors["flex"] = against_peer(outs["attncc"], outs["flex"], operands, grad)
 
-    forward = {name: partial(attend[name], q, k, v) for name in outs}
+    forward = {name: partial(attend[name], *operands) for name in outs}
     backward = {
-        name: partial(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
+        name: partial(torch.autograd.grad, out, operands, grad, retain_graph=True)
         for name, out in outs.items()
         if name != "gluon"  # its backward is that of the other
     }
     area = case.area(shape.m, shape.n)
-    schedule = schedule_of(op, q, k, v, inputs)
+    schedule = schedule_of(op, *operands, **inputs)
     rows = []
     for mode, timings in zip(MODES, (race(forward), race(backward)), strict=True):
         entries: dict[str, dict[str, Any]] = {n: figures(shape, area, mode, t) for n, t in timings.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from attncc.runtime.shapes import bind
+from attncc.runtime.shapes import bind, value_of
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import device_of
 from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
@@ -16,8 +16,9 @@ from bench.case import Tensors
 USED: dict[str, tuple[Kernel, ...]] = {"forward": ("forward",), "backward": ("dkdv", "dq")}
 
 
-def schedule_of(op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: Tensors) -> Schedule:
+def schedule_of(op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, **inputs: Any) -> Schedule:
     """The schedule that a call uses."""
+    v = value_of(op.graph, k, v)
     bound = bind(op.graph, q, k, v, None, inputs)
     schedule: Schedule = op.engine.prepare(bound, q, k, v).schedule
     return schedule

@@ -165,7 +165,7 @@ def sweep(cell: Cell, schedules: list[Schedule], run: Run, results: Results) -> 
     op = bench.compile()
     expected = bench.run(op)
     default_us = kernel_us(lambda: bench.run(op))
-    default = ours.schedule_of(op, bench.q, bench.k, bench.v, bench.inputs)
+    default = ours.schedule_of(op, bench.q, bench.k, bench.v, **bench.inputs)
     taken: dict[Kernel, dict[KernelSchedule, float]] = {
         kernel: {default.of(kernel): default_us[kernel]} for kernel in KERNELS
     }

@@ -31,6 +31,12 @@ AREAS: dict[str, Callable[[int, int], int]] = {
 }
 
 
+def fitted(variant: ac.Variant, shape: Shape) -> Shape:
+    """`shape` for a variant whose v is the first elements of k: with heads that much wider, and one head of k."""
+    value = variant.graph.value
+    return shape if value is None else replace(shape, hkv=1, d=value + shape.d // 2, dv=value, tied=True)
+
+
 def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
     """Values for every tensor that a shipped variant declares: its default, else fresh ones by its index pattern."""
     sizes = {"b": shape.b, "h": shape.h, "h_kv": shape.hkv, "q_idx": shape.m, "kv_idx": shape.n}
@@ -73,7 +79,7 @@ def suite(run: Run) -> None:
     for name in run.take(list(ac.variants.names()), quick=3):
         if run.out_of_time(results, name):
             break
-        rows = compare(run, results, case(name), SHAPE, peers={})
+        rows = compare(run, results, case(name), fitted(ac.variants.get(name), SHAPE), peers={})
         for row in rows if causal else []:
             own = {key: causal[row["mode"]]["attncc"][key] for key in ("ms", "tflops", "spread")}
             row["peers"] = {"our causal": own}

@@ -3,16 +3,18 @@ import torch
 
 import attncc as ac
 from attncc.runtime.reference import Dense
-from attncc.runtime.shapes import REFERENCE_DTYPES, bind
+from attncc.runtime.shapes import REFERENCE_DTYPES, bind, value_of
 from bench.case import Shape
 from bench.dense_cases import DENSE
 from bench.suites import variants
-from bench.suites.variants import case
+from bench.suites.variants import case, fitted
 
 
 def visible_pairs(case, shape):
     """Pairs of one (batch, head) that the reference's own mask shows."""
-    q, k, v = shape.tensors("cpu")
+    shape = fitted(case.variant, shape)
+    q, k, *v = shape.tensors("cpu")
+    v = value_of(case.variant.graph, k, *v or [None])
     inputs = case.inputs(shape, "cpu")
     bound = bind(case.variant.graph, q, k, v, None, inputs, REFERENCE_DTYPES)
     (graph,) = {part["mask"].expr: part for part in case.variant.graph.parts}.values()  # branches share their mask
@@ -49,8 +51,8 @@ def test_the_peer_has_the_same_mask(dense):
 @pytest.mark.parametrize("name", ac.variants.names())
 def test_inputs_fit_their_declarations(name):
     shape = Shape(b=2, h=4, m=24, d=16, dtype=torch.float16)
-    q, k, v = shape.tensors("cpu")
+    shape = fitted(ac.variants.get(name), shape)
     made = case(name).inputs(shape, "cpu")
     assert set(made) == {decl.name for decl in case(name).variant.graph.inputs}
-    out = ac.reference(case(name).variant, q, k, v, **made)
+    out = ac.reference(case(name).variant, *shape.tensors("cpu"), **made)
     assert out.isfinite().all()
