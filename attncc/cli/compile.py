@@ -101,7 +101,7 @@ def command(
     module = load_source(source, graph.name)
     kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)
     written = _write(emit, output, source, kernels)
-    used = {"forward": schedule.forward, "dkdv": schedule.dkdv, "dq": schedule.dq}
+    used = {"forward": schedule.forward, "decode": schedule.forward, "dkdv": schedule.dkdv, "dq": schedule.dq}
     chosen = {name: str(used[stem]) if (stem := name.removesuffix("_kernel")) in used else "" for name in kernels}
     if json:
         print_json(

@@ -124,24 +124,28 @@ def _segment_lines(
 ) -> list[str]:
     lines: list[str] = []
 
-    def text(e: Any) -> str:
-        result = scope.emit(e.xreplace(stand_ins))
+    def text(e: Any, over_rows: str) -> str:
+        """A bound; where the rows of a block have each their own, as several heads may, the one that holds for all."""
+        e = e.xreplace(stand_ins)
+        result = scope.emit(e)
         _flush(scope, lines)
-        return result
+        if scope.level_of(e) != Level.ROW:
+            return result
+        return f"(tl.{over_rows}(({result}).to(tl.int32), 0) > 0)" if e.is_Boolean else f"tl.{over_rows}({result}, 0)"
 
-    lo, hi = text(segment.live.lo), text(segment.live.hi)
+    lo, hi = text(segment.live.lo, "min"), text(segment.live.hi, "max")
     lines.append(f"live_begin{tag} = tl.maximum({lo}, 0) // {block}")
     lines.append(f"live_end{tag} = tl.maximum((tl.maximum({hi}, -1) + {block}) // {block}, live_begin{tag})")
     if segment.may is not sympy.true:
-        lines.append(f"live_end{tag} = tl.where({text(segment.may)}, live_end{tag}, live_begin{tag})")
+        lines.append(f"live_end{tag} = tl.where({text(segment.may, 'max')}, live_end{tag}, live_begin{tag})")
     if segment.full is None:
         lines += [f"full_begin{tag} = live_end{tag}", f"full_end{tag} = live_end{tag}"]
         return lines
-    lo, hi = text(segment.full.lo), text(segment.full.hi)
+    lo, hi = text(segment.full.lo, "max"), text(segment.full.hi, "min")
     lines.append(f"full_begin{tag} = (tl.maximum({lo}, 0) + {block} - 1) // {block}")
     lines.append(f"full_end{tag} = tl.maximum({hi} + 1, 0) // {block}")
     if segment.must is not sympy.true:
-        lines.append(f"full_end{tag} = tl.where({text(segment.must)}, full_end{tag}, full_begin{tag})")
+        lines.append(f"full_end{tag} = tl.where({text(segment.must, 'min')}, full_end{tag}, full_begin{tag})")
     lines.append(f"full_begin{tag} = tl.minimum(tl.maximum(full_begin{tag}, live_begin{tag}), live_end{tag})")
     lines.append(f"full_end{tag} = tl.maximum(tl.minimum(full_end{tag}, live_end{tag}), full_begin{tag})")
     return lines

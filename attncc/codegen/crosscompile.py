@@ -21,9 +21,11 @@ from attncc.ir.graph import VariantGraph
 from attncc.schedule import hopper
 from attncc.schedule.device import Device
 from attncc.schedule.light import light_tilings
-from attncc.schedule.problem import Dtype, Precision, Schedule
+from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Schedule
 
 _TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+#: what merges the parts of a row is launched the same way for all schedules
+MERGE = KernelSchedule(1, 1, 4, 1)
 _ROWS = 16  # strides of real tensors are multiples of 16 elements, and Triton compiles for that
 
 
@@ -100,6 +102,8 @@ def _compile(
         "GROUP": group,
         "STAGES": tiling.num_stages,
         "DEALT": True,
+        "SPLIT": True,
+        "BLOCK_S": 32,
     }
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -150,6 +154,10 @@ def _tiling(name: str, schedule: Schedule) -> Any:
             return tiling
     if name.startswith("cotangents"):
         return schedule.dq
+    if name == "decode_kernel":
+        return schedule.forward
+    if name == "merge_kernel":
+        return MERGE
     if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq

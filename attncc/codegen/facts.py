@@ -42,6 +42,8 @@ class Facts:
     distances: bool
     nested: bool
     similarity: SimilarityWork
+    packs_heads: bool
+    whole_rows: str
     pairs: bool
     sweeps: int
     only_triton: str
@@ -88,6 +90,8 @@ def facts_of(plan: Plan) -> Facts:
         distances=any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
         nested=has_backward and not plan.one_loop,
         similarity=similarity,
+        packs_heads=plan.packs_heads,
+        whole_rows=plan.whole_rows,
         pairs=has_backward and any(g.kind in ("tile", "band") for g in plan.gradients),
         sweeps=sum(_turns(sweep) for part in plan.parts for sweep in part.online.before),
         only_triton=plan.only_triton,

@@ -96,19 +96,23 @@ def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
     return replace(t, score=score - row_part, row_part=row_part, terms=terms)
 
 
-def forward_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False) -> dict[str, Any]:
-    """Slots of forward.py.j2. hopper: for kernels in which several groups of warps share a block of rows.
+def forward_slots(
+    plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False, own: dict[str, Leaf] | None = None
+) -> dict[str, Any]:
+    """Slots of forward.py.j2. `own`: leaves that a kernel has at another level than most.
 
-    There, bounds that need a whole block are found apart, distances are taken apart by tile, and what a score adds to
-    all keys of a row joins the row's maximum.
+    hopper: for kernels in which several groups of warps share a block of rows. There, bounds that need a whole block
+    are found apart, distances are taken apart by tile, and what a score adds to all keys of a row joins the row's
+    maximum.
     """
+    own = own or {}
     steps = [(part, i) for part in plan.parts for i in range(len(part.online.before))]
     running = [_running_names(part, part.online.before[i]) for part, i in steps]
     last = frozenset().union(*(_running_names(part, part.online) for part in plan.parts))
     running.append(last | {part.own(ROW_OFFSET) for part in plan.parts})
     rows = {name: Leaf(name, Level.ROW) for names in running for name in names}
     similarity = SimilaritySlots(plan)
-    leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {})}
+    leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {}), **own}
     blank = blank_tile(similarity, rows_first=True)
     lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank)
     sweeps: list[dict[str, Any]] = []
@@ -133,10 +137,10 @@ def forward_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False
     ]
     after = lowering.after_loop()
     for chain, t in zip(chains, computed, strict=True):
-        chain.update(_end(t.part, after))
+        chain.update(end_slots(t.part, after))
     return {
         "bounds": bounds,
-        **similarity_slots(similarity, QUERY, qk_chunks, first, base_leaves(plan, {})),
+        **similarity_slots(similarity, QUERY, qk_chunks, first, base_leaves(plan, own)),
         "outer": first.outer,
         "sweeps": sweeps,
         "between": lowering.outer if sweeps else [],
@@ -223,7 +227,7 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
     }
 
 
-def _end(part: Plan, after: Lowering) -> dict[str, Any]:
+def end_slots(part: Plan, after: Lowering) -> dict[str, Any]:
     """What is left of a part when its last key is seen: its row's factor, and the statistics that are stored."""
     online, folded, guard = part.online, part.folded, _needs_guard(part)
     maxima = online.max_symbols

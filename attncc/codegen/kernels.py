@@ -384,8 +384,9 @@ def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str,
     }
 
 
-def bounds_slots(tile: TilePlan, bounds: BoundLines) -> dict[str, Any]:
-    """Slots of bounds.py.j2: the scan of a mask that reads its inputs, for the blocks of one axis."""
+def bounds_slots(tile: TilePlan, bounds: BoundLines, packed: bool) -> dict[str, Any]:
+    """Slots of bounds.py.j2: the scan of a mask that reads its inputs, for the blocks of one axis; `packed`: the query
+    heads of a group are rows of one block."""
     by_rows = tile.outer == sym.Q_IDX
     return {
         "bounds": bounds,
@@ -396,5 +397,6 @@ def bounds_slots(tile: TilePlan, bounds: BoundLines) -> dict[str, Any]:
         "inner_block": "BLOCK_N" if by_rows else "BLOCK_M",
         "stored": bounds.stored,
         "by_head": tile.by_head,
+        "packed": packed,
         "summaries": [{"index": i} for i, _ in enumerate(tile.summaries)],
     }

@@ -13,7 +13,8 @@ def launch_meta(schedule: KernelSchedule, device: Device | None = None) -> dict[
     """A kernel's schedule in the words of its launch. A Gluon kernel has as many programs as `device` has SMs."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
-        return {**tiles, "num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
+        splits = {"splits": schedule.splits} if schedule.splits else {}
+        return {**tiles, "num_warps": schedule.num_warps, "num_stages": schedule.num_stages, **splits}
     options = {"STAGES": schedule.num_stages, "num_warps": 4, "maxnreg": _EVEN_REGISTERS[schedule.num_warps // 4]}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
 

@@ -189,6 +189,12 @@ class Plan:
         return ""
 
     @cached_property
+    def whole_rows(self) -> str:
+        """Why the keys of a row cannot be dealt to several programs, if so."""
+        several = any(part.online.before for part in self.parts)
+        return "each pass over the keys needs what the one before it found over all of them" if several else ""
+
+    @cached_property
     def stored(self) -> tuple[tuple[str, sympy.Expr], ...]:
         """The row statistics that the forward writes: what the weight can be told from, and lse where there is one."""
         if len(self.parts) > 1:
@@ -244,6 +250,13 @@ class Plan:
                 own = read.input in self.similarity.own
                 found.append(InputGradient(read, expr, _kind(read), len(found), i, row_only, own))
         return tuple(found)
+
+    @cached_property
+    def packs_heads(self) -> bool:
+        """Can the query heads of a group be rows of one tile? What is made of keys, and the bounds that a scan finds,
+        must be the same for all of them."""
+        by_head = any(sym.H in dot.right.free_symbols for dot in self.similarity.dots)
+        return not by_head and not (self.over_keys.scan is not None and self.over_keys.by_head)
 
     @cached_property
     def one_loop(self) -> bool:

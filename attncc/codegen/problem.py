@@ -30,6 +30,8 @@ def problem_of(
         similarity=facts.similarity,
         sweeps=facts.sweeps,
         only_triton=facts.only_triton,
+        packs_heads=facts.packs_heads,
+        whole_rows=facts.whole_rows,
     )
     return Problem(
         dtype=dtype,

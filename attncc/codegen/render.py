@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
+from attncc.codegen.decode import decode_slots
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.indices import collect_lines, input_arguments, nested_reads
@@ -31,7 +32,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula, to_text
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
-from attncc.schedule.problem import Backend
+from attncc.schedule.problem import Backend, Form
 from attncc.version import __version__
 
 
@@ -55,15 +56,15 @@ def render(
     d_v: int,
     backward: bool,
     tma: bool = False,
-    forward_in: Backend = "triton",
+    forward_in: Form = "triton",
     d_k: int | None = None,
     values: int = 1,
 ) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q share it;
-    `values`: heads of v for each head of k.
+    language of the forward kernel, or "decode" for the one that splits the keys. `d_qk` is the last dimension of q;
+    `d_k` that of k, where branches of q share it; `values`: heads of v for each head of k.
     """
     users = plan
     plan, called = coded(plan)
@@ -107,12 +108,18 @@ def render(
     }
     similarity, base = SimilaritySlots(plan), base_leaves(plan, {})
     terms = [term_slots(similarity, side, qk_chunks, base) for side in (QUERY, KEY) if similarity.terms(side)]
-    f = hopper_forward_slots(plan, d_qk, d_v) if hopper else forward_slots(plan, qk_chunks)
+    if hopper:
+        f = hopper_forward_slots(plan, d_qk, d_v)
+    else:
+        f = decode_slots(plan, qk_chunks) if forward_in == "decode" else forward_slots(plan, qk_chunks)
     helpers = set(f["helpers"])
-    bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"])
-    forward = "hopper_forward.py.j2" if hopper else "forward.py.j2"
+    bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"], f.get("packed", False))
+    forward = {"triton": "forward", "gluon": "hopper_forward", "decode": "decode"}[forward_in]
+    context["forward_host"] = f"{forward}_host.py.j2"
     kernels: list[tuple[str, dict[str, Any]]] = [("terms.py.j2", {"t": t, "graph": graph}) for t in terms]
-    kernels.append((forward, {"f": f}))
+    kernels.append((f"{forward}.py.j2", {"f": f}))
+    if forward_in == "decode":
+        kernels.append(("merge.py.j2", {"f": f}))
     for t in terms:
         helpers |= t["helpers"]
     host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "saved": (), "pair": {}}
@@ -192,7 +199,7 @@ def _kept(plan: Plan, gradient: Any) -> dict[str, str]:
     return result
 
 
-def _bounds(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines) -> list[dict[str, Any]]:
+def _bounds(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines, packed: bool = False) -> list[dict[str, Any]]:
     """The kernel that scans for the bounds of blocks over an inner axis, with its summaries; none for closed forms."""
     if not lines.scan:
         return []
@@ -200,7 +207,7 @@ def _bounds(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines) -> list[di
         {"name": f"summary_{axis}_{i}", "slots": summary_slots(plan, read, tile.inner)}
         for i, read in enumerate(tile.summaries)
     ]
-    return [{"name": f"bounds_{axis}", "slots": bounds_slots(tile, lines), "summaries": summaries}]
+    return [{"name": f"bounds_{axis}", "slots": bounds_slots(tile, lines, packed), "summaries": summaries}]
 
 
 def _widths(pieces: Iterable[Chunk]) -> str:

@@ -41,5 +41,5 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     }
     text = environment().get_template("standalone.py.j2").render(context)
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
-    kernels = render(plan, d_qk, d_v, backward, tma, schedule.forward.backend)
+    kernels = render(plan, d_qk, d_v, backward, tma, schedule.forward.form)
     return kernels + "\n\n" + text.strip("\n") + "\n"

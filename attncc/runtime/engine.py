@@ -30,11 +30,12 @@ from attncc.runtime import interpreter
 from attncc.runtime.launch import Launcher, collect, ghost, watched
 from attncc.runtime.replay import Recording, key_of, record
 from attncc.runtime.shapes import Bound, bind
+from attncc.schedule import decode
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of, loads_boxes
-from attncc.schedule.problem import Backend, Dtype, Precision, Problem, Schedule
+from attncc.schedule.problem import Backend, Dtype, Form, Precision, Problem, Schedule
 
 _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
     torch.float16: ("fp16", tl.float16),
@@ -83,8 +84,8 @@ class Engine:
         self._fixed = schedule
         self._precision = precision
         self._backend = backend
-        self._sources: dict[tuple[int, int, bool, Backend, int, int], str] = {}
-        self._modules: dict[tuple[int, int, bool, Backend, int, int, bool], ModuleType] = {}
+        self._sources: dict[tuple[int, int, bool, Form, int, int], str] = {}
+        self._modules: dict[tuple[int, int, bool, Form, int, int, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._routes: dict[Any, Route] = {}
         self._recordings: dict[Any, Recording] = {}  # of backwards
@@ -111,7 +112,7 @@ class Engine:
         d_qk: int,
         d_v: int,
         tma: bool = False,
-        backend: Backend = "triton",
+        form: Form = "triton",
         d_k: int | None = None,
         values: int = 1,
     ) -> str:
@@ -120,7 +121,7 @@ class Engine:
         d_k is that of k, where branches of q share it; values: heads of v for each head of k.
         """
         with self._lock:
-            key = (d_qk, d_v, tma, backend, d_k or d_qk, values)
+            key = (d_qk, d_v, tma, form, d_k or d_qk, values)
             if key not in self._sources:
                 self._sources[key] = self._cached_source(*key)
             return self._sources[key]
@@ -131,14 +132,14 @@ class Engine:
         tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", *dims)
         return self.source(d_qk, d_v, tma and self.plan.facts.has_backward, self._backend or "triton")
 
-    def _cached_source(self, d_qk: int, d_v: int, tma: bool, backend: Backend, d_k: int, values: int) -> str:
-        facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": backend}
+    def _cached_source(self, d_qk: int, d_v: int, tma: bool, form: Form, d_k: int, values: int) -> str:
+        facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": form}
         dims = {"d_qk": d_qk, "d_v": d_v, "d_k": d_k, "values": values}
         name = cache_key(kind="source", tma=tma, code=fingerprint(), **facts, **dims)
         found = self.cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, backend, d_k, values)
+        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, form, d_k, values)
         self.cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
         return text
 
@@ -148,15 +149,15 @@ class Engine:
         d_v: int,
         interpreted: bool = False,
         tma: bool = False,
-        backend: Backend = "triton",
+        form: Form = "triton",
         d_k: int | None = None,
         values: int = 1,
     ) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
         with self._lock:
-            key = (d_qk, d_v, tma, backend, d_k or d_qk, values, interpreted)
+            key = (d_qk, d_v, tma, form, d_k or d_qk, values, interpreted)
             if key not in self._modules:
-                source = self.source(d_qk, d_v, tma, backend, d_k, values)
+                source = self.source(d_qk, d_v, tma, form, d_k, values)
                 self._modules[key] = load_module(source, self.graph.name, interpreted, self.cache)
             return self._modules[key]
 
@@ -172,7 +173,7 @@ class Engine:
 
     def prepare(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         """The module, schedule and options for calls like this one."""
-        sizes = bound.sizes
+        sizes = scheduled_sizes(bound.sizes)
         precision = self.precision()
         boxed = all(map(_fits_boxes, (q, k, v)))
         key = (tuple(sizes.values()), q.dtype, q.device, precision, tuple(bound.scalars.values()), boxed)
@@ -190,7 +191,7 @@ class Engine:
                 f"there are no kernels for the device '{device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
             )
         target = device_of(device)
-        problem = self.problem(bound.sizes, dtype, bound.scalars)
+        problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars)
         schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")
         if schedule.forward.backend == "gluon" and not boxed:
             raise InputError(
@@ -202,7 +203,7 @@ class Engine:
         boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches, self.graph.value)
         tma = boxed and self.plan.facts.has_backward and boxes
         more = (bound.sizes.get("d_k"), problem.values)
-        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.backend, *more)
+        module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.form, *more)
         return Prepared(
             module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
         )
@@ -354,6 +355,18 @@ class Engine:
             )
 
 
+def scheduled_sizes(sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """The sizes for which a call's schedule is chosen. Beside few queries, a number of keys is rounded up to three
+    leading bits: a cache that grows by a key a call is not scheduled anew each time."""
+    keys = sizes["kv_idx"]
+    if sizes["q_idx"] > decode.FEW_ROWS or keys < ROUNDED_KEYS:
+        return sizes
+    step = 1 << (keys.bit_length() - 3)
+    return {**sizes, "kv_idx": -(-keys // step) * step}
+
+
+#: below so many keys a length is scheduled as it is
+ROUNDED_KEYS = 256
 #: kinds of calls that an engine remembers; beyond them it forgets the oldest
 REMEMBERED = 1024
 

@@ -16,7 +16,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Root
 from attncc.runtime.explain_outputs import output_facts, output_lines
-from attncc.schedule import hopper
+from attncc.schedule import decode, hopper
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import choose, first_choice
 from attncc.schedule.cost import Prediction, predict, ranked
@@ -176,7 +176,7 @@ _SUMMED = {
 def _kernel(
     kernel: Kernel, chosen: KernelSchedule, problem: Problem, device: Device, shown: int, backend: Backend | None
 ) -> dict[str, Any]:
-    live = problem.costs.live(chosen.block_m, chosen.block_n)
+    full, mixed, total = decode.visited(chosen, problem)
     order = ranked(kernel, problem, device, backend)
     entries = [(ks, prediction) for ks, prediction in order[:shown]]
     if chosen not in [ks for ks, _ in entries]:
@@ -185,7 +185,7 @@ def _kernel(
         "chosen": chosen.to_json(),
         "backend": chosen.backend,
         "no_gluon": None if backend == "triton" else hopper.refusal(kernel, problem, device),
-        "tiles": {"full": live.full, "mixed": live.mixed, "empty": live.total - live.live, "total": live.total},
+        "tiles": {"full": full, "mixed": mixed, "empty": total - full - mixed, "total": total},
         "candidates": [_candidate(kernel, ks, p, problem, device, ks == chosen) for ks, p in entries],
         "considered": len(order),
     }
@@ -304,23 +304,31 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
     written = f"{name}, in Gluon" if chosen.backend == "gluon" else name
     if kernel["no_gluon"]:
         written = f"{name}, in Triton ({kernel['no_gluon']})"
+    if chosen.splits:
+        written += f", the keys in {chosen.splits} parts" if chosen.splits > 1 else ", the heads of a group in one tile"
+    width = max(9, *(len(_block(KernelSchedule(**c["schedule"]))) for c in kernel["candidates"]))
     lines = [
         f"{written}: tiles of {chosen.block_m} x {chosen.block_n}, a head: {tiles['full']} full, "
         f"{tiles['mixed']} mixed, {tiles['empty']} empty ({live / tiles['total']:.0%} visited)",
-        f"    {'block':>9} {'warps':>5} {'stages':>6} {'us':>9}  {'limit':<7}{'shared':>8} {'registers':>9}  "
+        f"    {'block':>{width}} {'warps':>5} {'stages':>6} {'us':>9}  {'limit':<7}{'shared':>8} {'registers':>9}  "
         "unit times",
     ]
     for c in kernel["candidates"]:
         ks = KernelSchedule(**c["schedule"])
         mark = "->" if c["chosen"] else "  "
-        block = f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m} x {ks.block_n}"
         units = ", ".join(f"{unit} {us:.0f}" for unit, us in c["terms"].items())
         lines.append(
-            f" {mark} {block:>9} {ks.num_warps:>5} {ks.num_stages:>6} {c['us']:>9.1f}  {c['limit']:<7}"
+            f" {mark} {_block(ks):>{width}} {ks.num_warps:>5} {ks.num_stages:>6} {c['us']:>9.1f}  {c['limit']:<7}"
             f"{c['shared_bytes']:>8} {c['registers_estimate']:>9}  {units}"
         )
     more = kernel["considered"] - len(kernel["candidates"])
     return "\n".join([*lines, f"    ... and {more} more"] if more > 0 else lines)
+
+
+def _block(ks: KernelSchedule) -> str:
+    """A tile's sizes, and in how many parts the keys are dealt out."""
+    splits = f", {ks.splits} part{'s' * (ks.splits > 1)}" if ks.splits else ""
+    return f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m} x {ks.block_n}{splits}"
 
 
 def explained_device(target: str | None) -> Device:

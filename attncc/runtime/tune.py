@@ -18,7 +18,7 @@ from attncc.runtime.op import AttentionOp
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.verify import verify_variant
 from attncc.schedule.cache import Cache
-from attncc.schedule.choose import choose, schedule_key
+from attncc.schedule.choose import choose, schedule_key, sizes_of
 from attncc.schedule.cost import ranked
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Dtype, Kernel, KernelSchedule, Origin, Problem, Schedule
@@ -96,7 +96,7 @@ def race(
     is cut off goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is right.
     """
     entries = [(k, ks) for k in kernels for ks in [ks for ks, _ in ranked(k, problem, device)][:limit]]
-    sizes = {name: getattr(problem, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len")}
+    sizes = sizes_of(problem)
     key = schedule_key(problem, device)
     known = _known(cache.get(key), sizes)
     best = choose(problem, device)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from attncc.errors import ScheduleError
-from attncc.schedule import hopper
+from attncc.schedule import decode, hopper
 from attncc.schedule.device import Device
 from attncc.schedule.memory import buffers, shared_memory, tensor_memory
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem
@@ -27,16 +27,27 @@ def candidates(
 ) -> tuple[KernelSchedule, ...]:
     """Tilings of `kernel` that fit `device` in shared memory, tensor memory and registers.
 
-    Those of one backend, or with None of both; Triton's where there is no Gluon kernel for the problem.
+    Those of one backend, or with None of both; Triton's where there is no Gluon kernel for the problem. A forward with
+    few rows and many keys has tilings that split the keys, and one that would leave SMs idle has them, too.
 
     Where none does in the usual sizes, the one that wants the fewest registers among all that fit in memory, down to
     16 x 16 in one stage. ScheduleError, naming the largest buffer and the bytes over, if not even that fits.
     """
     if device.is_interpreter:
-        return (_interpreted(problem),)
+        return (_interpreted(kernel, problem),)
+    if kernel == "forward" and backend != "gluon" and (decode.suits(problem) or decode.leaves_idle(problem, device)):
+        splitting = decode.tilings(problem, device)
+        if splitting and decode.suits(problem):
+            return splitting
+        return (*splitting, *_of_rows(kernel, problem, device, backend))
+    return _of_rows(kernel, problem, device, backend)
+
+
+def _of_rows(kernel: Kernel, problem: Problem, device: Device, backend: Backend | None) -> tuple[KernelSchedule, ...]:
+    """The tilings of programs that own their rows."""
     gluon = hopper.tilings(kernel, problem, device) if backend != "triton" else ()
     if gluon:
-        return gluon if backend == "gluon" else (*candidates(kernel, problem, device), *gluon)
+        return gluon if backend == "gluon" else (*_of_rows(kernel, problem, device, "triton"), *gluon)
     usual = tuple(
         ks
         for ks in _tilings(problem, device, WARPS, STAGES[device.backend])
@@ -76,9 +87,13 @@ def _fits_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     )
 
 
-def _interpreted(problem: Problem) -> KernelSchedule:
+def _interpreted(kernel: Kernel, problem: Problem) -> KernelSchedule:
     """Small enough that a short sequence has tiles of every class, large enough that each is worth its overhead."""
     block_m, block_n = (min(max(_covering(length) // 4, 32), 64) for length in (problem.q_len, problem.kv_len))
+    if kernel == "forward" and decode.suits(problem):
+        rows = min(_covering(problem.q_len * problem.group), 64)
+        splits = min(-(-problem.kv_len // block_n), 3)
+        return KernelSchedule(rows, block_n, num_warps=1, num_stages=1, splits=splits)
     return KernelSchedule(block_m, block_n, num_warps=1, num_stages=1)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from attncc import resources
 from attncc.errors import AttnccWarning
-from attncc.schedule import hopper
+from attncc.schedule import decode, hopper
 from attncc.schedule.cache import Cache, bucket, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.cost import ranked
@@ -52,6 +52,22 @@ def first_choice(
     return found[0] if len(found) == 1 else ranked(kernel, problem, device, backend)[0][0]
 
 
+def _dealt(found: Schedule, problem: Problem, device: Device) -> Schedule:
+    """A measured schedule with the splits for this batch, which no key tells from others."""
+    if not found.forward.splits:
+        return found
+    return replace(found, forward=decode.with_best_splits(found.forward, problem, device))
+
+
+def _for_few_rows(found: Schedule, problem: Problem, device: Device) -> Schedule:
+    """A schedule of a table that says nothing of lengths: it is of calls with many rows, and where there are few, the
+    model's forward splits the keys."""
+    if found.forward.splits or not (decode.suits(problem) or decode.leaves_idle(problem, device)):
+        return found
+    forward = first_choice("forward", problem, device)
+    return replace(found, forward=forward, origin="model") if forward.splits else found
+
+
 def _is_in(schedule: Schedule, backend: Backend | None, problem: Problem, device: Device) -> bool:
     """Is the schedule's forward kernel in the backend that was asked for, as far as that has one?"""
     wanted = "triton" if backend == "gluon" and hopper.refusal("forward", problem, device) else backend
@@ -63,6 +79,11 @@ def schedule_key(problem: Problem, device: Device) -> str:
     return cache_key(kind="schedule", device=f"{device.name}/{device.target}/{device.sms}", **_facts(problem))
 
 
+def sizes_of(problem: Problem) -> dict[str, int]:
+    """The sizes at which a schedule was measured, as a cache entry has them."""
+    return {name: getattr(problem, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len")}
+
+
 def _tuned(problem: Problem, device: Device, cache: Cache | None) -> Schedule | None:
     """The measured schedule in `cache`, if there is one for this very variant."""
     if cache is None or not problem.digest:
@@ -70,7 +91,10 @@ def _tuned(problem: Problem, device: Device, cache: Cache | None) -> Schedule | 
     value = cache.get(schedule_key(problem, device))
     if value is None:
         return None
-    return _usable(value.get("schedule"), problem, device, f"the cached schedule of {problem.digest[:12]}", "tuned")
+    what = f"the cached schedule of {problem.digest[:12]}"
+    found = _usable(value.get("schedule"), problem, device, what, "tuned")
+    same = value.get("sizes") == sizes_of(problem)
+    return found if found is None or same else _dealt(found, problem, device)
 
 
 def _shipped(problem: Problem, device: Device) -> Schedule | None:
@@ -84,7 +108,10 @@ def _shipped(problem: Problem, device: Device) -> Schedule | None:
     if not fitting:
         return None
     row = max(fitting, key=lambda entry: entry[:2])[2]
-    return _usable(row["schedule"], problem, device, f"a shipped schedule of {device.name}", "shipped")
+    found = _usable(row["schedule"], problem, device, f"a shipped schedule of {device.name}", "shipped")
+    if found is None:
+        return None
+    return _dealt(found, problem, device) if "q_bucket" in row["match"] else _for_few_rows(found, problem, device)
 
 
 def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any) -> Schedule | None:

@@ -11,7 +11,7 @@ def light_tilings(schedule: Schedule) -> dict[str, KernelSchedule]:
     The first two are the forward without its second matmul, either way round. A band of diagonals has square tiles.
     """
     forward, pair = schedule.forward, schedule.pair or schedule.dq
-    if forward.backend != "triton":  # a tiling of another kind of kernel
+    if forward.form != "triton":  # a tiling of another kind of kernel
         forward = KernelSchedule(128, 64, 8, 3)
     side = min(pair.block_m, pair.block_n, 64)
     return {

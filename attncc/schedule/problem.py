@@ -13,6 +13,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["ieee", "tf32"]
 Origin = Literal["model", "tuned", "shipped", "user"]
 Backend = Literal["triton", "gluon"]
+# What a generated forward is: a kernel in one of the backends, or Triton's that splits the keys.
+Form = Literal["triton", "gluon", "decode"]
 
 # What every op with a backward runs; "pair" is the kernel of gradients that have an entry a pair, such as a bias's.
 KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq")
@@ -81,7 +83,8 @@ class KernelCosts:
     between queries and keys by tile. `nested`: the query heads that share a key head have a loop each in dkdv, for
     their bounds or sums are their own. `sweeps` says how often the forward goes over the keys before its last pass,
     each time with a matmul of q and k; the work of a pair in those is part of `forward`. `only_triton`: why only the
-    Triton backend has this forward, if so.
+    Triton backend has this forward, if so. `packs_heads`: query heads that share a key head may be rows of one tile;
+    `whole_rows`: why the keys of a row cannot be dealt to several programs, if so.
     """
 
     forward: PairCosts
@@ -95,6 +98,8 @@ class KernelCosts:
     similarity: SimilarityWork = PLAIN_DOT
     sweeps: int = 0
     only_triton: str = ""
+    packs_heads: bool = True
+    whole_rows: str = ""
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""
@@ -170,7 +175,8 @@ class KernelSchedule:
     """The tiling of one kernel: tile rows (queries) and columns (keys), warps a program, stages of the load loop.
 
     `backend` is the language that the kernel is written in. A Gluon kernel has warps of its own for its loads, which
-    `num_warps` does not count.
+    `num_warps` does not count. `splits`: in how many parts the keys of a row are dealt to programs, by the forward that
+    can do so; 0 for kernels that own their rows.
     """
 
     block_m: int
@@ -178,19 +184,27 @@ class KernelSchedule:
     num_warps: int
     num_stages: int
     backend: Backend = "triton"
+    splits: int = 0
+
+    @property
+    def form(self) -> Form:
+        """Which kernel a forward's schedule is for."""
+        return "decode" if self.splits else self.backend
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dict for cache files and tuned tables; the backend is named where it is not Triton."""
-        sizes = {name: getattr(self, name) for name in _SIZES}
-        return sizes if self.backend == "triton" else {**sizes, "backend": self.backend}
+        """A plain dict for cache files and tuned tables; the backend is named where it is not Triton, and the number of
+        splits where there are any."""
+        named: dict[str, Any] = {name: getattr(self, name) for name in _SIZES}
+        named |= {"backend": self.backend} if self.backend != "triton" else {}
+        return named | ({"splits": self.splits} if self.splits else {})
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """The inverse of `to_json`; ValueError if `data` is not four positive integers, and a backend, under those
-        names."""
-        if not isinstance(data, dict) or set(data) - {"backend"} != set(_SIZES):
+        """The inverse of `to_json`; ValueError if `data` is not four positive integers, a backend, and a number of
+        splits, under those names."""
+        if not isinstance(data, dict) or set(data) - {"backend", "splits"} != set(_SIZES):
             raise ValueError(f"a kernel schedule has exactly the fields {', '.join(_SIZES)}; got {data!r}")
-        if not all(type(data[name]) is int and data[name] > 0 for name in _SIZES):
+        if not all(type(data[name]) is int and data[name] > 0 for name in set(data) - {"backend"}):
             raise ValueError(f"the fields of a kernel schedule are positive integers; got {data!r}")
         if data.get("backend", "triton") not in get_args(Backend):
             raise ValueError(f"the backend of a kernel schedule is one of {', '.join(get_args(Backend))}; got {data!r}")
@@ -200,7 +214,8 @@ class KernelSchedule:
         warps = "1 warp" if self.num_warps == 1 else f"{self.num_warps} warps"
         stages = "1 stage" if self.num_stages == 1 else f"{self.num_stages} stages"
         backend = "" if self.backend == "triton" else f", {self.backend}"
-        return f"{self.block_m}x{self.block_n}, {warps}, {stages}{backend}"
+        splits = f", {self.splits} split{'s' * (self.splits > 1)}" if self.splits else ""
+        return f"{self.block_m}x{self.block_n}, {warps}, {stages}{backend}{splits}"
 
 
 @dataclass(frozen=True)
