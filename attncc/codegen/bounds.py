@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+from sympy.logic.boolalg import Boolean
 
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.ir import symbols as sym
@@ -131,7 +132,9 @@ def _segment_lines(
         _flush(scope, lines)
         if scope.level_of(e) != Level.ROW:
             return result
-        return f"(tl.{over_rows}(({result}).to(tl.int32), 0) > 0)" if e.is_Boolean else f"tl.{over_rows}({result}, 0)"
+        if isinstance(e, Boolean):
+            return f"(tl.{over_rows}(({result}).to(tl.int32), 0) > 0)"
+        return f"tl.{over_rows}({result}, 0)"
 
     lo, hi = text(segment.live.lo, "min"), text(segment.live.hi, "max")
     lines.append(f"live_begin{tag} = tl.maximum({lo}, 0) // {block}")

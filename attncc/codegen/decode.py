@@ -14,6 +14,7 @@ from attncc.codegen.forward import NEGATIVE, end_slots, forward_slots
 from attncc.codegen.kernels import base_leaves, take
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.plan import Plan
+from attncc.errors import UnsupportedError
 from attncc.ir.levels import Level
 from attncc.passes.fold import exp2
 from attncc.passes.reverse import first_at, ties
@@ -26,7 +27,14 @@ _ONE_ROW = {"q_idx": Leaf("q_idx", Level.PROGRAM)}
 
 
 def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of decode.py.j2, those of forward.py.j2 among them, and under `merge` those of merge.py.j2."""
+    """Slots of decode.py.j2, those of forward.py.j2 among them, and under `merge` those of merge.py.j2.
+
+    UnsupportedError where parts of the keys have no merge."""
+    if plan.whole_rows:
+        raise UnsupportedError(
+            f"the keys of '{plan.graph.name}' cannot be dealt to several programs: {plan.whole_rows}",
+            remedy="give a schedule without splits",
+        )
     f = forward_slots(plan, qk_chunks, own=_BY_ROW if plan.packs_heads else {})
     counts_seen = [bool(x["count_seen"]) for x in f["chains"]]
     states = [name for x, seen in zip(f["chains"], counts_seen, strict=True) for name in _states(x, seen)]

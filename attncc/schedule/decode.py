@@ -15,7 +15,7 @@ from math import ceil
 from attncc.schedule.device import Device
 from attncc.schedule.memory import instruction, shared_memory, tiling
 from attncc.schedule.problem import KernelSchedule, PairCosts, Problem, head_chunks
-from attncc.schedule.registers import register_limit, registers
+from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 #: rows of a key head, all its query heads together, that are few: a tensor core's tile hardly fills with them
 FEW_ROWS = 64
@@ -26,7 +26,7 @@ KEYS_A_QUERY = 4
 #: the longest block of queries of the forward that does not split
 LONG_BLOCK = 128
 ROWS = (16, 32, 64, 128)
-KEYS = (32, 64, 128)
+KEYS = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = {"cuda": (2, 3, 4), "hip": (1, 2)}
 MAX_SPLITS = 128
@@ -65,11 +65,16 @@ def leaves_idle(problem: Problem, device: Device) -> bool:
 
 
 def tilings(problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
-    """The tilings that fit, each with the number of splits that the model likes best, half of it, and twice of it."""
+    """The tilings that fit, each with the number of splits that the model likes best, half of it, and twice of it.
+
+    Where none fits in registers, the one that wants the fewest of all that fit in shared memory, if any does."""
+    sizes = [
+        ks for ks in _sizes(problem, device) if shared_memory("forward", ks, problem, device) <= device.smem_per_block
+    ]
+    spills = {ks: spilled_registers("forward", ks, problem, device) for ks in sizes}
     found = []
-    for ks in _sizes(problem, device):
-        fits = shared_memory("forward", ks, problem, device) <= device.smem_per_block
-        if fits and registers("forward", ks, problem, device) <= register_limit(ks, device):
+    for ks in sizes:
+        if spills[ks] == min(spills.values()):
             best = best_splits(ks, problem, device)
             found += [
                 replace(ks, splits=n) for n in sorted({max(best // 2, 1), best, min(2 * best, _most(ks, problem))})
@@ -83,9 +88,12 @@ def _sizes(problem: Problem, device: Device) -> Iterator[KernelSchedule]:
     heights = [height for height in ROWS if height <= covering]
     # the pointers of a head dimension in several chunks take the registers of a long tile
     chunked = max(len(problem.qk_chunks), len(head_chunks(problem.d_v))) > 1
-    longest = min(KEYS[1] if chunked else KEYS[2], max(KEYS[0], 1 << (problem.kv_len - 1).bit_length()))
+    longest = min(64 if chunked else KEYS[-1], max(KEYS[0], 1 << (problem.kv_len - 1).bit_length()))
+    shortest = (
+        16 if problem.dtype == "fp32" else 32
+    )  # a tile of 16-bit keys is short of bytes before it is of registers
     for block_m, block_n, warps, stages in product(heights[-2:], KEYS, WARPS, STAGES[device.backend]):
-        if block_n <= longest:
+        if min(shortest, longest) <= block_n <= longest:
             yield KernelSchedule(block_m, block_n, warps, stages, splits=1)
 
 

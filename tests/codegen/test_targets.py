@@ -103,3 +103,22 @@ def test_grouped_heads_change_the_kernel_of_keys_alone():
         for group in (1, 4)
     )
     assert one.ptx != four.ptx
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("q_len", [1, 16])
+def test_split_keys_are_read_16_bytes_at_a_time_without_spills(target, q_len):
+    device, plan = device_for(target), Plan(GRAPH)
+    module = load_source(render(plan, 128, 128, False, forward_in="decode"), "targets_decode")
+    call = {**sizes(128), "b": 1, "h": 32, "h_kv": 8, "q_idx": q_len, "kv_idx": 65536}
+    problem = problem_of(plan, call, "bf16", "ieee", {})
+    schedule = choose(problem, device)
+    assert schedule.forward.splits > 1
+    only = ("decode_kernel", "merge_kernel")
+    compiled = cross_compile(module, GRAPH, schedule, device, "bf16", only=only, group=problem.group)
+    assert [compiled[name].spills for name in only] == [0, 0]
+    assert compiled["decode_kernel"].shared <= shared_memory("forward", schedule.forward, problem, device)
+    if device.backend == "cuda":
+        copies = compiled["decode_kernel"].ptx.count("cp.async.cg.shared.global")
+        assert copies > 0
+        assert "cp.async.ca" not in compiled["decode_kernel"].ptx  # copies of less than 16 bytes
