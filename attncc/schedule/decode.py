@@ -23,8 +23,9 @@ FEW_ROWS = 64
 FEW_QUERIES = 16
 #: the least number of keys for each query, below which there is nothing to split
 KEYS_A_QUERY = 4
-#: the longest block of queries of the forward that does not split
+#: the longest block of queries of the forward that does not split, and the least keys that are worth a second kernel
 LONG_BLOCK = 128
+WORTH_SPLITTING = 2048
 ROWS = (16, 32, 64, 128)
 KEYS = (16, 32, 64, 128)
 WARPS = (4, 8)
@@ -61,7 +62,7 @@ def suits(problem: Problem) -> bool:
 def leaves_idle(problem: Problem, device: Device) -> bool:
     """Would programs that own whole rows leave half of the SMs without work?"""
     programs = ceil(problem.q_len / LONG_BLOCK) * problem.batch * problem.heads
-    return not problem.costs.whole_rows and 2 * programs <= device.sms and problem.kv_len >= KEYS_A_QUERY * LONG_BLOCK
+    return not problem.costs.whole_rows and 2 * programs <= device.sms and problem.kv_len >= WORTH_SPLITTING
 
 
 def tilings(problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
