@@ -14,7 +14,7 @@ WINDOW = 1024
 DOCUMENT = 1024
 
 
-def _slopes(shape: Shape, device: str) -> Tensors:
+def slopes(shape: Shape, device: str) -> Tensors:
     return {"slopes": torch.tensor(alibi_slopes(shape.h), device=device)}
 
 
@@ -37,12 +37,12 @@ def _document_mask(shape: Shape, inputs: Tensors) -> Mod:
     return lambda b, h, q_idx, kv_idx: (kv_idx <= q_idx) & (doc[q_idx] == doc[kv_idx])
 
 
-def _alibi_score(shape: Shape, inputs: Tensors) -> Mod:
+def alibi_score(shape: Shape, inputs: Tensors) -> Mod:
     slopes = inputs["slopes"]
     return lambda score, b, h, q_idx, kv_idx: score + slopes[h] * (kv_idx - q_idx)
 
 
-def _softcap_score(shape: Shape, inputs: Tensors) -> Mod:
+def softcap_score(shape: Shape, inputs: Tensors) -> Mod:
     return lambda score, b, h, q_idx, kv_idx: CAP * torch.tanh(score / CAP)
 
 
@@ -63,15 +63,15 @@ ALIBI = Case(
     "alibi",
     ac.Variant(name="alibi", score=ac.alibi(), mask=ac.causal),
     area.causal,
-    inputs=_slopes,
-    flex=FlexForm(_alibi_score, _causal_mask),
+    inputs=slopes,
+    flex=FlexForm(alibi_score, _causal_mask),
     differentiable=("slopes",),
 )
 SOFTCAP = Case(
     "softcap",
     ac.Variant(name="softcap", score=ac.softcap(CAP), mask=ac.causal),
     area.causal,
-    flex=FlexForm(_softcap_score, _causal_mask),
+    flex=FlexForm(softcap_score, _causal_mask),
 )
 WINDOW_1024 = Case(
     "window1024",

@@ -32,8 +32,13 @@ def tilings(schedule: Schedule, mode: str) -> dict[str, Any]:
 def brief(tiled: dict[str, Any]) -> str:
     """`tilings` for a table: 128x64/w8/s3, one a kernel."""
     kernels = [each for name, each in tiled.items() if name != "origin"]
-    parts = [f"{ks['block_m']}x{ks['block_n']}/w{ks['num_warps']}/s{ks['num_stages']}" for ks in kernels]
-    return f"{' '.join(parts)} {tiled['origin']}"
+    return f"{' '.join(map(tile, kernels))} {tiled['origin']}"
+
+
+def tile(ks: dict[str, Any]) -> str:
+    """One kernel's tiling: 16x64/w4/s4, and in how many parts the keys are dealt out."""
+    parts = f"/{ks['splits']}" if "splits" in ks else ""
+    return f"{ks['block_m']}x{ks['block_n']}/w{ks['num_warps']}/s{ks['num_stages']}{parts}"
 
 
 def every_candidate(

@@ -8,7 +8,19 @@ from pathlib import Path
 
 from bench.run import Suite
 
-NAMES = ("dense", "sigmoid", "shapes", "variants", "compile", "host", "memory", "outputs", "determinism", "sweep")
+NAMES = (
+    "dense",
+    "sigmoid",
+    "shapes",
+    "variants",
+    "decode",
+    "compile",
+    "host",
+    "memory",
+    "outputs",
+    "determinism",
+    "sweep",
+)
 
 
 def load(name: str) -> Suite:
