@@ -48,8 +48,9 @@ def first_choice(
     kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
 ) -> KernelSchedule:
     """The candidate that the model predicts to be the fastest."""
-    found = candidates(kernel, problem, device, backend)
-    return found[0] if len(found) == 1 else ranked(kernel, problem, device, backend)[0][0]
+    if device.is_interpreter:
+        return candidates(kernel, problem, device, backend)[0]
+    return ranked(kernel, problem, device, backend)[0][0]
 
 
 def _dealt(found: Schedule, problem: Problem, device: Device) -> Schedule:

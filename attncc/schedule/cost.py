@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from attncc.schedule import decode, hopper
+from attncc.schedule import decode_cost, hopper
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
 from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling, warp_grid
@@ -91,7 +91,7 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         us, terms = hopper.predict(ks, problem, device)
         return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
     if ks.splits:
-        us, terms = decode.predict(ks, problem, device)
+        us, terms = decode_cost.predict(ks, problem, device)
         return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
     live = problem.costs.live(ks.block_m, ks.block_n)
     tiles_total = live.live * problem.batch * problem.heads

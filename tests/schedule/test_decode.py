@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from attncc.schedule import Cache, KernelSchedule, Schedule, choose, decode, device_for, ranked, schedule_key
+from attncc.schedule import Cache, KernelSchedule, Schedule, choose, device_for, ranked, schedule_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import sizes_of
+from attncc.schedule.decode_cost import programs_per_sm
 from attncc.schedule.device import INTERPRETER
 from attncc.schedule.memory import shared_memory
 
@@ -31,7 +32,7 @@ def test_every_sm_has_work_and_no_part_is_empty(batch, keys, device):
     programs = batch * 8 * best.splits
     assert programs >= 0.8 * device.sms
     assert best.splits * best.block_n <= keys
-    waves = programs / (device.sms * decode.programs_per_sm(best, work, device))
+    waves = programs / (device.sms * programs_per_sm(best, work, device))
     assert waves <= 1 or waves > 1.5  # never a full wave and a few programs behind it
 
 
@@ -68,7 +69,7 @@ def test_bytes_under_way_cover_the_memorys_latency():
         work = few(batch, keys)
         ks = choose(work, H100).forward
         tile = ks.block_n * 2 * 128 * 2
-        together = min(decode.programs_per_sm(ks, work, H100), -(-batch * 8 * ks.splits // H100.sms))
+        together = min(programs_per_sm(ks, work, H100), -(-batch * 8 * ks.splits // H100.sms))
         assert together * (ks.num_stages - 1) * tile >= 32 * 1024
 
 
