@@ -89,6 +89,7 @@ class Engine:
         self._prepared: dict[Any, Prepared] = {}
         self._routes: dict[Any, Route] = {}
         self._recordings: dict[Any, Recording] = {}  # of backwards
+        self._seen: dict[Any, None] = {}  # kinds of calls that came once
         self._opaque: set[Any] = set()  # kinds that cannot be replayed
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
@@ -280,9 +281,10 @@ class Engine:
     def infer(
         self, key: Any, bound: Bound, names: Sequence[str], q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
     ) -> tuple[Tensor, ...]:
-        """`forward` of CUDA tensors, kept as the route of calls with this key. `names`: the inputs that the caller
-        gave, in the order of the key."""
-        if key in self._opaque:
+        """`forward` of CUDA tensors, kept as the route of calls with this key from the second on: a cache that grows
+        by a key a call never brings one. `names`: the inputs that the caller gave, in the order of the key."""
+        if key in self._opaque or key not in self._seen:
+            _keep(self._seen, key, None)
             return self.forward(bound, q, k, v, then_backward)
         prepared = self.prepare(bound, q, k, v)
         self.warm(prepared, bound, q, k, v, then_backward and self.plan.facts.has_backward)  # before anything is noted
