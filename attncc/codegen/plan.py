@@ -27,6 +27,7 @@ from attncc.passes.differentiate import (
     normal_form,
 )
 from attncc.passes.fold import Folded, S, fold
+from attncc.passes.phases import phases
 from attncc.passes.reverse import first_at
 from attncc.passes.similarity import Similarity, similarity
 from attncc.passes.stream import LSE, Online, Sweep, renamed, stream
@@ -60,7 +61,10 @@ class Plan:
     def __init__(
         self, graph: VariantGraph, tag: str = "", extra: PairCotangents | None = None, facts: Facts | None = None
     ):
-        self.graph = graph
+        found = phases(graph)
+        self.graph = found.main
+        #: inputs that other ops make before the kernels run
+        self.made = found.made
         self.tag = tag
         self.extra = extra
         self._facts = facts

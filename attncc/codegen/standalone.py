@@ -10,12 +10,18 @@ from attncc.codegen.launch import schedule_meta
 from attncc.codegen.names import coded
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import environment, render
+from attncc.errors import UnsupportedError
 from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.problem import Dtype, Schedule
 
 
 def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype, device: Device) -> str:
     """The file's text. It exports `attention(q, k, v, *, <inputs>, scale=None, return_lse=False)`."""
+    if plan.made:
+        raise UnsupportedError(
+            f"'{plan.graph.name}' needs {plan.made[0].name}, which another op makes: it is no single file",
+            remedy="use attncc.compile, or hand that input over from an op of its own",
+        )
     graph = coded(plan)[0].graph
     backward = plan.has_backward is None
     tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)

@@ -23,18 +23,19 @@ DEFAULTS = {
 def stage_texts(graph: VariantGraph) -> dict[str, str]:
     """similarity, score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec.
     What differs between the branches of a variant has an entry a branch, such as `score[1]`. Where v is part of k, so
-    says "value"."""
+    says "value"; "dead_rows" is there where such rows do not give 0."""
     if graph.branches > 1:
         return _branch_texts(graph)
     rows: dict[Any, Any] = {}
     sums: dict[Any, Any] = {sym.QK: sympy.Symbol("dot(q_vec, k_vec)", real=True)}
     for stage in graph.sums_d:
         sums[sympy.Symbol(stage.name, real=True)] = sympy.Symbol(f"sum_d({formula(stage.expr)})", real=True)
-    for stage in graph.rows:
+    for stage in (*graph.cols, *graph.rows):
         # a reduction prints as a name, so that whatever it stands in keeps its form
         body = formula(stage.expr.xreplace(rows))
-        text = body if stage.op == "root" else f"row.{stage.op}({body})"
-        rows[sym.row_symbol(*_numbered(stage.name))] = sympy.Symbol(text, real=True)
+        domain, op, _ = stage.name.split("_")
+        text = body if op == "root" else f"{domain}.{op}({body})"
+        rows[sympy.Symbol(stage.name, real=True)] = sympy.Symbol(text, real=True)
     return {
         "similarity": formula(graph["raw_score"].expr.xreplace(sums)),
         "score": formula(graph["score"].expr.xreplace({sym.RAW_SCORE: sym.SCORE})),
@@ -42,6 +43,7 @@ def stage_texts(graph: VariantGraph) -> dict[str, str]:
         "normalizer": formula(graph["weight"].expr.xreplace(rows)),
         "reduction": f"row.sum({formula(graph['out'].expr.xreplace(rows))})",
         **({} if graph.value is None else {"value": f"k[:{graph.value}]"}),
+        **({} if graph.dead_rows == "zero" else {"dead_rows": graph.dead_rows}),
     }
 
 
@@ -58,9 +60,3 @@ def own_stages(graph: VariantGraph) -> dict[str, str]:
     """The stages in which a variant differs from plain attention; "softmax" where there are none."""
     own = {stage: text for stage, text in stage_texts(graph).items() if text != DEFAULTS.get(stage.split("[")[0])}
     return own or {"normalizer": "softmax"}
-
-
-def _numbered(name: str) -> tuple[str, int]:
-    """`row_max_0` as ("max", 0)."""
-    _, op, number = name.split("_")
-    return op, int(number)

@@ -7,11 +7,14 @@
             | name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
             | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
             | name = row.root(t: row.sum(expr) + expr, lo, hi)  one value a query: the t that makes the sum 0
+            | name = col.max(expr) | col.sum(expr)  one value a key, over the queries that see it
             | out  = row.sum(expr * v_vec)          the output row
     output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
 
 A variant may have several branches: each has the stages of a variant of its own, named `score[0]`, `score[1]` and so
 on, and `out` is linear in their weights. Where v is the first elements of k, `value` says how many.
+`dead_rows` says what a row does that sees no key: it gives 0 ("zero"), it sees all keys ("open"), or it sees all and
+all alike ("uniform").
 
 An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of
 earlier stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes
@@ -71,7 +74,8 @@ class ScalarDecl:
 @dataclass(frozen=True)
 class Stage:
     """One named value. `op` is None for a pair stage; for a reduction over the visible keys of a row it is "max" or
-    "sum", or "root", of which `expr` is a `vocabulary.Root`; for a sum over the head dimension it is "sum_d"."""
+    "sum", or "root", of which `expr` is a `vocabulary.Root`; over the queries that see a key it is "col_max" or
+    "col_sum"; for a sum over the head dimension it is "sum_d"."""
 
     name: str
     expr: sympy.Basic
@@ -96,8 +100,10 @@ class VariantGraph:
         branches: int = 1,
         outputs: Iterable[Output] = (),
         value: int | None = None,
+        dead_rows: str = "zero",
     ):
         self.name = name
+        self.dead_rows = dead_rows
         self.branches = branches
         self.value = value
         self.cites = cites
@@ -121,6 +127,7 @@ class VariantGraph:
         scalars: Iterable[ScalarDecl] | None = None,
         outputs: Iterable[Output] | None = None,
         value: int | None = None,
+        dead_rows: str | None = None,
     ) -> VariantGraph:
         """A copy with other stages, declarations or outputs, and the same in all else."""
         return VariantGraph(
@@ -131,6 +138,7 @@ class VariantGraph:
             self.cites,
             branches=self.branches,
             value=self.value if value is None else value,
+            dead_rows=self.dead_rows if dead_rows is None else dead_rows,
             outputs=self.outputs if outputs is None else outputs,
         )
 
@@ -175,6 +183,11 @@ class VariantGraph:
     def rows(self) -> tuple[Stage, ...]:
         """The row reductions, without `out`."""
         return tuple(s for s in self.stages if s.op in ("max", "sum", "root") and s.name != "out")
+
+    @cached_property
+    def cols(self) -> tuple[Stage, ...]:
+        """The reductions over the queries that see a key."""
+        return tuple(s for s in self.stages if s.op in ("col_max", "col_sum"))
 
     @cached_property
     def sums_d(self) -> tuple[Stage, ...]:

@@ -35,7 +35,7 @@ def level_of_name(name: str) -> Level:
         return Level.PAIR
     if name in (sym.Q_IDX.name, sym.Q_VEC.name, "lse", "delta") or sym.is_row_name(name) or name.startswith("q_term_"):
         return Level.ROW
-    if name in (sym.KV_IDX.name, sym.K_VEC.name) or name.startswith("k_term_"):
+    if name in (sym.KV_IDX.name, sym.K_VEC.name) or name.startswith("k_term_") or sym.is_col_name(name):
         return Level.COL
     return Level.PROGRAM
 

@@ -36,6 +36,8 @@ V_VEC = sympy.Symbol("v_vec", real=True)
 
 #: the row reductions, and what kernels keep beside them: the next maximum, where it is, how often, a cotangent
 ROW_NAME = r"row_(max|sum|root|part)_\d+(_[a-z]+)?(\[\d+\])?|row_unknown"
+#: the reductions over the queries that see a key
+COL_NAME = r"col_(max|sum)_\d+"
 #: what a row.root solves for; bound inside it
 UNKNOWN = sympy.Symbol("row_unknown", real=True)
 
@@ -44,8 +46,8 @@ INDICES: dict[str, sympy.Symbol] = {s.name: s for s in (B, H, H_KV, Q_IDX, KV_ID
 
 
 def row_symbol(op: str, number: int) -> sympy.Symbol:
-    """The value of the `number`-th row reduction, e.g. `row_max_0`."""
-    return sympy.Symbol(f"row_{op}_{number}", real=True)
+    """The value of the `number`-th reduction of its kind, e.g. `row_max_0`, or `col_max_0` for the op "col_max"."""
+    return sympy.Symbol(f"{op}_{number}" if op.startswith("col_") else f"row_{op}_{number}", real=True)
 
 
 def of_branch(symbol: sympy.Symbol, branch: int) -> sympy.Symbol:
@@ -62,6 +64,12 @@ def similarity_symbol(kind: str, number: int) -> sympy.Symbol:
 def is_row_name(name: str) -> bool:
     """Is it the name of a row reduction, or of something that a kernel keeps beside one?"""
     return re.fullmatch(ROW_NAME, name) is not None
+
+
+@cache
+def is_col_name(name: str) -> bool:
+    """Is it the name of a column reduction?"""
+    return re.fullmatch(COL_NAME, name) is not None
 
 
 def scalar_symbol(name: str, is_int: bool) -> sympy.Symbol:

@@ -85,6 +85,8 @@ def _definition(stage: Stage) -> str:
     body = formula(stage.expr)
     if stage.op == "sum_d":
         return f"sum_d({body})"
+    if stage.op in ("col_max", "col_sum"):
+        return f"{stage.op.replace('_', '.')}({body})"
     return f"row.{stage.op}({body})" if stage.op in ("max", "sum") else body
 
 
@@ -92,6 +94,8 @@ def _each(stage: Stage) -> str:
     """What there is one value of."""
     if stage.op == "sum_d":
         return {Level.PAIR: "pair", Level.COL: "column"}.get(level(stage.expr), "row")
+    if stage.op in ("col_max", "col_sum"):
+        return "column"
     return "row" if stage.op else "pair"
 
 
@@ -123,6 +127,8 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
             lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")
     if graph.value is not None:
         lines.append(f"  input  v_vec = k_vec[:{graph.value}] : vector")
+    if graph.dead_rows != "zero":
+        lines.append(f"  rows   that see no key: {graph.dead_rows}")
     width = max(len(s.name) for s in graph.stages)
     for s in graph.stages:
         lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {_each(s)}")

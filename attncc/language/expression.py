@@ -38,6 +38,7 @@ _COMPARE: dict[type, Callable[[Value, Any], Value]] = {
 _ROW = ("max", "min", "sum", "mean", "count", "root")
 #: shipped pieces that a stage of the text form may name
 PIECES: dict[str, Mapping[str, Any]] = {"mask": masks.TABLE, "score": mods.TABLE, "output": outputs.TABLE}
+_COL = ("max", "min", "sum", "mean", "count")
 _DOMAINS = ("row", "col", "offset", "block", "pair")
 
 
@@ -313,7 +314,9 @@ class _Reader:
         return domain, named.id
 
     def _methods(self, name: str) -> tuple[str, ...]:
-        return reducers.METHODS if self.stage.split()[0] == "output" else _ROW
+        if self.stage.split()[0] == "output":
+            return reducers.METHODS
+        return _COL if name == "col" else _ROW
 
     def _root(self, node: ast.Call) -> Value:
         """`row.root(lambda t: equation, lo, hi)`: the only place of a lambda."""

@@ -31,13 +31,16 @@ SEES: dict[str, tuple[str, ...]] = {
     "similarity": ("q_vec", "k_vec", "scale", *_PAIR),
     "score": ("score", *_PAIR),
     "mask": _PAIR,
-    "normalizer": ("score", *_PAIR, "row"),
+    "normalizer": ("score", *_PAIR, "row", "col"),
     "reduction": ("weight", "v_vec", *_PAIR, "row"),
     "output": ("weight", "score", *_PAIR, "row", "col", "offset", "block", "pair"),
 }
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
-_STAGE_NAME = rf"{sym.ROW_NAME}|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc|delta"
+_STAGE_NAME = (
+    rf"{sym.ROW_NAME}|{sym.COL_NAME}|col_lse_\d+|dead_rows|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc"
+    r"|delta"
+)
 #: names that a user's input or scalar cannot have
 _RESERVED = {
     *sym.INDICES,
@@ -118,6 +121,42 @@ class Row:
         return self.sum(x) / self.count()
 
 
+class Column:
+    """Reductions over the queries that see one key. Equal reductions are computed once."""
+
+    def __init__(self, row: Row):
+        self._row = row
+
+    def _reduce(self, op: str, x: Any) -> Value:
+        expr = number(x)
+        if expr.has(sym.UNKNOWN) or any(sym.is_row_name(s.name) for s in expr.free_symbols):
+            fail(
+                f"col.{op} is over a value that knows its whole row",
+                "normalize over one axis in this op, and hand the result's lse to a second op as an input",
+            )
+        return self._row._add(f"col_{op}", expr)
+
+    def max(self, x: Any) -> Value:
+        """The largest x over the queries that see the key."""
+        return self._reduce("max", x)
+
+    def min(self, x: Any) -> Value:
+        """The smallest x over those queries."""
+        return -self._reduce("max", -Value(number(x)))
+
+    def sum(self, x: Any) -> Value:
+        """The sum of x over those queries."""
+        return self._reduce("sum", x)
+
+    def count(self) -> Value:
+        """How many queries see the key."""
+        return self._reduce("sum", 1)
+
+    def mean(self, x: Any) -> Value:
+        """The mean of x over those queries."""
+        return self.sum(x) / self.count()
+
+
 def _equation(residual: sympy.Expr, inner: Mapping[sympy.Symbol, Stage]) -> tuple[sympy.Expr, sympy.Expr]:
     """A residual over sums that know the unknown, as (the term of one sum over the keys, what is added to it)."""
     rest = residual.xreplace(dict.fromkeys(inner, sympy.S.Zero))
@@ -136,8 +175,9 @@ def _equation(residual: sympy.Expr, inner: Mapping[sympy.Symbol, Stage]) -> tupl
 
 
 def _split(name: str) -> tuple[str, int]:
-    _, op, index = name.split("_")
-    return op, int(index)
+    """`row_max_0` as ("max", 0), and `col_max_0` as ("col_max", 0)."""
+    domain, op, index = name.split("_")
+    return op if domain == "row" else f"{domain}_{op}", int(index)
 
 
 def check_name(name: str) -> None:
@@ -329,7 +369,9 @@ def _branch(run: Run, vectors: dict[str, Any] | None, extra: dict[str, Any]) -> 
     mask, span = run("mask", extra, boolean)
     stages.append(Stage("mask", voc.attached(mask), span=span))  # a boolean has no gradient to cut
     rows: list[Stage] = []
-    weight, span = run("normalizer", {"score": Value(sym.SCORE), "row": Row(rows), **extra}, number)
+    row = Row(rows)
+    seen = {"score": Value(sym.SCORE), "row": row, "col": Column(row)}
+    weight, span = run("normalizer", {**seen, **extra}, number)
     rows, weight = _canonical(rows, weight)
     stages += [Stage(r.name, r.expr, r.op, span) for r in rows]
     stages.append(Stage("weight", weight, span=span))

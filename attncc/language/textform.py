@@ -29,10 +29,10 @@ from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language.combinators import Piece
 from attncc.language.expression import PIECES, Source, parse, stage_function
 from attncc.language.stages import SEES, assemble, check_name
-from attncc.language.variant import Input, Scalar, Variant, check_branches, value_of_key
+from attncc.language.variant import Input, Scalar, Variant, check_branches, check_dead_rows, value_of_key
 
 _DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
-_TOP = ("name", "cites", "description", "branches", "value", "stages", "inputs", "scalars", "outputs")
+_TOP = ("name", "cites", "description", "branches", "value", "dead_rows", "stages", "inputs", "scalars", "outputs")
 
 
 def load_toml(path: str | Path) -> Variant:
@@ -87,6 +87,11 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         length = None if value is None else value_of_key(value, data.get("branches", 1))
     except SpecError as error:
         raise error.at(_key_span(lines, file, (), "value")) from None
+    dead_rows = data.get("dead_rows", "zero")
+    try:
+        check_dead_rows(dead_rows, data.get("branches", 1))
+    except SpecError as error:
+        raise error.at(_key_span(lines, file, (), "dead_rows")) from None
     auxiliary = {}
     for output, value in _table(data, "outputs", file, lines).items():
         if not isinstance(value, str):
@@ -104,7 +109,7 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         scalars=_scalars(_table(data, "scalars", file, lines), file, lines),
         branches=data.get("branches", 1),
     )
-    return variant if length is None else Variant.from_graph(variant.graph.changed(value=length))
+    return Variant.from_graph(variant.graph.changed(value=length, dead_rows=dead_rows))
 
 
 def from_texts(name: str = "inline", **stages: str) -> Variant:

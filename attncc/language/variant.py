@@ -18,6 +18,8 @@ from attncc.language.stages import add_outputs, assemble
 
 #: each takes an accumulator of its own, and there are only so many registers
 MAX_BRANCHES = 4
+#: what a row may do that sees no key
+DEAD_ROWS = ("zero", "open", "uniform")
 
 
 class Input:
@@ -83,7 +85,8 @@ class Variant:
     With `branches=2` or more there are as many weights, `weight[0]` and so on, and `out` is a sum of them times v. q
     holds the branches side by side along its last dimension, as k does unless they share one; each stage but the
     reduction is evaluated for every `branch`, an integer that it may use. With `value="k[:512]"` v is the first 512
-    elements of each key, and a call passes none.
+    elements of each key, and a call passes none. `dead_rows` says what a row does that sees no key: "zero", it gives 0;
+    "open", it sees all keys; "uniform", it sees all keys and all alike, as a finite fill in place of -inf has it.
     `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`. `outputs` names
     auxiliary outputs, each one of `ac.outputs` or a function as described there; a call computes those it asks for.
     Raises SpecError, with file, line and a caret, when a stage is wrong.
@@ -103,10 +106,12 @@ class Variant:
         reduction: Callable[..., Any] = normalizers.weighted_sum,
         branches: int = 1,
         value: str | None = None,
+        dead_rows: str = "zero",
         cites: str = "",
         outputs: Mapping[str, Callable[..., Any] | OutputSpec] | None = None,
     ):
         check_branches(branches)
+        check_dead_rows(dead_rows, branches)
         decls, scalars = _declarations(inputs or {})
         if isinstance(normalizer, str):
             normalizer = named_normalizer(normalizer)
@@ -130,7 +135,8 @@ class Variant:
         self.name = name
         auxiliary = _located_specs(specs, outputs or {})
         graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
-        self.graph = graph.changed(value=value_of_key(value, branches)) if value is not None else graph
+        length = value_of_key(value, branches) if value is not None else None
+        self.graph = graph.changed(value=length, dead_rows=dead_rows)
 
     @classmethod
     def from_graph(cls, graph: VariantGraph) -> Variant:
@@ -167,6 +173,17 @@ def check_branches(count: Any) -> None:
     """Raise SpecError unless a variant can have so many branches."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_BRANCHES:
         raise SpecError(f"branches is {count!r}", remedy=f"a variant has 1 to {MAX_BRANCHES} branches")
+
+
+def check_dead_rows(policy: Any, branches: int) -> None:
+    """Raise SpecError unless it says what rows do that see no key."""
+    if policy not in DEAD_ROWS:
+        raise SpecError(f"dead_rows is {policy!r}", remedy=f"it is one of: {', '.join(DEAD_ROWS)}")
+    if policy != "zero" and branches > 1:
+        raise SpecError(
+            f"dead_rows = '{policy}' with {branches} branches, whose masks may differ",
+            remedy="let every row see a key: mask = (...) | (kv_idx == q_idx)",
+        )
 
 
 def value_of_key(text: Any, branches: int) -> int:

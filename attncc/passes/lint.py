@@ -20,6 +20,7 @@ from attncc.ir.symbols import scalar_symbol
 from attncc.ir.text import formula
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
+from attncc.passes.phases import phases
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
 from attncc.passes.trials import hidden_row, reads_outside
@@ -56,7 +57,12 @@ class Finding:
 
 def lint(graph: VariantGraph) -> tuple[Finding, ...]:
     """Everything that is found, errors first."""
-    found = [finding for check in CHECKS for finding in _of_parts(check, graph)]
+    try:
+        main = phases(graph).main
+    except UnsupportedError as error:
+        return (Finding("error", error.reason, error.stage, error.span, error.remedy),)
+    checks = [check for check in CHECKS if check is not hidden_rows or graph.dead_rows == "zero"]
+    found = [finding for check in checks for finding in _of_parts(check, main)]
     order = ("error", "warning", "note")
     return tuple(sorted(found, key=lambda f: order.index(f.level)))
 

@@ -14,9 +14,11 @@ from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
+from attncc.passes.phases import phases
 from attncc.runtime import library
 from attncc.runtime.engine import Engine
 from attncc.runtime.explain import explain, explained_device, sizes_of
+from attncc.runtime.made import Maker
 from attncc.runtime.outputs_call import OutputsCall
 from attncc.runtime.reference import no_lse_of_branches
 from attncc.runtime.shapes import (
@@ -50,9 +52,13 @@ class AttentionOp:
         backend: Backend | None = "triton",
     ):
         self.graph = graph
+        found = phases(graph)
+        self._makers = tuple(
+            Maker(made, lambda g: AttentionOp(g, precision=precision, backend=backend)) for made in found.made
+        )
         self._captured = tuple(d for d in graph.inputs if d.captured)
         self._constant = tuple(d for d in graph.inputs if not d.grad)
-        self._plain = without_captured(graph)
+        self._plain = without_captured(found.main)
         # a normalizer that does not stream is refused here, not at the first call
         self.engine = Engine(self._plain.core, schedule, precision, backend)
         self._schedule, self._backend = schedule, backend
@@ -91,6 +97,8 @@ class AttentionOp:
             q, k, v = _autocast(q, k, v)
         if self._captured:
             inputs = with_captured(self._captured, q, k, inputs)
+        for maker in self._makers:
+            inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
         traced = _is_traced(q, k, v)
         graph = self.engine.graph
         if self.graph.outputs:
@@ -199,6 +207,8 @@ class AttentionOp:
     ) -> tuple[Any, ...]:
         """The arguments with which a call reaches the registered operator."""
         inputs = with_captured(self._captured, q, k, inputs)
+        for maker in self._makers:
+            inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
         call, inputs = self._auxiliary(outputs, inputs)
         if call is not None:
             return call.torch_args(q, k, v, scale, inputs)

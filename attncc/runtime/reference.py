@@ -180,6 +180,9 @@ class Dense:
         self.used = {s.name for stage in graph.stages for s in stage.expr.free_symbols}
         self.used |= {s.name for output in graph.outputs for s in output.free_symbols}
         mask = self._mask()
+        dead = ~mask.any(-1)
+        if graph.dead_rows != "zero":
+            mask = mask | dead[..., None]
         #: flat positions: in (B, H, M, N) of the pairs that the mask shows, in (B, H, M) of the rows that see a key
         self.visible = mask.reshape(-1).nonzero().squeeze(1)
         self.live = mask.any(-1).reshape(-1).nonzero().squeeze(1)
@@ -196,6 +199,11 @@ class Dense:
         for stage in graph.stages:
             if stage.op is None and stage.name != "mask":
                 self.pairs[stage.name] = self._on_pairs(stage.expr)
+                if stage.name == "score" and graph.dead_rows == "uniform":
+                    alike = dead.reshape(-1)[self.row_of_pair]
+                    self.pairs["score"] = torch.where(alike, 1.0, self.pairs["score"])
+            elif stage in graph.cols:
+                self.pairs[stage.name] = self._over_queries(stage)
             elif stage in graph.rows:
                 self.rows[stage.name] = self._reduce(stage)
                 self.pairs[stage.name] = self.rows[stage.name][self.row_of_pair]
@@ -344,6 +352,16 @@ class Dense:
             return self._spread(values, 0.0).sum(-1)
         dense = self._spread(values, -torch.inf)
         return dense.amax(-1) if dense.shape[1] else dense.sum(-1)
+
+    def _over_queries(self, stage: Stage) -> Tensor:
+        """A reduction over the queries that see a key, at every visible pair."""
+        b, h, m, n = self.shape
+        column = self.row_of_pair // max(m, 1) * n + self.visible % max(n, 1)
+        values = self._on_pairs(stage.expr)
+        values = values.to(torch.promote_types(values.dtype, self.number))
+        if stage.op == "col_sum":
+            return values.new_zeros(b * h * n).index_add(0, column, values)[column]
+        return values.new_full((b * h * n,), -torch.inf).scatter_reduce(0, column, values, "amax")[column]
 
     def _solve(self, stage: Stage) -> Tensor:
         """(B * H * M): the root of a stage's equation, by bisection; its gradient is that of the implicit function.
