@@ -408,6 +408,11 @@ class Lowering:
             at = self.level_of(index)
             text = self._operand(index, level, False)
             plain = isinstance(index, sympy.Symbol) and index.name == pattern
+            if at == Level.PAIR and not text.isidentifier():  # a pointer and two guards read it
+                name = self._fresh(f"{decl.name}_at")
+                self._lines(index, at).append(f"{name} = {_unwrap(text)}")
+                text = name
+                self._memo[index] = (name, at)
             if index == sym.COMPONENT:
                 guards.append(f"({text} < HEAD_DIM_QK)")
             elif plain and pattern in ("q_idx", "kv_idx"):
