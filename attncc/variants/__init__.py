@@ -1,4 +1,7 @@
-"""The variants that ship, one file each: formula, citation, defaults. A file is read when its variant is asked for."""
+"""The variants that ship, one file each: formula, citation, defaults. A file is read when its variant is asked for.
+
+A new one is its file and its name in FAMILIES.
+"""
 
 from __future__ import annotations
 
@@ -8,47 +11,84 @@ import importlib
 from attncc.errors import SpecError
 from attncc.language.variant import Variant
 
-_NAMES = (
-    "full",
-    "causal",
-    "sliding_window",
-    "flash_window",
-    "prefix_lm",
-    "document",
-    "alibi",
-    "softcap",
-    "gemma2_global",
-    "gemma2_local",
-    "t5_bias",
-    "dense_bias",
-    "softmax1",
-    "sink",
-    "sigmoid",
-    "relu",
-    "relu2",
-    "taylor",
-    "cog",
-    "entmax15",
-    "sparsemax",
-    "min_p",
-    "top_theta",
-    "qk_temperature",
-    "cosine",
-    "squared_distance",
-    "trilinear",
-    "location",
-    "gaussian_position",
-    "gmm",
-    "afa",
-    "head_gates",
-    "differential",
-    "mla",
-)
+#: what a variant changes of plain attention -> the names
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "plain": ("full", "causal"),
+    "masks": (
+        "sliding_window",
+        "flash_window",
+        "prefix_lm",
+        "document",
+        "meta_tokens",
+        "parallel_context",
+        "arrow",
+        "isolation",
+        "split_heads",
+        "alignment",
+    ),
+    "scores": (
+        "alibi",
+        "faceformer",
+        "bam",
+        "relative_bias",
+        "t5_bias",
+        "dense_bias",
+        "bee_rag",
+        "softcap",
+        "gemma2_global",
+        "gemma2_local",
+        "qk_temperature",
+        "ssmax",
+        "image_gain",
+        "key_gain",
+    ),
+    "normalizers": (
+        "softmax1",
+        "sink",
+        "sigmoid",
+        "unnormalized_sigmoid",
+        "relu",
+        "relu2",
+        "rela",
+        "elu1",
+        "bounded_sum",
+        "taylor",
+        "taylor_causal",
+        "cog",
+        "sdm",
+        "entmax15",
+        "sparsemax",
+        "min_p",
+        "top_theta",
+    ),
+    "similarities": (
+        "cosine",
+        "taylorshift",
+        "squared_distance",
+        "lln",
+        "trilinear",
+        "transformer_xl",
+        "bico",
+        "mega",
+        "location",
+        "pooling",
+        "gaussian_position",
+        "gmm",
+        "afa",
+    ),
+    "reductions": ("local_gaussian", "head_gates", "differential", "mla"),
+}
+_NAMES = tuple(name for members in FAMILIES.values() for name in members)
 
 
 def names() -> tuple[str, ...]:
     """The names of all shipped variants."""
     return _NAMES
+
+
+def family(name: str) -> str:
+    """What a shipped variant changes of plain attention."""
+    return next(key for key, members in FAMILIES.items() if name in members)
 
 
 def get(name: str) -> Variant:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import sympy
 
 import attncc as ac
 from attncc.ir.text import formula, to_text
@@ -53,7 +54,8 @@ AWKWARD = [
 def test_printed_formulas_are_read_back_as_the_same_expressions(variant):
     for part in variant.graph.parts:
         for stage in part.stages:
-            assert read_again(part, stage) == stage.expr
+            # sympy adds the exponents of a product that it reads
+            assert sympy.powsimp(read_again(part, stage)) == sympy.powsimp(stage.expr)
 
 
 def test_integer_division_prints_with_the_parentheses_it_needs():

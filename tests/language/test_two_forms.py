@@ -8,6 +8,7 @@ import pytest
 
 import attncc as ac
 from attncc.ir.text import to_text
+from tests.variants.shelf_texts import TEXTS
 
 POSITION = "q_idx + kv_len - q_len"
 CAUSAL = f"mask = 'kv_idx <= {POSITION}'"
@@ -138,6 +139,7 @@ SHIPPED |= {
     ),
     "afa": AFA + "\n".join(f"{name} = {H_GRAD}" for name in ("rate", "sigma2", "eta2", "gamma2", "nu", "tau")),
 }
+SHIPPED |= TEXTS
 AWKWARD = [
     (
         "constants",

@@ -19,9 +19,15 @@ def found(level, **stages):
     return [f for f in lint(from_texts(**stages).graph) if f.level == level]
 
 
+#: what these show depends on what the caller passes, and may be nothing
+MAY_SEE_NOTHING = ("isolation", "alignment", "pooling")
+
+
 @pytest.mark.parametrize("name", variants.names())
 def test_what_ships_has_no_errors_and_no_warnings(name):
-    assert [str(f) for f in lint(variants.get(name).graph) if f.level != "note"] == []
+    findings = [str(f) for f in lint(variants.get(name).graph) if f.level != "note"]
+    assert len(findings) == (name in MAY_SEE_NOTHING)
+    assert all("a query may see no key" in finding for finding in findings)
 
 
 @pytest.mark.parametrize(

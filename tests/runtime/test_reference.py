@@ -16,7 +16,6 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 import attncc as ac
 from attncc.errors import InputError, UnsupportedError
-from attncc.ir.formulas import own_stages
 from attncc.runtime.reference import log_denominator
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 
@@ -141,13 +140,6 @@ def outputs_of(name: str) -> tuple[str, ...]:
 
 def drawn(name: str, shape: Shape, seed: int = 0) -> Sample:
     return sample_inputs(ac.variants.get(name).graph, shape, torch.float64, seed=seed)
-
-
-def test_every_variant_on_the_shelf_has_a_formula_by_hand():
-    """Those with a similarity, a value or a reduction of their own have theirs in tests/variants."""
-    elsewhere = {"similarity", "value", "reduction"}
-    own = {n for n in ac.variants.names() if own_stages(ac.variants.get(n).graph).keys() & elsewhere}
-    assert FORMULAS.keys() == set(ac.variants.names()) - own
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
