@@ -13,6 +13,7 @@ from attncc.language.functions import (
     bit_or,
     bit_xor,
     cos,
+    cumsum,
     detach,
     dot,
     erf,
@@ -49,22 +50,25 @@ from attncc.language.masks import (
     sliding_window,
     window,
 )
-from attncc.language.mods import alibi, alibi_slopes, bias, softcap
-from attncc.language.normalizers import cog, entmax15, softmax, softmax1, sparsemax, taylor
+from attncc.language.mods import alibi, alibi_slopes, bias, decay, gate, softcap
+from attncc.language.normalizers import by_sum, cog, entmax15, identity, softmax, softmax1, sparsemax, taylor
 from attncc.language.textform import load_toml, loads_toml
 from attncc.language.variant import Input, Scalar, Variant
 
 if TYPE_CHECKING:
     from attncc import variants
     from attncc.language.flex.front import from_flex
-    from attncc.runtime.op import AttentionOp, compile
+    from attncc.runtime.compile import compile
+    from attncc.runtime.linear import LinearOp
+    from attncc.runtime.op import AttentionOp
     from attncc.runtime.reference import reference
     from attncc.schedule.problem import KernelSchedule, Schedule
 
 #: public names whose modules import torch: loaded when first used, since reading a spec needs none of it
 _LAZY = {
     "AttentionOp": ("attncc.runtime.op", "AttentionOp"),
-    "compile": ("attncc.runtime.op", "compile"),
+    "LinearOp": ("attncc.runtime.linear", "LinearOp"),
+    "compile": ("attncc.runtime.compile", "compile"),
     "KernelSchedule": ("attncc.schedule.problem", "KernelSchedule"),
     "Schedule": ("attncc.schedule.problem", "Schedule"),
     "from_flex": ("attncc.language.flex.front", "from_flex"),
@@ -88,6 +92,7 @@ __all__ = [
     "Input",
     "InputError",
     "KernelSchedule",
+    "LinearOp",
     "Scalar",
     "Schedule",
     "ScheduleError",
@@ -102,10 +107,13 @@ __all__ = [
     "bit_or",
     "bit_xor",
     "block_diagonal",
+    "by_sum",
     "causal",
     "cog",
     "compile",
     "cos",
+    "cumsum",
+    "decay",
     "detach",
     "dilated",
     "document",
@@ -117,7 +125,9 @@ __all__ = [
     "floor",
     "from_flex",
     "full",
+    "gate",
     "gelu",
+    "identity",
     "load_toml",
     "loads_toml",
     "log",

@@ -23,7 +23,7 @@ from attncc.schedule.device import Device
 from attncc.schedule.light import light_tilings
 from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Schedule
 
-_TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: what merges the parts of a row is launched the same way for all schedules
 MERGE = KernelSchedule(1, 1, 4, 1)
 _ROWS = 16  # strides of real tensors are multiples of 16 elements, and Triton compiles for that
@@ -91,7 +91,7 @@ def _compile(
         "BLOCK": tiling.block_n,
         "CELL_M": min(tiling.block_m, 16),
         "CELL_N": min(tiling.block_n, 16),
-        "DOT": _TYPES[dtype],
+        "DOT": TYPES[dtype],
         "PRECISION": precision if dtype == "fp32" else "ieee",
         "FAST_MATH": fast,
         "WIDE": False,
@@ -135,7 +135,7 @@ def _compile(
         result = triton.compile(source, target=gpu_target(device), options=options)
     except Exception as error:
         raise UnsupportedError(f"{name} does not compile for {device.target}: {error}") from error
-    return _resources(name, result, device)
+    return resources(name, result, device)
 
 
 def _gluon_source() -> Any:
@@ -187,7 +187,7 @@ def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
     return "fp32"
 
 
-def _resources(name: str, result: Any, device: Device) -> CompiledKernel:
+def resources(name: str, result: Any, device: Device) -> CompiledKernel:
     shared = int(result.metadata.shared)
     if device.backend == "hip":
         text = result.asm["amdgcn"]

@@ -29,6 +29,7 @@ from attncc.passes.differentiate import (
 from attncc.passes.fold import Folded, S, fold
 from attncc.passes.phases import phases
 from attncc.passes.reverse import first_at
+from attncc.passes.running import without_running_sums
 from attncc.passes.similarity import Similarity, similarity
 from attncc.passes.stream import LSE, Online, Sweep, renamed, stream
 from attncc.passes.tiles import TilePlan, tile_plan_of
@@ -53,6 +54,7 @@ class InputGradient:
 
 class Plan:
     """What is known about one graph. Each thing is computed when first asked for, so a forward pays for no backward.
+    `given` is the graph as the user wrote it; `graph` has its running sums as inputs (see `passes.running`).
 
     `tag` is that of a part among others; `extra` are further cotangents of pairs. `facts`, if they are known already,
     are those of an equal plan.
@@ -62,7 +64,8 @@ class Plan:
         self, graph: VariantGraph, tag: str = "", extra: PairCotangents | None = None, facts: Facts | None = None
     ):
         found = phases(graph)
-        self.graph = found.main
+        self.given = graph
+        self.graph = without_running_sums(found.main)
         #: inputs that other ops make before the kernels run
         self.made = found.made
         self.tag = tag

@@ -172,7 +172,7 @@ def render(
         parts.append(in_gluon(_render("helpers.py.j2", context, helpers=f["helpers"])))
     parts += [_render(template, context, **slots) for template, slots in kernels]
     parts.append(_render("host.py.j2", context, bounds=bounds, **host))
-    return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
+    return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
 def any_wide(graph: VariantGraph) -> str:
@@ -227,7 +227,7 @@ def _header(plan: Plan, d_qk: int, d_v: int, tma: bool) -> str:
     )
 
 
-def _tidy(source: str) -> str:
+def tidy(source: str) -> str:
     """No trailing blanks, and a blank line in a function only before a comment that opens a step."""
     lines = [line.rstrip() for line in source.split("\n")]
     kept: list[str] = []

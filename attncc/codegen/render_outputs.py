@@ -10,7 +10,7 @@ from attncc.codegen.indices import input_arguments
 from attncc.codegen.names import coded
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
-from attncc.codegen.render import _bounds, _render, _tidy, any_wide
+from attncc.codegen.render import _bounds, _render, any_wide, tidy
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
 from attncc.passes.outputs import Weight, final_weight, named, passes
@@ -67,7 +67,7 @@ def render_outputs(plan: Plan, d_qk: int) -> str:
         "names": [o.name for o in plan.graph.outputs],
     }
     parts.append(_render("outputs_host.py.j2", context, **host))
-    return _tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
+    return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
 def _context(plan: Plan, d_qk: int) -> dict[str, Any]:

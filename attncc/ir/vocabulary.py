@@ -17,8 +17,10 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import BooleanAtom, BooleanFunction
 from sympy.printing.precedence import PRECEDENCE
 
-from attncc.ir.symbols import UNKNOWN
+from attncc.ir.symbols import KV_IDX, Q_IDX, UNKNOWN
 
+#: the indices along which tokens are counted
+TOKENS = {Q_IDX, KV_IDX}
 LN2 = math.log(2.0)
 LOG2E = 1.0 / LN2
 
@@ -359,6 +361,20 @@ class Root(Op):
     @property
     def free_symbols(self) -> set[sympy.Basic]:
         return super().free_symbols - {UNKNOWN}
+
+
+class cumsum(Op):
+    """The running sum of an input along the tokens: of every entry up to and including the one that is read.
+
+    Its argument is a Read with one index along the tokens. `passes.running` makes it an input of its own.
+    """
+
+    nargs = 1
+
+    @property
+    def axis(self) -> int:
+        """The dimension of the input that the sum runs along."""
+        return next(i for i, e in enumerate(self.args[0].index) if e.free_symbols & TOKENS)
 
 
 class Read(sympy.Function):

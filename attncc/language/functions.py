@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from attncc.language.values import Value, apply, arity, constant, fail, lift, over_head_dim
+from attncc.language.values import Value, apply, arity, constant, fail, lift, over_head_dim, running_sum
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "exp": math.exp,
@@ -97,6 +97,15 @@ def dot(a: Any, b: Any) -> Value:
     return over_head_dim("dot", a, b)
 
 
+def cumsum(x: Any) -> Value:
+    """The running sum of an input along the tokens, up to and including the one that is read: cumsum(g[b, h, kv_idx]).
+
+    A gate that decays from token to token is exp(cumsum(g[b, h, q_idx]) - cumsum(g[b, h, kv_idx])): each token that
+    lies between the key and the query has its part.
+    """
+    return running_sum(x)
+
+
 def norm(x: Any) -> Value:
     """The Euclidean length of a vector: sqrt(sum_d(x * x))."""
     return sqrt(over_head_dim("norm", x, x))
@@ -133,4 +142,5 @@ TABLE: dict[str, Callable[..., Any]] = {
     "norm": norm,
     "sum_d": sum_d,
     "detach": detach,
+    "cumsum": cumsum,
 }

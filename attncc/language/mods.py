@@ -51,5 +51,34 @@ def bias(name: str = "bias") -> ScoreMod:
     )
 
 
+def decay(rates: str = "rates", default: Any = None) -> ScoreMod:
+    """Multiply by exp(rate * distance): each head forgets at its own rate.
+
+    `rates` names an input `[h]`, the log of what a token leaves of the state, below 0. It receives a gradient.
+    """
+    decl = InputDecl(rates, ("h",), "float", grad=True, default=default)
+
+    def run(e: Any) -> Any:
+        return e["score"] * fn.exp(e[rates][e["h"]] * (e["q_idx"] + (e["kv_len"] - e["q_len"]) - e["kv_idx"]))
+
+    return ScoreMod(run, {rates: decl}, label=f"decay({rates})")
+
+
+def gate(name: str = "g") -> ScoreMod:
+    """Multiply by exp of the sum of `g` over the tokens behind the key, up to the query: a decay that tokens choose.
+
+    `name` is an input `[b, h, kv_idx]`, the log of what each token leaves of the state, below 0, such as
+    logsigmoid(...). It receives a gradient.
+    """
+    decl = InputDecl(name, ("b", "h", "kv_idx"), "float", grad=True)
+
+    def run(e: Any) -> Any:
+        g, b, h = e[name], e["b"], e["h"]
+        position = e["q_idx"] + (e["kv_len"] - e["q_len"])
+        return e["score"] * fn.exp(fn.cumsum(g[b, h, position]) - fn.cumsum(g[b, h, e["kv_idx"]]))
+
+    return ScoreMod(run, {name: decl}, label=f"gate({name})")
+
+
 #: by the name they have in the text form
-TABLE: dict[str, Any] = {"alibi": alibi, "softcap": softcap, "bias": bias}
+TABLE: dict[str, Any] = {"alibi": alibi, "softcap": softcap, "bias": bias, "decay": decay, "gate": gate}

@@ -41,6 +41,16 @@ def taylor(score: Any, row: Any) -> Any:
     return p / row.sum(p)
 
 
+def identity(score: Any) -> Any:
+    """The score as it is: no denominator, as retention and gated linear attention have it."""
+    return score
+
+
+def by_sum(score: Any, row: Any) -> Any:
+    """s / sum s: linear attention's denominator. The scores must not add up to zero."""
+    return score / row.sum(score)
+
+
 def cog(score: Any, row: Any) -> Any:
     """sign(s) exp|s| / sum exp|s|: weights may be negative (arXiv:2411.07176)."""
     e = fn.exp(fn.absolute(score) - row.max(fn.absolute(score)))
@@ -73,6 +83,8 @@ TABLE: dict[str, Any] = {
     "cog": cog,
     "sparsemax": sparsemax,
     "entmax15": entmax15,
+    "identity": identity,
+    "by_sum": by_sum,
 }
 
 

@@ -379,6 +379,19 @@ def over_head_dim(name: str, *vectors: Any) -> Value:
     return Value(voc.sum_d(sympy.Mul(*exprs)))
 
 
+def running_sum(x: Any) -> Value:
+    """The running sum of an element read, along the one of its dimensions that counts tokens."""
+    expr = number(x)
+    if not isinstance(expr, voc.Read):
+        fail(f"cumsum takes an element of an input, and '{formula(expr)}' is none", "write cumsum(g[b, h, kv_idx])")
+    if expr.is_integer:
+        fail(f"'{formula(expr)}' is an integer; only a float input has a running sum", "declare the input as float")
+    along = [i for i in expr.index if i.free_symbols & voc.TOKENS]
+    if len(along) != 1 or voc.TOKENS <= along[0].free_symbols:
+        fail(f"'{formula(expr)}' has not one index along the tokens", "read it by kv_idx, or by the query's position")
+    return Value(voc.cumsum(expr))
+
+
 def constant(x: Any) -> bool:
     """Whether x is a plain Python number."""
     return isinstance(x, int | float) and not isinstance(x, bool)

@@ -21,6 +21,7 @@ from attncc.ir.text import formula
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
 from attncc.passes.phases import phases
+from attncc.passes.running import without_running_sums
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
 from attncc.passes.trials import hidden_row, reads_outside
@@ -58,7 +59,7 @@ class Finding:
 def lint(graph: VariantGraph) -> tuple[Finding, ...]:
     """Everything that is found, errors first."""
     try:
-        main = phases(graph).main
+        main = without_running_sums(phases(graph).main)
     except UnsupportedError as error:
         return (Finding("error", error.reason, error.stage, error.span, error.remedy),)
     checks = [check for check in CHECKS if check is not hidden_rows or graph.dead_rows == "zero"]

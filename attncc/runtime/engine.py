@@ -206,7 +206,7 @@ class Engine:
         more = (bound.sizes.get("d_k"), problem.values)
         module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.form, *more)
         return Prepared(
-            module, schedule, _meta(schedule, problem, target), _options(dtype, precision, target), interpreted
+            module, schedule, _meta(schedule, problem, target), dot_options(dtype, precision, target), interpreted
         )
 
     def warm(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
@@ -435,7 +435,7 @@ def _meta(schedule: Schedule, problem: Problem, device: Device) -> dict[str, dic
     return schedule_meta(schedule, device)
 
 
-def _options(dtype: torch.dtype, precision: Precision, device: Device) -> dict[str, Any]:
+def dot_options(dtype: torch.dtype, precision: Precision, device: Device) -> dict[str, Any]:
     """The constants that every kernel takes besides its tiling."""
     dot = _DTYPES[dtype][1]
     if device.is_interpreter and dtype == torch.bfloat16:

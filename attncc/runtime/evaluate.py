@@ -93,7 +93,10 @@ class _Evaluator:
     def _compute(self, expr: Any) -> Tensor:
         kind = type(expr)
         if isinstance(expr, voc.Read):
-            return self._read(expr)
+            return self._read(expr, self.env[expr.input])
+        if isinstance(expr, voc.cumsum):
+            read = expr.args[0]
+            return self._read(read, self._float(self._tensor(self.env[read.input])).cumsum(expr.axis))
         if isinstance(expr, sympy.Symbol):
             return self._tensor(self.env[expr.name])
         if isinstance(expr, sympy.Integer):
@@ -154,8 +157,8 @@ class _Evaluator:
             return torch.pow(self._float(base), float(exponent))
         return torch.pow(self._float(base), self._float(self(exponent)))
 
-    def _read(self, read: voc.Read) -> Tensor:
-        tensor = self._tensor(self.env[read.input])
+    def _read(self, read: voc.Read, given: Tensor | int | float) -> Tensor:
+        tensor = self._tensor(given)
         if not tensor.is_floating_point():
             tensor = tensor.to(torch.int64)
         if not read.index:

@@ -15,6 +15,7 @@ from attncc.ir.formulas import stage_texts
 from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Root
+from attncc.runtime.explain_linear import linear_facts, linear_lines
 from attncc.runtime.explain_outputs import output_facts, output_lines
 from attncc.schedule import decode, hopper
 from attncc.schedule.cache import Cache
@@ -97,12 +98,13 @@ def facts(
         "sizes": dict(sizes),
         "scalars": numbers,
         "dtype": dtype,
-        "stages": stage_texts(graph),
+        "stages": stage_texts(plan.given),
         "passes": max(part.online.passes for part in plan.parts),
         "sweeps": [_sweep(part, number) for part in plan.parts for number in range(len(part.online.before))],
         "proof": [f"{_of(part)}{line}" for part in plan.parts for line in part.online.proof],
         "merge": {part.own(n): formula(f) for part in plan.parts for n, f in part.online.merge().items()},
         "backward": _backward(plan),
+        "linear": linear_facts(plan.given, sizes, dtype, device),
         "outputs": output_facts(graph),
         "origin": schedule.origin,
         "kernels": {
@@ -236,6 +238,7 @@ def text_of(found: Mapping[str, Any]) -> str:
         _section("merge of two parts of the keys: each accumulator is scaled, then added", _assigned(found["merge"])),
         _section("backward, derived", _backward_lines(found["backward"])),
     ]
+    parts.append(_section("in linear time", linear_lines(found["linear"])))
     if found["outputs"]:
         parts.append(_section("outputs, where a call asks for them", output_lines(found["outputs"])))
     origin = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +14,14 @@ from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.passes.phases import phases
+from attncc.passes.running import running_sums, without_running_sums
 from attncc.runtime import library
 from attncc.runtime.engine import Engine
 from attncc.runtime.explain import explain, explained_device, sizes_of
 from attncc.runtime.made import Maker
 from attncc.runtime.outputs_call import OutputsCall
 from attncc.runtime.reference import no_lse_of_branches
+from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
     auxiliary_names,
     bind,
@@ -58,14 +59,16 @@ class AttentionOp:
         )
         self._captured = tuple(d for d in graph.inputs if d.captured)
         self._constant = tuple(d for d in graph.inputs if not d.grad)
-        self._plain = without_captured(found.main)
+        self._main = found.main
+        self._sums = running_sums(found.main)
+        self._plain = without_running_sums(without_captured(found.main))
         # a normalizer that does not stream is refused here, not at the first call
         self.engine = Engine(self._plain.core, schedule, precision, backend)
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
         asked = (schedule, precision, backend)
         self._token = "" if asked == (None, None, "triton") else f":{asked}"
-        self._key = library.register(f"{graph.core.digest}{self._token}", self.engine)
+        self._key = library.register(f"{self.engine.graph.digest}{self._token}", self.engine)
         self._stored = self.plan.facts.stored
         self._calls: dict[tuple[str, ...], OutputsCall] = {}
 
@@ -94,11 +97,13 @@ class AttentionOp:
         if v is None or self.graph.value is not None:
             v = value_of(self.graph, k, v).detach()  # its gradient is part of that of k
         if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
-            q, k, v = _autocast(q, k, v)
+            q, k, v = autocast(q, k, v)
         if self._captured:
             inputs = with_captured(self._captured, q, k, inputs)
         for maker in self._makers:
             inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
+        if self._sums:
+            inputs = self._summed(k, inputs)
         traced = _is_traced(q, k, v)
         graph = self.engine.graph
         if self.graph.outputs:
@@ -129,6 +134,9 @@ class AttentionOp:
         else:
             results = self.engine.forward(bound, q, k, v)
         return results[0] if outputs == "out" else self._pick(results, outputs)
+
+    def _summed(self, k: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
+        return with_running_sums(self._sums, self._main, self._plain, inputs, k.shape[2] if k.dim() == 4 else 1)
 
     def _auxiliary(
         self, outputs: str | Sequence[str], inputs: dict[str, Any]
@@ -187,7 +195,7 @@ class AttentionOp:
         sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v, self.graph)
         device, precision = explained_device(target), self.engine.precision()
         cache, schedule, backend = Cache(), self._schedule, self._backend
-        plan = Plan(self.graph) if self.graph.outputs else self.plan
+        plan = Plan(self.graph) if self.graph is not self.engine.graph else self.plan
         return explain(plan, sizes, dtype, device, scalars, precision, cache, schedule=schedule, backend=backend)
 
     def torch_op(self, outputs: str | Sequence[str] = "out") -> Any:
@@ -209,6 +217,7 @@ class AttentionOp:
         inputs = with_captured(self._captured, q, k, inputs)
         for maker in self._makers:
             inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
+        inputs = self._summed(k, inputs) if self._sums else inputs
         call, inputs = self._auxiliary(outputs, inputs)
         if call is not None:
             return call.torch_args(q, k, v, scale, inputs)
@@ -238,38 +247,7 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]) 
     return any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
 
 
-def _autocast(*tensors: Tensor) -> list[Tensor]:
+def autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype that PyTorch's own attention casts them to under autocast."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
-
-
-def compile(
-    variant: Variant | VariantGraph | str | Path,
-    *,
-    backend: Backend | None = "triton",
-    schedule: Schedule | None = None,
-    precision: Precision | None = None,
-) -> AttentionOp:
-    """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file.
-
-    `backend` is "triton" or "gluon", the latter for the forward kernel on Hopper GPUs; where Gluon has no kernel for a
-    call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
-    `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
-    meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). Kernels are
-    generated and compiled at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if
-    it cannot be compiled yet.
-    """
-    if backend not in (None, *get_args(Backend)):
-        raise UnsupportedError(f"there is no backend '{backend}'", remedy=f"backends: {', '.join(get_args(Backend))}")
-    if precision not in (None, "ieee", "tf32"):
-        raise InputError(f"precision is {precision!r}", remedy="one of 'ieee', 'tf32'")
-    if isinstance(variant, str | Path):
-        variant = _named(variant)
-    graph = variant.graph if isinstance(variant, Variant) else variant
-    return AttentionOp(graph, schedule, precision, backend)
-
-
-def _named(spec: str | Path) -> Variant:
-    from attncc import variants
-
-    return load_toml(spec) if str(spec).endswith(".toml") else variants.get(str(spec))

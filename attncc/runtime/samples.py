@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attncc.ir.graph import HEAD_DIM, InputDecl, VariantGraph
 from attncc.ir.vocabulary import Read
+from attncc.passes.running import running_sums
 
 #: the size that a free dimension gets
 FREE_SIZE = 32
@@ -71,7 +72,8 @@ def sample_inputs(
     """Arguments for `graph`, the same on every device. No tensor requires a gradient.
 
     q, k, v are normal. An input with a default has it; another float input is normal, or within [0.5, 1.5] where the
-    formula divides by it, takes its logarithm or a root of it; vectors over the head dimension are about as long as 1;
+    formula divides by it, takes its logarithm or a root of it; what is summed along the tokens is in [-0.2, 0], as the
+    logs of gates are; vectors over the head dimension are about as long as 1;
     integers along the sequence are sorted ids, as documents
     have them, and others are lengths up to the number of keys. An int scalar whose default is longer than the sequence
     is a third of it, so that a window hides something.
@@ -91,6 +93,7 @@ def sample_inputs(
     k = sequence(shape.kv_heads, shape.kv_len, (1 if shape.shared_key else graph.branches) * d_qk)
     v = sequence(shape.kv_heads * shape.values, shape.kv_len, shape.d_v) if graph.value is None else None
     positive = _positive(graph)
+    gates = {s.of for s in running_sums(graph)}
     inputs: dict[str, Any] = {}
     for decl in graph.inputs:
         if decl.default is not None:
@@ -99,6 +102,8 @@ def sample_inputs(
             value = _integers(graph, decl, shape, generator)
         elif decl.name in positive:
             value = 0.5 + torch.rand(_size(graph, decl, shape), generator=generator)
+        elif decl.name in gates:
+            value = -0.2 * torch.rand(_size(graph, decl, shape), generator=generator)
         elif decl.name in graph.vectors:
             value = shape.d_qk**-0.5 * normal(*_size(graph, decl, shape))
         else:

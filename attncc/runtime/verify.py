@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.passes.cotangents import differentiable_outputs
+from attncc.runtime.linear import LinearOp
 from attncc.runtime.reference import evaluated, graph_of, largest_score, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import value_of
@@ -159,18 +161,41 @@ def verify_variant(
     """Compile `variant` (unless `op` is given), hold outputs and all gradients against the reference at each shape.
 
     Every call is made twice and compared bit for bit. lse is checked where the normalizer has one, auxiliary outputs
-    where the variant has them, and gradients where a backward can be derived.
+    where the variant has them, and gradients where a backward can be derived. A variant that is linear in time is
+    checked by each of its plans, those with a state at the shapes with as many queries as keys.
     """
     import attncc
 
+    chosen = shapes_for(device) if shapes is None else shapes
     op = attncc.compile(variant) if op is None else op
+    if not isinstance(op, LinearOp):
+        return _verified(variant, device, dtype, chosen, op, tf32)
+    rows = _verified(variant, device, dtype, chosen, op.parallel, tf32)
+    for plan in ("chunk", "recurrent"):
+        run = functools.partial(op, plan=plan)
+        same = [shape for shape in chosen if shape.q_len == shape.kv_len]
+        for row in _verified(variant, device, dtype, same, run, tf32, only_out=True):
+            rows.append(replace(row, check=replace(row.check, name=f"{row.check.name} ({plan})")))
+    return rows
+
+
+def _verified(
+    variant: Variant,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    shapes: Sequence[Shape],
+    op: Callable[..., Any],
+    tf32: bool,
+    only_out: bool = False,
+) -> list[Row]:
     auxiliary = tuple(o.name for o in variant.graph.outputs)
-    outputs = (*(("out", "lse") if _has_lse(variant.graph) else ("out",)), *auxiliary)
+    outputs: tuple[str, ...] = (*(("out", "lse") if _has_lse(variant.graph) else ("out",)), *auxiliary)
+    outputs = ("out",) if only_out else outputs
     derived = {name for name, refusal in differentiable_outputs(variant.graph).items() if refusal is None}
     constant = frozenset(auxiliary) - derived
     with_gradients = Plan(variant.graph).has_backward is None
     rows: list[Row] = []
-    for seed, shape in enumerate(shapes_for(device) if shapes is None else shapes):
+    for seed, shape in enumerate(shapes):
         sample = sample_inputs(variant.graph, shape, dtype, device, seed)
         differentiable = tuple(d.name for d in variant.graph.inputs if d.grad)
         asked = (outputs, differentiable, with_gradients, constant)

@@ -76,6 +76,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "gmm",
         "afa",
     ),
+    "linear": ("linear_attention", "retention", "lightning", "simple_gla"),
     "reductions": ("local_gaussian", "head_gates", "differential", "mla"),
 }
 _NAMES = tuple(name for members in FAMILIES.values() for name in members)

@@ -1,0 +1,68 @@
+"""Compile the kernels of a chunk plan for any GPU on any machine, and read what they cost."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import triton
+from triton.compiler import ASTSource
+
+from attncc.codegen.crosscompile import TYPES, CompiledKernel, gpu_target, kernel_names, resources
+from attncc.errors import UnsupportedError
+from attncc.schedule.device import Device
+from attncc.schedule.linear import LinearSchedule
+from attncc.schedule.problem import Dtype, Precision
+
+_TENSORS = ("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR")
+_FLAGS = ("HAS_STATE", "HAS_FIRST", "KEEP_STATE", "WANT_PRODUCT")
+
+
+def cross_compile_linear(
+    module: ModuleType, schedule: LinearSchedule, device: Device, dtype: Dtype, precision: Precision = "ieee"
+) -> dict[str, CompiledKernel]:
+    """Compile every kernel of a generated module for `device`, with a state coming in; no GPU is needed, nor used."""
+    found = {}
+    for name in kernel_names(module):
+        kernel = getattr(module, name)
+        meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), {"BLOCK": 1024, "CHUNK": 32, "num_warps": 4}))
+        options = {key: meta.pop(key) for key in ("num_warps", "num_stages") if key in meta}
+        constants: dict[str, Any] = {
+            **meta,
+            **dict.fromkeys(_FLAGS, True),
+            "PACKED": False,
+            "REVERSE": False,
+            "DOT": TYPES[dtype],
+            "PRECISION": precision if dtype == "fp32" else "ieee",
+            "FAST_MATH": dtype != "fp32" and device.backend == "cuda",
+        }
+        source = ASTSource(kernel, *_arguments(kernel, constants, dtype))
+        try:
+            result = triton.compile(source, target=gpu_target(device), options=options)
+        except Exception as error:
+            raise UnsupportedError(f"{name} does not compile for {device.target}: {error}") from error
+        found[name] = resources(name, result, device)
+    return found
+
+
+def _arguments(kernel: Any, constants: dict[str, Any], dtype: Dtype) -> tuple[Any, Any, Any]:
+    """Types, constants and alignments of a kernel's parameters, as a call with aligned tensors has them."""
+    signature: dict[str, str] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            values[(i,)] = constants[name]
+        elif name.endswith("_PTR"):
+            tables = ("SEGMENTS_PTR", "SEQUENCES_PTR")
+            signature[name] = "*" + (dtype if name in _TENSORS else "i32" if name in tables else "fp32")
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name == "constant":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name.startswith("stride_"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, values, attributes

@@ -1,0 +1,310 @@
+"""A chunk plan and its head dimensions to the source of a module: the kernels of `passes.linearize`'s form.
+
+One kernel does all the work. With s the decay between tokens, attention in linear time is
+
+    scan(a, b, c)_i = sum over the tokens j that i sees of (a_i . b_j) s_ij c_j
+
+and its gradients are the same sum over other operands, with a state of what lies before a token, or behind it:
+
+    out = scan(q, k, v)       dq = scan(dout, v, k)       dk = scan'(v, dout, q)       dv = scan'(k, q, dout)
+
+where scan' runs from the last token to the first. Each is rendered from one template with its own factors of tokens.
+A sequence is cut into segments that run side by side; what each adds to the state is found first (`states`, `dstates`)
+and linked from segment to segment (`link`), so that no state of a chunk is ever stored.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+
+from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.render import environment, tidy
+from attncc.ir import symbols as sym
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level
+from attncc.ir.text import to_text
+from attncc.passes.calculus import derivative
+from attncc.passes.fold import lower_exp
+from attncc.passes.linearize import TOTAL, Linear
+from attncc.version import __version__
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tensor as a kernel reads it: `dim` columns in a tile `width` wide, mapped by `lines` to `text` if at all."""
+
+    name: str
+    dim: int
+    head: str
+    lines: tuple[str, ...] | None = None
+    text: str = ""
+
+    @property
+    def width(self) -> int:
+        """The power of two, at least what a matmul takes, that holds all columns."""
+        return max(16, 1 << (self.dim - 1).bit_length())
+
+    @property
+    def partial(self) -> bool:
+        return self.width != self.dim
+
+
+@dataclass(frozen=True)
+class Role:
+    """One use of the scan. `rows`: the factors of tokens that it loads; a_row, b_row, c_row: those of its operands.
+
+    lift: the operands have a feature 1 besides, alpha for a and beta for b; total: the row sums are stored; last: what
+    stands in the state's last column; contracted: the sum over features is multiplied by `constant`. Where the sum runs
+    backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too.
+    """
+
+    name: str
+    doc: str
+    out: str
+    a: Tile
+    b: Tile
+    c: Tile
+    reverse: bool
+    decay: bool
+    rows: tuple[str, ...]
+    state_row: int
+    state_col: int
+    state_size: int
+    row_size: int
+    contracted: bool = False
+    scaled: str = ""
+    a_row: str = ""
+    b_row: str = ""
+    c_row: str = ""
+    lift: bool = False
+    alpha: str = ""
+    beta: str = "1.0"
+    total: bool = False
+    last: str = ""
+    product: bool = False
+    own: Tile | None = None
+    epilogue: tuple[str, ...] = ()
+
+    @property
+    def alpha_pair(self) -> str:
+        """What the feature 1 adds to a pair."""
+        left = f"{self.alpha}[:, None]" if self.alpha else ""
+        right = f"{self.beta}[None, :]" if self.beta != "1.0" else ""
+        return " * ".join(x for x in (left, right) if x)
+
+    @property
+    def alpha_state(self) -> str:
+        """What it adds to the sum over features."""
+        return f"{self.alpha}[:, None] * lifted[None, :]" if self.alpha else "lifted[None, :]"
+
+    @property
+    def alpha_count(self) -> str:
+        """And to that of the value 1."""
+        return f"{self.alpha} * count"
+
+
+@dataclass
+class LinearSlots:
+    """What the templates are filled with, for one plan and its head dimensions."""
+
+    graph: VariantGraph
+    plan: Linear
+    d_qk: int
+    d_v: int
+    helpers: set[str] = field(default_factory=set)
+
+    @property
+    def extra(self) -> tuple[int, int]:
+        """Rows and columns that the state has besides: those of the feature 1 and of the value 1."""
+        return int(self.plan.bias is not None), int(self.plan.total)
+
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """The state's features and values."""
+        return self.d_qk + self.extra[0], self.d_v + self.extra[1]
+
+    def tiles(self) -> dict[str, Tile]:
+        """q, k, v, do as the kernels read them."""
+        names: Counter[str] = Counter()
+        q, k = Tile("q", self.d_qk, "h"), Tile("k", self.d_qk, "h_kv")
+        return {
+            "q": self._mapped(q, self.plan.left, sym.Q_VEC, names),
+            "k": self._mapped(k, self.plan.right, sym.K_VEC, names),
+            "v": Tile("v", self.d_v, "h_kv"),
+            "do": Tile("do", self.d_v, "h"),
+        }
+
+    def _mapped(
+        self, tile: Tile, expr: sympy.Expr, vector: sympy.Symbol, names: Counter[str], leaf: str | None = None
+    ) -> Tile:
+        if expr == vector:
+            return tile
+        lines, text = self._tile(expr, vector, leaf or f"{tile.name}_raw", names)
+        return replace(tile, lines=lines, text=text)
+
+    def _tile(
+        self, expr: sympy.Expr, vector: sympy.Symbol, leaf: str, names: Counter[str]
+    ) -> tuple[tuple[str, ...], str]:
+        """Lines, and the text of a vector expression over the tile `leaf`."""
+        leaves = {vector.name: Leaf(leaf, Level.PAIR)}
+        scope = Lowering(self.graph, leaves, helpers=self.helpers, blank=f"tl.zeros_like({leaf})", _names=names)
+        lowered = lower_exp(expr)
+        scope.count([lowered])
+        text = scope.tile(lowered)
+        return (*scope.outer, *scope.body), text
+
+    def rows(self, *names: str) -> tuple[str, ...]:
+        """The factors of tokens among these, without those that are 1."""
+        return tuple(n for n in (*names, "step") if n and (n != "step" or self.plan.decay != "none"))
+
+    def row(self, name: str) -> str:
+        """The factor of the query or key, or of the gradient of out; "" where there is none."""
+        known = {
+            "row": self.plan.row != 1,
+            "col": self.plan.col != 1,
+            "weight": self.plan.total,
+            "alpha": self.plan.bias is not None,
+            "beta": self.plan.bias is not None,
+            "dtotal": self.plan.total,
+            "gain": self.plan.gain != 1,
+        }
+        return name if known[name] else ""
+
+    def roles(self, backward: bool = True) -> dict[str, Role]:
+        """The uses of the scan, by kernel."""
+        tiles, plan = self.tiles(), self.plan
+        size_q, size_v = self.state_shape
+        lift, total = plan.bias is not None, plan.total
+        common: dict[str, Any] = {
+            "decay": plan.decay != "none",
+            "state_size": size_q * size_v,
+            "row_size": size_v,
+        }
+        by_rows = {"state_row": size_v, "state_col": 1}
+        by_cols = {"state_row": 1, "state_col": size_v}
+        row, col, weight = self.row("row"), self.row("col"), self.row("weight")
+        alpha, beta, dtotal = self.row("alpha"), self.row("beta"), self.row("dtotal")
+        scaled = "" if plan.constant == 1 else f"{row} * constant" if row else "tl.where(live, constant, 0.0)"
+        q, k, v, do = (tiles[n] for n in ("q", "k", "v", "do"))
+        found = {
+            "forward": Role(
+                "forward", "out, by chunks of tokens and a state between them.", "out", q, k, v, False,
+                rows=self.rows(row, col, alpha, beta, self.row("gain")), contracted=True, a_row=row, b_row=col, lift=lift,
+                alpha=alpha, beta=beta or "1.0", total=total, last="1.0" if total else "",
+                epilogue=self._gained(), **by_rows, **common,
+            )
+        }  # fmt: skip
+        found["states"] = replace(
+            found["forward"],
+            name="states",
+            doc="What each segment adds to the state.",
+            rows=self.rows(col, beta),
+        )
+        if not backward:
+            return found
+        found["dq"] = Role(
+            "dq", "The gradient of q: the forward's sum over k, with dout.v as the weights.", "dq", do, v, k, False,
+            rows=self.rows(weight, row, col, dtotal), a_row=weight, c_row=col, lift=total,
+            alpha=dtotal, **by_cols, **common,
+        )  # fmt: skip
+        found["dk"] = Role(
+            "dk", "The gradient of k: a sum over the queries behind a token.", "dk", v, do, q, True,
+            rows=self.rows(weight, row, col, dtotal), b_row=weight, c_row="scaled" if scaled else row, scaled=scaled, lift=total,
+            beta=dtotal or "1.0", **by_cols, **common,
+        )  # fmt: skip
+        found["dv"] = Role(
+            "dv", "The gradient of v: the forward's sum, from the last token to the first.", "dv", k, q, do, True,
+            rows=self.rows(weight, row, col, alpha, beta), a_row=col, b_row="scaled" if scaled else row, scaled=scaled, c_row=weight,
+            lift=lift, alpha=beta, beta=alpha or "1.0", **by_rows, **common,
+        )  # fmt: skip
+        found["dstates"] = replace(
+            found["dv"],
+            name="dstates",
+            doc="What each segment adds to the gradient of the state, from the last token to the first.",
+            rows=self.rows(weight, row, alpha, dtotal),
+            last=dtotal,
+        )
+        for name, side, vector, factor in (("dq", "q", sym.Q_VEC, row), ("dk", "k", sym.K_VEC, col)):
+            map_ = plan.left if side == "q" else plan.right
+            product = plan.decay != "none" or bool(factor)
+            own = Tile("own", self.d_qk, tiles[side].head) if product or map_ != vector else None
+            lines = self._settled(map_, vector, factor, product)
+            if side == "q" and plan.constant != 1:
+                lines = ("out = out * constant", *lines)
+            found[name] = replace(found[name], product=product, own=own, epilogue=lines)
+        return found
+
+    def _gained(self) -> tuple[str, ...]:
+        """Lines that make out of the sum of weighted values."""
+        lines: list[str] = []
+        factors = []
+        if self.plan.total:
+            scope = Lowering(self.graph, {TOTAL.name: Leaf("total", Level.ROW)}, helpers=self.helpers)
+            lowered = lower_exp(self.plan.scale)
+            scope.count([lowered])
+            text = scope.hoisted(lowered)
+            lines += [*scope.outer, *scope.body]
+            factors.append(text)
+        if self.plan.gain != 1:
+            factors.append("gain")
+        lines += [f"out = out * {factor}[:, None]" for factor in factors]
+        return tuple(lines)
+
+    def _settled(self, map_: sympy.Expr, vector: sympy.Symbol, factor: str, product: bool) -> tuple[str, ...]:
+        """Lines that take the gradient of the features back to the vector, and note their product with it."""
+        lines: list[str] = []
+        names: Counter[str] = Counter({"choice": 8, "power": 8, "smaller": 8, "larger": 8, "product": 8, "shifted": 8})
+        mapped = map_ != vector
+        if product:
+            value: tuple[str, ...] = ()
+            text = "own"
+            if mapped:
+                value, text = self._tile(map_, vector, "own", names)
+            place = "PRODUCT_PTR + _wide(block) * stride_product + line + t"
+            lines.append("if WANT_PRODUCT:")
+            lines += [f"    {line}" for line in value]
+            lines.append(f"    tl.store({place}, tl.sum({text} * out, 1), mask=live)")
+        if factor:
+            lines.append(f"out = out * {factor}[:, None]")
+        if mapped:
+            found, text = self._tile(derivative(map_, vector), vector, "own", names)
+            lines += [*found, f"out = out * ({text})"]
+        return tuple(lines)
+
+
+def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
+    """The module's source. Sizes and schedules are arguments of its functions."""
+    slots = LinearSlots(graph, plan, d_qk, d_v)
+    roles = slots.roles()
+    env = environment()
+    context: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "slots": slots, "plan": plan, "roles": roles}
+    parts = []
+    for name in ("states", "dstates"):
+        parts.append(env.get_template("linear_states.py.j2").render({**context, "r": roles[name]}))
+    parts.append(env.get_template("linear_link.py.j2").render(context))
+    for name in ("forward", "dq", "dk", "dv"):
+        parts.append(env.get_template("linear_scan.py.j2").render({**context, "r": roles[name]}))
+    parts.append(env.get_template("linear_step.py.j2").render({**context, "r": roles["forward"]}))
+    if plan.total:
+        parts.append(env.get_template("linear_delta.py.j2").render(context))
+    parts.append(env.get_template("linear_host.py.j2").render(context))
+    slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
+    parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
+    parts.insert(0, _header(graph, plan, d_qk, d_v))
+    return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
+
+
+def _header(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
+    body = textwrap.indent(to_text(graph), "    ")
+    proof = "\n".join(f"    {line}" for line in plan.proof)
+    quotes = '"""'
+    return (
+        f"{quotes}Attention in linear time for '{graph.name}', head dimensions {d_qk} and {d_v}. "
+        f"Generated by attncc {__version__}.\n\n{body}\n\nThe linear form, as derived:\n\n{proof}\n{quotes}\n\n"
+        "import torch\nimport triton\nimport triton.language as tl"
+    )

@@ -1,0 +1,343 @@
+"""Is a variant linear in time? If its weights split into what the query makes and what the key makes, a state does.
+
+Attention costs N^2 because every pair has a weight of its own. Where the weight is a polynomial in a dot product, times
+factors of the row and of the column, times a decay exp(D_i - D_j) from token to token, the sum over the keys is a product
+with a state that is carried along:
+
+    out_i = G(total_i) * sum_{j <= i} (c a_i.b_j + alpha_i beta_j) exp(D_i - D_j) v_j        D_t = step_0 + ... + step_t
+    a_i = row_i * left(q_vec_i),  b_j = col_j * right(k_vec_j),  total_i = the same sum without v_j
+
+    state_t = exp(step_t) state_{t-1} + [b_t, beta_t] [v_t, 1]'        out_t = G(...) [c a_t, alpha_t] state_t
+
+`linearize` proves that form by algebra on the variant's formulas, factor by factor, and refuses with the name of the
+first factor that does not split. Nothing looks at what a variant is called.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import sympy
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, join, level
+from attncc.ir.similarity import kind_of
+from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read, absolute, cumsum, detach, to_float
+from attncc.passes.similarity import similarity
+from attncc.passes.stream import Online, stream
+
+#: a token, query and key at once, where the mask is causal
+T = sym.KV_IDX
+#: total_i: the row's sum of weights, without G
+TOTAL = sympy.Symbol("total", real=True)
+
+Decay = Literal["none", "head", "token"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The chunk plan of a variant: the form above, as expressions.
+
+    left over q_vec, right over k_vec: vectors, component by component; constant (c): the same for the whole call;
+    row, col: of a token (over `T` where causal; a query's over q_idx otherwise), 1 where there is no such factor;
+    bias: (alpha, beta) or None; step: log of what a token leaves of the state, None without decay; total: whether G
+    reads TOTAL; G = gain * scale, where gain is a token's and scale is over TOTAL alone. proof: the steps, for `explain`.
+    """
+
+    causal: bool
+    left: sympy.Expr
+    right: sympy.Expr
+    constant: sympy.Expr
+    row: sympy.Expr
+    col: sympy.Expr
+    bias: tuple[sympy.Expr, sympy.Expr] | None
+    step: sympy.Expr | None
+    gain: sympy.Expr
+    scale: sympy.Expr
+    proof: tuple[str, ...]
+
+    @property
+    def decay(self) -> Decay:
+        """What the decay of the state depends on."""
+        if self.step is None:
+            return "none"
+        return "token" if T in self.step.free_symbols else "head"
+
+    @property
+    def total(self) -> bool:
+        """Does the output depend on the row's sum of weights?"""
+        return TOTAL in self.scale.free_symbols
+
+
+@dataclass(frozen=True)
+class _Monomial:
+    """coefficient (of the program) * row * col * exp(exponent) of a power of a dot product."""
+
+    row: sympy.Expr
+    col: sympy.Expr
+    decay: sympy.Expr
+
+
+def linearize(graph: VariantGraph) -> Linear:
+    """The chunk plan of a graph, or UnsupportedError with the factor that does not split."""
+    if graph.branches > 1:
+        _refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
+    if any(s.op == "max" for s in graph.rows):
+        text = formula(graph["weight"].expr)
+        _refuse(graph, "weight", f"'{text}' has the row maximum in it, and an exponential of the score does not split")
+    if graph.value is not None:
+        _refuse(graph, "out", "v is a part of k, whose gradient has both parts")
+    if any(s.expr.has(detach) for s in graph.stages):
+        _refuse(graph, "weight", "a part of it is held constant for the gradient")
+    found = similarity(graph)
+    core = found.core
+    for stage in graph.sums_d:
+        if kind_of(stage) in ("pair", "band"):
+            _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
+    for stage in graph.sums_d:
+        if kind_of(stage) in ("q_term", "k_term"):
+            _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) is summed before the features are known")
+    causal = _mask(graph)
+    online = stream(core)
+    if online.passes > 1:
+        _refuse(graph, "weight", f"it takes {online.passes} passes over the keys")
+    proof = [f"mask = {formula(graph['mask'].expr)}: " + ("a prefix of the keys" if causal else "every key")]
+    weight = _weight(core, online.numerator.term)
+    monomials = _monomials(graph, weight, causal)
+    decays = {m.decay for terms in monomials.values() for m in terms}
+    if len(decays) > 1:
+        texts = " and ".join(sorted(f"exp({formula(d)})" for d in decays))
+        _refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
+    decay = decays.pop()
+    degrees = {sum(n for _, n in power): power for power in monomials}
+    if max(degrees) > 1:
+        _refuse(
+            graph, "weight", f"'{formula(weight)}' has degree {max(degrees)} in the score, whose state is Dqk^2 x Dv"
+        )
+    dots = [power[0][0] for power in monomials if power]
+    if len(dots) != 1:
+        what = f"the dot products {', '.join(map(str, dots))}, a state each" if dots else "no dot product"
+        _refuse(graph, "weight", f"'{formula(weight)}' has {what}")
+    dot = dots[0]
+    left, right = next(((d.left, d.right) for d in found.dots if d.symbol == dot), (sym.Q_VEC, sym.K_VEC))
+    row, col = _factored(graph, monomials[((dot, 1),)])
+    constant, row = _program(row)
+    bias = _factored(graph, monomials[()]) if () in monomials else None
+    proof.append(
+        f"weight*total = {formula(weight)}: of degree 1 in {dot}"
+        if bias is None
+        else f"weight*total = {formula(weight)}: {dot} to the power 1, and 0"
+    )
+    if dot != sym.QK:
+        proof.append(f"{dot} = sum_d(({formula(left)}) * ({formula(right)})): features of the query, and of the key")
+    if (row, col) != (1, 1):
+        proof.append(f"factors: ({formula(constant * row)}) of the query * ({formula(col)}) of the key")
+    step = None
+    if decay != 0:
+        step = _step(graph, decay)
+        proof.append(f"decay = exp(D[i] - D[j]) with D[t] = {formula(decay)} at t = kv_idx")
+        proof.append(f"D[t] - D[t-1] = {formula(step)}: the log of what token t leaves of the state")
+    gain, scale = _scale(graph, online, causal)
+    if scale == 1:  # what is no part of a row sum joins the query's factor
+        more, rest = _program(gain)
+        constant, row, gain = constant * more, row * rest, sympy.S.One
+        bias = None if bias is None else (bias[0] * more * rest, bias[1])
+    plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, ())
+    return Linear(*(getattr(plan, f) for f in _FIELDS[:-1]), (*proof, *_recurrence(plan)))
+
+
+_FIELDS = tuple(Linear.__dataclass_fields__)
+
+
+def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
+    shown = {"raw_score": "similarity", "weight": "normalizer", "out": "reduction"}.get(stage, stage)
+    raise UnsupportedError(
+        f"no linear-time form: {reason}",
+        stage=shown,
+        span=graph[stage].span if stage in graph else None,
+        remedy="a weight is linear where it is a polynomial of degree 1 in a dot product, times f(query) * g(key); "
+        "plan='parallel' computes any weight in quadratic time",
+    )
+
+
+def _mask(graph: VariantGraph) -> bool:
+    """True for a causal mask, False where every key is visible."""
+    mask = graph["mask"].expr
+    if mask is sympy.true:
+        return False
+    ends = sym.Q_IDX + sym.KV_LEN - sym.Q_LEN
+    if mask in (sympy.Le(sym.KV_IDX, ends), sympy.Le(sym.KV_IDX, sym.Q_IDX), sympy.Ge(sym.Q_IDX, sym.KV_IDX)):
+        return True
+    _refuse(graph, "mask", f"'{formula(mask)}' shows neither every key nor the keys up to the query")
+
+
+def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
+    """What multiplies v, over dot products and inputs, in a form that algebra sees through."""
+    score = core["score"].expr.xreplace({sym.RAW_SCORE: core["raw_score"].expr})
+    weight = term.xreplace({sym.SCORE: score})
+    weight = weight.replace(lambda e: isinstance(e, to_float) and e.args[0].is_integer, lambda e: e.args[0])
+    # gamma ** (i - j) is a decay, too
+    return weight.replace(
+        lambda e: e.is_Pow and e.base is not sympy.E and level(e.exp) != Level.PROGRAM,
+        lambda e: sympy.exp(e.exp * sympy.log(e.base)),
+    )
+
+
+def _monomials(
+    graph: VariantGraph, weight: sympy.Expr, causal: bool
+) -> dict[tuple[tuple[sympy.Symbol, int], ...], list[_Monomial]]:
+    """The weight multiplied out: for each power of dot products the terms that it has."""
+    found: dict[tuple[tuple[sympy.Symbol, int], ...], list[_Monomial]] = defaultdict(list)
+    for term in sympy.Add.make_args(sympy.expand(weight, log=False, basic=False, power_exp=False)):
+        powers: list[tuple[sympy.Symbol, int]] = []
+        row, col, exponent = sympy.S.One, sympy.S.One, sympy.S.Zero
+        for factor in sympy.Mul.make_args(term):
+            base, power = factor.as_base_exp()
+            at = level(factor)
+            if isinstance(factor, sympy.exp):
+                exponent += factor.args[0]
+            elif at == Level.COL:
+                col *= factor
+            elif at != Level.PAIR:
+                row *= factor
+            elif isinstance(base, sympy.Symbol) and power.is_Integer and power > 0:
+                powers.append((base, int(power)))
+            else:
+                _refuse(graph, "weight", f"the factor '{formula(factor)}' depends on query and key together")
+        row, col, decay = _exponent(graph, exponent, row, col, causal)
+        found[tuple(sorted(powers, key=str))].append(_Monomial(row, col, decay))
+    return found
+
+
+def _exponent(
+    graph: VariantGraph, exponent: sympy.Expr, row: sympy.Expr, col: sympy.Expr, causal: bool
+) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
+    """exp(exponent) as factors of the row and of the column, and D(t) of a decay exp(D(i) - D(j)), 0 if none."""
+    if causal:
+        exponent = exponent.replace(absolute, _distance)
+    parts: dict[Level, sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
+    for term in sympy.Add.make_args(sympy.expand(exponent, log=False, power_exp=False)):
+        parts[level(term)] += term
+    if parts[Level.PAIR] != 0:
+        text = formula(sympy.exp(parts[Level.PAIR]))
+        _refuse(graph, "weight", f"the factor '{text}' depends on query and key together")
+    row *= sympy.exp(parts[Level.PROGRAM])
+    of_query, of_key = parts[Level.ROW], parts[Level.COL]
+    if not causal or of_query == 0 or of_key == 0:
+        row, of_key_factor = _token(row * sympy.exp(of_query), causal), col * sympy.exp(of_key)
+        return row, of_key_factor, sympy.S.Zero
+    decay = _token(of_query, causal)
+    rest = sympy.expand(decay + of_key)
+    if T in rest.free_symbols:
+        return _token(row, causal), col * sympy.exp(rest), decay
+    return _token(row, causal) * sympy.exp(rest), col, decay
+
+
+def _distance(x: sympy.Expr) -> sympy.Expr:
+    """abs of a distance that a causal mask has the sign of."""
+    settled = sympy.expand(x.subs(sym.Q_LEN, sym.KV_LEN))
+    for sign in (1, -1):
+        if settled == sign * (sym.Q_IDX - sym.KV_IDX):
+            return sign * x
+    return absolute(x)
+
+
+def _token(expr: sympy.Expr, causal: bool) -> sympy.Expr:
+    """A query's expression over T, where queries and keys are the same tokens."""
+    if not causal:
+        return expr
+    return sympy.expand(expr.subs({sym.Q_LEN: sym.KV_LEN}).subs({sym.Q_IDX: T}), log=False, power_exp=False)
+
+
+def _factored(graph: VariantGraph, terms: list[_Monomial]) -> tuple[sympy.Expr, sympy.Expr]:
+    """A sum of row * col as one product (row's, column's)."""
+    if len(terms) == 1:
+        return terms[0].row, terms[0].col
+    rows, cols = {m.row for m in terms}, {m.col for m in terms}
+    if len(cols) == 1:
+        return sympy.Add(*(m.row for m in terms)), cols.pop()
+    if len(rows) == 1:
+        return rows.pop(), sympy.Add(*(m.col for m in terms))
+    total = sympy.factor(sympy.Add(*(m.row * m.col for m in terms)))
+    _refuse(graph, "weight", f"the factor '{formula(total)}' is no product of a query's and a key's part")
+
+
+def _program(row: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """A factor as (a number of the whole call, the rest)."""
+    constant, rest = sympy.S.One, sympy.S.One
+    for f in sympy.Mul.make_args(row):
+        varies = {s.name for s in f.free_symbols} & {"b", "h", "h_kv", "q_idx", "kv_idx"}
+        if varies or f.atoms(Read):
+            rest *= f
+        else:
+            constant *= f
+    return constant, rest
+
+
+def _step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
+    """D(t) - D(t-1). A running sum's own step is the element that it adds at t."""
+    earlier: dict[Any, Any] = {}
+    for node in decay.atoms(cumsum):
+        if not isinstance(node.args[0].index[node.axis], sympy.Symbol):
+            _refuse(graph, "weight", f"'{formula(node)}' is not read at the token itself")
+        earlier[node] = node - node.args[0]
+    bare = {node: sympy.Dummy("sum", real=True) for node in earlier}
+    moved = decay.xreplace(bare).subs(T, T - 1).xreplace({bare[node]: e for node, e in earlier.items()})
+    step = sympy.expand(decay - moved, log=False, power_exp=False)
+    if step.atoms(cumsum):
+        _refuse(graph, "weight", f"the decay exp({formula(decay)}) is not a sum of what each token adds")
+    return step
+
+
+def _scale(graph: VariantGraph, online: Online, causal: bool) -> tuple[sympy.Expr, sympy.Expr]:
+    """G as (what is a token's, what is over TOTAL): every row sum is a multiple of the sum of the weights."""
+    scale = online.coefficient * online.scale
+    for running in online.sums:
+        if running.symbol not in scale.free_symbols:
+            continue
+        ratio = sympy.cancel(sympy.expand(online.numerator.term) / sympy.expand(running.term))
+        if join(level(ratio), Level.ROW) != Level.ROW:
+            _refuse(
+                graph,
+                "weight",
+                f"row.sum({formula(running.term)}) is no multiple of the sum of '{formula(online.numerator.term)}'",
+            )
+        scale = scale.subs(running.symbol, TOTAL / ratio)
+    gain, rest = sympy.S.One, sympy.S.One
+    for factor in sympy.Mul.make_args(scale):
+        if TOTAL in factor.free_symbols:
+            rest *= factor
+        else:
+            gain *= factor
+    if rest.free_symbols - {TOTAL}:
+        _refuse(graph, "weight", f"'{formula(rest)}' has the row sum and other values in one factor")
+    return _token(gain, causal), rest
+
+
+def _recurrence(plan: Linear) -> tuple[str, ...]:
+    """The recurrent form in words of the formula."""
+    factor = {"none": "", "head": f"exp({_show(plan.step)}) * ", "token": f"exp({_show(plan.step)}) * "}[plan.decay]
+    key = "k" if plan.right == sym.K_VEC else "f(k)"
+    query = "q" if plan.left == sym.Q_VEC else "f(q)"
+    ones = ("[{}, 1]" if plan.bias else "{}").format(key), "[v, 1]" if plan.total else "v"
+    read = f"{query} state_t" if not plan.bias else f"[{query}, 1] state_t"
+    if not plan.causal:
+        return (f"state = sum over the keys of {ones[0]} {ones[1]}'", f"out_t = {_times(plan)}{read}")
+    return (
+        f"state_t = {factor}state_(t-1) + {ones[0]} {ones[1]}'",
+        f"out_t = {_times(plan)}{read}",
+    )
+
+
+def _times(plan: Linear) -> str:
+    factor = plan.gain * plan.scale * plan.constant * plan.row
+    return "" if factor == 1 else f"({formula(factor)}) * "
+
+
+def _show(expr: sympy.Expr | None) -> str:
+    return "" if expr is None else formula(expr)

@@ -1,0 +1,66 @@
+"""`attncc.compile`: a variant as a PyTorch operator, by whichever plans it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from attncc.errors import InputError, UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.language.textform import load_toml
+from attncc.language.variant import Variant
+from attncc.passes.linearize import Linear, linearize
+from attncc.runtime.linear import LinearOp, PlanName
+from attncc.runtime.op import AttentionOp
+from attncc.schedule.problem import Backend, Precision, Schedule
+
+
+def compile(
+    variant: Variant | VariantGraph | str | Path,
+    *,
+    backend: Backend | None = "triton",
+    schedule: Schedule | None = None,
+    precision: Precision | None = None,
+    plan: PlanName = "auto",
+) -> Any:
+    """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file. An AttentionOp; a LinearOp
+    where the variant has a form in linear time, as `attncc explain` shows.
+
+    `backend` is "triton" or "gluon", the latter for the forward kernel on Hopper GPUs; where Gluon has no kernel for a
+    call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
+    `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
+    meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). `plan` is "auto",
+    "parallel" (all pairs), "chunk" or "recurrent", see `LinearOp`; a fixed schedule is one of all pairs. Kernels are
+    generated and compiled at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if
+    it cannot be compiled yet.
+    """
+    if backend not in (None, *get_args(Backend)):
+        raise UnsupportedError(f"there is no backend '{backend}'", remedy=f"backends: {', '.join(get_args(Backend))}")
+    if precision not in (None, "ieee", "tf32"):
+        raise InputError(f"precision is {precision!r}", remedy="one of 'ieee', 'tf32'")
+    if isinstance(variant, str | Path):
+        variant = _named(variant)
+    graph = variant.graph if isinstance(variant, Variant) else variant
+    parallel = AttentionOp(graph, schedule, precision, backend)
+    linear = _linear(graph, plan) if schedule is None else None
+    return parallel if linear is None else LinearOp(graph, linear, parallel, plan, precision)
+
+
+def _linear(graph: VariantGraph, plan: PlanName) -> Linear | None:
+    """The form in linear time where a call may use it. UnsupportedError where `plan` asks for one that there is not."""
+    if plan not in get_args(PlanName):
+        raise InputError(f"plan is {plan!r}", remedy=f"one of {', '.join(get_args(PlanName))}")
+    if plan == "parallel":
+        return None
+    try:
+        return linearize(graph)
+    except UnsupportedError:
+        if plan != "auto":
+            raise
+        return None
+
+
+def _named(spec: str | Path) -> Variant:
+    from attncc import variants
+
+    return load_toml(spec) if str(spec).endswith(".toml") else variants.get(str(spec))

@@ -1,0 +1,49 @@
+"""What `explain` says of a variant's form in linear time: its proof, or the factor that does not split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attncc.errors import UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.passes.linearize import linearize
+from attncc.schedule.device import Device
+from attncc.schedule.linear import LinearSizes, crossover, linear_schedule, linear_us, quadratic_us
+from attncc.schedule.problem import Dtype
+
+
+def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, device: Device) -> dict[str, Any]:
+    """The chunk plan as plain JSON values, times in microseconds; {"none": why} where there is none."""
+    try:
+        plan = linearize(graph)
+    except UnsupportedError as error:
+        return {"none": error.reason.removeprefix("no linear-time form: ")}
+    call = LinearSizes(dtype, sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"], sizes["d_v"])
+    schedule = linear_schedule(call, device)
+    return {
+        "proof": list(plan.proof),
+        "causal": plan.causal,
+        "decay": plan.decay,
+        "state": [sizes["d_qk"] + int(plan.bias is not None), sizes["d_v"] + int(plan.total)],
+        "chunk": schedule.chunk,
+        "span": schedule.span,
+        "crossover": crossover(call, device),
+        "us": linear_us(call, device),
+        "quadratic_us": quadratic_us(call, device),
+    }
+
+
+def linear_lines(found: Mapping[str, Any]) -> list[str]:
+    """The facts as text."""
+    if "none" in found:
+        return [f"none: {found['none']}"]
+    rows, cols = found["state"]
+    lines = [*found["proof"], f"state: {rows} x {cols} float32 a head"]
+    if not found["causal"]:
+        return [*lines, "no kernel is generated for a state of every key yet: calls compute all pairs"]
+    return [
+        *lines,
+        f"chunks of {found['chunk']} tokens, segments of {found['span']}: {found['us']:.0f} us forward, predicted; all "
+        f"pairs {found['quadratic_us']:.0f} us; by chunks from {found['crossover']} tokens on",
+    ]

@@ -1,0 +1,163 @@
+"""A variant that is linear in time as a PyTorch operator: one spec, three plans, a state in and a state out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from attncc.errors import InputError, UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.passes.linearize import Linear
+from attncc.runtime import linear_library as library
+from attncc.runtime.linear_engine import DTYPES, LinearEngine
+from attncc.runtime.linear_rows import constant_of, token_rows
+from attncc.runtime.op import AttentionOp, autocast
+from attncc.runtime.shapes import bind, output_names
+from attncc.schedule.device import device_of
+from attncc.schedule.linear import LinearSizes, choose_plan
+from attncc.schedule.problem import Precision
+
+PlanName = Literal["auto", "parallel", "chunk", "recurrent"]
+
+
+class LinearOp:
+    """A compiled variant whose weights split. Call it as an AttentionOp; besides, a call may hand a state in and out.
+
+    plan: "parallel" computes every pair, in quadratic time; "chunk" goes by chunks of tokens and a state; "recurrent"
+    goes token after token; "auto" takes what the cost model finds fastest for the call. All give the same values.
+    """
+
+    def __init__(
+        self,
+        graph: VariantGraph,
+        linear: Linear,
+        parallel: AttentionOp,
+        plan: PlanName = "auto",
+        precision: Precision | None = None,
+    ):
+        self.graph, self.linear, self.parallel = graph, linear, parallel
+        self.choice: PlanName = plan
+        self.engine = LinearEngine(graph, linear, precision)
+        self._key = library.register(f"{graph.digest}:{precision}", self.engine)
+
+    def __repr__(self) -> str:
+        return f"<LinearOp {self.graph.name} {self.graph.digest} plan={self.choice}>"
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        outputs: str | Sequence[str] = "out",
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        chunk_size: int | None = None,
+        plan: PlanName | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """out (B, Hq, N, Dv) in q's dtype; with `output_final_state` the pair (out, state).
+
+        A state is float32 (B, Hq, Dqk, Dv): what the tokens so far left, the sum of decayed k v'. Where the variant
+        divides by its row sums there is one more column, for the value 1, and where the weight has a part that is free
+        of the score one more row, for the feature 1. It receives and passes on gradients.
+        cu_seqlens (sequences + 1,) int: q, k, v are (1, H, total, D), sequences packed one behind the other; each has
+        a state of its own, (sequences, Hq, Dqk, Dv). chunk_size: tokens a chunk, 16, 32, 64 or 128. Outputs besides
+        `out` are those of the quadratic plan. Raises InputError where tensors do not match, UnsupportedError where the
+        plan cannot do what the call asks.
+        """
+        if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
+            q, k, v = autocast(q, k, v)
+        names = output_names(outputs, self.graph)
+        stateful = initial_state is not None or output_final_state
+        needs_linear = stateful or cu_seqlens is not None
+        chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
+        if chosen == "parallel":
+            return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
+        bound = bind(self.graph, q, k, v, scale, inputs)
+        self._check_state(q, v, initial_state, cu_seqlens)
+        rows = token_rows(self.graph, self.linear, bound, q.device)
+        constant = constant_of(self.linear, bound)
+        out, _, last = library.forward_op(
+            *(
+                q,
+                k,
+                v,
+                rows,
+                constant,
+                initial_state,
+                cu_seqlens,
+                chosen == "recurrent",
+                chunk_size,
+                output_final_state,
+            ),
+            self._key,
+        )
+        return (out, last) if output_final_state else out
+
+    def _chosen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: PlanName,
+        names: tuple[str, ...],
+        needs_linear: bool,
+        cu_seqlens: Tensor | None,
+    ) -> PlanName:
+        """The plan of a call, or why there is none."""
+        if plan not in get_args(PlanName):
+            raise InputError(f"plan is {plan!r}", remedy=f"one of {', '.join(get_args(PlanName))}")
+        refusal = self._refusal(q, k, v, names)
+        if plan == "auto":
+            if refusal is not None:
+                plan = "parallel"
+            elif needs_linear:
+                plan = "recurrent" if q.shape[2] == 1 else "chunk"
+            else:
+                sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), *q.shape[:3], q.shape[3], v.shape[3])
+                return choose_plan(sizes, device_of(q.device))  # type: ignore[return-value]
+        if plan == "parallel" and needs_linear:
+            reason = refusal or "the quadratic plan has no state and no packed sequences"
+            raise UnsupportedError(reason, remedy="use plan='chunk' or plan='recurrent'")
+        if plan != "parallel" and refusal is not None:
+            raise UnsupportedError(refusal, remedy="plan='parallel' computes it")
+        return plan
+
+    def _refusal(self, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, ...]) -> str | None:
+        """Why a call has no plan but the quadratic one, if that is so."""
+        if names != ("out",):
+            return f"the output '{next(n for n in names if n != 'out')}' is one of pairs, which a state does not keep"
+        if not self.linear.causal:
+            return "every query sees every key, for which no kernel with a state is generated yet"
+        if v.dim() == 4 and k.dim() == 4 and v.shape[1] != k.shape[1]:
+            return f"{k.shape[1]} heads of k meet {v.shape[1]} of v"
+        if q.dim() == 4 and k.dim() == 4 and q.shape[2] != k.shape[2]:
+            return f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens"
+        return None
+
+    def _check_state(self, q: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        if initial is None:
+            return
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        wanted = (sequences, q.shape[1], *self.engine.state_shape(q.shape[3], v.shape[3]))
+        if tuple(initial.shape) != wanted or initial.dtype != torch.float32 or initial.device != q.device:
+            raise InputError(
+                f"initial_state is {initial.dtype} {tuple(initial.shape)} on {initial.device}",
+                remedy=f"pass torch.float32 {wanted} on {q.device}, or None for zeros",
+            )
+        if not initial.is_contiguous():
+            raise InputError("initial_state is not contiguous", remedy="pass initial_state.contiguous()")
+
+    def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
+        """The generated module of the chunk plan for these head dimensions."""
+        return self.engine.source(d_qk, d_qk if d_v is None else d_v)
+
+    def explain(self, *args: Any, **options: Any) -> str:
+        """What `AttentionOp.explain` says, the linear form and its proof among it; the arguments are the same."""
+        return self.parallel.explain(*args, **options)

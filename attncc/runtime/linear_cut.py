@@ -1,0 +1,64 @@
+"""Sequences cut into segments: what the kernels of a chunk plan are told of the lengths of a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.errors import InputError
+
+
+def sequence_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
+    """Where each packed sequence begins, and the end. InputError where that is not so for tensors of this shape."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
+        raise InputError("cu_seqlens is not a tensor of at least 2 integers", remedy="pass the sums of the lengths")
+    if batch != 1:
+        raise InputError(f"packed sequences need a batch of 1, got {batch}", remedy="q, k, v are (1, H, total, D)")
+    ends = [int(x) for x in cu_seqlens.tolist()]
+    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        raise InputError(f"cu_seqlens {ends} does not rise from 0 to the {length} tokens of q")
+    return ends
+
+
+def cut_evenly(batch: int, length: int, span: int) -> dict[str, Any]:
+    """Sequences of one length, in segments of `span` tokens."""
+    per_sequence = max(1, -(-length // span))
+    return {
+        "span": span,
+        "per_sequence": per_sequence,
+        "count": batch * per_sequence,
+        "sequences": batch,
+        "segments": None,
+        "firsts": None,
+        "lengths": None,
+    }
+
+
+def cut_packed(ends: list[int], span: int, device: torch.device) -> dict[str, Any]:
+    """Packed sequences: a segment lies within one of them."""
+    segments: list[int] = []
+    firsts = [0]
+    for lo, hi in zip(ends, ends[1:], strict=False):
+        for start in range(lo, hi, span):
+            segments += (start, min(start + span, hi))
+        firsts.append(len(segments) // 2)
+    tables = [torch.tensor(x, dtype=torch.int32, device=device) for x in (segments or [0, 0], firsts, ends)]
+    return {
+        "span": span,
+        "per_sequence": 0,
+        "count": len(segments) // 2,
+        "sequences": len(ends) - 1,
+        "segments": tables[0],
+        "firsts": tables[1],
+        "lengths": tables[2],
+    }
+
+
+def reversed_cumsum(x: Tensor, ends: list[int] | None) -> Tensor:
+    """The sum of a token and all behind it in its sequence, over the last dimension."""
+    if ends is None:
+        return x.flip(-1).cumsum(-1).flip(-1)
+    parts = x.split([b - a for a, b in zip(ends, ends[1:], strict=False)], -1)
+    return torch.cat([p.flip(-1).cumsum(-1).flip(-1) for p in parts], -1)

@@ -1,0 +1,207 @@
+"""Runs the chunk plan of one variant: makes and loads its module for a call's head dimensions, cuts, launches."""
+
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.codegen.linear import LinearSlots, render_linear
+from attncc.errors import UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.passes.linearize import Linear
+from attncc.resources import fingerprint
+from attncc.runtime.engine import dot_options, load_module, on_device
+from attncc.runtime.linear_cut import cut_evenly, cut_packed, reversed_cumsum, sequence_lengths
+from attncc.runtime.linear_rows import row_names, weight_and_slope
+from attncc.schedule.cache import Cache, cache_key
+from attncc.schedule.device import device_of
+from attncc.schedule.linear import LinearSchedule, LinearSizes, linear_schedule
+from attncc.schedule.problem import Dtype, Precision
+
+DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class LinearEngine:
+    """The generated kernels of one chunk plan, for every device, dtype and size that calls bring."""
+
+    def __init__(self, graph: VariantGraph, plan: Linear, precision: Precision | None = None):
+        self.graph, self.plan = graph, plan
+        self.names = row_names(plan)
+        self._precision = precision
+        self._cache = Cache()
+        self._sources: dict[tuple[int, int], str] = {}
+        self._modules: dict[tuple[int, int, bool], ModuleType] = {}
+        self._lock = threading.RLock()
+
+    def source(self, d_qk: int, d_v: int) -> str:
+        """The generated module's text for these head dimensions, from the disk cache where it lies there."""
+        with self._lock:
+            if (d_qk, d_v) not in self._sources:
+                self._sources[d_qk, d_v] = self._cached_source(d_qk, d_v)
+            return self._sources[d_qk, d_v]
+
+    def _cached_source(self, d_qk: int, d_v: int) -> str:
+        facts = {"digest": self.graph.digest, "name": self.graph.name}
+        name = cache_key(kind="linear", d_qk=d_qk, d_v=d_v, code=fingerprint(), **facts)
+        found = self._cache.get(name)
+        if found is not None and isinstance(found.get("text"), str):
+            return str(found["text"])
+        text = render_linear(self.graph, self.plan, d_qk, d_v)
+        self._cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
+        return text
+
+    def module(self, d_qk: int, d_v: int, interpreted: bool) -> ModuleType:
+        """The generated module, loaded for the compiler or for the interpreter."""
+        with self._lock:
+            key = (d_qk, d_v, interpreted)
+            if key not in self._modules:
+                self._modules[key] = load_module(self.source(d_qk, d_v), self.graph.name, interpreted, self._cache)
+            return self._modules[key]
+
+    def state_shape(self, d_qk: int, d_v: int) -> tuple[int, int]:
+        """The state's features and values: those of q and v, and one more each where the plan has them."""
+        return LinearSlots(self.graph, self.plan, d_qk, d_v).state_shape
+
+    def precision(self) -> Precision:
+        """How float32 operands meet in a matmul: as asked for, else as PyTorch's own matmuls do."""
+        if self._precision is not None:
+            return self._precision
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+    def sizes(self, q: Tensor, v: Tensor, ends: list[int] | None) -> LinearSizes:
+        """A call as the scheduler sees it."""
+        batch, heads, length, d_qk = q.shape
+        if ends is not None:
+            batch, length = len(ends) - 1, max((b - a for a, b in zip(ends, ends[1:], strict=False)), default=0)
+        return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3])
+
+    def _prepare(
+        self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
+    ) -> tuple[Any, list[int] | None, LinearSchedule, dict[str, Any], dict[str, Any]]:
+        """The module, where sequences end, the schedule, the cut, and the constants of all kernels."""
+        if q.device.type not in ("cuda", "cpu"):
+            raise UnsupportedError(
+                f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
+            )
+        device = device_of(q.device)
+        ends = None if cu_seqlens is None else sequence_lengths(cu_seqlens, q.shape[0], q.shape[2])
+        schedule = linear_schedule(self.sizes(q, v, ends), device, chunk)
+        if ends is None:
+            cut = cut_evenly(q.shape[0], q.shape[2], schedule.span)
+        else:
+            cut = cut_packed(ends, schedule.span, q.device)
+        module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
+        return module, ends, schedule, cut, dot_options(q.dtype, self.precision(), device)
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: list[Tensor],
+        constant: float,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        stepwise: bool,
+        chunk: int | None,
+        want_last: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """out, the row totals or None, and the last state or None."""
+        module, _, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
+        run = module.step if stepwise else module.forward
+        named = dict(zip(self.names, rows, strict=True))
+        with on_device(q.device):
+            found: tuple[Tensor, Tensor | None, Tensor | None] = run(
+                q, k, v, named, constant, initial, want_last, cut, schedule.kernels, options
+            )
+        return found
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: list[Tensor],
+        constant: float,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        chunk: int | None,
+        out: Tensor,
+        total: Tensor | None,
+        last: Tensor | None,
+        dout: Tensor,
+        dlast: Tensor | None,
+        wanted: list[bool],
+        want_initial: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+        """dq, dk, dv, that of the initial state, and those of the factors of tokens that are wanted."""
+        module, ends, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
+        named = dict(zip(self.names, rows, strict=True))
+        wants = dict(zip(self.names, wanted, strict=True))
+        self._refuse(wants)
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        given = dict(named)
+        delta = None
+        with on_device(q.device):
+            if total is not None:
+                delta = module.delta(out, dout)
+                given["weight"], slope = weight_and_slope(self.plan, total, named.get("gain"))
+                given["dtotal"] = delta * slope
+            of_queries = wants.get("row", False) or wants.get("step", False)
+            of_keys = wants.get("col", False) or wants.get("step", False)
+            dq, dk, dv, dinitial, of_q, of_k = module.backward(
+                *(q, k, v, given, constant, initial, dout, None if dlast is None else dlast.contiguous()),
+                *(want_initial or (dlast is not None and wants.get("step", False)), (of_queries, of_keys)),
+                *(cut, schedule.kernels, options),
+            )
+        found: dict[str, Tensor] = {}
+        of_q, of_k = (None if x is None else x.sum(0) for x in (of_q, of_k))
+        if wants.get("row"):
+            found["row"] = of_q
+        if wants.get("col"):
+            found["col"] = of_k
+        if wants.get("gain") and delta is not None:
+            found["gain"] = delta / named["gain"]
+        if wants.get("step"):
+            found["step"] = self._dstep(named, of_q, of_k, ends, last, dlast)
+        return dq, dk, dv, dinitial if want_initial else None, [found.get(n) for n in self.names]
+
+    def _dstep(
+        self,
+        rows: dict[str, Tensor],
+        of_q: Tensor,
+        of_k: Tensor,
+        ends: list[int] | None,
+        last: Tensor | None,
+        dlast: Tensor | None,
+    ) -> Tensor:
+        """The gradient of the decay's steps: what lies behind a token reads what lies before it through its step.
+
+        A query's a.da counts every pair that it is part of, a key's b.db likewise; the steps of pairs within what lies
+        behind cancel. The last state reads all that lies before through every step.
+        """
+        of_q = of_q * rows["row"] if "row" in rows else of_q
+        of_k = of_k * rows["col"] if "col" in rows else of_k
+        found = reversed_cumsum(of_q - of_k, ends)
+        if last is None or dlast is None:
+            return found
+        of_last = (last * dlast).sum((2, 3))
+        if ends is None:
+            return found + of_last[:, :, None]
+        counts = torch.tensor([b - a for a, b in zip(ends, ends[1:], strict=False)], device=found.device)
+        return found + of_last.repeat_interleave(counts, 0).T[None]
+
+    def _refuse(self, wants: dict[str, bool]) -> None:
+        bias = wants.get("alpha") or wants.get("beta") or (self.plan.bias is not None and wants.get("step"))
+        if bias:
+            raise UnsupportedError(
+                "the part of the weight that is free of the score has a gradient that is not derived yet",
+                remedy="plan='parallel' has it, in quadratic time",
+            )
+
+
+__all__ = ["DTYPES", "LinearEngine"]
