@@ -57,7 +57,7 @@ def compare(
     """
     head = {"case": case.name, **shape.row(), **(label or {})}
     try:
-        op = ac.compile(case.variant)
+        op = ac.compile(case.variant, plan="parallel")
         check = against_reference(op, case, shape)
         return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check, gluon)
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it

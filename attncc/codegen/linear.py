@@ -185,43 +185,86 @@ class LinearSlots:
             "state_size": size_q * size_v,
             "row_size": size_v,
         }
-        by_rows = {"state_row": size_v, "state_col": 1}
-        by_cols = {"state_row": 1, "state_col": size_v}
-        row, col, weight = self.row("row"), self.row("col"), self.row("weight")
-        alpha, beta, dtotal = self.row("alpha"), self.row("beta"), self.row("dtotal")
+        by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
+        by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, **common}
+        row, col, weight, gain = (self.row(name) for name in ("row", "col", "weight", "gain"))
+        alpha, beta, dtotal = (self.row(name) for name in ("alpha", "beta", "dtotal"))
         scaled = "" if plan.constant == 1 else f"{row} * constant" if row else "tl.where(live, constant, 0.0)"
+        of_query = "scaled" if scaled else row
         q, k, v, do = (tiles[n] for n in ("q", "k", "v", "do"))
-        found = {
-            "forward": Role(
-                "forward", "out, by chunks of tokens and a state between them.", "out", q, k, v, False,
-                rows=self.rows(row, col, alpha, beta, self.row("gain")), contracted=True, a_row=row, b_row=col, lift=lift,
-                alpha=alpha, beta=beta or "1.0", total=total, last="1.0" if total else "",
-                epilogue=self._gained(), **by_rows, **common,
-            )
-        }  # fmt: skip
-        found["states"] = replace(
-            found["forward"],
-            name="states",
-            doc="What each segment adds to the state.",
-            rows=self.rows(col, beta),
+        forward = Role(
+            name="forward",
+            doc="out, by chunks of tokens and a state between them.",
+            out="out",
+            a=q,
+            b=k,
+            c=v,
+            reverse=False,
+            rows=self.rows(row, col, alpha, beta, gain),
+            contracted=True,
+            a_row=row,
+            b_row=col,
+            lift=lift,
+            alpha=alpha,
+            beta=beta or "1.0",
+            total=total,
+            last="1.0" if total else "",
+            epilogue=self._gained(),
+            **by_rows,
         )
+        states = replace(forward, name="states", doc="What each segment adds to the state.", rows=self.rows(col, beta))
+        found = {"forward": forward, "states": states}
         if not backward:
             return found
         found["dq"] = Role(
-            "dq", "The gradient of q: the forward's sum over k, with dout.v as the weights.", "dq", do, v, k, False,
-            rows=self.rows(weight, row, col, dtotal), a_row=weight, c_row=col, lift=total,
-            alpha=dtotal, **by_cols, **common,
-        )  # fmt: skip
+            name="dq",
+            doc="The gradient of q: the forward's sum over k, with dout.v as the weights.",
+            out="dq",
+            a=do,
+            b=v,
+            c=k,
+            reverse=False,
+            rows=self.rows(weight, row, col, dtotal),
+            a_row=weight,
+            c_row=col,
+            lift=total,
+            alpha=dtotal,
+            **by_cols,
+        )
         found["dk"] = Role(
-            "dk", "The gradient of k: a sum over the queries behind a token.", "dk", v, do, q, True,
-            rows=self.rows(weight, row, col, dtotal), b_row=weight, c_row="scaled" if scaled else row, scaled=scaled, lift=total,
-            beta=dtotal or "1.0", **by_cols, **common,
-        )  # fmt: skip
+            name="dk",
+            doc="The gradient of k: a sum over the queries behind a token.",
+            out="dk",
+            a=v,
+            b=do,
+            c=q,
+            reverse=True,
+            rows=self.rows(weight, row, col, dtotal),
+            scaled=scaled,
+            b_row=weight,
+            c_row=of_query,
+            lift=total,
+            beta=dtotal or "1.0",
+            **by_cols,
+        )
         found["dv"] = Role(
-            "dv", "The gradient of v: the forward's sum, from the last token to the first.", "dv", k, q, do, True,
-            rows=self.rows(weight, row, col, alpha, beta), a_row=col, b_row="scaled" if scaled else row, scaled=scaled, c_row=weight,
-            lift=lift, alpha=beta, beta=alpha or "1.0", **by_rows, **common,
-        )  # fmt: skip
+            name="dv",
+            doc="The gradient of v: the forward's sum, from the last token to the first.",
+            out="dv",
+            a=k,
+            b=q,
+            c=do,
+            reverse=True,
+            rows=self.rows(weight, row, col, alpha, beta),
+            scaled=scaled,
+            a_row=col,
+            b_row=of_query,
+            c_row=weight,
+            lift=lift,
+            alpha=beta,
+            beta=alpha or "1.0",
+            **by_rows,
+        )
         found["dstates"] = replace(
             found["dv"],
             name="dstates",

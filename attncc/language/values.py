@@ -387,7 +387,7 @@ def running_sum(x: Any) -> Value:
     if expr.is_integer:
         fail(f"'{formula(expr)}' is an integer; only a float input has a running sum", "declare the input as float")
     along = [i for i in expr.index if i.free_symbols & voc.TOKENS]
-    if len(along) != 1 or voc.TOKENS <= along[0].free_symbols:
+    if len(along) != 1 or along[0].free_symbols >= voc.TOKENS:
         fail(f"'{formula(expr)}' has not one index along the tokens", "read it by kv_idx, or by the query's position")
     return Value(voc.cumsum(expr))
 

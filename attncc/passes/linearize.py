@@ -1,8 +1,8 @@
 """Is a variant linear in time? If its weights split into what the query makes and what the key makes, a state does.
 
 Attention costs N^2 because every pair has a weight of its own. Where the weight is a polynomial in a dot product, times
-factors of the row and of the column, times a decay exp(D_i - D_j) from token to token, the sum over the keys is a product
-with a state that is carried along:
+factors of the row and of the column, times a decay exp(D_i - D_j) from token to token, the sum over the keys is a
+product with a state that is carried along:
 
     out_i = G(total_i) * sum_{j <= i} (c a_i.b_j + alpha_i beta_j) exp(D_i - D_j) v_j        D_t = step_0 + ... + step_t
     a_i = row_i * left(q_vec_i),  b_j = col_j * right(k_vec_j),  total_i = the same sum without v_j
@@ -16,7 +16,7 @@ first factor that does not split. Nothing looks at what a variant is called.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import sympy
@@ -46,7 +46,7 @@ class Linear:
     left over q_vec, right over k_vec: vectors, component by component; constant (c): the same for the whole call;
     row, col: of a token (over `T` where causal; a query's over q_idx otherwise), 1 where there is no such factor;
     bias: (alpha, beta) or None; step: log of what a token leaves of the state, None without decay; total: whether G
-    reads TOTAL; G = gain * scale, where gain is a token's and scale is over TOTAL alone. proof: the steps, for `explain`.
+    reads TOTAL; G = gain * scale, where gain is a token's and scale is over TOTAL alone; proof: the steps.
     """
 
     causal: bool
@@ -107,7 +107,8 @@ def linearize(graph: VariantGraph) -> Linear:
     if online.passes > 1:
         _refuse(graph, "weight", f"it takes {online.passes} passes over the keys")
     proof = [f"mask = {formula(graph['mask'].expr)}: " + ("a prefix of the keys" if causal else "every key")]
-    weight = _weight(core, online.numerator.term)
+    base = _base(graph, online)
+    weight = _weight(core, base)
     monomials = _monomials(graph, weight, causal)
     decays = {m.decay for terms in monomials.values() for m in terms}
     if len(decays) > 1:
@@ -142,16 +143,13 @@ def linearize(graph: VariantGraph) -> Linear:
         step = _step(graph, decay)
         proof.append(f"decay = exp(D[i] - D[j]) with D[t] = {formula(decay)} at t = kv_idx")
         proof.append(f"D[t] - D[t-1] = {formula(step)}: the log of what token t leaves of the state")
-    gain, scale = _scale(graph, online, causal)
+    gain, scale = _scale(graph, online, base, causal)
     if scale == 1:  # what is no part of a row sum joins the query's factor
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One
         bias = None if bias is None else (bias[0] * more * rest, bias[1])
     plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, ())
-    return Linear(*(getattr(plan, f) for f in _FIELDS[:-1]), (*proof, *_recurrence(plan)))
-
-
-_FIELDS = tuple(Linear.__dataclass_fields__)
+    return replace(plan, proof=(*proof, *_recurrence(plan)))
 
 
 def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
@@ -294,20 +292,31 @@ def _step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
     return step
 
 
-def _scale(graph: VariantGraph, online: Online, causal: bool) -> tuple[sympy.Expr, sympy.Expr]:
-    """G as (what is a token's, what is over TOTAL): every row sum is a multiple of the sum of the weights."""
-    scale = online.coefficient * online.scale
-    for running in online.sums:
-        if running.symbol not in scale.free_symbols:
-            continue
-        ratio = sympy.cancel(sympy.expand(online.numerator.term) / sympy.expand(running.term))
-        if join(level(ratio), Level.ROW) != Level.ROW:
+def _base(graph: VariantGraph, online: Online) -> sympy.Expr:
+    """What TOTAL is the sum of: the term of a row sum that the output is divided by, else what multiplies v."""
+    used = [r for r in online.sums if r.symbol in (online.coefficient * online.scale).free_symbols]
+    for running in used:
+        if _multiple(online.numerator.term, running.term) is None:
             _refuse(
                 graph,
                 "weight",
                 f"row.sum({formula(running.term)}) is no multiple of the sum of '{formula(online.numerator.term)}'",
             )
-        scale = scale.subs(running.symbol, TOTAL / ratio)
+    return used[0].term if used else online.numerator.term
+
+
+def _multiple(term: sympy.Expr, of: sympy.Expr) -> sympy.Expr | None:
+    """term / of where that is the same for a whole row, else None."""
+    ratio = sympy.cancel(sympy.expand(term) / sympy.expand(of))
+    return ratio if join(level(ratio), Level.ROW) == Level.ROW else None
+
+
+def _scale(graph: VariantGraph, online: Online, base: sympy.Expr, causal: bool) -> tuple[sympy.Expr, sympy.Expr]:
+    """G as (what is a token's, what is over TOTAL)."""
+    scale = online.coefficient * online.scale * _multiple(online.numerator.term, base)
+    for running in online.sums:
+        if running.symbol in scale.free_symbols:
+            scale = scale.subs(running.symbol, TOTAL * _multiple(running.term, base))
     gain, rest = sympy.S.One, sympy.S.One
     for factor in sympy.Mul.make_args(scale):
         if TOTAL in factor.free_symbols:

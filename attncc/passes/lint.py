@@ -257,8 +257,14 @@ def unbounded_masks(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def _score_extent(graph: VariantGraph) -> Extent:
-    """What the score stage can give, for any raw score: tanh caps it."""
-    return extent(graph["score"].expr, numbers(graph))
+    """What the score stage can give, for any q and k: tanh caps it, and features may be positive."""
+    known = numbers(graph)
+    for stage in graph.sums_d:
+        summand = extent(stage.expr, known)
+        positive = summand.positive
+        known[sympy.Symbol(stage.name, real=True)] = Extent(0 if summand.lo >= 0 else -INF, INF, positive=positive)
+    known[sym.RAW_SCORE] = extent(graph["raw_score"].expr, known)
+    return extent(graph["score"].expr, known)
 
 
 def _stage_of(stage: Stage) -> str:

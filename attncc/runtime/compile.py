@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
@@ -22,7 +22,7 @@ def compile(
     schedule: Schedule | None = None,
     precision: Precision | None = None,
     plan: PlanName = "auto",
-) -> Any:
+) -> AttentionOp | LinearOp:
     """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file. An AttentionOp; a LinearOp
     where the variant has a form in linear time, as `attncc explain` shows.
 

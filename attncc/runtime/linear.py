@@ -120,7 +120,8 @@ class LinearOp:
             elif needs_linear:
                 plan = "recurrent" if q.shape[2] == 1 else "chunk"
             else:
-                sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), *q.shape[:3], q.shape[3], v.shape[3])
+                batch, heads, length, d_qk = q.shape
+                sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), batch, heads, length, d_qk, v.shape[3])
                 return choose_plan(sizes, device_of(q.device))  # type: ignore[return-value]
         if plan == "parallel" and needs_linear:
             reason = refusal or "the quadratic plan has no state and no packed sequences"

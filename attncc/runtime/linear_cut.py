@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ def sequence_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
     if batch != 1:
         raise InputError(f"packed sequences need a batch of 1, got {batch}", remedy="q, k, v are (1, H, total, D)")
     ends = [int(x) for x in cu_seqlens.tolist()]
-    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
         raise InputError(f"cu_seqlens {ends} does not rise from 0 to the {length} tokens of q")
     return ends
 
@@ -40,7 +41,7 @@ def cut_packed(ends: list[int], span: int, device: torch.device) -> dict[str, An
     """Packed sequences: a segment lies within one of them."""
     segments: list[int] = []
     firsts = [0]
-    for lo, hi in zip(ends, ends[1:], strict=False):
+    for lo, hi in pairwise(ends):
         for start in range(lo, hi, span):
             segments += (start, min(start + span, hi))
         firsts.append(len(segments) // 2)
@@ -60,5 +61,5 @@ def reversed_cumsum(x: Tensor, ends: list[int] | None) -> Tensor:
     """The sum of a token and all behind it in its sequence, over the last dimension."""
     if ends is None:
         return x.flip(-1).cumsum(-1).flip(-1)
-    parts = x.split([b - a for a, b in zip(ends, ends[1:], strict=False)], -1)
+    parts = x.split([b - a for a, b in pairwise(ends)], -1)
     return torch.cat([p.flip(-1).cumsum(-1).flip(-1) for p in parts], -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -76,7 +77,7 @@ class LinearEngine:
         """A call as the scheduler sees it."""
         batch, heads, length, d_qk = q.shape
         if ends is not None:
-            batch, length = len(ends) - 1, max((b - a for a, b in zip(ends, ends[1:], strict=False)), default=0)
+            batch, length = len(ends) - 1, max((b - a for a, b in pairwise(ends)), default=0)
         return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3])
 
     def _prepare(
@@ -158,7 +159,7 @@ class LinearEngine:
                 *(want_initial or (dlast is not None and wants.get("step", False)), (of_queries, of_keys)),
                 *(cut, schedule.kernels, options),
             )
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         of_q, of_k = (None if x is None else x.sum(0) for x in (of_q, of_k))
         if wants.get("row"):
             found["row"] = of_q
@@ -173,8 +174,8 @@ class LinearEngine:
     def _dstep(
         self,
         rows: dict[str, Tensor],
-        of_q: Tensor,
-        of_k: Tensor,
+        of_q: Any,
+        of_k: Any,
         ends: list[int] | None,
         last: Tensor | None,
         dlast: Tensor | None,
@@ -186,13 +187,13 @@ class LinearEngine:
         """
         of_q = of_q * rows["row"] if "row" in rows else of_q
         of_k = of_k * rows["col"] if "col" in rows else of_k
-        found = reversed_cumsum(of_q - of_k, ends)
+        found: Tensor = reversed_cumsum(of_q - of_k, ends)
         if last is None or dlast is None:
             return found
         of_last = (last * dlast).sum((2, 3))
         if ends is None:
             return found + of_last[:, :, None]
-        counts = torch.tensor([b - a for a, b in zip(ends, ends[1:], strict=False)], device=found.device)
+        counts = torch.tensor([b - a for a, b in pairwise(ends)], device=found.device)
         return found + of_last.repeat_interleave(counts, 0).T[None]
 
     def _refuse(self, wants: dict[str, bool]) -> None:

@@ -89,11 +89,9 @@ def backward_op(
 ) -> list[Tensor]:
     """dq, dk, dv, that of the initial state, then those of the rows; empty where they are not wanted."""
     engine = _engines[key]
-    dq, dk, dv, dinitial, drows = engine.backward(
-        *(q, k, v, rows, constant, initial, cu_seqlens, chunk, out),
-        *(total if engine.plan.total else None, last if last.numel() else None),
-        *(dout, dlast, wanted, want_initial),
-    )
+    row_totals, last_state = total if engine.plan.total else None, last if last.numel() else None
+    call = (q, k, v, rows, constant, initial, cu_seqlens, chunk, out, row_totals, last_state, dout, dlast)
+    dq, dk, dv, dinitial, drows = engine.backward(*call, wanted, want_initial)
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (dq, dk, dv, dinitial, *drows)]
 
 

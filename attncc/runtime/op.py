@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from attncc.codegen.plan import Plan
-from attncc.errors import InputError, UnsupportedError
+from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
-from attncc.language.textform import load_toml
-from attncc.language.variant import Variant
 from attncc.passes.phases import phases
 from attncc.passes.running import running_sums, without_running_sums
 from attncc.runtime import library

@@ -1,4 +1,4 @@
-"""How a call in linear time is cut: tokens a chunk and a segment, columns a program; and from which length it is worth it.
+"""How a call in linear time is cut: tokens a chunk and a segment, columns a program; and when it is worth it.
 
 Nothing here is measured yet on a GPU but the resources of the kernels, which are counted when they are cross-compiled.
 """
@@ -53,7 +53,10 @@ def _tiling(width: int, columns: int, chunk: int, dtype: Dtype, device: Device) 
     if not device.is_interpreter:
         while block > 16 and _shared(width, block, chunk, dtype) > device.smem_per_block:
             block //= 2
-    warps = 8 if _padded(width) * max(block, chunk) >= STATE else 4
+    # before Hopper accumulators and operands share a thread's registers
+    large = STATE if device.target in ("sm_90", "sm_100") else STATE // 2
+    threads = 256 if _padded(width) * max(block, chunk) >= large else 128
+    warps = 4 if device.is_interpreter else threads // device.warp_size
     meta = {"CHUNK": chunk, "BLOCK": block, "num_warps": warps}
     stages = 2 if _shared(width, block, chunk, dtype, 2) <= device.smem_per_block else 1
     return {**meta, "num_stages": stages}
@@ -76,7 +79,7 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
         raise InputError(f"chunk_size is {chunk!r}", remedy="one of 16, 32, 64, 128")
     qk = _tiling(sizes.d_qk, sizes.d_v, chunk, sizes.dtype, device)
     v = _tiling(sizes.d_v, sizes.d_qk, chunk, sizes.dtype, device)
-    kernels: dict[str, dict[str, int]] = {name: qk for name in ("forward", "states", "dv", "dstates")}
+    kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dv", "dstates"), qk)
     kernels |= {"dq": v, "dk": v}
     kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 8192 // _padded(sizes.d_qk))), "num_warps": 4}
     chunks = -(-sizes.length // chunk)

@@ -19,6 +19,7 @@ NAMES = (
     "memory",
     "outputs",
     "determinism",
+    "linear",
     "sweep",
 )
 

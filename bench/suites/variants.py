@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import attncc as ac
+from attncc.passes.running import running_sums
 from bench import area
 from bench.case import Case, Shape, Tensors
 from bench.compare import compare, table
@@ -41,6 +42,7 @@ def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
     """Values for every tensor that a shipped variant declares: its default, else fresh ones by its index pattern."""
     sizes = {"b": shape.b, "h": shape.h, "h_kv": shape.hkv, "q_idx": shape.m, "kv_idx": shape.n}
     dims = {**sizes, **({"d": shape.d} if variant.graph.vectors else {})}
+    gates = {s.of for s in running_sums(variant.graph)}
     made: Tensors = {}
     for decl in variant.graph.inputs:
         size = [dims.get(dim, FREE) for dim in decl.pattern]
@@ -50,6 +52,8 @@ def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
             made[decl.name] = (torch.arange(shape.n, device=device, dtype=torch.int32) // DOCUMENT).expand(size).clone()
         elif decl.dtype == "int":
             made[decl.name] = torch.full(size, PREFIX, device=device, dtype=torch.int32)
+        elif decl.name in gates:  # logs of what a token leaves of a state
+            made[decl.name] = -torch.rand(size, device=device)
         elif "kv_idx" in decl.pattern:  # one bias for all sequences, as models have it
             shared = [1 if dim == "b" else extent for dim, extent in zip(decl.pattern, size, strict=True)]
             made[decl.name] = torch.randn(shared, device=device, dtype=shape.dtype)

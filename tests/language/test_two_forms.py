@@ -140,6 +140,21 @@ SHIPPED |= {
     "afa": AFA + "\n".join(f"{name} = {H_GRAD}" for name in ("rate", "sigma2", "eta2", "gamma2", "nu", "tau")),
 }
 SHIPPED |= TEXTS
+ELU1 = "(relu({0}) + exp(minimum(0, {0})))"
+RATES = f"[stages]\nscore = 'score * exp(rates[h] * ({POSITION} - kv_idx))'\n{CAUSAL}\nnormalizer = 'identity'\n"
+SHIPPED |= {
+    "linear_attention": (
+        f"[stages]\nsimilarity = 'dot({ELU1.format('q_vec')}, {ELU1.format('k_vec')})'\n{CAUSAL}\n"
+        "normalizer = 'score / row.sum(score)'"
+    ),
+    "retention": f"{RATES}[inputs]\nrates = {H_GRAD}",
+    "lightning": RATES.replace("[stages]\n", "[stages]\nsimilarity = 'dot(q_vec, k_vec)'\n")
+    + f"[inputs]\nrates = {H_GRAD}",
+    "simple_gla": (
+        f"[stages]\nscore = 'score * exp(cumsum(g[b, h, {POSITION}]) - cumsum(g[b, h, kv_idx]))'\n{CAUSAL}\n"
+        'normalizer = \'identity\'\n[inputs]\ng = { index = ["b", "h", "kv_idx"], grad = true }'
+    ),
+}
 AWKWARD = [
     (
         "constants",

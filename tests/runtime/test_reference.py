@@ -83,6 +83,17 @@ def implicit(weights: Callable[[Tensor], Tensor], t: Textbook) -> Tensor:
     return weights(t.s.masked_fill(~t.causal, -torch.inf))
 
 
+def decayed(t: Textbook, log: Tensor) -> Tensor:
+    return t.s * torch.where(t.causal, log, -torch.inf).exp()
+
+
+def gates_between(t: Textbook) -> Tensor:
+    """The sum of g over the tokens behind key j up to query i, token by token."""
+    tokens = torch.arange(t.j.numel())
+    between = (tokens > t.j[:, None]) & (tokens <= t.i[..., None])
+    return torch.einsum("bht,ijt->bhij", t["g"], between.to(t["g"].dtype))
+
+
 FORMULAS = {
     "full": lambda t: softmax(t.s),
     "causal": lambda t: softmax(t.s, t.causal),
@@ -110,6 +121,8 @@ FORMULAS = {
         implicit(lambda s: over_threshold(s, t["theta"][:, None, None], t.i < t["dense_keys"]), t),
         None,
     ),
+    "retention": lambda t: (decayed(t, t["rates"][:, None, None] * (t.i - t.j)), None),
+    "simple_gla": lambda t: (decayed(t, gates_between(t)), None),
     "qk_temperature": lambda t: softmax(t.s * t["tau"][..., None], t.causal),
 }
 

@@ -91,6 +91,9 @@ def test_inputs_and_defaults():
         "relative_bias": {"table": ("h", "distance")},
         "bico": {"far_q": ("b", "h", "q_idx", "d"), "far_k": ("b", "h_kv", "kv_idx", "d")},
         "differential": {"lam": ("h",)},
+        "retention": {"rates": ("h",)},
+        "lightning": {"rates": ("h",)},
+        "simple_gla": {"g": ("b", "h", "kv_idx")},
     }
 
 

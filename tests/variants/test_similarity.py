@@ -88,6 +88,18 @@ def afa(q, k, v, **inputs):
     return (p / torch.where(total > 0, total, 1) * carried) @ v
 
 
+def linear_attention(q, k, v):
+    i, j = positions(q, k)
+    p = torch.where(j <= i, (F.elu(q) + 1) @ (F.elu(k) + 1).mT, 0.0)
+    total = p.sum(-1, keepdim=True)
+    return (p / torch.where(total > 0, total, 1)) @ v
+
+
+def lightning(q, k, v, rates):
+    i, j = positions(q, k)
+    return torch.where(j <= i, (q @ k.mT) * torch.exp(rates[:, None, None] * (i - j).clamp(min=0)), 0.0) @ v
+
+
 BY_HAND = {
     "cosine": cosine,
     "squared_distance": squared_distance,
@@ -96,6 +108,8 @@ BY_HAND = {
     "gaussian_position": gaussian_position,
     "gmm": gmm,
     "afa": afa,
+    "linear_attention": linear_attention,
+    "lightning": lightning,
 }
 
 

@@ -1,0 +1,227 @@
+"""Attention in linear time beside flash-linear-attention: chunks forward and backward, long sequences, decoding."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import attncc as ac
+from bench import area
+from bench.case import Case, Shape, Tensors
+from bench.check import against_reference, relative_rms
+from bench.run import Run
+from bench.timing import Timing, race
+
+#: those of peers/README.md, so that figures can be laid beside it
+SHAPE = {"b": 2, "h": 16, "d": 128}
+LENGTHS = (8192, 2048, 32768)
+#: where the reference, which has every pair of a head in float64, checks a case
+CHECKED = 4096
+#: one sequence, ever longer: time and memory a token must not grow
+TOKENS = (8192, 32768, 131072, 524288)
+#: RMS(error) / RMS(expected) of two 16-bit kernels against each other
+PEER_TOLERANCE = 1e-2
+
+Peer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
+
+
+def gates(shape: Shape, device: str) -> Tensors:
+    """One gate a token and head, as logsigmoid makes them."""
+    generator = torch.Generator(device).manual_seed(3)
+    return {"g": F.logsigmoid(torch.randn(shape.b, shape.h, shape.n, generator=generator, device=device))}
+
+
+def rates(name: str) -> Callable[[Shape, str], Tensors]:
+    """The published rates of a variant that decays by head."""
+
+    def make(shape: Shape, device: str) -> Tensors:
+        default = ac.variants.get(name).graph.input("rates").default
+        assert default is not None
+        return {"rates": torch.tensor(default({"h": shape.h}), device=device)}
+
+    return make
+
+
+def peers() -> dict[str, Peer]:
+    """flash-linear-attention's function of each case, of (B, T, H, D) tensors; none where it is not installed."""
+    if find_spec("fla") is None:
+        return {}
+    from fla.ops.lightning_attn import chunk_lightning_attn
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.retention import chunk_retention
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        return F.elu(x) + 1
+
+    return {
+        "retention": lambda q, k, v, i: chunk_retention(q, k, v)[0],
+        "simple_gla": lambda q, k, v, i: chunk_simple_gla(q, k, v, i["g"].transpose(1, 2))[0],
+        "lightning": lambda q, k, v, i: chunk_lightning_attn(q, k, v, layer_idx=0, num_layers=24, scale=1.0)[0],
+        "linear_attention": lambda q, k, v, i: chunk_linear_attn(
+            features(q), features(k), v, scale=1.0, normalize=True
+        )[0],
+    }
+
+
+CASES = {
+    name: Case(name, ac.variants.get(name), area.causal, inputs=make, differentiable=wanted)
+    for name, make, wanted in (
+        ("retention", rates("retention"), ("rates",)),
+        ("simple_gla", gates, ("g",)),
+        ("lightning", rates("lightning"), ("rates",)),
+        ("linear_attention", lambda shape, device: {}, ()),
+    )
+}
+
+
+def moved(shape: Shape) -> int:
+    """Bytes of q, k, v read once and out written once."""
+    return 2 * shape.b * shape.n * (shape.h * (shape.d + shape.dv) + shape.hkv * (shape.d + shape.dv))
+
+
+def entry(timing: Timing, shape: Shape, passes: float) -> dict[str, float]:
+    """One contestant's figures: GB/s counts q, k, v and out `passes` times."""
+    gbps = passes * moved(shape) / timing.ms / 1e6
+    return {"ms": float(f"{timing.ms:.5g}"), "gbps": float(f"{gbps:.4g}"), "spread": round(timing.spread, 4)}
+
+
+def seq_first(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leaves laid out (B, T, H, D): we see them as views."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = [(shape.b, shape.n, h, d) for h, d in ((shape.h, shape.d), (shape.hkv, shape.d), (shape.hkv, shape.dv))]
+    q, k, v = (torch.randn(s, generator=generator, device="cuda", dtype=shape.dtype) for s in sizes)
+    k = F.normalize(k.float(), dim=-1).to(shape.dtype)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def measured(run: Run, results: Any, case: Case, length: int, theirs: Peer | None) -> list[dict[str, Any]]:
+    """Check a case, then time forward and backward beside the peer; one row a mode."""
+    shape = Shape(m=length, **SHAPE)
+    head = {"case": case.name, **shape.row()}
+    try:
+        op = ac.compile(case.variant, plan="chunk")
+        errors: dict[str, Any] = {"reference": against_reference(op, case, Shape(m=min(length, CHECKED), **SHAPE))}
+        q, k, v = seq_first(shape)
+        inputs = case.inputs(shape, "cuda")
+
+        def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = op(*(x.transpose(1, 2) for x in (q, k, v)), **inputs)
+            return out.transpose(1, 2)
+
+        calls = {"attncc": ours}
+        if theirs is not None:
+            calls["fla"] = lambda q, k, v: theirs(q, k, v, inputs)
+        outs: dict[str, torch.Tensor] = {}
+        broken: dict[str, str] = {}
+        for name, call in calls.items():
+            try:
+                outs[name] = call(q, k, v)
+            except Exception as error:
+                if name == "attncc":
+                    raise
+                broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        if "fla" in outs:
+            errors["fla"] = relative_rms(outs["attncc"].detach(), outs["fla"].detach())
+        grad = torch.randn_like(outs["attncc"])
+        modes = {
+            "forward": ({name: partial(calls[name], q, k, v) for name in outs}, 1.0),
+            "backward": ({n: partial(_backward, out, (q, k, v), grad) for n, out in outs.items()}, 2.0),
+        }
+        rows = []
+        for mode, (contestants, passes) in modes.items():
+            entries: dict[str, Any] = {}
+            for name, contestant in contestants.items():
+                try:  # a peer may refuse its backward on this machine
+                    contestant()
+                    entries[name] = None
+                except Exception as error:
+                    if name == "attncc":
+                        raise
+                    broken[f"{name} {mode}"] = f"{type(error).__name__}: {str(error)[:200]}"
+            timed = race({name: contestants[name] for name in entries})
+            entries = {name: entry(timing, shape, passes) for name, timing in timed.items()}
+            own = entries.pop("attncc")
+            ratio = {name: round(e["ms"] / own["ms"], 3) for name, e in entries.items()}
+            row = {**head, "mode": mode, "attncc": own, "peers": entries, "ratio": ratio}
+            rows.append(results.add(**row, broken=broken, check=errors))
+        return rows
+    except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
+        run.fail(results, f"{case.name} {shape}", error, **head)
+        return []
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _backward(out: torch.Tensor, leaves: tuple[torch.Tensor, ...], grad: torch.Tensor) -> Any:
+    return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def by_length(run: Run, results: Any) -> list[dict[str, Any]]:
+    """Nanoseconds and bytes a token of one sequence's forward, as it grows."""
+    op = ac.compile("simple_gla", plan="chunk")
+    rows = []
+    for length in run.take(list(TOKENS), quick=2):
+        shape = Shape(b=1, h=16, m=length, d=128)
+        with torch.no_grad():
+            q, k, v = (x.detach().transpose(1, 2) for x in seq_first(shape))
+            inputs = gates(shape, "cuda")
+            op(q, k, v, **inputs)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            timing = race({"attncc": partial(op, q, k, v, **inputs)})["attncc"]
+            peak = torch.cuda.max_memory_allocated() - before
+        row = {"case": "simple_gla, one sequence", **shape.row(), "ns_per_token": round(timing.ms * 1e6 / length, 2)}
+        rows.append(results.add(**row, ms=timing.ms, bytes_per_token=round(peak / length, 1)))
+        del q, k, v, inputs
+        torch.cuda.empty_cache()
+    return rows
+
+
+def decoding(run: Run, results: Any) -> dict[str, Any]:
+    """One token a sequence from a state: GB/s of the state, read and written."""
+    op = ac.compile("simple_gla", plan="recurrent")
+    b, h, d = 64, 16, 128
+    q, k, v = (torch.randn(b, h, 1, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    g = -torch.rand(b, h, 1, device="cuda")
+    state = torch.randn(b, h, d, d, device="cuda")
+    with torch.no_grad():
+        step = lambda: op(q, k, v, g=g, initial_state=state, output_final_state=True)
+        timing = race({"attncc": step})["attncc"]
+    gbps = 2 * state.numel() * 4 / timing.ms / 1e6
+    return dict(results.add(case="simple_gla, a step", B=b, Hq=h, Dqk=d, ms=timing.ms, gbps=round(gbps, 1)))
+
+
+def suite(run: Run) -> None:
+    """Run the suite."""
+    results = run.results("linear")
+    known = peers()
+    shown = []
+    for length in run.take(list(LENGTHS), quick=1):
+        for name in run.take(list(CASES), quick=2):
+            if run.out_of_time(results, f"{name} at {length}"):
+                break
+            shown += measured(run, results, CASES[name], length, known.get(name))
+    columns = ["case", "N", "mode", "ms", "GB/s", "fla ms", "/fla"]
+    lines = [
+        [
+            *(row["case"], str(row["N"]), row["mode"], f"{row['attncc']['ms']:.3f}", f"{row['attncc']['gbps']:.0f}"),
+            f"{row['peers']['fla']['ms']:.3f}" if "fla" in row["peers"] else "",
+            f"{row['ratio']['fla']:.2f}" if "fla" in row["ratio"] else "",
+        ]
+        for row in shown
+    ]
+    run.show(f"linear, {results.meta['gpu']}", columns, lines)
+    if not run.out_of_time(results, "long sequences"):
+        grown = [[str(r["N"]), str(r["ns_per_token"]), str(r["bytes_per_token"])] for r in by_length(run, results)]
+        run.show("one sequence", ["tokens", "ns a token", "bytes a token"], grown)
+        found = decoding(run, results)
+        run.show("decoding", ["case", "ms", "GB/s"], [[found["case"], f"{found['ms']:.4f}", str(found["gbps"])]])
+    results.write()

@@ -1,0 +1,184 @@
+"""Which formulas split, into what; which do not, and the factor that is named."""
+
+from __future__ import annotations
+
+import pytest
+
+import attncc as ac
+from attncc.errors import UnsupportedError
+from attncc.ir.text import formula
+from attncc.passes.linearize import linearize
+from attncc.passes.running import running_sums, without_running_sums
+
+
+def distance(q_idx, kv_idx, q_len, kv_len):
+    return q_idx + kv_len - q_len - kv_idx
+
+
+def variant(normalizer, mask=ac.causal, **options):
+    return ac.Variant(normalizer=normalizer, mask=mask, **options)
+
+
+HEAD = {"rate": ac.Input("h", grad=True)}
+TOKEN = {"g": ac.Input("b", "h", "kv_idx", grad=True)}
+POSITION = ("q_idx", "kv_idx", "q_len", "kv_len")
+
+
+def head_decay(score, h, rate, q_idx, kv_idx, q_len, kv_len):
+    return score * ac.exp(rate[h] * distance(q_idx, kv_idx, q_len, kv_len))
+
+
+def power(score, h, rate, q_idx, kv_idx, q_len, kv_len):
+    return score * rate[h] ** distance(q_idx, kv_idx, q_len, kv_len)
+
+
+def by_distance(score, h, rate, q_idx, kv_idx, q_len, kv_len):
+    return score * ac.exp(-rate[h] * ac.abs(distance(q_idx, kv_idx, q_len, kv_len)))
+
+
+def timed(score, b, h, rate, times, q_idx, kv_idx):
+    return score * ac.exp(rate[h] * (times[b, q_idx] - times[b, kv_idx]))
+
+
+def two_gates(score, b, h, g, rate, q_idx, kv_idx, q_len, kv_len):
+    i = q_idx + kv_len - q_len
+    return score * ac.exp(ac.cumsum(g[b, h, i]) - ac.cumsum(g[b, h, kv_idx]) - rate[h] * (i - kv_idx))
+
+
+def delayed(score, b, h, g, q_idx, kv_idx, q_len, kv_len):
+    """Read before the query's own gate: the last step is taken out again."""
+    i = q_idx + kv_len - q_len
+    return score * ac.exp(ac.cumsum(g[b, h, i]) - g[b, h, i] - ac.cumsum(g[b, h, kv_idx]))
+
+
+def polynomial(score, row):
+    return (1 + score) / row.sum(1 + score)
+
+
+def weighted(score, row, b, h, kv_idx, beta, tau):
+    p = tau[h] * score * beta[b, h, kv_idx]
+    return p / ac.maximum(ac.abs(row.sum(p)), 1)
+
+
+WEIGHTS = {"beta": ac.Input("b", "h", "kv_idx", grad=True), "tau": ac.Input("h", grad=True)}
+FOUND = {
+    # what: (variant, decay, step, constant, row, col, bias, scale)
+    "plain": (variant("identity"), "none", None, "scale", "1", "1", None, "1"),
+    "by the sum": (variant("by_sum"), "none", None, "scale", "1", "1", None, "1/total"),
+    "every key": (variant("by_sum", mask=True), "none", None, "scale", "1", "1", None, "1/total"),
+    "a head": (variant(head_decay, inputs=HEAD), "head", "rate[h]", "scale", "1", "1", None, "1"),
+    "a power": (variant(power, inputs=HEAD), "head", "log(rate[h])", "scale", "1", "1", None, "1"),
+    "abs": (variant(by_distance, inputs=HEAD), "head", "-rate[h]", "scale", "1", "1", None, "1"),
+    "timed": (
+        variant(timed, inputs={**HEAD, "times": ac.Input("b", "kv_idx")}),
+        *("token", "rate[h]*times[b, kv_idx] - rate[h]*times[b, kv_idx - 1]", "scale", "1", "1", None, "1"),
+    ),
+    "two gates": (
+        variant(two_gates, inputs={**HEAD, **TOKEN}),
+        *("token", "-rate[h] + g[b, h, kv_idx]", "scale", "1", "1", None, "1"),
+    ),
+    "degree 0": (variant(polynomial), "none", None, "scale", "1", "1", ("1", "1"), "1/total"),
+    "weighted": (
+        variant(weighted, inputs=WEIGHTS),
+        *("none", None, "scale", "tau[h]", "beta[b, h, kv_idx]", None, "1/maximum(abs(total), 1)"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_splits(what):
+    spec, decay, step, constant, row, col, bias, scale = FOUND[what]
+    plan = linearize(spec.graph)
+    assert plan.decay == decay
+    assert (None if plan.step is None else formula(plan.step)) == step
+    assert [formula(e) for e in (plan.constant, plan.row, plan.col, plan.scale)] == [constant, row, col, scale]
+    assert (None if plan.bias is None else tuple(map(formula, plan.bias))) == bias
+    assert plan.causal == (what != "every key")
+    assert plan.total == ("total" in scale)
+
+
+def test_a_late_gate_is_a_decay_times_a_factor():
+    plan = linearize(variant(delayed, inputs=TOKEN).graph)
+    assert formula(plan.step) in ("g[b, h, kv_idx]", "g[b, h, kv_idx - 1]")
+    assert plan.decay == "token"
+
+
+def test_features_of_both_sides():
+    plan = linearize(ac.variants.get("linear_attention").graph)
+    assert formula(plan.left) == "exp(minimum(0, q_vec)) + relu(q_vec)"
+    assert formula(plan.right) == "exp(minimum(0, k_vec)) + relu(k_vec)"
+
+
+def far(score, q_idx, kv_idx):
+    return score * ac.exp(-0.1 * (q_idx - kv_idx) ** 2)
+
+
+def fraction(score, q_idx, kv_idx):
+    return score / (1 + q_idx - kv_idx)
+
+
+def two_decays(score, h, rate, q_idx, kv_idx, q_len, kv_len):
+    d = distance(q_idx, kv_idx, q_len, kv_len)
+    return score * (ac.exp(rate[h] * d) + ac.exp(2 * rate[h] * d))
+
+
+def clamped(score, row):
+    return score / ac.maximum(row.sum(ac.abs(score)), 1)
+
+
+REFUSED = {
+    "softmax": (variant("softmax"), "the row maximum"),
+    "sigmoid": (variant("sigmoid"), "the factor 'sigmoid("),
+    "taylor": (variant("taylor"), "of degree 2|has degree 2"),
+    "a square of the distance": (variant(far), "the factor 'exp(0.2*kv_idx*q_idx)'"),
+    "a fraction": (variant(fraction), "the factor '1/(-kv_idx + q_idx + 1)'"),
+    "two decays": (variant(two_decays, inputs=HEAD), "decay differently"),
+    "another sum": (variant(clamped), "row.sum(abs(score)) is no multiple"),
+    "a window": (variant("identity", mask=ac.causal & ac.sliding_window(8)), "shows neither every key nor"),
+    "no dot product": (
+        variant("identity", similarity=lambda h, w, kv_idx: w[h, kv_idx], inputs={"w": ac.Input("h", "kv_idx")}),
+        "has no dot product",
+    ),
+    "branches": (ac.variants.get("differential"), "2 branches"),
+    "a length": (
+        variant("identity", similarity=lambda q_vec, k_vec: ac.dot(q_vec, k_vec) / ac.norm(q_vec)),
+        "is summed before the features are known",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_split_is_named(what):
+    spec, reason = REFUSED[what]
+    with pytest.raises(UnsupportedError) as error:
+        linearize(spec.graph)
+    assert any(part in str(error.value) for part in reason.split("|")), str(error.value)
+    assert "plan='parallel'" in str(error.value)
+
+
+def test_running_sums_become_inputs_of_the_core():
+    graph = ac.variants.get("simple_gla").graph
+    (only,) = running_sums(graph)
+    assert (only.name, only.of, only.axis) == ("g_sum", "g", 2)
+    core = without_running_sums(graph)
+    assert [(d.name, d.pattern, d.grad) for d in core.inputs] == [("g_sum", ("b", "h", "kv_idx"), True)]
+    assert running_sums(core) == ()
+    taken = ac.Variant(
+        inputs={"g": ac.Input("b", "kv_idx", grad=True), "g_sum": ac.Scalar(1.0)},
+        score=lambda score, g, g_sum, b, kv_idx: score + g_sum * ac.cumsum(g[b, kv_idx]),
+    )
+    assert running_sums(taken.graph)[0].name == "g_sum_"
+
+
+@pytest.mark.parametrize(
+    ("text", "finding"),
+    [
+        ("score * cumsum(score)", "cumsum takes an element of an input"),
+        ("score * cumsum(w[h])", "has not one index along the tokens"),
+        ("score * cumsum(d[b, kv_idx])", "is an integer"),
+    ],
+)
+def test_what_has_no_running_sum(text, finding):
+    inputs = '[inputs]\nw = { index = ["h"] }\nd = { index = ["b", "kv_idx"], dtype = "int" }'
+    with pytest.raises(ac.SpecError, match=finding):
+        ac.loads_toml(f"[stages]\nscore = '{text}'\n{inputs}")

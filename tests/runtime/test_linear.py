@@ -1,0 +1,317 @@
+"""Attention in linear time: its plans against each other and against recurrences by hand in float64."""
+
+from __future__ import annotations
+
+import ast
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attncc as ac
+from attncc.codegen.crosscompile_linear import cross_compile_linear
+from attncc.codegen.linear import render_linear
+from attncc.codegen.module import load_source
+from attncc.errors import InputError, UnsupportedError
+from attncc.passes.linearize import linearize
+from attncc.schedule import linear as schedule_linear
+from attncc.schedule.device import device_for
+from attncc.schedule.linear import LinearSizes, crossover, linear_schedule
+
+
+def polynomial(score, row):
+    return (1 + score) / row.sum(1 + score)
+
+
+def weighted(score, row, b, h, q_idx, kv_idx, beta, tau, kappa):
+    p = score * beta[b, h, kv_idx] * tau[b, q_idx]
+    return kappa[h] * p / ac.maximum(ac.abs(row.sum(p)), 0.5)
+
+
+VARIANTS = {
+    **{name: ac.variants.get(name) for name in ("linear_attention", "retention", "lightning", "simple_gla")},
+    "polynomial": ac.Variant(name="polynomial", mask=ac.causal, normalizer=polynomial),
+    "weighted": ac.Variant(
+        name="weighted",
+        mask=ac.causal,
+        normalizer=weighted,
+        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
+        inputs={
+            "beta": ac.Input("b", "h", "kv_idx", grad=True),
+            "tau": ac.Input("b", "q_idx", grad=True),
+            "kappa": ac.Input("h", grad=True),
+        },
+    ),
+}
+
+
+@pytest.fixture
+def many_segments(monkeypatch):
+    """Segments of one chunk each, as on a GPU with room for all of them."""
+    monkeypatch.setattr(schedule_linear, "CHUNKS_A_SEGMENT", 1)
+    monkeypatch.setattr(schedule_linear, "WAVES", 1000)
+
+
+def inputs_of(name, batch, heads, length):
+    generator = torch.Generator().manual_seed(3)
+    positive = 0.5 + torch.rand(batch, heads, length, generator=generator)
+    return {
+        "simple_gla": {"g": -0.3 * positive},
+        "retention": {"rates": torch.linspace(-0.3, -0.02, heads)},
+        "lightning": {"rates": torch.linspace(-0.5, -0.01, heads)},
+        "weighted": {"beta": positive, "tau": positive[:, 0].clone(), "kappa": positive[0, :, 0].clone()},
+    }.get(name, {})
+
+
+def drawn(name, batch=1, heads=2, kv_heads=1, length=37, d_qk=16, d_v=24, dtype=torch.float32, strided=False):
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(h, d):
+        shape = (batch, length, h, d) if strided else (batch, h, length, d)
+        x = torch.randn(shape, generator=generator).to(dtype)
+        return x.transpose(1, 2) if strided else x
+
+    q, k, v = tensor(heads, d_qk), tensor(kv_heads, d_qk), tensor(kv_heads, d_v)
+    if name == "polynomial":  # its weights are 1 + score: kept above 0
+        q = q * 0.2
+    return [q, k, v], inputs_of(name, batch, heads, length)
+
+
+def with_gradients(op, tensors, inputs, cotangent, **options):
+    leaves = [x.detach().requires_grad_() for x in (*tensors, *inputs.values())]
+    out = op(*leaves[:3], **dict(zip(inputs, leaves[3:], strict=True)), **options)
+    return out, torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+
+
+def agree(got, exact, tolerance):
+    for ours, theirs in zip(got, exact, strict=True):
+        assert (ours.double() - theirs).abs().max() <= tolerance * max(theirs.abs().max().item(), 1.0)
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(37, 16), (64, 64), (5, 32)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_chunks_are_the_quadratic_reference(name, length, chunk, many_segments):
+    tensors, inputs = drawn(name, length=length)
+    op = ac.compile(VARIANTS[name], plan="chunk")
+    cotangent = torch.randn(1, 2, length, 24, generator=torch.Generator().manual_seed(2))
+    got = with_gradients(op, tensors, inputs, cotangent, chunk_size=chunk)
+    double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
+    exact = with_gradients(lambda *a, **i: ac.reference(VARIANTS[name], *a, **i), *double, cotangent)
+    agree((got[0], *got[1]), (exact[0], *exact[1]), 3e-6)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_recurrence_is_the_same(name):
+    tensors, inputs = drawn(name, batch=2, strided=True, length=19)
+    op = ac.compile(VARIANTS[name])
+    got = [op(*tensors, **inputs, plan=plan) for plan in ("parallel", "chunk", "recurrent")]
+    exact = ac.reference(VARIANTS[name], *tensors, **inputs)
+    for out in got:
+        agree([out], [exact], 2e-6)
+        assert out.transpose(1, 2).is_contiguous()  # laid out as q is
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "linear_attention"])
+def test_sixteen_bits(name):
+    tensors, inputs = drawn(name, heads=2, kv_heads=2, dtype=torch.float16, length=33)
+    op = ac.compile(VARIANTS[name], plan="chunk")
+    cotangent = torch.randn(1, 2, 33, 24, generator=torch.Generator().manual_seed(2))
+    got = with_gradients(op, tensors, inputs, cotangent.half(), chunk_size=16)
+    double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
+    exact = with_gradients(lambda *a, **i: ac.reference(VARIANTS[name], *a, **i), *double, cotangent.half().double())
+    for ours, theirs in zip((got[0], *got[1]), (exact[0], *exact[1]), strict=True):
+        error, size = (ours.double() - theirs).square().mean().sqrt(), theirs.square().mean().sqrt()
+        assert error <= 5e-3 * size
+
+
+def recurrence(name, q, k, v, inputs, state):
+    """One sequence by hand, float64: out, and the state behind it."""
+    ones = lambda x: torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    elu = lambda x: F.elu(x) + 1
+    step = {
+        "simple_gla": lambda t: inputs["g"][:, :, t],
+        "retention": lambda t: inputs["rates"][None],
+    }.get(name, lambda t: q.new_zeros(()))
+    scale = 1.0 if name == "linear_attention" else q.shape[-1] ** -0.5
+    outs = []
+    for t in range(q.shape[2]):
+        query, key, value = q[:, :, t], k[:, :, t], v[:, :, t]
+        if name == "linear_attention":
+            query, key, value = elu(query), elu(key), ones(value)
+        query = query * scale
+        if name == "polynomial":
+            query, key, value = ones(query), ones(key), ones(value)
+        state = state * step(t).exp()[..., None, None] + key[..., None] * value[..., None, :]
+        out = (query[..., None] * state).sum(-2)
+        outs.append(out[..., :-1] / out[..., -1:] if name in ("linear_attention", "polynomial") else out)
+    return torch.stack(outs, 2), state
+
+
+@pytest.mark.parametrize("ends", [(0, 41), (0, 17, 17, 30, 41)], ids=["one sequence", "packed"])
+@pytest.mark.parametrize("name", ["simple_gla", "retention", "linear_attention", "polynomial"])
+def test_states_in_and_out_and_packed_sequences(name, ends, many_segments):
+    """Against the recurrence by hand, with gradients through both states; one of the sequences is empty."""
+    length, sequences = ends[-1], len(ends) - 1
+    tensors, inputs = drawn(name, length=length)
+    op = ac.compile(VARIANTS[name], plan="chunk")
+    generator = torch.Generator().manual_seed(4)
+    shape = (sequences, 2, *op.engine.state_shape(16, 24))
+    initial = torch.rand(shape, generator=generator)
+    cotangents = torch.randn(1, 2, length, 24, generator=generator), torch.randn(shape, generator=generator)
+    packed = torch.tensor(ends) if sequences > 1 else None
+    leaves = [x.detach().requires_grad_() for x in (*tensors, initial, *inputs.values())]
+    named = dict(zip(inputs, leaves[4:], strict=True))
+    options = {"cu_seqlens": packed, "chunk_size": 16, "output_final_state": True}
+    results = op(*leaves[:3], **named, initial_state=leaves[3], **options)
+    got = (*results, *torch.autograd.grad(results, leaves, cotangents))
+
+    leaves = [x.detach().double().requires_grad_() for x in (*tensors, initial, *inputs.values())]
+    q, k, v, first = leaves[:4]
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    outs, states = [], []
+    for i, (lo, hi) in enumerate(pairwise(ends)):
+        own = {n: x[:, :, lo:hi] if x.dim() == 3 else x for n, x in zip(inputs, leaves[4:], strict=True)}
+        if lo == hi:
+            states.append(first[i : i + 1])
+            continue
+        out, state = recurrence(name, *(x[:, :, lo:hi] for x in (q, k, v)), own, first[i : i + 1])
+        outs.append(out)
+        states.append(state)
+    results = torch.cat(outs, 2), torch.cat(states)
+    exact = (*results, *torch.autograd.grad(results, leaves, [c.double() for c in cotangents]))
+    agree(got, exact, 5e-6)
+
+
+@pytest.mark.parametrize("name", ["simple_gla", "polynomial"])
+def test_decoding_goes_on_where_the_prompt_ended(name):
+    tensors, inputs = drawn(name, length=20)
+    op = ac.compile(VARIANTS[name])
+    whole = op(*tensors, **inputs, plan="chunk")
+
+    def tokens(lo, hi):
+        cut = {n: x[:, :, lo:hi] for n, x in inputs.items()}
+        return [x[:, :, lo:hi] for x in tensors], cut
+
+    (prompt, own), parts = tokens(0, 17), []
+    out, state = op(*prompt, **own, output_final_state=True)
+    parts.append(out)
+    for t in range(17, 20):
+        token, own = tokens(t, t + 1)
+        out, state = op(*token, **own, initial_state=state, output_final_state=True)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-5, atol=1e-5)
+    last = op(*tensors, **inputs, plan="recurrent", output_final_state=True)[1]
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_broadcast_gates_and_shared_gates():
+    """A gate that all heads or all tokens share is a tensor of size 1 there, and gets its gradient in that shape."""
+    (q, k, v), _ = drawn("simple_gla", length=19)
+    op = ac.compile(VARIANTS["simple_gla"])
+    for shape in ((1, 1, 19), (1, 2, 1), (1, 1, 1)):
+        g = (-0.3 * torch.rand(shape)).requires_grad_()
+        grads = []
+        for plan in ("parallel", "chunk"):
+            out = op(q, k, v, g=g, plan=plan)
+            grads.append((out.detach(), *torch.autograd.grad(out.square().sum(), g)))
+        assert grads[0][1].shape == shape
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_strong_decay_neither_overflows_nor_loses_a_token():
+    (q, k, v), _ = drawn("simple_gla", length=37)
+    g = torch.full((1, 2, 37), -200.0)
+    out = ac.compile("simple_gla")(q, k, v, g=g, plan="chunk", chunk_size=16)
+    own = (q * k).sum(-1, keepdim=True) / 4 * v
+    torch.testing.assert_close(out, own.expand_as(out), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_plan_cannot_do_is_said():
+    (q, k, v), _ = drawn("linear_attention", length=8)
+    op = ac.compile("linear_attention")
+    state = torch.zeros(1, 2, 16, 25)
+    assert op(q[:, :, :5], k, v).shape == (1, 2, 5, 24)  # other tokens: every pair
+    with pytest.raises(UnsupportedError, match="5 queries and 8 keys are not the same tokens"):
+        op(q[:, :, :5], k, v, plan="chunk")
+    with pytest.raises(UnsupportedError, match="use plan='chunk'"):
+        op(q, k, v, plan="parallel", output_final_state=True)
+    with pytest.raises(UnsupportedError, match="'lse' is one of pairs"):
+        op(q, k, v, outputs=("out", "lse"), initial_state=state)
+    assert len(op(q, k, v, outputs=("out", "lse"))) == 2
+    with pytest.raises(InputError, match=r"pass torch.float32 \(1, 2, 16, 25\)"):
+        op(q, k, v, initial_state=state[..., :24])
+    with pytest.raises(InputError, match="one of 16, 32, 64, 128"):
+        op(q, k, v, plan="chunk", chunk_size=48)
+    with pytest.raises(InputError, match="does not rise from 0 to the 8 tokens"):
+        op(q, k, v, cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(InputError, match="plan is 'fast'"):
+        ac.compile("linear_attention", plan="fast")
+    with pytest.raises(UnsupportedError, match="an exponential of the score does not split"):
+        ac.compile("softcap", plan="chunk")
+    assert type(ac.compile("simple_gla", plan="parallel")) is ac.AttentionOp
+
+
+def test_missing_and_misshapen_gates():
+    (q, k, v), _ = drawn("simple_gla", length=8)
+    op = ac.compile("simple_gla")
+    for plan in ("chunk", "parallel"):
+        with pytest.raises(InputError, match="needs the input 'g'"):
+            op(q, k, v, plan=plan)
+        with pytest.raises(InputError, match="has size 7, expected 8"):
+            op(q, k, v, g=torch.zeros(1, 2, 7), plan=plan)
+
+
+def test_autograd_reaches_a_learned_gate():
+    """g is a function of a weight: the op is one link of a chain."""
+    (q, k, v), _ = drawn("simple_gla", length=12)
+    weight = torch.zeros(2, requires_grad=True)
+    out = ac.compile("simple_gla", plan="chunk")(q, k, v, g=F.logsigmoid(weight)[None, :, None])
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+    assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_text_is_tidy_python(name):
+    graph = VARIANTS[name].graph
+    source = render_linear(graph, linearize(graph), 96, 80)
+    ast.parse(source)
+    assert "{{" not in source
+    assert not any(line != line.rstrip() for line in source.splitlines())
+    assert source == render_linear(graph, linearize(graph), 96, 80)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "dim", "dtype"),
+    [("simple_gla", "sm_90", 128, "bf16"), ("polynomial", "sm_80", 64, "fp16"), ("retention", "gfx942", 64, "bf16")],
+)
+def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
+    graph, device = VARIANTS[name].graph, device_for(target)
+    module = load_source(render_linear(graph, linearize(graph), dim, dim), f"linear_{name}_{target}")
+    schedule = linear_schedule(LinearSizes(dtype, 2, 16, 8192, dim, dim), device)
+    for kernel in cross_compile_linear(module, schedule, device, dtype).values():
+        assert kernel.shared <= device.smem_per_block
+        assert kernel.spills <= 256, kernel
+
+
+def test_the_model_crosses_over_once():
+    device = device_for("h100")
+    short, long = (LinearSizes("bf16", 2, 16, n, 128, 128) for n in (128, 32768))
+    length = crossover(short, device)
+    assert length == crossover(long, device)
+    assert 256 <= length <= 8192
+    assert schedule_linear.choose_plan(short, device) == "parallel"
+    assert schedule_linear.choose_plan(long, device) == "chunk"
+    assert schedule_linear.choose_plan(LinearSizes("bf16", 2, 16, 1, 128, 128), device) == "recurrent"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 512), (96, 80), (16, 16)])
+def test_schedules_cover_the_sequence(dims, dtype):
+    for target in ("sm_80", "sm_89", "sm_90", "gfx942"):
+        for length in (1, 63, 1000, 8192):
+            found = linear_schedule(LinearSizes(dtype, 1, 4, length, *dims), device_for(target))
+            assert found.span % found.chunk == 0
+            assert found.span >= found.chunk
+            assert all(m["BLOCK"] >= 16 for m in found.kernels.values())
