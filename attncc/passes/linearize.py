@@ -28,6 +28,7 @@ from attncc.ir.levels import Level, join, level
 from attncc.ir.similarity import kind_of
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, absolute, cumsum, detach, to_float
+from attncc.passes.phases import phases
 from attncc.passes.similarity import similarity
 from attncc.passes.stream import Online, stream
 
@@ -90,6 +91,8 @@ def linearize(graph: VariantGraph) -> Linear:
     if any(s.op == "max" for s in graph.rows):
         text = formula(graph["weight"].expr)
         _refuse(graph, "weight", f"'{text}' has the row maximum in it, and an exponential of the score does not split")
+    if phases(graph).made:
+        _refuse(graph, "weight", "it reads what another op makes of all queries first")
     if graph.value is not None:
         _refuse(graph, "out", "v is a part of k, whose gradient has both parts")
     if any(s.expr.has(detach) for s in graph.stages):
