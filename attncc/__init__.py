@@ -56,7 +56,7 @@ from attncc.language.textform import load_toml, loads_toml
 from attncc.language.variant import Input, Scalar, Variant
 
 if TYPE_CHECKING:
-    from attncc import variants
+    from attncc import recipes, variants
     from attncc.language.flex.front import from_flex
     from attncc.runtime.compile import compile
     from attncc.runtime.linear import LinearOp
@@ -73,6 +73,7 @@ _LAZY = {
     "Schedule": ("attncc.schedule.problem", "Schedule"),
     "from_flex": ("attncc.language.flex.front", "from_flex"),
     "reference": ("attncc.runtime.reference", "reference"),
+    "recipes": ("attncc.recipes", None),
     "variants": ("attncc.variants", None),
 }
 
@@ -138,6 +139,7 @@ __all__ = [
     "outputs",
     "padding",
     "prefix",
+    "recipes",
     "reference",
     "relu",
     "sigmoid",
