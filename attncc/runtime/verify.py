@@ -29,7 +29,7 @@ from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import value_of
 from attncc.runtime.verify_outputs import compared
 
-__all__ = ["Check", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
+__all__ = ["Check", "Exam", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
 
 Kind = Literal["forward", "gradient"]
 _FACTOR: dict[str, float] = {"forward": 2.0, "gradient": 3.0}
@@ -168,48 +168,64 @@ def verify_variant(
 
     chosen = shapes_for(device) if shapes is None else shapes
     op = attncc.compile(variant) if op is None else op
+
+    def verified(run: Callable[..., Any], shapes: Sequence[Shape], only_out: bool = False) -> list[Row]:
+        options: dict[str, Any] = {"tf32": tf32, "only_out": only_out}
+        exams = (Exam(variant, shape, device, dtype, seed, **options) for seed, shape in enumerate(shapes))
+        return [row for exam in exams for row in exam.rows(run)]
+
     if not isinstance(op, LinearOp):
-        return _verified(variant, device, dtype, chosen, op, tf32)
-    rows = _verified(variant, device, dtype, chosen, op.parallel, tf32)
+        return verified(op, chosen)
+    rows = verified(op.parallel, chosen)
     for plan in ("chunk", "recurrent"):
-        run = functools.partial(op, plan=plan)
         same = [shape for shape in chosen if shape.q_len == shape.kv_len]
-        for row in _verified(variant, device, dtype, same, run, tf32, only_out=True):
+        for row in verified(functools.partial(op, plan=plan), same, only_out=True):
             rows.append(replace(row, check=replace(row.check, name=f"{row.check.name} ({plan})")))
     return rows
 
 
-def _verified(
-    variant: Variant,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    shapes: Sequence[Shape],
-    op: Callable[..., Any],
-    tf32: bool,
-    only_out: bool = False,
-) -> list[Row]:
-    auxiliary = tuple(o.name for o in variant.graph.outputs)
-    outputs: tuple[str, ...] = (*(("out", "lse") if _has_lse(variant.graph) else ("out",)), *auxiliary)
-    outputs = ("out",) if only_out else outputs
-    derived = {name for name, refusal in differentiable_outputs(variant.graph).items() if refusal is None}
-    constant = frozenset(auxiliary) - derived
-    with_gradients = Plan(variant.graph).has_backward is None
-    rows: list[Row] = []
-    for seed, shape in enumerate(shapes):
-        sample = sample_inputs(variant.graph, shape, dtype, device, seed)
-        differentiable = tuple(d.name for d in variant.graph.inputs if d.grad)
-        asked = (outputs, differentiable, with_gradients, constant)
-        got, again = (_results(op, sample, *asked) for _ in range(2))
-        exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(sample), *asked)
-        plain = _results(lambda *a, **k: eager(variant, *a, **k), sample, *asked)
+class Exam:
+    """A variant's sample at one shape and what is right for it, computed once for all that are held against it."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        shape: Shape,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        seed: int = 0,
+        *,
+        gradients: bool = True,
+        only_out: bool = False,
+        tf32: bool = False,
+    ):
+        """`gradients`: those of all inputs are held against the reference, too, where a backward can be derived;
+        `only_out`: of the outputs, `out` alone is."""
+        graph = variant.graph
+        auxiliary = tuple(o.name for o in graph.outputs)
+        outputs = (*(("out", "lse") if _has_lse(graph) else ("out",)), *auxiliary)
+        self.outputs: tuple[str, ...] = ("out",) if only_out else outputs
+        derived = {name for name, refusal in differentiable_outputs(graph).items() if refusal is None}
+        differentiable = tuple(d.name for d in graph.inputs if d.grad)
+        with_gradients = gradients and Plan(graph).has_backward is None
+        self._asked = (self.outputs, differentiable, with_gradients, frozenset(auxiliary) - derived)
+        self.graph, self.shape, self.dtype, self.tf32 = graph, shape, dtype, tf32
+        self.sample = sample_inputs(graph, shape, dtype, device, seed)
+        self._exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(self.sample), *self._asked)
+        self._plain = _results(lambda *a, **k: eager(variant, *a, **k), self.sample, *self._asked)
+        self._score = largest_score(variant, self.sample.q, self.sample.k, self.sample.v, **self.sample.inputs)
+
+    def rows(self, op: Callable[..., Any]) -> list[Row]:
+        """Call `op` twice: one row a result."""
+        got, again = (_results(op, self.sample, *self._asked) for _ in range(2))
         repeated = {name: torch.equal(value, again[name]) for name, value in got.items()}
-        values, exact, plain = compared(variant.graph, _reference_of(sample), got, exact, plain)
-        score = largest_score(variant, sample.q, sample.k, sample.v, **sample.inputs)
+        values, exact, plain = compared(self.graph, _reference_of(self.sample), got, self._exact, self._plain)
+        rows = []
         for name, value in values.items():
-            kind: Kind = "forward" if name in outputs else "gradient"
-            found = check(name, value, exact[name], plain[name], kind, dtype=dtype, tf32=tf32, score=score)
-            rows.append(Row(shape, found, repeated[name]))
-    return rows
+            kind: Kind = "forward" if name in self.outputs else "gradient"
+            limits: dict[str, Any] = {"dtype": self.dtype, "tf32": self.tf32, "score": self._score}
+            rows.append(Row(self.shape, check(name, value, exact[name], plain[name], kind, **limits), repeated[name]))
+        return rows
 
 
 def _reference_of(sample: Sample) -> Callable[[VariantGraph, str], Any]:

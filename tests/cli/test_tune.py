@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from attncc.cli import sizes
 from attncc.runtime import tune
+from attncc.runtime.race import TrialError
 from attncc.schedule import device as devices
 from attncc.schedule.device import device_for
 
@@ -16,29 +18,86 @@ def test_without_a_gpu_nothing_is_tuned(attncc, own_cache):
     assert list(own_cache.iterdir()) == []
 
 
-def test_a_race_is_shown_and_kept(attncc, monkeypatch, spec):
-    class Stick:
-        """Every candidate takes as long as its tile is high; the highest tiles are wrong."""
+class Stick:
+    """Every candidate takes as long as its tile is high; those of 32 rows are wrong."""
 
-        def __init__(self, graph, shape, dtype, where, scalars):
-            assert scalars == {"slope": 0.1, "window": 5}
+    def __init__(self, graph, shape, dtype, where, scalars):
+        self.scalars = scalars
 
-        def __call__(self, kernel, schedule):
-            if schedule.of(kernel).block_m == 128:
-                raise tune.TrialError("wrong: out")
-            return float(schedule.of(kernel).block_m)
+    def begin(self, trials):
+        pass
 
+    def check(self, kernel, schedule):
+        if schedule.of(kernel).block_m == 32:
+            raise TrialError("wrong: out")
+
+    def time(self, kernel, schedule, best_us):
+        return float(schedule.of(kernel).block_m)
+
+    def against(self, backward):
+        return {"cuDNN (plain softmax)": (12.5, None)}
+
+
+@pytest.fixture
+def stick(monkeypatch):
     monkeypatch.setattr(tune, "gpu", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(tune, "Track", Stick)
     monkeypatch.setattr(devices, "device_of", lambda where: device_for("h100"))
+
+
+def test_a_race_is_shown_and_kept(attncc, stick, spec):
     words = ("tune", str(spec), "--q-len", "512", "--head-dim", "64", "--limit", "30", "--set", "window=5")
     result = attncc(*words)
     assert result.exit_code == 0
     assert "model's choice" in result.stdout
     assert all(kernel in result.stdout for kernel in ("forward", "dkdv", "dq"))
+    assert "<- best" in result.stderr
+    assert "wrong: out" in result.stderr
     again = attncc(*words)
     assert "results were there from an earlier race" in again.stdout
     assert "mine B1 H16 M512 N512 D64 bf16 on NVIDIA H100" in attncc("cache", "list").stdout.replace("\n", " ")
+
+
+def test_several_specs_at_several_shapes_beside_pytorch(attncc, stick):
+    shapes = "B1 H32/8 M1 N4096 D128, B2 H8 M512 D64"
+    result = attncc("tune", "causal", "alibi", "--shapes", shapes, "--limit", "2", "--against")
+    assert result.exit_code == 0
+    for name in ("causal", "alibi"):
+        assert f"{name}  B1 H32/8 M1 N4096 D128 bf16" in result.stdout
+        assert f"{name}  B2 H8 M512 N512 D64 bf16" in result.stdout
+    assert result.stdout.count("cuDNN (plain softmax)") == 4
+    assert "split" in result.stdout
+
+
+def test_a_budget_ends_a_race_and_says_what_is_left(attncc, stick):
+    result = attncc("tune", "causal", "--q-len", "512", "--budget", "0.001s")
+    assert result.exit_code == 0
+    assert "candidates were left when the time was up" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--shapes", "B1 Q7"), "'Q7' in the shape 'B1 Q7' is no size"),
+        (("--shapes", "M4/2"), "is no size"),
+        (("--shapes", ","), "names no shape"),
+        (("--budget", "soon"), "'soon' is no duration"),
+        (("--budget", "0s"), "is no duration"),
+    ],
+)
+def test_sizes_and_times_of_another_form_are_refused(attncc, stick, words, said):
+    result = attncc("tune", "causal", *words)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_what_a_shape_leaves_out():
+    defaults = {"b": 3, "h": 6, "h_kv": 2, "q_idx": 5, "kv_idx": 7, "d_qk": 16, "d_v": 8}
+    assert sizes.shapes(["H4 M9", "n11 d32/64"], defaults) == [
+        {**defaults, "h": 4, "h_kv": 4, "q_idx": 9, "kv_idx": 9},
+        {**defaults, "kv_idx": 11, "d_qk": 32, "d_v": 64},
+    ]
+    assert [sizes.seconds(text) for text in ("90", "1.5m", " 2 h")] == [90, 90, 7200]
 
 
 def test_a_wrong_scalar_is_refused_before_anything_runs(attncc):

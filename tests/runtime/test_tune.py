@@ -1,121 +1,22 @@
-"""The race without a GPU: a measuring stick that knows which candidate is best, wrong, or broken."""
+"""What runs the candidates on a GPU, as far as a CPU can tell."""
 
 import pytest
+import torch
 
 import attncc as ac
-from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
+from attncc.runtime import tune, yardstick
 from attncc.runtime.explain import sizes_of
+from attncc.runtime.race import TrialError, race
 from attncc.runtime.samples import Shape
-from attncc.runtime.tune import Trial, TrialError, race, sliced
+from attncc.runtime.tune import Track, gpu, sliced
+from attncc.schedule import KernelSchedule, Schedule
 from attncc.schedule.cache import Cache
-from attncc.schedule.choose import choose, first_choice, schedule_key
-from attncc.schedule.cost import ranked
-from attncc.schedule.device import device_for
+from attncc.schedule.choose import choose
 from attncc.schedule.problem import KERNELS
 
-DEVICE = device_for("h100")
-
-
-@pytest.fixture
-def problem():
-    """One for which no tuned schedule is shipped."""
-    return problem_of(Plan(ac.variants.get("causal").graph), sizes_of(1024, d_qk=80), "bf16", "ieee", {})
-
-
-def times(problem, wins=3, wrong=()):
-    """A measuring stick by which the candidate ranked `wins` is fastest; those ranked in `wrong` may not win."""
-    order = {kernel: [ks for ks, _ in ranked(kernel, problem, DEVICE)] for kernel in KERNELS}
-    calls = []
-
-    def measure(kernel, schedule):
-        ks = schedule.of(kernel)
-        rank = order[kernel].index(ks)
-        calls.append((kernel, ks))
-        if rank in wrong:
-            raise TrialError("wrong: out")
-        return 100.0 + abs(rank - wins)
-
-    return measure, calls, order
-
-
-def test_the_fastest_right_candidate_wins_and_is_chosen_from_then_on(problem):
-    measure, _, order = times(problem, wins=3, wrong=(3,))
-    cache = Cache()
-    result = race(problem, DEVICE, KERNELS, measure, cache, limit=8)
-    for kernel in KERNELS:
-        assert result.schedule.of(kernel) == order[kernel][2]  # beside the wrong one, and ahead of the other neighbour
-    assert choose(problem, DEVICE, cache) == result.schedule
-    assert choose(problem, DEVICE, cache).origin == "tuned"
-
-
-def test_the_models_first_choice_races_first_even_alone(problem):
-    measure, calls, _ = times(problem)
-    race(problem, DEVICE, KERNELS, measure, Cache(), limit=1)
-    assert calls == [(kernel, first_choice(kernel, problem, DEVICE)) for kernel in KERNELS]
-
-
-def test_every_result_is_on_disk_when_it_is_measured_and_a_race_goes_on(problem):
-    measure, calls, _ = times(problem, wins=2)
-    cache = Cache()
-
-    def interrupted(kernel, schedule):
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return measure(kernel, schedule)
-
-    with pytest.raises(KeyboardInterrupt):
-        race(problem, DEVICE, KERNELS, interrupted, cache, limit=4)
-    kept = Cache().get(schedule_key(problem, DEVICE))
-    assert len(kept["trials"]) == 5
-    first = list(calls)
-    calls.clear()
-    result = race(problem, DEVICE, KERNELS, measure, Cache(), limit=4)
-    assert result.resumed == 5
-    assert len(calls) == 12 - 5
-    assert not set(calls) & set(first)
-    assert choose(problem, DEVICE, Cache()) == result.schedule
-
-
-def test_progress_is_told_of_every_trial(problem):
-    measure, _, _ = times(problem, wrong=(1,))
-    seen = []
-    result = race(problem, DEVICE, ("forward",), measure, Cache(), limit=3, progress=lambda *args: seen.append(args))
-    assert [(done, total) for done, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
-    assert seen[1][2].failure == "wrong: out"
-    assert [t for _, _, t in seen] == list(result.trials)
-    assert result.first("forward").us == 103.0
-    assert result.best("forward").us == 101.0
-
-
-def test_a_kernel_without_a_right_candidate_is_an_error_that_says_why(problem):
-    measure, _, _ = times(problem, wrong=range(1000))
-    with pytest.raises(ac.ScheduleError, match="no candidate of the forward kernel won: wrong: out"):
-        race(problem, DEVICE, ("forward",), measure, Cache(), limit=2)
-
-
-def test_nothing_is_cached_when_nothing_won(problem):
-    measure, _, _ = times(problem, wrong=range(1000))
-    cache = Cache()
-    with pytest.raises(ac.ScheduleError):
-        race(problem, DEVICE, ("forward",), measure, cache, limit=2)
-    assert choose(problem, DEVICE, cache) == choose(problem, DEVICE)
-
-
-def test_trials_of_another_version_are_measured_again(problem):
-    measure, calls, _ = times(problem)
-    cache = Cache()
-    race(problem, DEVICE, ("forward",), measure, cache, limit=2)
-    key = schedule_key(problem, DEVICE)
-    cache.put(key, {**cache.get(key), "trials": [{"kernel": "forward"}]})
-    calls.clear()
-    assert race(problem, DEVICE, ("forward",), measure, cache, limit=2).resumed == 0
-    assert len(calls) == 2
-
-
-def test_a_trial_survives_json():
-    trial = Trial("dq", ac.KernelSchedule(64, 64, 4, 2), None, "wrong: dq")
-    assert Trial.from_json(trial.to_json()) == trial
+SMALL = KernelSchedule(32, 32, 1, 1)
+SHAPE = Shape(1, 4, 2, 1, 100, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -130,11 +31,63 @@ def test_a_slice_keeps_what_a_schedule_depends_on(shape, expected):
     assert sliced(shape) == expected
 
 
+@pytest.fixture
+def track():
+    """A track on the interpreter, which checks but does not time."""
+    return Track(ac.variants.get("alibi").graph, SHAPE, "fp32", torch.device("cpu"), {})
+
+
+def test_a_right_candidate_passes(track):
+    track.check("forward", Schedule(KernelSchedule(16, 32, 1, 1, splits=3), SMALL, SMALL))
+
+
+def test_a_wrong_one_does_not(track, monkeypatch):
+    class Off:
+        def __call__(self, q, k, v, outputs=("out",), **inputs):
+            results = [torch.zeros_like(q), torch.zeros(q.shape[:3])]
+            return results[0] if outputs == ("out",) else tuple(results)
+
+    monkeypatch.setattr(track, "_op", lambda schedule: Off())
+    with pytest.raises(TrialError, match="wrong: out, lse"):
+        track.check("forward", Schedule(SMALL, SMALL, SMALL))
+
+
+def test_one_that_drifts_does_not(track, monkeypatch):
+    op, calls = ac.compile("alibi"), []
+
+    def drifts(q, k, v, **rest):
+        calls.append(1)
+        found = op(q, k, v, **rest)
+        shifted = 1 + 1e-7 * len(calls)
+        return found * shifted if isinstance(found, torch.Tensor) else tuple(x * shifted for x in found)
+
+    monkeypatch.setattr(track, "_op", lambda schedule: drifts)
+    with pytest.raises(TrialError, match="other bits each time"):
+        track.check("forward", Schedule(SMALL, SMALL, SMALL))
+
+
+def test_a_refusal_is_told_by_its_first_line(track):
+    with pytest.raises(TrialError, match="splits the keys|cannot be dealt|UnsupportedError|ValueError"):
+        track.check("forward", Schedule(KernelSchedule(48, 32, 1, 1), SMALL, SMALL))
+
+
+def test_the_yardstick_says_what_it_measures():
+    q, k, v = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    shape = Shape(1, 4, 2, 8, 8, 16, 16)
+    causal, alibi = (ac.variants.get(name).graph for name in ("causal", "alibi"))
+    assert "cuDNN" in yardstick.contestants(causal, shape, (q, k, v))
+    assert "cuDNN (plain softmax)" in yardstick.contestants(alibi, shape, (q, k, v))
+    assert not yardstick.contestants(ac.variants.get("mla").graph, shape, (q, k))
+    longer = Shape(1, 4, 2, 8, 16, 16, 16)
+    assert "cuDNN (without the mask)" in yardstick.contestants(causal, longer, (q, k, v))
+    found = yardstick.times(
+        yardstick.contestants(causal, shape, (q, k, v)), (q, k, v), lambda call: call().sum(), False
+    )
+    assert found["cuDNN"] == (None, None)  # a CPU has no such kernel
+
+
 @pytest.mark.gpu
 def test_a_variant_is_tuned_on_this_gpu():
-    import torch
-
-    from attncc.runtime.tune import Track, gpu
     from attncc.schedule.device import device_of
 
     variant = ac.variants.get("alibi")
@@ -147,3 +100,18 @@ def test_a_variant_is_tuned_on_this_gpu():
     assert choose(problem, device, Cache()) == result.schedule
     q = torch.randn(1, 4, 1024, 64, device="cuda", dtype=torch.float16)
     assert ac.compile(variant)(q, q, q).isfinite().all()
+    assert all(us is None or us > 0 for times in track.against(True).values() for us in times)
+
+
+@pytest.mark.gpu
+def test_split_keys_are_tuned_on_this_gpu():
+    from attncc.schedule.device import device_of
+
+    variant, shape = ac.variants.get("softcap"), Shape(2, 16, 4, 1, 20000, 128, 128)
+    op = ac.compile(variant)
+    device = device_of(gpu())
+    problem = problem_of(op.plan, sizes_of(1, 20000, 2, 16, 4), "bf16", op.engine.precision(), {})
+    track = Track(variant.graph, shape, "bf16", gpu(), {})
+    result = race(problem, device, ("forward",), track, Cache(), limit=6)
+    assert result.schedule.forward.splits >= 1
+    assert tune.median_us(lambda: op(*(t.detach() for t in track.qkv))) > 0

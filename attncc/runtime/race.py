@@ -1,0 +1,256 @@
+"""Candidates race: ordered by the model, checked before they may win, recorded as they are measured, and resumed.
+
+Nothing here knows a GPU: what runs a candidate is a `Stick`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
+
+from attncc.errors import ScheduleError
+from attncc.schedule.cache import Cache
+from attncc.schedule.choose import choose, schedule_key, sizes_of
+from attncc.schedule.cost import Prediction, ranked
+from attncc.schedule.device import Device
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Origin, Problem, Schedule
+
+#: candidates that are compiled side by side; while one is timed, nothing compiles
+BATCH = 12
+#: how much slower than predicted a candidate is taken to be for each one of the same tile that came before it
+ALIKE = 0.05
+#: seconds that a candidate is taken to need before any was measured
+FIRST_GUESS = 2.0
+
+
+class TrialError(Exception):
+    """A candidate that cannot win: it is wrong, or it does not run. The text says which."""
+
+
+class Stick(Protocol):
+    """What candidates are measured with. Both methods raise TrialError for a candidate that may not win."""
+
+    def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
+        """Start to compile what these need, side by side."""
+
+    def check(self, kernel: Kernel, schedule: Schedule) -> None:
+        """Hold the kernel's results against the reference, and a second run's bits against the first's."""
+
+    def time(self, kernel: Kernel, schedule: Schedule, best_us: float) -> float:
+        """Microseconds of the kernel, alone on the machine; roughly, where it is far behind `best_us`."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate of one kernel: its time in microseconds, or None and why there is none."""
+
+    kernel: Kernel
+    schedule: KernelSchedule
+    us: float | None
+    failure: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for the cache."""
+        return {"kernel": self.kernel, "schedule": self.schedule.to_json(), "us": self.us, "failure": self.failure}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Trial:
+        """The inverse of `to_json`; ValueError if `data` is something else."""
+        if not isinstance(data, dict) or set(data) != {"kernel", "schedule", "us", "failure"}:
+            raise ValueError(f"a trial has exactly the fields kernel, schedule, us, failure; got {data!r}")
+        if not isinstance(data["us"], int | float | None):
+            raise ValueError(f"the time of a trial is a number; got {data['us']!r}")
+        return cls(data["kernel"], KernelSchedule.from_json(data["schedule"]), data["us"], str(data["failure"]))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The schedule that won, all trials in order, how many of them were on disk already, and how many candidates the
+    budget left unmeasured."""
+
+    schedule: Schedule
+    trials: tuple[Trial, ...]
+    resumed: int
+    unmeasured: int = 0
+
+    def best(self, kernel: Kernel) -> Trial | None:
+        """The fastest right candidate of a kernel."""
+        return _fastest(self.trials, kernel)
+
+    def first(self, kernel: Kernel) -> Trial:
+        """The cost model's first choice."""
+        return next(t for t in self.trials if t.kernel == kernel)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a race stands after a trial: how many are done of how many, the best so far, and seconds to go."""
+
+    done: int
+    total: int
+    last: Trial
+    best: Mapping[Kernel, Trial]
+    seconds_left: float
+
+
+def race(
+    problem: Problem,
+    device: Device,
+    kernels: Iterable[Kernel],
+    stick: Stick,
+    cache: Cache,
+    *,
+    limit: int | None = None,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.monotonic,
+    what: str = "",
+    progress: Callable[[Progress], None] | None = None,
+    backend: Backend | None = "triton",
+) -> Result:
+    """Measure candidates in `order`, at most `limit` of each kernel, for at most `seconds`; at least the model's first
+    choice of each kernel is measured. `backend` is that of `candidates`.
+
+    From the first success on, the best schedule so far is in `cache` after every trial, with all trials: a race that
+    is cut off loses nothing, and goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is
+    right.
+    """
+    start, kernels = clock(), tuple(kernels)
+    entries = order(problem, device, kernels, limit, backend)
+    entries = _with_incumbent(entries, choose(problem, device, cache, backend), kernels)
+    key, sizes = schedule_key(problem, device), sizes_of(problem)
+    known = _known(cache.get(key), sizes)
+    best = choose(problem, device, backend=backend)
+    trials: list[Trial] = []
+    spent: list[float] = []  # seconds of each trial that was measured now
+    resumed = 0
+    checked: dict[tuple[Kernel, KernelSchedule], str] = {}  # why it may not win, or nothing
+
+    def each() -> float:
+        return sum(spent) / len(spent) if spent else FIRST_GUESS
+
+    for number, (kernel, ks) in enumerate(entries):
+        trial = known.get((kernel, ks))
+        resumed += trial is not None
+        if trial is None:
+            began = clock()
+            if number >= len(kernels) and began - start + each() > seconds:
+                break
+            if (kernel, ks) not in checked:
+                room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
+                ahead = [e for e in entries[number:] if e not in known and e not in checked]
+                first = len(kernels) if number < len(kernels) else BATCH  # the first results come soon
+                checked |= _checked(stick, ahead[: min(first, room, BATCH)], best)
+            trial = _timed(stick, kernel, ks, best, checked[kernel, ks], _fastest(trials, kernel))
+            spent.append(clock() - began)
+        trials.append(trial)
+        if trial.us is not None and trial is _fastest(trials, kernel):
+            best = _with(best, kernel, ks, "tuned")
+        winners = {k: t for k in kernels if (t := _fastest(trials, k)) is not None}
+        if winners:  # what never won is not what calls should use
+            value = {"kind": "schedule", "schedule": best.to_json(), "what": what, "sizes": sizes}
+            cache.put(key, {**value, "trials": [t.to_json() for t in trials]})
+        if progress is not None:
+            rest = sum(e not in known for e in entries[number + 1 :]) * each()
+            left = min(rest, max(seconds - (clock() - start), 0.0))
+            progress(Progress(len(trials), len(entries), trial, winners, left))
+    for kernel in kernels:
+        if _fastest(trials, kernel) is None:
+            failures = {t.failure for t in trials if t.kernel == kernel}
+            raise ScheduleError(
+                f"no candidate of the {kernel} kernel won: {'; '.join(sorted(failures))}", kernel=kernel
+            )
+    return Result(best, tuple(trials), resumed, len(entries) - len(trials))
+
+
+def order(
+    problem: Problem,
+    device: Device,
+    kernels: Sequence[Kernel],
+    limit: int | None = None,
+    backend: Backend | None = "triton",
+) -> list[tuple[Kernel, KernelSchedule]]:
+    """Candidates of all kernels in the order in which they race: the model's first choices, then in turn.
+
+    Within a kernel by predicted time. But what the model gets wrong about a tile it gets wrong about all its warps and
+    stages, so that each candidate moves back for those of its tile before it: a tenth of the search sees most tiles.
+    """
+    lanes = {kernel: _spread(ranked(kernel, problem, device, backend))[:limit] for kernel in kernels}
+    longest = max((len(lane) for lane in lanes.values()), default=0)
+    return [(kernel, lanes[kernel][i]) for i in range(longest) for kernel in kernels if i < len(lanes[kernel])]
+
+
+def _spread(found: Sequence[tuple[KernelSchedule, Prediction]]) -> list[KernelSchedule]:
+    left, ordered = list(found), list[KernelSchedule]()
+    alike: Counter[tuple[int, int]] = Counter()
+    while left:
+        chosen = left[0] if not ordered else min(left, key=lambda e: e[1].us * (1 + ALIKE * alike[_tile(e[0])]))
+        left.remove(chosen)
+        ordered.append(chosen[0])
+        alike[_tile(chosen[0])] += 1
+    return ordered
+
+
+def _with_incumbent(
+    entries: list[tuple[Kernel, KernelSchedule]], incumbent: Schedule, kernels: Sequence[Kernel]
+) -> list[tuple[Kernel, KernelSchedule]]:
+    """The race with what calls use now, behind the model's first choices: no winner is slower."""
+    known = set(entries)
+    now = [(kernel, incumbent.of(kernel)) for kernel in kernels]
+    return [*entries[: len(kernels)], *(e for e in now if e not in known), *entries[len(kernels) :]]
+
+
+def _tile(ks: KernelSchedule) -> tuple[int, int]:
+    return ks.block_m, ks.block_n
+
+
+def _fastest(trials: Iterable[Trial], kernel: Kernel) -> Trial | None:
+    timed = [t for t in trials if t.kernel == kernel and t.us is not None]
+    return min(timed, key=lambda t: cast(float, t.us), default=None)
+
+
+def _checked(
+    stick: Stick, batch: Sequence[tuple[Kernel, KernelSchedule]], best: Schedule
+) -> dict[tuple[Kernel, KernelSchedule], str]:
+    """Compile a batch side by side, then hold each against the reference: why it may not win, or nothing."""
+    trials = [(kernel, _with(best, kernel, ks, "user")) for kernel, ks in batch]
+    stick.begin(trials)
+    found = {}
+    for entry, trial in zip(batch, trials, strict=True):
+        try:
+            stick.check(*trial)
+            found[entry] = ""
+        except TrialError as error:
+            found[entry] = str(error)
+    return found
+
+
+def _timed(
+    stick: Stick, kernel: Kernel, ks: KernelSchedule, best: Schedule, wrong: str, fastest: Trial | None
+) -> Trial:
+    if wrong:
+        return Trial(kernel, ks, None, wrong)
+    best_us = fastest.us if fastest is not None and fastest.us is not None else float("inf")
+    try:
+        return Trial(kernel, ks, stick.time(kernel, _with(best, kernel, ks, "user"), best_us))
+    except TrialError as error:
+        return Trial(kernel, ks, None, str(error))
+
+
+def _with(schedule: Schedule, kernel: Kernel, ks: KernelSchedule, origin: Origin) -> Schedule:
+    """The schedule with one kernel's tiling replaced."""
+    changes: dict[str, Any] = {kernel: ks, "origin": origin}
+    return replace(schedule, **changes)
+
+
+def _known(value: Mapping[str, Any] | None, sizes: dict[str, int]) -> dict[tuple[Kernel, KernelSchedule], Trial]:
+    """The trials of an earlier race at the very same sizes."""
+    if value is None or value.get("sizes") != sizes:
+        return {}
+    try:
+        trials = [Trial.from_json(entry) for entry in value.get("trials", [])]
+    except ValueError:
+        return {}  # of another version: measured again
+    return {(t.kernel, t.schedule): t for t in trials}
