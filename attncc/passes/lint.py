@@ -18,9 +18,10 @@ from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.similarity import by_distance
 from attncc.ir.symbols import scalar_symbol
 from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
-from attncc.passes.phases import phases
+from attncc.passes.phases import is_column_sum, phases
 from attncc.passes.running import without_running_sums
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
@@ -109,6 +110,8 @@ def overflowing_exponentials(graph: VariantGraph) -> Iterator[Finding]:
             seen.add(exponent)
             # a row maximum is at least what it is the maximum of, and an exponent only falls with it
             bounded = sympy.expand(exponent.xreplace({m: g for m, g in operands.items() if _falls_with(exponent, m)}))
+            if any(bounded == sym.SCORE - read for read in bounded.atoms(Read) if is_column_sum(read)):
+                continue  # a log of a sum is at least the log of each of its terms
             if extent(bounded, known).hi > MAX_EXPONENT:
                 yield Finding(
                     "warning",

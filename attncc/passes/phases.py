@@ -28,6 +28,12 @@ from attncc.passes.stream import stream
 
 #: the input that marks rows which see no key
 DEAD = "dead_rows"
+_COLUMN = "col_lse_"
+
+
+def is_column_sum(read: Read) -> bool:
+    """Does it read the log of a column sum, which no user's input is called like?"""
+    return read.input.startswith(_COLUMN)
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ def _without_columns(graph: VariantGraph) -> tuple[VariantGraph, list[Made]]:
     decls: list[InputDecl] = []
     for stage in graph.cols:
         if stage.op == "col_sum":
-            name = f"col_lse_{len(made)}"
+            name = f"{_COLUMN}{len(made)}"
             found, shift = _column(graph, stage, name)
             read = Read(sym.input_symbol(name, False), sym.B, sym.H, sym.KV_IDX)
             known[sympy.Symbol(stage.name, real=True)] = sympy.exp(read - shift)

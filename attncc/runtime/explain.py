@@ -15,6 +15,7 @@ from attncc.ir.formulas import stage_texts
 from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Root
+from attncc.passes.phases import Made
 from attncc.runtime.explain_linear import linear_facts, linear_lines
 from attncc.runtime.explain_outputs import output_facts, output_lines
 from attncc.schedule import decode, hopper
@@ -99,6 +100,7 @@ def facts(
         "scalars": numbers,
         "dtype": dtype,
         "stages": stage_texts(plan.given),
+        "made": dict(map(_made, plan.made)),
         "passes": max(part.online.passes for part in plan.parts),
         "sweeps": [_sweep(part, number) for part in plan.parts for number in range(len(part.online.before))],
         "proof": [f"{_of(part)}{line}" for part in plan.parts for line in part.online.proof],
@@ -112,6 +114,14 @@ def facts(
             for kernel in kernels_of(plan)
         },
     }
+
+
+def _made(made: Made) -> tuple[str, str]:
+    """An input that another op makes, and what it is."""
+    weight = stage_texts(made.graph)["normalizer"]
+    if made.transposed:
+        return f"{made.name}[b, h, kv_idx]", f"the lse of {weight}, of which queries are keys and keys are queries"
+    return f"{made.name}[b, h, q_idx]", "whether the row sees no key"
 
 
 def _sweep(part: Plan, number: int) -> dict[str, Any]:
@@ -233,6 +243,7 @@ def text_of(found: Mapping[str, Any]) -> str:
     parts = [
         f"{found['name']}  {call}{numbers}  on {device['title']} ({device['target']})",
         _section("formula", [f"{stage:<10} = {text}" for stage, text in found["stages"].items()]),
+        *([_section("made before, by an op of its own", _assigned(found["made"]))] if found["made"] else []),
         *_sweep_texts(found),
         _section(f"forward: {_passes(found)} over the keys, because", found["proof"]),
         _section("merge of two parts of the keys: each accumulator is scaled, then added", _assigned(found["merge"])),

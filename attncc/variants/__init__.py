@@ -60,6 +60,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "sparsemax",
         "min_p",
         "top_theta",
+        "slots",
+        "shared_weights",
     ),
     "similarities": (
         "cosine",
@@ -77,7 +79,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "afa",
     ),
     "linear": ("linear_attention", "retention", "lightning", "simple_gla"),
-    "reductions": ("local_gaussian", "head_gates", "differential", "mla"),
+    "reductions": ("local_gaussian", "head_gates", "reversed", "differential", "mla"),
 }
 _NAMES = tuple(name for members in FAMILIES.values() for name in members)
 

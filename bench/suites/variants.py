@@ -23,7 +23,7 @@ FREE = 32
 #: the exact mask area of the variants that are not causal
 AREAS: dict[str, Callable[[int, int], int]] = {
     **dict.fromkeys(("full", "t5_bias", "dense_bias", "relu", "relu2", "taylor"), area.full),
-    **dict.fromkeys(("cosine", "trilinear", "location", "gaussian_position", "gmm"), area.full),
+    **dict.fromkeys(("cosine", "trilinear", "location", "gaussian_position", "gmm", "slots", "reversed"), area.full),
     "sliding_window": lambda m, n: area.window(m, n, 1024),
     "flash_window": lambda m, n: area.window(m, n, 1025),
     "gemma2_local": lambda m, n: area.window(m, n, 4096),

@@ -33,7 +33,7 @@ _UNUSUAL = from_texts(
 def test_every_name_of_generated_code_is_known(name, backend):
     graph = (_UNUSUAL if name == "unusual" else variants.get(name)).graph
     plan = Plan(graph)
-    own = [d.name for d in graph.inputs] + [s.name for s in graph.scalars] + sorted(plan.similarity.own)
+    own = [d.name for d in plan.graph.inputs] + [s.name for s in graph.scalars] + sorted(plan.similarity.own)
     many = plan.only_triton or len(plan.parts) > 1 or graph.value is not None
     if backend == "gluon" and (many or not SimilaritySlots(plan).plain_dot):
         pytest.skip("Gluon kernels have one score a pair, made of the product of q and k, and one pass over the keys")

@@ -158,12 +158,12 @@ UNSHIPPED = {
 }
 
 
-#: what ships; of several branches, each is a variant here, and what v is matters to no pass
+#: what ships; of several branches, each is a variant here, what v is matters to no pass, and column sums are inputs
 SHIPPED = {
     part.name: ac.Variant.from_graph(part)
     for name in ac.variants.names()
     for part in ac.variants.get(name).graph.parts
-    if part.value is None
+    if part.value is None and not part.cols
 }
 NAMES = (*SHIPPED, *UNSHIPPED)
 

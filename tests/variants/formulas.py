@@ -208,6 +208,23 @@ def bico(q, k, v, far_q, far_k):
     return softmax(torch.where(causal(q, k), dot(q, k), dot(far_q, far_k))) @ v
 
 
+def over_queries(s):
+    return s.softmax(-2)
+
+
+def slots(q, k, v):
+    share = over_queries(dot(q, k)) + 1e-8
+    return share / share.sum(-1, keepdim=True) @ v
+
+
+def reversed_attention(q, k, v, gate):
+    return over_queries(dot(q, k)) @ (v * gate.unsqueeze(-1))
+
+
+def shared_weights(q, k, v, total):
+    return (dot(q, k) - total.unsqueeze(-1)).exp() * causal(q, k) @ v
+
+
 BY_HAND: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
@@ -237,5 +254,7 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
         pooling,
         relative_bias,
         bico,
+        slots,
+        shared_weights,
     )
-}
+} | {"reversed": reversed_attention}

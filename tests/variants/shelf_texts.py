@@ -25,6 +25,17 @@ TEXTS = {
     ),
     "bounded_sum": f'[stages]\n{CAUSAL}normalizer = "score / maximum(abs(row.sum(score)), 1)"',
     "rela": f'[stages]\n{CAUSAL}normalizer = "relu(score)"',
+    "slots": (
+        "[stages]\nnormalizer = '''\np = exp(score - col.max(score))\nshare = p / col.sum(p) + 1e-8\n"
+        "share / row.sum(share)'''"
+    ),
+    "reversed": (
+        "[stages]\nnormalizer = '''\np = exp(score - col.max(score))\np / col.sum(p)'''\n"
+        'reduction = "row.sum(weight * gate[b, h, kv_idx] * v_vec)"' + declared(gate="b h kv_idx grad")
+    ),
+    "shared_weights": (
+        f'[stages]\n{CAUSAL}normalizer = "exp(score - total[b, h, q_idx])"' + declared(total="b h q_idx grad")
+    ),
     "taylor_causal": f'[stages]\n{CAUSAL}normalizer = "taylor"',
     "taylorshift": (
         "[stages]\nsimilarity = '''\nlengths = maximum(sum_d(q_vec**2), 1e-24) * maximum(sum_d(k_vec**2), 1e-24)\n"

@@ -70,6 +70,8 @@ def test_inputs_and_defaults():
         "gmm": dict.fromkeys(("w", "mu", "sigma"), ("b", "q_idx", "component")),
         "afa": dict.fromkeys(("rate", "sigma2", "eta2", "gamma2", "nu", "tau"), ("h",)),
         "head_gates": {"gate": ("b", "h", "q_idx")},
+        "reversed": {"gate": ("b", "h", "kv_idx")},
+        "shared_weights": {"total": ("b", "h", "q_idx")},
         "taylorshift": {"tau": ("h",)},
         "local_gaussian": {"center": ("b", "h", "q_idx"), "reach": 10.0},
         "ssmax": {"gain": ("h",)},
