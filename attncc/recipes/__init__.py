@@ -4,10 +4,52 @@ Each says what it computes, from which paper, and what it keeps in memory beside
 """
 
 from attncc.recipes.agents import agents
+from attncc.recipes.collinear import collinear
+from attncc.recipes.dynamic_convolution import dynamic_convolution
+from attncc.recipes.fastformer import fastformer
+from attncc.recipes.gates import gaussian_gate
+from attncc.recipes.interactive import interactive
 from attncc.recipes.lamemo import lamemo
 from attncc.recipes.merge import merge
+from attncc.recipes.monotonic import expected_alignment, monotonic
+from attncc.recipes.multi_token import multi_token
 from attncc.recipes.pine import pine
+from attncc.recipes.rela import rela_block
+from attncc.recipes.relational import relational
+from attncc.recipes.rescaled import refresh, rescaled
+from attncc.recipes.selective import selective
 from attncc.recipes.shared_heads import shared_heads
 from attncc.recipes.sinkhorn import sinkhorn
+from attncc.recipes.superglue import assignment, potentials, transported
+from attncc.recipes.token_mixing import keys_alone, left_multiplied, mixed_with_mean, one_query
+from attncc.recipes.weighted_groups import weighted_groups
 
-__all__ = ["agents", "lamemo", "merge", "pine", "shared_heads", "sinkhorn"]
+__all__ = [
+    "agents",
+    "assignment",
+    "collinear",
+    "dynamic_convolution",
+    "expected_alignment",
+    "fastformer",
+    "gaussian_gate",
+    "interactive",
+    "keys_alone",
+    "lamemo",
+    "left_multiplied",
+    "merge",
+    "mixed_with_mean",
+    "monotonic",
+    "multi_token",
+    "one_query",
+    "pine",
+    "potentials",
+    "refresh",
+    "rela_block",
+    "relational",
+    "rescaled",
+    "selective",
+    "shared_heads",
+    "sinkhorn",
+    "transported",
+    "weighted_groups",
+]

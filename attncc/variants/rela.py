@@ -1,6 +1,6 @@
 """Rectified linear attention, causal: relu(s) with no denominator; rows may be empty.
 
-The published block normalizes the concatenated heads behind the op: attncc.programs.rela.
+The published block normalizes the concatenated heads behind the op: attncc.recipes.rela_block.
 """
 
 import attncc as ac

@@ -1,0 +1,66 @@
+"""What several programs share: their ops, compiled once, and a loop over blocks of queries."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import attncc as ac
+from attncc.runtime.op import AttentionOp
+
+_BIASED = ac.Variant(name="causal_bias", score=ac.bias("bias"), mask=ac.causal)
+
+
+@functools.cache
+def shipped(name: str) -> AttentionOp:
+    """The op of a shipped variant."""
+    return AttentionOp(ac.variants.get(name).graph)
+
+
+@functools.cache
+def given_scores(causal: bool) -> AttentionOp:
+    """Softmax of `scores` (B, H, M, N) and the sum of values; q and k give sizes alone."""
+    variant = ac.Variant(
+        name="given_scores",
+        similarity=lambda b, h, q_idx, kv_idx, scores: scores[b, h, q_idx, kv_idx],
+        inputs={"scores": ac.Input("b", "h", "q_idx", "kv_idx", grad=True)},
+        mask=ac.causal if causal else None,
+    )
+    return AttentionOp(variant.graph)
+
+
+@functools.cache
+def causal_bias() -> AttentionOp:
+    """Causal softmax attention with `bias` (B, H, M, N), of which dimensions may be 1."""
+    return AttentionOp(_BIASED.graph)
+
+
+def by_queries(
+    step: Callable[[int, int, int, Tensor], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    block: int,
+    carry: Tensor,
+    causal: bool = True,
+) -> Tensor:
+    """Run `step(start, stop, first, carry) -> (out, carry)` over blocks of queries and put their outputs together.
+
+    The last query stands at the last key, so that query `start` stands at key `first`; with `causal`, queries before
+    the first key give 0 and are not asked for. A backward runs each step again instead of keeping what it made, so that
+    what a step materializes is there once.
+    """
+    offset = k.shape[2] - q.shape[2]
+    alive = max(-offset, 0) if causal else 0
+    parts = []
+    for start in range(alive, q.shape[2], block):
+        stop = min(start + block, q.shape[2])
+        out, carry = checkpoint(step, start, stop, start + offset, carry, use_reentrant=False)
+        parts.append(out)
+    if alive or not parts:
+        like = parts[0] if parts else q[..., :0]
+        parts.insert(0, like.new_zeros(*q.shape[:2], min(alive, q.shape[2]), like.shape[3]))
+    return torch.cat(parts, 2)
