@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from attncc.cli.options import (
+    Backend,
     Batch,
     Dtype,
     DtypeName,
@@ -67,6 +68,7 @@ def command(
     heads: Heads = 16,
     kv_heads: KvHeads = None,
     settings: Set = None,
+    backend: Backend = None,
     json: Json = False,
 ) -> None:
     """Compile a spec for a GPU, which need not be here, and print registers, spills and shared memory of each kernel.
@@ -96,7 +98,7 @@ def command(
     device = explained_device(target)
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     problem = problem_of(plan, sizes, dtype.value, "ieee", scalars(graph, settings))
-    schedule = choose(problem, device, Cache())
+    schedule = choose(problem, device, Cache(), backend.value if backend else None)
     source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)
     module = load_source(source, graph.name)
     kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)

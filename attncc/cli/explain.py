@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from attncc.cli.options import (
+    Backend,
     Batch,
     Dtype,
     DtypeName,
@@ -46,6 +47,7 @@ def command(
     head_dim: HeadDim = 128,
     head_dim_v: HeadDimV = None,
     settings: Set = None,
+    backend: Backend = None,
     top: Annotated[int, typer.Option(min=1, help="How many candidates of each kernel are shown.")] = 5,
     json: Json = False,
 ) -> None:
@@ -57,6 +59,7 @@ def command(
       attncc explain alibi --target h100
       attncc explain sliding_window --set window=4096 --q-len 32768 --kv-heads 4
       attncc explain spec.toml --target rtx4090 --dtype fp16 --head-dim 64
+      attncc explain causal --target h100 --backend gluon
       attncc explain causal --json
     """
     from attncc.codegen.plan import Plan
@@ -66,7 +69,12 @@ def command(
     graph = resolve(spec, similarity, score, mask, normalizer).graph
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     device = explained_device(target)
-    found = facts(Plan(graph), sizes, dtype.value, device, scalars(graph, settings), cache=Cache(), shown=top)
+    found = facts(
+        *(Plan(graph), sizes, dtype.value, device, scalars(graph, settings)),
+        cache=Cache(),
+        shown=top,
+        backend=backend.value if backend is not None else None,
+    )
     if json:
         print_json(found)
     else:

@@ -48,6 +48,19 @@ Target = Annotated[
         help="h100, rtx4090, ... or sm_90, gfx942, ...; default: this machine's GPU, else h100.", show_default=False
     ),
 ]
+
+
+class BackendName(StrEnum):
+    """The language of kernels that both backends have."""
+
+    triton = "triton"
+    gluon = "gluon"
+
+
+Backend = Annotated[
+    BackendName | None,
+    typer.Option(help="The language of the kernels on Hopper; default: the scheduler's choice.", show_default=False),
+]
 Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it.")]
 
 

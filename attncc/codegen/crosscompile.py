@@ -26,6 +26,8 @@ from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Schedule
 TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: what merges the parts of a row is launched the same way for all schedules
 MERGE = KernelSchedule(1, 1, 4, 1)
+#: kernels that pass over rows once, 32 a program
+_LIGHT = ("delta_kernel", "prepare_kernel", "finish_kernel")
 _ROWS = 16  # strides of real tensors are multiples of 16 elements, and Triton compiles for that
 
 
@@ -86,7 +88,7 @@ def _compile(
     gluon = kernel.is_gluon()
     fast = dtype != "fp32" and device.backend == "cuda"
     constants: dict[str, Any] = {
-        "BLOCK_M": tiling.block_m if name != "delta_kernel" else 32,
+        "BLOCK_M": 32 if name in _LIGHT else tiling.block_m,
         "BLOCK_N": tiling.block_n,
         "BLOCK": tiling.block_n,
         "CELL_M": min(tiling.block_m, 16),
@@ -104,6 +106,7 @@ def _compile(
         "DEALT": True,
         "SPLIT": True,
         "BLOCK_S": 32,
+        "SUM_DQ": True,
     }
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -118,7 +121,9 @@ def _compile(
         elif p in scalars:
             signature[p] = scalars[p]
         elif "_DESC_" in p:
-            signature[p] = _descriptor(p, tiling, dtype)
+            signature[p] = _descriptor(p, name, tiling, dtype)
+        elif p == "ROWS_DESC":
+            signature[p] = _box((1, tiling.block_m), "fp32")
         elif p == "scale":
             signature[p] = "fp32"
         elif p.endswith("_PTR") or p.startswith("SUMMARY_"):
@@ -158,22 +163,30 @@ def _tiling(name: str, schedule: Schedule) -> Any:
         return schedule.forward
     if name == "merge_kernel":
         return MERGE
-    if name == "delta_kernel" or name.startswith(("summary_", "bounds_")):
+    if name in _LIGHT or name.startswith(("summary_", "bounds_")):
         return schedule.forward
     return schedule.pair or schedule.dq
 
 
-def _descriptor(name: str, tiling: Any, dtype: Dtype) -> str:
+def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
     """The type of a descriptor parameter such as K_DESC_128: boxes of 128 columns, and as many rows as a tile of K."""
     tensor, columns = name.split("_DESC_")
+    of_queries = tensor in ("Q", "DO", "DOUT", "OUT")
     if tiling.backend == "triton":
-        rows = tiling.block_m if tensor in ("Q", "DOUT") else tiling.block_n
-        return f"tensordesc<{dtype}[1, 1, {rows}, {columns}]>"
+        return f"tensordesc<{dtype}[1, 1, {tiling.block_m if of_queries else tiling.block_n}, {columns}]>"
+    rows = tiling.block_m if of_queries and kernel != "forward_kernel" else tiling.block_n
+    if tensor in ("DQ", "DK", "DV") or (of_queries and kernel == "forward_kernel"):
+        rows = hopper.ROWS
+    return _box((1, 1, rows, int(columns)), "fp32" if tensor == "DQ" else dtype)
+
+
+def _box(shape: tuple[int, ...], dtype: Dtype) -> str:
+    """The type of a Gluon kernel's descriptor."""
     from triton.experimental.gluon import language as gl
 
-    shape = [1, 1, hopper.ROWS if tensor in ("Q", "OUT") else tiling.block_n, int(columns)]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, {"bf16": gl.bfloat16, "fp16": gl.float16}[dtype])
-    return f"tensordesc<{dtype}{shape},{layout!r}>"
+    types = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
+    layout = gl.NVMMASharedLayout.get_default_for(list(shape), types[dtype])
+    return f"tensordesc<{dtype}{list(shape)},{layout!r}>"
 
 
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:

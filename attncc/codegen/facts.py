@@ -13,7 +13,7 @@ from attncc.passes.counts import pair_costs
 from attncc.passes.differentiate import DP
 from attncc.passes.fold import S
 from attncc.passes.stream import Sweep, renamed
-from attncc.schedule.problem import PairCosts, SimilarityWork
+from attncc.schedule.problem import PairCosts, SimilarityWork, WarpWork
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan
@@ -47,6 +47,7 @@ class Facts:
     pairs: bool
     sweeps: int
     only_triton: str
+    warps: WarpWork
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for the cache."""
@@ -60,7 +61,8 @@ class Facts:
             known = {name: data[name] for name in cls.__dataclass_fields__} if data is not None else {}
             costs = {name: PairCosts(**known[name]) for name in ("forward", "backward", "mask")}
             names = {name: tuple(known[name]) for name in _NAMES}
-            return cls(**{**known, **costs, **names, "similarity": SimilarityWork(**known["similarity"])})
+            work = {"similarity": SimilarityWork(**known["similarity"]), "warps": WarpWork(**known["warps"])}
+            return cls(**{**known, **costs, **names, **work})
         except (KeyError, TypeError):
             return None
 
@@ -95,7 +97,21 @@ def facts_of(plan: Plan) -> Facts:
         pairs=has_backward and any(g.kind in ("tile", "band") for g in plan.gradients),
         sweeps=sum(_turns(sweep) for part in plan.parts for sweep in part.online.before),
         only_triton=plan.only_triton,
+        warps=_warps(plan, has_backward),
     )
+
+
+def _warps(plan: Plan, has_backward: bool) -> WarpWork:
+    from attncc.codegen.forward import vanishes
+    from attncc.codegen.hopper_backward import no_backward
+    from attncc.codegen.kernels import split_slope
+
+    def one_slope(part: Plan) -> bool:
+        raw = {sym.RAW_SCORE: part.core["raw_score"].expr}
+        return split_slope(part.folded.apply(part.backward.dqk.xreplace(raw))) is not None
+
+    slope = has_backward and all(map(one_slope, plan.parts))
+    return WarpWork(all(map(vanishes, plan.parts)), slope, no_backward(plan) if has_backward else "")
 
 
 def _turns(sweep: Sweep) -> int:

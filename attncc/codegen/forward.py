@@ -27,6 +27,7 @@ from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import QUERY, SimilaritySlots
 from attncc.ir import symbols as sym
+from attncc.ir import vocabulary as voc
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
@@ -381,15 +382,29 @@ def _alive(part: Plan, step: Sweep | Online) -> str | None:
     return f"{part.own(step.max_symbols[0].name)} > {NEGATIVE}" if step.max_symbols else None
 
 
+def vanishes(part: Plan) -> bool:
+    """Is a score of -inf all that hides a pair from the last pass?"""
+    return _terms(part, part.online).vanishes
+
+
 def _vanishes(term: Any, s: sympy.Symbol) -> bool:
     """Is the term exp2(k * s - a row value), which is 0 at a score of -inf?"""
     if not isinstance(term, exp2):
         return False
     coefficient = sympy.expand(term.args[0]).coeff(s)
     rest = sympy.expand(term.args[0] - coefficient * s)
-    if rest.atoms(Read):  # an input's value may be infinite, too
-        return False
+    if any(e.atoms(Read) for e in sympy.Add.make_args(rest) if not _is_subtracted_maximum(e)):
+        return False  # an input's value may be infinite, too
     return bool(coefficient.is_positive) and s not in rest.free_symbols and sym.KV_IDX not in rest.free_symbols
+
+
+def _is_subtracted_maximum(e: Any) -> bool:
+    """Is e a maximum times something negative, and one of what it is of a value that is never infinite? Then whatever
+    the other is, e is not plus infinity."""
+    for f in sympy.Mul.make_args(e):
+        if isinstance(f, voc.maximum):
+            return bool((e / f).is_negative) and any(not a.atoms(Read) for a in f.args)
+    return False
 
 
 def _needs_guard(plan: Plan) -> bool:

@@ -26,23 +26,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     weights and the factor of the accumulator. `loads` and `attends` name the kernel's arguments that the warps need
     which load, and those which compute.
     """
-    if len(plan.parts) > 1:
-        raise UnsupportedError(
-            f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
-            remedy="use backend='triton'",
-        )
-    if plan.graph.value is not None:
-        raise UnsupportedError(
-            f"Gluon kernels load v for itself, and that of '{plan.graph.name}' is part of k",
-            remedy="use backend='triton'",
-        )
-    if not SimilaritySlots(plan).plain_dot:
-        raise UnsupportedError(
-            f"Gluon kernels multiply q with k, and the similarity of '{plan.graph.name}' is made in another way",
-            remedy="use backend='triton'",
-        )
-    if plan.only_triton:
-        raise UnsupportedError(plan.only_triton, remedy="use backend='triton'")
+    refuse(plan)
     f = forward_slots(plan, chunks(d_qk), hopper=True)
     (chain,) = f.pop("chains")
     f = {**f, **chain, "visible": chain["show"]}
@@ -57,10 +41,11 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     bounds = f["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
     final = [*f["final_lines"], f"final = {f['final']}", f"alive = {f['alive']}", *f["stores"]]
-    arguments = _arguments(plan, f)
+    pointers = [f"{name.upper()}_PTR" for name, _ in plan.stored]
+    arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     loads = free_names(["n = q_len + heads + group", *tiles])
     attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *weigh, *final])
-    slots = {key: _translated(value) for key, value in f.items()}
+    slots = {key: translated(value) for key, value in f.items()}
     by_row = bool(f["final"]) and (f["guard"] or f["final"].endswith("[:, None]"))
     slots.update(
         state=[(name, in_gluon(start)) for name, start in state],
@@ -83,24 +68,44 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     return slots
 
 
+def refuse(plan: Plan) -> None:
+    """UnsupportedError where Gluon has no kernel for a variant."""
+    if len(plan.parts) > 1:
+        raise UnsupportedError(
+            f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
+            remedy="use backend='triton'",
+        )
+    if plan.graph.value is not None:
+        raise UnsupportedError(
+            f"Gluon kernels load v for itself, and that of '{plan.graph.name}' is part of k",
+            remedy="use backend='triton'",
+        )
+    if not SimilaritySlots(plan).plain_dot:
+        raise UnsupportedError(
+            f"Gluon kernels multiply q with k, and the similarity of '{plan.graph.name}' is made in another way",
+            remedy="use backend='triton'",
+        )
+    if plan.only_triton:
+        raise UnsupportedError(plan.only_triton, remedy="use backend='triton'")
+
+
 def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
     """Do the stages leave registers free? What is read a key, or differs by key, stays in them through the loop."""
     reads = {level(r) for r in plan.core.reads}
     return bool(f["vanishes"]) and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
 
 
-def _arguments(plan: Plan, f: dict[str, Any]) -> list[str]:
-    """The kernel's arguments that hold no tile, in the order of its signature."""
-    names = [f"{name.upper()}_PTR" for name, _ in plan.stored]
-    names += ["BOUNDS_PTR"] if f["bounds"].scan else []
+def kernel_arguments(plan: Plan, pointers: list[str], scan: bool, common: tuple[str, ...]) -> list[str]:
+    """A kernel's arguments that hold no tile, in the order of its signature: `pointers`, bounds, inputs, `common`."""
+    names = [*pointers, *(["BOUNDS_PTR"] if scan else [])]
     for d in plan.core.inputs:
         names.append(f"{d.name.upper()}_PTR")
         for i, _ in enumerate(d.pattern):
             names += [f"stride_{d.name}_{i}", f"size_{d.name}_{i}"]
-    return [*names, *(s.name for s in plan.graph.scalars), *_COMMON]
+    return [*names, *(s.name for s in plan.graph.scalars), *common]
 
 
-def _translated(value: Any) -> Any:
+def translated(value: Any) -> Any:
     """Lines, and texts of expressions, in Gluon; whatever else is in a slot as it is."""
     if isinstance(value, str):
         return in_gluon(value)

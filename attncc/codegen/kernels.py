@@ -24,6 +24,9 @@ from attncc.passes.fold import LN2, S
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
 
+#: the name of what dp is multiplied by in the cotangent of a score
+SLOPE = "slope"
+
 
 def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
     """What every kernel's formulas may use: indices, lengths, scalars, and the sums over the head dimension."""
@@ -127,6 +130,7 @@ def _pair_slots(
     many_heads: bool = False,
     settle: bool = False,
     by_tile: bool = False,
+    hopper: bool = False,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
@@ -134,10 +138,12 @@ def _pair_slots(
     delta is that of a rounded output, and where a cotangent is a small sum of large terms, that shows.
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
-    only their own parts are computed. by_tile: distances are taken apart by tile.
+    only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
+    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers.
     """
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
-    leaves, blank = {**base, **LEAVES}, blank_tile(similarity, rows_first)
+    leaves = {**base, **LEAVES, SLOPE: Leaf(SLOPE, Level.PAIR)}
+    blank = blank_tile(similarity, rows_first)
     lowering = Lowering(plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank)
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
@@ -158,10 +164,10 @@ def _pair_slots(
         computed[0].names.append("out_dot_tile")
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
-    bounds = bound_lines(tile, lowering, block, inside)
+    bounds = bound_lines(tile, lowering, block, inside, hopper)
     chains = []
     for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True)):
-        chains.append(_backward_chain(part, e, lowering, visible, edges if fresh or i == 0 else None))
+        chains.append(_backward_chain(part, e, lowering, visible, edges if fresh or i == 0 else None, hopper))
     after = lowering.after_loop()
     final_lines, row_lines = [], []
     for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
@@ -251,19 +257,36 @@ def _over_raw(part: Plan, expr: Any) -> Any:
 
 
 def _backward_chain(
-    part: Plan, exprs: _Cotangents, lowering: Lowering, visible: str, edges: list[str] | None
+    part: Plan,
+    exprs: _Cotangents,
+    lowering: Lowering,
+    visible: str,
+    edges: list[str] | None,
+    slope_apart: bool = False,
 ) -> dict[str, Any]:
-    """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already."""
+    """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already.
+    slope_apart: what dp is multiplied by in ds is a value of its own, computed with the weight; and `dp` stands for
+    dp - delta, where they occur in no other way (`less_delta`)."""
     score = next((lowering.tile(e) for e in exprs.score), None)
     mask = part.graph["mask"].expr
     shown = visible_lines(lowering, mask, edges, visible) if edges is not None else []
     score_lines = take(lowering)
     lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
+    dsums, dreads, less_delta = dict(exprs.dsums), list(exprs.dreads), False
+    settled = {}
+    if slope_apart:
+        less = [e.xreplace({DP: DP + DELTA}) for e in (*dsums.values(), *dreads)]
+        less_delta = any(e.has(DELTA) for e in dsums.values()) and not any(e.has(DELTA) for e in less)
+        if less_delta:
+            dsums, dreads = dict(zip(dsums, less, strict=False)), less[len(dsums) :]
+        for name, e in dsums.items():
+            dsums[name], settled[name] = _over_slope(e, lowering, exprs.weight)
     weight_lines = take(lowering)
     hide = []
-    for name, expr in (*exprs.dsums.items(), *zip(exprs.names, exprs.dreads, strict=True)):
+    for name, expr in (*dsums.items(), *zip(exprs.names, dreads, strict=True)):
         lowering.assign(name, expr, Level.PAIR)
-        hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
+        if settled.get(name) is None:  # what a hidden slope multiplies is finite
+            hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
     return {
         "tag": part.tag,
         "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
@@ -272,9 +295,33 @@ def _backward_chain(
         "visible": visible,
         "show": shown,
         "weight_lines": weight_lines,
+        "slope": SLOPE in settled.values(),
         "grad_lines": take(lowering),
         "hide": hide,
+        "less_delta": less_delta,
     }
+
+
+def split_slope(dscore: Any) -> tuple[Any, Any] | None:
+    """A score's cotangent as its slope and what that is multiplied by, which hangs on dp and delta alone; None where it
+    is no such product."""
+    late = [f for f in sympy.Mul.make_args(dscore) if {DP, DELTA} & f.free_symbols]
+    if not late or any(f.free_symbols - {DP, DELTA} for f in late):
+        return None
+    return dscore / sympy.Mul(*late), sympy.Mul(*late)
+
+
+def _over_slope(dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str | None]:
+    """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, and the name
+    of that; the cotangent as it is, and None, where it is no such multiple."""
+    found = split_slope(dscore)
+    if found is None or lowering.level_of(found[0]) != Level.PAIR:
+        return dscore, None
+    slope, rest = found
+    if slope == weight:
+        return dscore, "p"
+    lowering.assign(SLOPE, slope, Level.PAIR)
+    return sympy.Symbol(SLOPE, real=True) * rest, SLOPE
 
 
 def _alive(part: Plan) -> str:
@@ -331,13 +378,18 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
     }
 
 
-def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:
-    """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits."""
+def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False) -> dict[str, Any]:
+    """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits.
+
+    hopper: for a kernel in which several groups of warps share a block of keys."""
     wanted = [g for g in plan.gradients if g.kind == "col"]
     edges = [edge("q_idx", False), edge("kv_idx", False)]
     inside = "kv_idx < kv_len"
     slots = _pair_slots(
-        plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside, many_heads=True, by_tile=by_tile
+        *(plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside),
+        many_heads=True,
+        by_tile=by_tile,
+        hopper=hopper,
     )
     return {**slots, "one_loop": plan.one_loop and not SimilaritySlots(plan).own_accumulators(KEY)}
 

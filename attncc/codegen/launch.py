@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from attncc.schedule.device import Device
-from attncc.schedule.problem import KernelSchedule, Schedule
+from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
 
 #: registers of a thread, were all warps of a Gluon kernel given the same number: the loading warp passes its own on
 _EVEN_REGISTERS = {2: 168, 3: 128}
 
 
-def launch_meta(schedule: KernelSchedule, device: Device | None = None) -> dict[str, int]:
-    """A kernel's schedule in the words of its launch. A Gluon kernel has as many programs as `device` has SMs."""
+def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward") -> dict[str, int]:
+    """A kernel's schedule in the words of its launch. A Gluon forward has as many programs as `device` has SMs; a Gluon
+    backward sums dQ unless it is told otherwise."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
         splits = {"splits": schedule.splits} if schedule.splits else {}
         return {**tiles, "num_warps": schedule.num_warps, "num_stages": schedule.num_stages, **splits}
     options = {"STAGES": schedule.num_stages, "num_warps": 4, "maxnreg": _EVEN_REGISTERS[schedule.num_warps // 4]}
+    if kernel == "dkdv":
+        return {**tiles, **options, "SUM_DQ": True}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
 
 
 def schedule_meta(schedule: Schedule, device: Device) -> dict[str, dict[str, int]]:
     """Launch words for every kernel. The bands of a pair kernel are diagonals, so its tiles are square."""
-    meta = {name: launch_meta(schedule.of(name), device) for name in ("forward", "dkdv", "dq")}
+    meta: dict[str, dict[str, int]] = {name: launch_meta(schedule.of(name), device, name) for name in KERNELS}
     pair = launch_meta(schedule.pair or schedule.dq, device)
     side = min(pair["BLOCK_M"], pair["BLOCK_N"])
     meta["pair"] = {**pair, "BLOCK_M": side, "BLOCK_N": side}

@@ -32,6 +32,7 @@ def problem_of(
         only_triton=facts.only_triton,
         packs_heads=facts.packs_heads,
         whole_rows=facts.whole_rows,
+        warps=facts.warps,
     )
     return Problem(
         dtype=dtype,

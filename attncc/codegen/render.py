@@ -13,6 +13,7 @@ from attncc.codegen.chunks import Chunk, chunks, value_chunks
 from attncc.codegen.decode import decode_slots
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
+from attncc.codegen.hopper_backward import by_row, finish_slots, hopper_backward_slots
 from attncc.codegen.indices import collect_lines, input_arguments, nested_reads
 from attncc.codegen.kernels import (
     base_leaves,
@@ -59,16 +60,18 @@ def render(
     forward_in: Form = "triton",
     d_k: int | None = None,
     values: int = 1,
+    backward_in: Backend = "triton",
 ) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel, or "decode" for the one that splits the keys. `d_qk` is the last dimension of q;
-    `d_k` that of k, where branches of q share it; `values`: heads of v for each head of k.
+    language of the forward kernel, or "decode" for the one that splits the keys; backward_in: that of the kernel for dK
+    and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
+    share it; `values`: heads of v for each head of k.
     """
     users = plan
     plan, called = coded(plan)
-    graph, hopper = plan.graph, forward_in == "gluon"
+    graph, hopper, hopper_backward = plan.graph, forward_in == "gluon", backward and backward_in == "gluon"
     d_k = d_qk if d_k is None else d_k
     qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk, value=graph.value)
     v_chunks = value_chunks(d_v, values)
@@ -76,6 +79,7 @@ def render(
     context: dict[str, Any] = {
         "graph": plan.core,
         "hopper": hopper,
+        "hopper_backward": hopper_backward,
         "d_qk": d_qk,
         "d_k": d_k,
         "d_v": d_v,
@@ -112,7 +116,7 @@ def render(
         f = hopper_forward_slots(plan, d_qk, d_v)
     else:
         f = decode_slots(plan, qk_chunks) if forward_in == "decode" else forward_slots(plan, qk_chunks)
-    helpers = set(f["helpers"])
+    helpers, in_warps = set(f["helpers"]), set(f["helpers"]) if hopper else set()
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"], f.get("packed", False))
     forward = {"triton": "forward", "gluon": "hopper_forward", "decode": "decode"}[forward_in]
     context["forward_host"] = f"{forward}_host.py.j2"
@@ -131,7 +135,8 @@ def render(
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
     }
     if backward:
-        kv, dq = dkdv_slots(plan, qk_chunks, tma), dq_slots(plan, qk_chunks, tma)
+        kv = hopper_backward_slots(plan, d_qk) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
+        dq = dq_slots(plan, qk_chunks, tma)
         pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
         for slots in (kv, dq, *pair.values()):
             helpers |= slots["helpers"]
@@ -139,13 +144,21 @@ def render(
             if g.number in pair:
                 pair[g.number].update(_kept(plan, g))
         bounds += _bounds(plan, "q", plan.over_queries, kv["bounds"])
-        if plan.needs_delta:
+        if plan.needs_delta and not hopper_backward:
             kernels.append(("delta.py.j2", {}))
         swept = [cotangent_slots(plan, part, qk_chunks) for part in plan.parts if part.backward.cotangents]
         for slots in swept:
             helpers |= slots["helpers"]
             kernels.append(("cotangents.py.j2", {"k": slots}))
-        kernels += [("dkdv.py.j2", {"k": kv}), ("dq.py.j2", {"k": dq})]
+        if hopper_backward:
+            finish = finish_slots(plan)
+            helpers |= finish["helpers"]
+            in_warps |= kv["helpers"]
+            kernels += [("hopper_prepare.py.j2", {"f": kv}), ("hopper_backward.py.j2", {"f": kv})]
+            kernels.append(("hopper_finish.py.j2", {"f": finish}))
+        else:
+            kernels.append(("dkdv.py.j2", {"k": kv}))
+        kernels.append(("dq.py.j2", {"k": dq}))
         for p in pair.values():
             kernels.append(("pair_grad.py.j2", {"k": p, "what": formula(p["gradient"].read)}))
         host.update(
@@ -158,6 +171,7 @@ def render(
             collects=collect_lines(plan, similarity.gradients),
             nested_reads=nested_reads(plan),
             cotangents=swept,
+            by_row=by_row(plan),
         )
     scans = []
     for u in bounds:
@@ -167,9 +181,9 @@ def render(
         scans.append(("bounds.py.j2", {"graph": graph, "u": u["slots"], "name": f"{u['name']}_kernel"}))
     kernels = scans + kernels
     parts = [_header(users, d_qk, d_v, context["tma"]), _render("helpers.py.j2", context, helpers=helpers)]
-    if hopper:
-        parts.append(_render("gluon_helpers.py.j2", context))
-        parts.append(in_gluon(_render("helpers.py.j2", context, helpers=f["helpers"])))
+    if hopper or hopper_backward:
+        parts += [_render(f"gluon_{name}.py.j2", context) for name in ("compat", "helpers")]
+        parts.append(in_gluon(_render("helpers.py.j2", context, helpers=in_warps)))
     parts += [_render(template, context, **slots) for template, slots in kernels]
     parts.append(_render("host.py.j2", context, bounds=bounds, **host))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")

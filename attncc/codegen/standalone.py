@@ -25,6 +25,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     graph = coded(plan)[0].graph
     backward = plan.has_backward is None
     tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)
+    hopper_backward = backward and schedule.dkdv.backend == "gluon"
     context: dict[str, Any] = {
         "graph": graph,
         "d_qk": d_qk,
@@ -36,6 +37,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         "has_lse": plan.has_lse,
         "backward": backward,
         "hopper": schedule.forward.backend == "gluon",
+        "hopper_backward": hopper_backward,
         "refusal": str(plan.has_backward or ""),
         "grad_names": repr(tuple(d.name if d.grad else None for d in graph.inputs)),
         "parameters": "".join(f"{d.name}, " for d in graph.inputs)
@@ -47,5 +49,6 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     }
     text = environment().get_template("standalone.py.j2").render(context)
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
-    kernels = render(plan, d_qk, d_v, backward, tma, schedule.forward.form)
+    backward_in = schedule.dkdv.backend
+    kernels = render(plan, d_qk, d_v, backward, tma, schedule.forward.form, backward_in=backward_in)
     return kernels + "\n\n" + text.strip("\n") + "\n"

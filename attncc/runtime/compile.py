@@ -18,16 +18,19 @@ from attncc.schedule.problem import Backend, Precision, Schedule
 def compile(
     variant: Variant | VariantGraph | str | Path,
     *,
-    backend: Backend | None = "triton",
+    backend: Backend | None = None,
     schedule: Schedule | None = None,
     precision: Precision | None = None,
     plan: PlanName = "auto",
+    deterministic: bool = False,
 ) -> AttentionOp | LinearOp:
     """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file. An AttentionOp; a LinearOp
     where the variant has a form in linear time, as `attncc explain` shows.
 
-    `backend` is "triton" or "gluon", the latter for the forward kernel on Hopper GPUs; where Gluon has no kernel for a
-    call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
+    `backend` is "triton" or "gluon", the latter for forward and backward on Hopper GPUs; where Gluon has no kernel for
+    a call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
+    `deterministic` fixes the order of every sum, as PyTorch's deterministic mode does; only Gluon's backward has one
+    that is free otherwise, that of dQ.
     `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
     meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). `plan` is "auto",
     "parallel" (all pairs), "chunk" or "recurrent", see `LinearOp`; a fixed schedule is one of all pairs. Kernels are
@@ -41,7 +44,7 @@ def compile(
     if isinstance(variant, str | Path):
         variant = _named(variant)
     graph = variant.graph if isinstance(variant, Variant) else variant
-    parallel = AttentionOp(graph, schedule, precision, backend)
+    parallel = AttentionOp(graph, schedule, precision, backend, deterministic)
     linear = _linear(graph, plan) if schedule is None else None
     return parallel if linear is None else LinearOp(graph, linear, parallel, plan, precision)
 

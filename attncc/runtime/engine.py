@@ -73,6 +73,7 @@ class Engine:
         precision: Precision | None = None,
         backend: Backend | None = None,
         extra: PairCotangents | None = None,
+        deterministic: bool = False,
     ):
         self.graph = graph
         self.cache = Cache()
@@ -84,8 +85,9 @@ class Engine:
         self._fixed = schedule
         self._precision = precision
         self._backend = backend
-        self._sources: dict[tuple[int, int, bool, Form, int, int], str] = {}
-        self._modules: dict[tuple[int, int, bool, Form, int, int, bool], ModuleType] = {}
+        self._deterministic = deterministic
+        self._sources: dict[tuple[int, int, bool, Form, int, int, Backend], str] = {}
+        self._modules: dict[tuple[int, int, bool, Form, int, int, Backend, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._routes: dict[Any, Route] = {}
         self._recordings: dict[Any, Recording] = {}  # of backwards
@@ -96,7 +98,8 @@ class Engine:
 
     def sibling(self, graph: VariantGraph, extra: PairCotangents) -> Engine:
         """An engine with the same schedule and precision for this graph's backward with further cotangents."""
-        return Engine(graph, self._fixed, self._precision, "triton", extra)
+        fixed = self._fixed if self._fixed is None or self._fixed.dkdv.backend == "triton" else None
+        return Engine(graph, fixed, self._precision, "triton", extra)
 
     def _known_plan(self, extra: PairCotangents | None) -> Plan:
         """The graph's plan with its facts, from the disk cache where they lie there."""
@@ -116,13 +119,15 @@ class Engine:
         form: Form = "triton",
         d_k: int | None = None,
         values: int = 1,
+        backward: Backend = "triton",
     ) -> str:
         """The generated module's text for these head dimensions, from the disk cache where it lies there.
 
-        d_k is that of k, where branches of q share it; values: heads of v for each head of k.
+        form: that of the forward kernel, backward: that of dkdv; d_k is that of k, where branches of q share it;
+        values: heads of v for each head of k.
         """
         with self._lock:
-            key = (d_qk, d_v, tma, form, d_k or d_qk, values)
+            key = (d_qk, d_v, tma, form, d_k or d_qk, values, backward)
             if key not in self._sources:
                 self._sources[key] = self._cached_source(*key)
             return self._sources[key]
@@ -131,16 +136,20 @@ class Engine:
         """The text for 16-bit tensors on the current GPU; with none, the one that needs no feature of any."""
         dims = (d_qk, d_v, self.graph.branches, self.graph.value)
         tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", *dims)
-        return self.source(d_qk, d_v, tma and self.plan.facts.has_backward, self._backend or "triton")
+        backend, facts = self._backend or "triton", self.plan.facts
+        backward: Backend = "triton" if facts.warps.no_backward or not facts.has_backward else backend
+        return self.source(d_qk, d_v, tma and facts.has_backward, backend, backward=backward)
 
-    def _cached_source(self, d_qk: int, d_v: int, tma: bool, form: Form, d_k: int, values: int) -> str:
-        facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": form}
+    def _cached_source(
+        self, d_qk: int, d_v: int, tma: bool, form: Form, d_k: int, values: int, backward: Backend
+    ) -> str:
+        facts = {"digest": self.graph.digest, "name": self.graph.name, "backend": form, "backward": backward}
         dims = {"d_qk": d_qk, "d_v": d_v, "d_k": d_k, "values": values}
         name = cache_key(kind="source", tma=tma, code=fingerprint(), **facts, **dims)
         found = self.cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, form, d_k, values)
+        text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, form, d_k, values, backward)
         self.cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
         return text
 
@@ -153,12 +162,13 @@ class Engine:
         form: Form = "triton",
         d_k: int | None = None,
         values: int = 1,
+        backward: Backend = "triton",
     ) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""
         with self._lock:
-            key = (d_qk, d_v, tma, form, d_k or d_qk, values, interpreted)
+            key = (d_qk, d_v, tma, form, d_k or d_qk, values, backward, interpreted)
             if key not in self._modules:
-                source = self.source(d_qk, d_v, tma, form, d_k, values)
+                source = self.source(d_qk, d_v, tma, form, d_k, values, backward)
                 self._modules[key] = load_module(source, self.graph.name, interpreted, self.cache)
             return self._modules[key]
 
@@ -172,20 +182,25 @@ class Engine:
             return self._precision
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
+    def ordered(self) -> bool:
+        """Must the order of every sum be fixed? As asked for, or as PyTorch's deterministic mode says."""
+        return self._deterministic or torch.are_deterministic_algorithms_enabled()
+
     def prepare(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         """The module, schedule and options for calls like this one."""
         sizes = scheduled_sizes(bound.sizes)
         precision = self.precision()
         boxed = all(map(_fits_boxes, (q, k, v)))
-        key = (tuple(sizes.values()), q.dtype, q.device, precision, tuple(bound.scalars.values()), boxed)
+        ordered = self.ordered()
+        key = (tuple(sizes.values()), q.dtype, q.device, precision, tuple(bound.scalars.values()), boxed, ordered)
         found = self._prepared.get(key)
         if found is None:
             with self._lock:
-                found = self._prepared[key] = self._prepare(bound, q.dtype, q.device, precision, boxed)
+                found = self._prepared[key] = self._prepare(bound, q.dtype, q.device, precision, boxed, ordered)
         return found
 
     def _prepare(
-        self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision, boxed: bool
+        self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision, boxed: bool, ordered: bool
     ) -> Prepared:
         if device.type not in ("cuda", "cpu"):
             raise UnsupportedError(
@@ -194,7 +209,7 @@ class Engine:
         target = device_of(device)
         problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars)
         schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")
-        if schedule.forward.backend == "gluon" and not boxed:
+        if "gluon" in (schedule.forward.backend, schedule.dkdv.backend) and not boxed:
             raise InputError(
                 "the given schedule has a Gluon kernel, which cannot copy these tensors",
                 remedy="align q, k, v and their strides to 16 bytes, or give a schedule for Triton",
@@ -203,11 +218,13 @@ class Engine:
         d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
         boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches, self.graph.value)
         tma = boxed and self.plan.facts.has_backward and boxes
-        more = (bound.sizes.get("d_k"), problem.values)
+        backward: Backend = schedule.dkdv.backend if self.plan.facts.has_backward else "triton"
+        more = (bound.sizes.get("d_k"), problem.values, backward)
         module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.form, *more)
-        return Prepared(
-            module, schedule, _meta(schedule, problem, target), dot_options(dtype, precision, target), interpreted
-        )
+        meta = _meta(schedule, problem, target)
+        if backward == "gluon":
+            meta["dkdv"]["SUM_DQ"] = not ordered
+        return Prepared(module, schedule, meta, dot_options(dtype, precision, target), interpreted)
 
     def warm(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
         """Start to compile what this call launches, all kernels side by side; once for each kind."""
@@ -317,7 +334,7 @@ class Engine:
         if dlse is not None:
             own[" dlse"] = dlse
         precision = self.precision() if q.dtype == torch.float32 else None
-        key = (key_of(q, k, v, bound.scale, {**own, **bound.scalars}), precision, wanted)
+        key = (key_of(q, k, v, bound.scale, {**own, **bound.scalars}), precision, wanted, self.ordered())
         if not q.is_cuda or key in self._opaque:
             return self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
         given = [q, k, v, *own.values()]

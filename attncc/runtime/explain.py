@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attncc.codegen.hopper_backward import by_row
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.errors import InputError, UnsupportedError
@@ -18,9 +19,9 @@ from attncc.ir.vocabulary import Root
 from attncc.passes.phases import Made
 from attncc.runtime.explain_linear import linear_facts, linear_lines
 from attncc.runtime.explain_outputs import output_facts, output_lines
-from attncc.schedule import decode, hopper
+from attncc.schedule import decode
 from attncc.schedule.cache import Cache
-from attncc.schedule.choose import choose, first_choice
+from attncc.schedule.choose import backend_of, choose, first_choice
 from attncc.schedule.cost import Prediction, predict, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
@@ -77,7 +78,7 @@ def facts(
     cache: Cache | None = None,
     shown: int = SHOWN,
     schedule: Schedule | None = None,
-    backend: Backend | None = "triton",
+    backend: Backend | None = None,
 ) -> dict[str, Any]:
     """Everything `explain` says, as plain JSON values. `sizes` is that of `sizes_of`; times are in microseconds.
 
@@ -113,6 +114,7 @@ def facts(
             kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend)
             for kernel in kernels_of(plan)
         },
+        "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
     }
 
 
@@ -189,18 +191,30 @@ def _kernel(
     kernel: Kernel, chosen: KernelSchedule, problem: Problem, device: Device, shown: int, backend: Backend | None
 ) -> dict[str, Any]:
     full, mixed, total = decode.visited(chosen, problem)
-    order = ranked(kernel, problem, device, backend)
+    order = ranked(kernel, problem, device, _compared(kernel, chosen, device, backend))
     entries = [(ks, prediction) for ks, prediction in order[:shown]]
     if chosen not in [ks for ks, _ in entries]:
         entries.append((chosen, predict(kernel, chosen, problem, device)))
     return {
         "chosen": chosen.to_json(),
         "backend": chosen.backend,
-        "no_gluon": None if backend == "triton" else hopper.refusal(kernel, problem, device),
+        "why_backend": _why_backend(kernel, problem, device, backend),
         "tiles": {"full": full, "mixed": mixed, "empty": total - full - mixed, "total": total},
         "candidates": [_candidate(kernel, ks, p, problem, device, ks == chosen) for ks, p in entries],
         "considered": len(order),
     }
+
+
+def _compared(kernel: Kernel, chosen: KernelSchedule, device: Device, backend: Backend | None) -> Backend | None:
+    """The language of the candidates that were compared; None for both."""
+    return None if backend is None and kernel in device.gluon else backend or chosen.backend
+
+
+def _why_backend(kernel: Kernel, problem: Problem, device: Device, backend: Backend | None) -> str | None:
+    """Why a kernel is in its language, where another was asked for or could have been taken."""
+    if backend is None and device.target != "sm_90":
+        return None
+    return backend_of(kernel, problem, device, backend)[1]
 
 
 def _candidate(
@@ -227,7 +241,7 @@ def explain(
     cache: Cache | None = None,
     shown: int = SHOWN,
     schedule: Schedule | None = None,
-    backend: Backend | None = "triton",
+    backend: Backend | None = None,
 ) -> str:
     """The facts as text, for people. Arguments and errors are those of `facts`."""
     return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule, backend))
@@ -259,6 +273,9 @@ def text_of(found: Mapping[str, Any]) -> str:
         "user": "as given",
     }[found["origin"]]
     parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
+    if found["dq_apart"] is not None:
+        wanted = "".join(f", or the gradient of {name} is wanted" for name in found["dq_apart"])
+        parts.append(f"dkdv sums dQ in a free order; dq makes it where the order of sums must be fixed{wanted}")
     parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
     return "\n\n".join(parts)
 
@@ -315,9 +332,10 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
     tiles = kernel["tiles"]
     live = tiles["full"] + tiles["mixed"]
     chosen = KernelSchedule(**kernel["chosen"])
-    written = f"{name}, in Gluon" if chosen.backend == "gluon" else name
-    if kernel["no_gluon"]:
-        written = f"{name}, in Triton ({kernel['no_gluon']})"
+    reason = f" ({kernel['why_backend']})" if kernel["why_backend"] else ""
+    written = f"{name}{', in Triton' + reason if reason else ''}"
+    if chosen.backend == "gluon":
+        written = f"{name}, in Gluon{reason}{', with dQ' if name == 'dkdv' else ''}"
     if chosen.splits:
         written += f", the keys in {chosen.splits} parts" if chosen.splits > 1 else ", the heads of a group in one tile"
     width = max(9, *(len(_block(KernelSchedule(**c["schedule"]))) for c in kernel["candidates"]))

@@ -48,7 +48,8 @@ class AttentionOp:
         graph: VariantGraph,
         schedule: Schedule | None = None,
         precision: Precision | None = None,
-        backend: Backend | None = "triton",
+        backend: Backend | None = None,
+        deterministic: bool = False,
     ):
         self.graph = graph
         found = phases(graph)
@@ -61,11 +62,11 @@ class AttentionOp:
         self._sums = running_sums(found.main)
         self._plain = without_running_sums(without_captured(found.main))
         # a normalizer that does not stream is refused here, not at the first call
-        self.engine = Engine(self._plain.core, schedule, precision, backend)
+        self.engine = Engine(self._plain.core, schedule, precision, backend, deterministic=deterministic)
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
-        asked = (schedule, precision, backend)
-        self._token = "" if asked == (None, None, "triton") else f":{asked}"
+        asked = (schedule, precision, backend, deterministic)
+        self._token = "" if asked == (None, None, None, False) else f":{asked}"
         self._key = library.register(f"{self.engine.graph.digest}{self._token}", self.engine)
         self._stored = self.plan.facts.stored
         self._calls: dict[tuple[str, ...], OutputsCall] = {}

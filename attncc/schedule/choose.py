@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from attncc import resources
 from attncc.errors import AttnccWarning
@@ -24,30 +24,42 @@ from attncc.schedule.problem import KERNELS, Backend, Kernel, KernelSchedule, Pr
 MATCHED = ("digest", "dtype", "precision", "d_qk", "d_v", "group", "q_bucket", "kv_bucket", "branches")
 
 
-def choose(
-    problem: Problem, device: Device, cache: Cache | None = None, backend: Backend | None = "triton"
-) -> Schedule:
+def choose(problem: Problem, device: Device, cache: Cache | None = None, backend: Backend | None = None) -> Schedule:
     """The schedule for `problem` on `device`, with its origin: "tuned" from `cache`, "shipped", or "model".
 
-    `backend` is the one that the caller asks for, or None for the faster; where Gluon has no kernel, Triton's is taken.
-    Nothing is measured and nothing compiled. ScheduleError if no tiling of a kernel fits.
+    `backend` is the one that the caller asks for, or None for that of `backend_of`; where Gluon has no kernel, Triton's
+    is taken. Kernels of a measured schedule that are in another backend are replaced by the model's choice, but none of
+    a tuned one where the backend is left to us. Nothing is measured and nothing compiled. ScheduleError if no tiling of
+    a kernel fits.
     """
-    for found in (_tuned(problem, device, cache), _shipped(problem, device)):
-        if found is not None and _is_in(found, backend, problem, device):
-            return found
-    return Schedule(
-        forward=first_choice("forward", problem, device, backend),
-        dkdv=first_choice("dkdv", problem, device),
-        dq=first_choice("dq", problem, device),
-        pair=first_choice("pair", problem, device) if problem.pairs else None,
-        origin="model",
-    )
+    tuned = _tuned(problem, device, cache)
+    if tuned is not None and backend is None:
+        return tuned
+    found = tuned or _shipped(problem, device)
+    if found is None:
+        found = Schedule(
+            forward=first_choice("forward", problem, device, backend),
+            dkdv=first_choice("dkdv", problem, device, backend),
+            dq=first_choice("dq", problem, device),
+            pair=first_choice("pair", problem, device) if problem.pairs else None,
+            origin="model",
+        )
+    for kernel in _IN_GLUON:
+        wanted, _ = backend_of(kernel, problem, device, backend)
+        if found.of(kernel).backend != wanted:
+            found = replace(found, origin="model", **{kernel: first_choice(kernel, problem, device, wanted)})
+    return found
+
+
+#: the kernels that Gluon has
+_IN_GLUON: tuple[Literal["forward", "dkdv"], ...] = ("forward", "dkdv")
 
 
 def first_choice(
     kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
 ) -> KernelSchedule:
-    """The candidate that the model predicts to be the fastest."""
+    """The candidate that the model predicts to be the fastest, in the backend of `backend_of`."""
+    backend, _ = backend_of(kernel, problem, device, backend)
     if device.is_interpreter:
         return candidates(kernel, problem, device, backend)[0]
     return ranked(kernel, problem, device, backend)[0][0]
@@ -69,10 +81,31 @@ def _for_few_rows(found: Schedule, problem: Problem, device: Device) -> Schedule
     return replace(found, forward=forward, origin="model") if forward.splits else found
 
 
-def _is_in(schedule: Schedule, backend: Backend | None, problem: Problem, device: Device) -> bool:
-    """Is the schedule's forward kernel in the backend that was asked for, as far as that has one?"""
-    wanted = "triton" if backend == "gluon" and hopper.refusal("forward", problem, device) else backend
-    return wanted in (None, schedule.forward.backend)
+def backend_of(
+    kernel: Kernel, problem: Problem, device: Device, asked: Backend | None = None
+) -> tuple[Backend, str | None]:
+    """The language that a kernel is taken in, and why it is not the other; no reason for Triton where that was asked.
+
+    Gluon's, where it has a kernel and is asked for; where nothing is, if the device's file says that such kernels were
+    measured there, and the model predicts it no slower than Triton's.
+    """
+    if asked == "triton" or kernel not in _IN_GLUON or device.is_interpreter:
+        return "triton", None
+    reason = hopper.refusal(kernel, problem, device)
+    if reason is not None:
+        return "triton", reason
+    if asked == "gluon":
+        return "gluon", None
+    if kernel == "forward" and decode.suits(problem):
+        return "triton", "with few queries the keys are split, which Gluon does not"
+    if kernel not in device.gluon:
+        return "triton", f"{device.name}.toml does not name it under gluon: not measured"
+    gluon = ranked(kernel, problem, device, "gluon")[0][1].us
+    triton = ranked(kernel, problem, device, "triton")[0][1].us
+    if kernel == "dkdv":  # that of Gluon makes dQ, too
+        triton += ranked("dq", problem, device, "triton")[0][1].us
+    times = f"predicted {gluon:.1f} us in Gluon, {triton:.1f} in Triton"
+    return ("gluon" if gluon <= triton else "triton"), times
 
 
 def schedule_key(problem: Problem, device: Device) -> str:

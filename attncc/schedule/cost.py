@@ -88,7 +88,7 @@ class _TileClocks:
 def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> Prediction:
     """The time of one launch of `kernel` with the tiling `ks`."""
     if ks.backend == "gluon":
-        us, terms = hopper.predict(ks, problem, device)
+        us, terms = hopper.predict(kernel, ks, problem, device)
         return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
     if ks.splits:
         us, terms = decode_cost.predict(ks, problem, device)

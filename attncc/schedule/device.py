@@ -22,7 +22,8 @@ class Device:
 
     Bytes for shared memory, GHz, dense TFLOP/s by operand type (`fp32` is the IEEE rate), operations a clock and SM,
     GB/s, MiB, microseconds. `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
-    `tma`: the backward copies its tiles with the tensor memory accelerator.
+    `tma`: the backward copies its tiles with the tensor memory accelerator. `gluon`: the kernels that the scheduler may
+    give to Gluon by itself, "forward" and "dkdv" (the whole backward): those that were run and measured on the card.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Device:
     launch_us: float
     tmem_columns: int = 0
     tma: bool = False
+    gluon: tuple[str, ...] = ()
 
     def matmul_tflops(self, dtype: Dtype, precision: Precision) -> float:
         """The matmul rate for operands of `dtype`; float32 operands run at the rate of `precision`."""
@@ -110,7 +112,7 @@ def parse_device(path: Path) -> Device:
     except tomllib.TOMLDecodeError as error:
         raise AttnccError(f"{path}: not a TOML file: {error}") from error
     known = {entry.name: entry for entry in fields(Device) if entry.name != "name"}
-    optional = {"tmem_columns", "tma"}
+    optional = {"tmem_columns", "tma", "gluon"}
     wrong = [f"unknown field {key!r}" for key in sorted(set(data) - set(known))]
     wrong += [f"missing field {key!r}" for key in sorted(set(known) - set(data) - optional)]
     rates = data.get("tensor_tflops", {})
@@ -125,9 +127,12 @@ def parse_device(path: Path) -> Device:
     ]
     if not isinstance(data.get("tma", False), bool):
         wrong.append(f"field 'tma' is {data['tma']!r}, expected true or false")
+    gluon = data.get("gluon", [])
+    if not isinstance(gluon, list) or not set(gluon) <= {"forward", "dkdv"}:
+        wrong.append(f'field \'gluon\' is {gluon!r}, expected a list of "forward" and "dkdv"')
     if wrong:
         raise AttnccError(f"{path}: {'; '.join(wrong)}")
-    return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"])})
+    return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"]), "gluon": tuple(gluon)})
 
 
 def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int, branches: int = 1, value: int | None = None) -> bool:

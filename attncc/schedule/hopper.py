@@ -1,6 +1,7 @@
 """The Gluon kernels for Hopper as the scheduler sees them: what they serve, their tilings, memory and registers.
 
-A program has one warp that loads by TMA and two or three warpgroups that compute, 64 rows each.
+A program has one warp that loads by TMA and two or three warpgroups that compute, 64 rows each. That of the backward is
+called dkdv, as its counterpart in Triton, and can sum dQ, too (`hopper_backward`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from itertools import product
 from math import ceil
 
+from attncc.schedule import hopper_backward
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
@@ -24,8 +26,16 @@ TILE_BYTES = 232448 - RESERVED_BYTES
 #: registers beside the accumulator, the scores and the weights: row values, addresses, loop counters
 BESIDE = 32
 WIDEST_HEAD = 256
+#: tiles of scores that live beside the one: addresses of what is read a pair; each FREE_INT further integer operations
+PAIR_READ, FREE_INT = 2, 16
+#: where a mask does more than to hide scores: operations that take as many registers as one more tile
+SHOWN_IN_PLACE = 8
+#: what is read a key, or is a distance, beside each tile
+VECTOR = 24
 #: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the last matmul's way out
 TURN = 200
+#: clocks of a tile that nothing hides: 128 x 64 tiles were 1.14 times slower than 128 x 128 ones
+GAP = 400
 #: clocks of a block of queries: its loads, its first scores, its output
 BLOCK_OVERHEAD = 2500
 #: the share of its peak that a matmul instruction reaches between two such warpgroups
@@ -36,8 +46,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
     """Why there is no Gluon kernel for this problem, or None where there is one."""
     if device.target != "sm_90":
         return f"Gluon kernels are for sm_90, and this is {device.target}"
-    if kernel != "forward":
-        return "the Gluon backend has no such kernel yet"
+    if kernel not in ("forward", "dkdv"):
+        return "Gluon has no such kernel"
     if problem.branches > 1:
         return "Gluon kernels have one score a pair, and the variant has several branches"
     if problem.costs.only_triton:
@@ -48,31 +58,42 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "Gluon kernels multiply 16-bit operands"
     if not problem.costs.similarity.plain_dot:
         return "the Gluon backend multiplies q with k, and this similarity is made in another way"
+    if kernel == "dkdv" and problem.costs.warps.no_backward:
+        return problem.costs.warps.no_backward
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:
             return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"
-    if not _fitting(problem, device):
+    if not _fitting(kernel, problem, device):
         return "no tiling fits its registers and shared memory"
     return None
 
 
 def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
     """The tilings of a Gluon kernel that fit; none where it does not serve the problem."""
-    return () if refusal(kernel, problem, device) else _fitting(problem, device)
+    return () if refusal(kernel, problem, device) else _fitting(kernel, problem, device)
 
 
-def _fitting(problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
-    found = []
-    for groups, keys, stages in product(REGISTERS, KEYS, STAGES):
-        ks = KernelSchedule(groups * ROWS, keys, 4 * groups, stages, "gluon")
-        fits = shared_memory(ks, problem) <= device.smem_per_block
-        if fits and registers(ks, problem) <= REGISTERS[groups]:
-            found.append(ks)
-    return tuple(found)
+def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
+    tried = (
+        hopper_backward.tried(problem)
+        if kernel == "dkdv"
+        else (
+            KernelSchedule(groups * ROWS, keys, 4 * groups, stages, "gluon")
+            for groups, keys, stages in product(REGISTERS, KEYS, STAGES)
+        )
+    )
+    return tuple(
+        ks
+        for ks in tried
+        if shared_memory(kernel, ks, problem) <= device.smem_per_block
+        and registers(kernel, ks, problem) <= REGISTERS[ks.num_warps // 4]
+    )
 
 
-def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
+def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     """Bytes of shared memory of a program: tiles of q, a ring of k and v, and of out where they fit beside q's."""
+    if kernel == "dkdv":
+        return hopper_backward.shared_memory(ks, problem) + RESERVED_BYTES
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     ring = ks.num_stages * ks.block_n * (qk + v)
     needed = (ks.block_m * qk + ring) * problem.dtype_bytes
@@ -87,18 +108,26 @@ def out_in_q(d_qk: int, d_v: int) -> bool:
     return qk[: len(v)] == v
 
 
-def registers(ks: KernelSchedule, problem: Problem) -> int:
-    """What a thread that computes wants: the accumulator, a tile of scores, and its weights as the next operand."""
-    v = sum(head_chunks(problem.d_v))
-    return ROWS * (v + ks.block_n + ks.block_n // 2) // 128 + BESIDE
+def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
+    """What a thread that computes wants: the accumulator, a tile of scores, its weights as the next operand, and what
+    the stages keep beside them."""
+    if kernel == "dkdv":
+        return hopper_backward.registers(ks, problem) + BESIDE
+    costs, work = problem.costs, problem.costs.forward
+    kept = PAIR_READ * work.loads + max(work.int - FREE_INT, 0) / FREE_INT
+    kept += 0 if costs.warps.vanishes else (work.fma + work.sfu) / SHOWN_IN_PLACE
+    tiles = sum(head_chunks(problem.d_v)) + ks.block_n * (1.5 + kept)
+    return round(ROWS * tiles / 128) + BESIDE + VECTOR * (costs.vectors + costs.distances)
 
 
-def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
+def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
     """The time of a launch in microseconds, and each unit's own: a model for ranking, as that of the Triton kernels.
 
     One warpgroup's matmuls run beside the other's arithmetic, so a tile takes as long as the busier unit, or
-    as one warpgroup alone needs from its scores to the next issue.
+    as one warpgroup alone needs from its scores to the next issue. The backward's is that of dK, dV and dQ.
     """
+    if kernel == "dkdv":
+        return hopper_backward.predict(ks, problem, device)
     live = problem.costs.live(ks.block_m, ks.block_n)
     tiles = live.live * problem.batch * problem.heads
     blocks = ceil(problem.q_len / ks.block_m) * problem.batch * problem.heads
@@ -113,7 +142,7 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     alu = alu / device.fma_per_clk_sm + (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     groups = ks.block_m // ROWS
     alone = (tensor + sfu + alu) / groups + TURN
-    busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone)
+    busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone) + GAP
     spread = ceil(blocks / device.sms) / (blocks / device.sms) / device.sms / (device.clock_ghz * 1e3)
     us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + device.launch_us
     terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}

@@ -108,7 +108,7 @@ def instruction(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: De
 def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """Bytes of shared memory that one program of `kernel` takes: an upper bound, and close to the fact."""
     if ks.backend == "gluon":
-        return hopper.shared_memory(ks, problem)
+        return hopper.shared_memory(kernel, ks, problem)
     return sum(buffer.bytes for buffer in buffers(kernel, ks, problem, device))
 
 

@@ -74,6 +74,20 @@ PLAIN_DOT = SimilarityWork()
 
 
 @dataclass(frozen=True)
+class WarpWork:
+    """What the warps of a Gluon kernel keep in registers besides their tiles. `vanishes`: a score of -inf is all that
+    hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `no_backward`: why
+    only the Triton backend has this backward, if so."""
+
+    vanishes: bool = True
+    slope: bool = True
+    no_backward: str = ""
+
+
+PLAIN_WARPS = WarpWork()
+
+
+@dataclass(frozen=True)
 class KernelCosts:
     """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
 
@@ -100,6 +114,7 @@ class KernelCosts:
     only_triton: str = ""
     packs_heads: bool = True
     whole_rows: str = ""
+    warps: WarpWork = PLAIN_WARPS
 
     def pair(self, kernel: Kernel) -> PairCosts:
         """The cost of one unmasked pair in `kernel`."""

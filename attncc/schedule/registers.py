@@ -63,7 +63,7 @@ MFMA_SCORES = {"forward": 1.0, "dkdv": 2.5, "dq": 1.0, "pair": 1.0}
 def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """32-bit registers that a thread of `kernel` would like to have; what exceeds `register_limit` is spilled."""
     if ks.backend == "gluon":
-        return hopper.registers(ks, problem)
+        return hopper.registers(kernel, ks, problem)
     tiles = tiling(kernel, ks, problem)
     op = instruction(kernel, ks, problem, device)
     threads = ks.num_warps * device.warp_size

@@ -16,7 +16,8 @@ from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
 from attncc.codegen.similarity import SimilaritySlots
 from attncc.errors import UnsupportedError
-from attncc.schedule import KernelSchedule, Schedule, device_for, hopper
+from attncc.schedule import KernelSchedule, Schedule, device_for, hopper, hopper_backward
+from attncc.schedule.problem import head_chunks
 from tests.schedule.problems import problem
 
 H100 = device_for("h100")
@@ -36,7 +37,8 @@ def plan(name):
 
 
 def source(name, d_qk=128, d_v=128):
-    return render(plan(name), d_qk, d_v, True, forward_in="gluon")
+    both = not plan(name).facts.warps.no_backward
+    return render(plan(name), d_qk, d_v, True, forward_in="gluon", backward_in="gluon" if both else "triton")
 
 
 def compiled(name, tiling, d_qk=128, d_v=128, dtype="bf16"):
@@ -54,7 +56,8 @@ def test_the_text_is_tidy_and_names_only_what_it_is_handed(name):
     functions = {f.get_name(): f for f in module.get_children() if f.get_type() == "function"}
     for function in functions.values():
         assert {s.get_name() for s in function.get_symbols() if s.is_global()} <= known
-    for warp in ("_weigh", "_load", "_attend"):
+    warps = ("_weigh", "_load", "_attend", "_load_queries", "_add_queries", "_gradients")
+    for warp in (w for w in warps if w in functions):
         unused = {s.get_name() for s in functions[warp].get_symbols() if s.is_parameter() and not s.is_referenced()}
         assert unused == set()
 
@@ -82,12 +85,60 @@ def test_branches_are_refused():
 )
 def test_nothing_spills_and_the_memory_is_what_the_scheduler_counts(name, tiling, dims, dtype):
     kernel = compiled(name, tiling, *dims, dtype)
-    counted = hopper.shared_memory(tiling, replace(problem(), d_qk=dims[0], d_v=dims[1], dtype=dtype))
+    counted = hopper.shared_memory("forward", tiling, replace(problem(), d_qk=dims[0], d_v=dims[1], dtype=dtype))
     assert kernel.spills == 0
     assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
     assert "wgmma.mma_async" in kernel.ptx
     assert "cp.async.bulk.tensor" in kernel.ptx
     assert "setmaxnreg" in kernel.ptx
+
+
+def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1):
+    text = render(plan(name), d_qk, d_v, True, True, forward_in="gluon", backward_in="gluon")
+    triton = KernelSchedule(64, 64, 4, 2)
+    schedule = Schedule(KernelSchedule(128, 64, 8, 2, "gluon"), tiling, triton, pair=triton)
+    only = ("dkdv_kernel", "prepare_kernel", "finish_kernel")
+    return cross_compile(load_source(text, name), plan(name).graph, schedule, H100, dtype, only=only, group=group)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "dtype", "group"),
+    [
+        ("causal", (128, 128), "bf16", 1),
+        ("softcap", (128, 128), "bf16", 4),
+        ("full", (64, 64), "fp16", 1),
+        ("sliding_window", (96, 80), "bf16", 2),
+        ("sink", (128, 64), "bf16", 1),
+    ],
+)
+def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
+    sized = replace(problem(), d_qk=dims[0], d_v=dims[1], dtype=dtype)
+    tiling = hopper.tilings("dkdv", sized, H100)[0]
+    kernels = backward_compiled(name, tiling, *dims, dtype, group)
+    kernel = kernels["dkdv_kernel"]
+    assert [k.spills for k in kernels.values()] == [0, 0, 0]
+    counted = hopper.shared_memory("dkdv", tiling, sized)
+    assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
+    assert "cp.reduce.async.bulk.tensor" in kernel.ptx
+    assert "red.global" not in kernel.ptx
+    assert "atom.global" not in kernel.ptx
+    # one instruction for each 16 of a matmul's depth: scores, twice, dp, dV, dK and dQ of both warpgroups
+    qk, v = (sum(head_chunks(dim)) for dim in dims)
+    keys = tiling.block_m // 16
+    chunks_qk, chunks_v = len(head_chunks(dims[0])), len(head_chunks(dims[1]))
+    dq = hopper_backward.KEYS // 16
+    assert kernel.ptx.count("wgmma.mma_async") == 2 * (2 * qk // 16 + v // 16 + keys * (chunks_qk + chunks_v) + dq)
+
+
+def test_what_a_dq_apart_is_for_is_said():
+    text = render(plan("alibi"), 64, 64, True, True, forward_in="gluon", backward_in="gluon")
+    assert "apart = not meta[\"SUM_DQ\"] or any(name in wanted for name in ['slopes'])" in text
+    assert 'apart = not meta["SUM_DQ"]\n' in source("causal", 64, 64)
+
+
+def test_a_backward_of_more_than_a_dot_is_refused():
+    with pytest.raises(UnsupportedError, match="this similarity has more(.|\n)*backend='triton'"):
+        render(plan("cosine"), 64, 64, True, forward_in="gluon", backward_in="gluon")
 
 
 def test_bounds_that_read_inputs_by_row_are_found_by_a_kernel_of_their_own():

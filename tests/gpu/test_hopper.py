@@ -1,4 +1,6 @@
-"""The Gluon forward on a Hopper GPU: values, the same bits every time, and the ways back to Triton."""
+"""The Gluon kernels on a Hopper GPU: values, the same bits where they are promised, and the ways back to Triton."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -79,3 +81,120 @@ def test_a_recorded_call_serves_other_tensors():
         exact = reference("softcap", q.double(), k.double(), v.double())
         assert (op(q, k, v) - exact).abs().max() < 2e-2
     assert len(op.engine._recordings) == 1
+
+
+BACKWARD_DIMS = ((64, 64), (96, 96), (128, 128), (80, 128), (128, 64))
+
+
+def gradients(name, shape, dtype, op):
+    """(found, exact, plain) of dq, dk, dv and the inputs' gradients for one random cotangent."""
+    sample = sample_inputs(ac.variants.get(name).graph, shape, dtype, "cuda")
+    graph = ac.variants.get(name).graph
+    wanted = ["q", "k", "v", *(d.name for d in graph.inputs if d.grad)]
+    torch.manual_seed(7)
+    cotangent = torch.randn(shape.batch, shape.heads, shape.q_len, shape.d_v, device="cuda", dtype=dtype)
+    found = []
+    for attend, kind in ((op, dtype), (partial(reference, name), torch.float64), (partial(eager, name), dtype)):
+        tensors = {"q": sample.q, "k": sample.k, "v": sample.v}
+        tensors |= {n: x for n, x in sample.inputs.items() if isinstance(x, torch.Tensor)}
+        wide = kind == torch.float64
+        leaf = {}
+        for n, x in tensors.items():
+            x = x.detach().clone() if n in wanted else x.detach()
+            leaf[n] = (x.double() if wide and x.is_floating_point() else x).requires_grad_(n in wanted)
+        numbers = {n: x for n, x in sample.inputs.items() if not isinstance(x, torch.Tensor)}
+        out = attend(**leaf, **numbers)
+        found.append(
+            torch.autograd.grad(out, [leaf[n] for n in wanted], cotangent.to(out.dtype), materialize_grads=True)
+        )
+    return wanted, *found
+
+
+def wrong(name, shape, dtype, op):
+    wanted, got, exact, plain = gradients(name, shape, dtype, op)
+    checks = [
+        check(f"d{n}", *results, "gradient", dtype=dtype) for n, *results in zip(wanted, got, exact, plain, strict=True)
+    ]
+    return [c for c in checks if not c.ok]
+
+
+def backward_backends(op):
+    return {prepared.schedule.dkdv.backend for prepared in op.engine._prepared.values()}
+
+
+@pytest.mark.parametrize("name", ac.variants.names())
+def test_backward_of_shipped_variants(name, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    op = ac.compile(name, backend="gluon")
+    if not op.plan.facts.has_backward:
+        pytest.skip("no backward")
+    for shape in SHAPES:
+        assert not wrong(name, shape, torch.bfloat16, op)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dims", BACKWARD_DIMS)
+def test_backward_head_dimensions(dims, dtype):
+    op = ac.compile("causal", backend="gluon")
+    for group in (1, 3):
+        assert not wrong("causal", Shape(2, 2 * group, 2, 333, 517, *dims, strided=True), dtype, op)
+    assert backward_backends(op) == {"gluon"}
+
+
+@pytest.mark.parametrize("mode", ["argument", "torch"])
+def test_a_fixed_order_gives_the_same_bits_every_time(mode):
+    op = ac.compile("causal", backend="gluon", deterministic=mode == "argument")
+    torch.use_deterministic_algorithms(mode == "torch")
+    try:
+        shape = Shape(2, 8, 4, 1000, 1500, 128, 128)
+        _, first, exact, plain = gradients("causal", shape, torch.bfloat16, op)
+        assert all(check("d", *x, "gradient", dtype=torch.bfloat16).ok for x in zip(first, exact, plain, strict=True))
+        for _ in range(4):
+            _, again, _, _ = gradients("causal", shape, torch.bfloat16, op)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert backward_backends(op) == {"gluon"}
+
+
+def test_dk_and_dv_have_the_same_bits_every_time():
+    op = ac.compile("causal", backend="gluon")
+    q, k, v = (torch.randn(2, 8, 2048, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    cotangent = torch.randn_like(q)
+    found = [torch.autograd.grad(op(q, k, v), (q, k, v), cotangent) for _ in range(20)]
+    for dq, dk, dv in found[1:]:
+        assert torch.equal(dk, found[0][1])
+        assert torch.equal(dv, found[0][2])
+        assert (dq - found[0][0]).abs().max() < 1e-2
+
+
+def test_backward_through_lse_and_under_cuda_graphs_and_compile():
+    op = ac.compile("causal", backend="gluon")
+    q, k, v = (torch.randn(1, 4, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+    def step(a, b, c):
+        out, lse = op(a, b, c, outputs=("out", "lse"))
+        return torch.autograd.grad(out.float().square().sum() + lse.sum(), (a, b, c))
+
+    eagerly = step(q, k, v)
+    compiled = torch.compile(step, fullgraph=False)(q, k, v)
+    for a, b in zip(eagerly, compiled, strict=True):
+        assert (a - b).abs().max() < 2e-2 * a.abs().max()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(q, k, v)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(q, k, v)
+    graph.replay()
+    for a, b in zip(eagerly, captured, strict=True):
+        assert (a - b).abs().max() < 2e-2 * a.abs().max()
+
+
+def test_a_recorded_backward_serves_other_tensors():
+    op = ac.compile("alibi", backend="gluon")
+    shape = Shape(1, 4, 2, 400, 400, 64, 64)
+    for _ in range(4):
+        assert not wrong("alibi", shape, torch.bfloat16, op)

@@ -127,7 +127,7 @@ def test_each_language_is_compiled_as_what_it_is(kernel, monkeypatch):
     monkeypatch.setattr(compiler, "_stages", spy)
     with pytest.raises(Seen, match="^ASTSource"):
         compile_kernel(kernel, signature(kernel, arguments(), META), H100)
-    gluon = ac.compile("causal", backend="gluon").engine.module(64, 64, backend="gluon").forward_kernel
+    gluon = ac.compile("causal", backend="gluon").engine.module(64, 64, form="gluon").forward_kernel
     plain = len([p for p in gluon.params if not p.is_constexpr])
     special = signature(gluon, [2] * plain, {p.name: 128 for p in gluon.params if p.is_constexpr})
     with pytest.raises(Seen, match="^GluonASTSource"):

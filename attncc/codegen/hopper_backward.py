@@ -1,0 +1,109 @@
+"""The slots of the Gluon backward for Hopper: those of dkdv.py.j2, cut into the functions of its warps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from attncc.codegen.chunks import Chunk, chunks
+from attncc.codegen.hopper import kernel_arguments, refuse, translated
+from attncc.codegen.kernels import base_leaves, dkdv_slots
+from attncc.codegen.lower import Lowering
+from attncc.codegen.plan import Plan
+from attncc.codegen.statements import free_names, in_gluon
+from attncc.errors import UnsupportedError
+from attncc.schedule import hopper
+
+#: arguments of the kernel that its warps may need, besides the variant's inputs
+_COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "WIDE", "FAST_MATH")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a tile of dQ that one warpgroup computes: `width` columns from `start` on, which are those of a chunk
+    of k from its column `offset` on."""
+
+    chunk: int
+    offset: int
+    start: int
+    width: int
+    whole: bool
+
+
+def pieces(qk_chunks: tuple[Chunk, ...]) -> tuple[Piece, ...]:
+    """The columns of dQ in pieces of at most 64: one a warpgroup, or a single one of which each takes half of the rows.
+
+    Operands are cut at 128 bytes alone, where their layouts in shared memory repeat."""
+    found = []
+    for c in qk_chunks:
+        width = min(c.width, hopper.ROWS)
+        for offset in range(0, c.width, width):
+            found.append(Piece(c.index, offset, c.start + offset, width, width == c.width))
+    return tuple(found)
+
+
+def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
+    """Slots of hopper_backward.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
+
+    `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
+    compute. `final_scale` is what dQ is multiplied by at last, with the lines before it.
+    """
+    _refuse(plan)
+    qk_chunks = chunks(d_qk)
+    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True)
+    (chain,) = k.pop("chains")
+    bounds = k["bounds"]
+    tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
+    place = ["n = kv_len + heads + GROUP"]
+    wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
+    pointers = [f"{g.name.upper()}_PTR" for g in k["gradients"]]
+    own = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["show"], *chain["grad_lines"]]
+    own += [*k["outer"], *k["by_head"], *k["final_lines"], f"n = {chain['dqk_scale']}"]
+    unmasked = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["grad_lines"]]
+    wants_q_idx = "q_idx" in free_names(unmasked) or bool(chain["hide"])
+    arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
+    loads, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
+    slots = {key: translated(value) for key, value in {**k, **chain}.items()}
+    parts = pieces(qk_chunks)
+    slots.update(
+        arguments=arguments,
+        wanted=wanted,
+        loads=[n for n in arguments if n in loads],
+        grads=[n for n in arguments if n in grads or n in pointers],
+        tiles=[in_gluon(line) for line in bounds.setup],
+        mixed=[in_gluon(line) for line in bounds.mixed],
+        full=[in_gluon(line) for line in bounds.full],
+        scan=bounds.scan,
+        wants_q_idx=wants_q_idx,
+        by_rows=len(parts) == 1,
+        pieces=parts * 2 if len(parts) == 1 else parts,
+    )
+    return slots
+
+
+def finish_slots(plan: Plan) -> dict[str, Any]:
+    """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton."""
+    lowering = Lowering(plan.core, base_leaves(plan, {}))
+    scale = lowering.emit(plan.backward.dqk_scale)
+    return {"lines": [*lowering.outer, *lowering.body], "scale": scale, "helpers": lowering.helpers}
+
+
+def by_row(plan: Plan) -> list[str]:
+    """The inputs whose gradients are sums over the keys of a row, which the kernel of dQ has."""
+    return list(dict.fromkeys(g.read.input for g in plan.gradients if g.kind in ("program", "row")))
+
+
+def no_backward(plan: Plan) -> str:
+    """Why a variant that has a forward in Gluon has no backward there; empty where it has one."""
+    if any(part.backward.cotangents for part in plan.parts):
+        return "the gradient needs a sweep over the keys first, which Gluon kernels have not"
+    if plan.core is not plan.graph:
+        return "the Gluon backward multiplies q with k alone, and this similarity has more"
+    return ""
+
+
+def _refuse(plan: Plan) -> None:
+    refuse(plan)
+    reason = no_backward(plan)
+    if reason:
+        raise UnsupportedError(f"'{plan.graph.name}': {reason}", remedy="use backend='triton'")

@@ -1,0 +1,76 @@
+"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys, and queries that stream by."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from attncc.schedule.device import Device
+from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
+
+#: keys of a warpgroup, and of a program
+ROWS, KEYS = 64, 128
+STAGES = (2, 3)
+#: the widest head of which one warpgroup computes all columns of dQ, for half of the rows
+NARROW = 64
+#: matmuls of a pair: two of the head dimension of v, three of that of q and k
+MATMULS_V, MATMULS_QK = 2, 3
+#: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the exchange of ds
+TURN = 400
+#: clocks of a block of keys: its loads, its first scores, dK and dV
+BLOCK_OVERHEAD = 4000
+#: the share of its peak that the tensor cores reach: measured 540 TFLOP/s where power allows some 790
+TENSOR_EFFICIENCY = 0.7
+#: bytes of a row's entry of dQ in its passes through memory: zeroed, read as float32, written in 16 bits
+DQ_BYTES = 10
+
+
+def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
+    """The tilings there are: the columns of dQ go to the warpgroups in two pieces, or its rows do."""
+    qk = head_chunks(problem.d_qk)
+    if sum(qk) > 2 * NARROW or (sum(qk) <= NARROW and len(qk) > 1):
+        return ()
+    block_m = KEYS if sum(qk) <= NARROW else ROWS
+    return tuple(KernelSchedule(block_m, KEYS, 8, stages, "gluon") for stages in STAGES)
+
+
+def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
+    """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, and dQ of each warpgroup."""
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    resident = ks.block_n * (qk + v) * problem.dtype_bytes
+    ring = ks.num_stages * ks.block_m * ((qk + v) * problem.dtype_bytes + 4 * problem.costs.rows)
+    ds = 2 * ks.block_n * ks.block_m * problem.dtype_bytes
+    return resident + ring + ds + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
+
+
+def registers(ks: KernelSchedule, problem: Problem) -> int:
+    """dK and dV of 64 keys, scores and dp of a tile, the weights as an operand where they are that early, and what the
+    stages keep beside them."""
+    costs = problem.costs
+    held = sum(head_chunks(problem.d_qk)) + sum(head_chunks(problem.d_v))
+    early = 0.0 if ks.block_m > ROWS else 0.5
+    tiles = 2 + early + (0 if costs.warps.slope else 1) + 2 * costs.backward.loads
+    return round(ROWS * (held + ks.block_m * tiles) / 128)
+
+
+def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
+    """The time of dK, dV and dQ in microseconds, and each unit's own."""
+    lines = problem.batch * problem.heads
+    live = problem.costs.live(ks.block_m, ks.block_n)
+    tiles, pairs = live.live * lines, ks.block_m * ks.block_n
+    blocks = ceil(problem.kv_len / ks.block_n) * problem.batch * problem.kv_heads
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    work, mask = problem.costs.pair("dkdv"), problem.costs.mask
+    share = live.mixed / live.live if live.live else 0.0
+    flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
+    tensor = 2 * pairs * (MATMULS_QK * qk + MATMULS_V * v) / flops
+    sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
+    alu = (work.fma + share * mask.fma) * pairs / device.fma_per_clk_sm
+    alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
+    alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + TURN
+    busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone)
+    spread = ceil(blocks / device.sms) / (blocks / device.sms) / device.sms / (device.clock_ghz * 1e3)
+    rows = lines * problem.q_len * (DQ_BYTES * problem.d_qk + 4 * problem.d_v)
+    memory = rows / (device.dram_gbps * 1e3)
+    us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + memory + 3 * device.launch_us
+    terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
+    return us, {**terms, "memory": memory, "launch": 3 * device.launch_us}

@@ -1,0 +1,145 @@
+"""The Gluon kernels' text on a model of the machine: values against the reference, and races that it must notice."""
+
+from functools import cache
+
+import pytest
+import torch
+import triton.language as tl
+
+import attncc as ac
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
+from attncc.runtime.reference import reference
+from attncc.runtime.samples import Shape, sample_inputs
+from attncc.runtime.shapes import bind
+from attncc.runtime.verify import check, eager
+from tests.codegen import machine
+
+OPTIONS = {"DOT": tl.float16, "PRECISION": "ieee", "FAST_MATH": False}
+GROUPED = Shape(1, 2, 1, 130, 150, 64, 64)
+STRIDED = Shape(1, 2, 2, 100, 140, 96, 64, strided=True)
+
+
+def schedule(shape, sums=True):
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+    return {
+        "forward": {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 2, "programs": 3},
+        "dkdv": {"BLOCK_M": 128 if shape.d_qk <= 64 else 64, "BLOCK_N": 128, "STAGES": 2, "SUM_DQ": sums},
+        "dq": tiles,
+        "pair": tiles,
+    }
+
+
+@cache
+def source(name, d_qk, d_v):
+    plan = Plan(ac.variants.get(name).graph)
+    return render(plan, d_qk, d_v, True, forward_in="gluon", backward_in="gluon")
+
+
+class Run:
+    """A forward and, when asked for, a backward of one variant at one shape; `text` may be changed before."""
+
+    def __init__(self, name, shape, change=lambda text: text):
+        self.name, self.shape = name, shape
+        self.plan = Plan(ac.variants.get(name).graph)
+        self.sample = sample_inputs(self.plan.graph, shape, torch.float16)
+        self.module = machine.load(change(source(name, shape.d_qk, shape.d_v)), name)
+        s = self.sample
+        bound = bind(self.plan.graph, s.q, s.k, s.v, None, s.inputs)
+        self.arguments = (s.q, s.k, s.v, *bound.tensors.values(), *bound.scalars.values(), bound.scale)
+        self.out, *self.rows = self.module.forward(*self.arguments, schedule(shape), OPTIONS)
+
+    def backward(self, wanted=(), sums=True):
+        results = dict(zip(self.plan.facts.results, self.rows, strict=True))
+        saved = tuple(results[n] for n in self.plan.facts.saved)
+        self.dout = torch.randn(self.out.shape, generator=torch.Generator().manual_seed(3)).half()
+        return self.module.backward(
+            *self.arguments, self.out, saved, self.dout, None, wanted, schedule(self.shape, sums), OPTIONS
+        )
+
+    def expected(self, attend, kind):
+        """(out, gradients by name) by a quadratic implementation, in elements of `kind`."""
+        s = self.sample
+        leaf = {"q": s.q, "k": s.k, "v": s.v, **{n: x for n, x in s.inputs.items() if isinstance(x, torch.Tensor)}}
+        leaf = {n: x.clone().to(kind).requires_grad_() if x.is_floating_point() else x for n, x in leaf.items()}
+        numbers = {n: x for n, x in s.inputs.items() if not isinstance(x, torch.Tensor)}
+        wanted = ["q", "k", "v", *(d.name for d in self.plan.graph.inputs if d.grad)]
+        out = attend(self.name, **leaf, **numbers)
+        found = torch.autograd.grad(out, [leaf[n] for n in wanted], self.dout.to(out.dtype), materialize_grads=True)
+        return out.detach(), dict(zip(wanted, found, strict=True))
+
+    def failures(self, gradients):
+        exact, plain = self.expected(reference, torch.float64), self.expected(eager, torch.float16)
+        names = [*("q", "k", "v"), *(d.name for d in self.plan.graph.inputs if d.grad)]
+        found = [check("out", self.out, exact[0], plain[0])]
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is not None:
+                pair = (exact[1][name], plain[1][name])
+                found.append(check(f"d{name}", gradient, *pair, "gradient", dtype=torch.float16))
+        return [f for f in found if not f.ok]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("causal", GROUPED),
+        ("causal", Shape(1, 1, 1, 100, 130, 128, 80)),
+        ("full", STRIDED),
+        ("alibi", GROUPED),
+        ("softcap", STRIDED),
+        ("document", GROUPED),
+        ("sigmoid", GROUPED),
+        ("cog", STRIDED),
+        ("qk_temperature", GROUPED),
+        ("dense_bias", GROUPED),
+    ],
+)
+def test_values(name, shape):
+    run = Run(name, shape)
+    assert not run.failures(run.backward())
+
+
+@pytest.mark.parametrize("name", ["alibi", "sink"])
+def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
+    run = Run(name, GROUPED)
+    wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
+    assert not run.failures(run.backward(wanted, sums=False))
+    assert not run.failures(run.backward(wanted))
+
+
+def test_rows_that_see_nothing_give_zeros():
+    run = Run("causal", Shape(1, 2, 2, 210, 70, 64, 64))
+    dq, dk, dv = run.backward()
+    assert not run.failures((dq, dk, dv))
+    assert not dq[:, :, :140].any()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # a matmul's operands are waited for
+        ("mbarrier.wait(do_full.index(stage), (count // STAGES) & 1)", "pass"),
+        ("mbarrier.wait(v_full.index(0), 0)", "pass"),
+        # a buffer is given back when its last matmul is done, not before
+        ("mbarrier.wait(dq_empty.index(consumer), count & 1)", "pass"),
+        ("mbarrier.wait(q_empty.index(stage), (count // STAGES + 1) & 1)", "pass"),
+        ("            tma.store_wait(1)\n", ""),
+        # the asynchronous units see what threads wrote
+        ("fence_async_shared()\n                mbarrier.arrive(ds_full", "mbarrier.arrive(ds_full"),
+        # barriers count
+        ("mbarrier.arrive(q_empty.index(last), count=1)", "pass"),
+        ("ds_full = _barriers(2, 2)", "ds_full = _barriers(2, 1)"),
+    ],
+)  # fmt: skip
+def test_the_model_notices_what_is_left_out(before, after):
+    assert source("full", 64, 64).count(before) >= 1
+
+    def broken(text):
+        return text.replace(before, after)
+
+    run = Run("full", Shape(1, 3, 3, 600, 130, 64, 64), broken)
+    try:
+        noticed = run.failures(run.backward())
+    except machine.MachineError:
+        return
+    assert noticed

@@ -1,0 +1,75 @@
+"""Which language a kernel is taken in: what is asked for, what is measured, what is predicted."""
+
+from dataclasses import replace
+
+import pytest
+
+from attncc.errors import AttnccError
+from attncc.resources import path
+from attncc.schedule import device_for, hopper
+from attncc.schedule.choose import backend_of, choose, read_table
+from attncc.schedule.device import parse_device
+from attncc.schedule.problem import WarpWork
+from tests.schedule.problems import problem
+
+H100 = device_for("h100")
+MEASURED = replace(H100, gluon=("forward", "dkdv"))
+
+
+def backends(schedule):
+    return schedule.forward.backend, schedule.dkdv.backend, schedule.dq.backend
+
+
+def test_what_is_asked_for_is_taken_where_there_is_one():
+    assert backends(choose(problem(), H100, backend="triton")) == ("triton", "triton", "triton")
+    assert backends(choose(problem(), H100, backend="gluon")) == ("gluon", "gluon", "triton")
+    assert backends(choose(problem("fp32"), H100, backend="gluon")) == ("triton", "triton", "triton")
+    assert backends(choose(problem(d_qk=256), H100, backend="gluon")) == ("gluon", "triton", "triton")
+    assert backends(choose(problem(), device_for("a100"), backend="gluon")) == ("triton", "triton", "triton")
+
+
+def test_the_scheduler_takes_gluon_where_its_file_says_that_it_was_measured():
+    assert backends(choose(problem(), H100)) == ("triton", "triton", "triton")
+    assert backends(choose(problem(), replace(H100, gluon=("forward",)))) == ("gluon", "triton", "triton")
+    assert backends(choose(problem(), MEASURED)) == ("gluon", "gluon", "triton")
+    assert "h100.toml" in backend_of("forward", problem(), H100)[1]
+    assert "predicted" in backend_of("forward", problem(), MEASURED)[1]
+
+
+def test_a_shipped_schedule_keeps_what_is_in_its_backend():
+    row = read_table(path("schedules") / "tuned" / "h100" / "d128.json")[0]["match"]
+    known = problem(row["dtype"], row["d_qk"], digest=row["digest"])
+    shipped, mixed = choose(known, H100), choose(known, replace(H100, gluon=("forward",)))
+    assert shipped.origin == "shipped"
+    assert mixed.origin == "model"
+    assert (mixed.dkdv, mixed.dq) == (shipped.dkdv, shipped.dq)
+
+
+def test_reasons():
+    costs = problem().costs
+    heavy = replace(problem(), costs=replace(costs, warps=WarpWork(slope=False)))
+    more = replace(problem(), costs=replace(costs, warps=WarpWork(no_backward="because")))
+    assert "registers" in hopper.refusal("dkdv", heavy, H100)
+    assert hopper.refusal("dkdv", more, H100) == "because"
+    assert hopper.refusal("forward", more, H100) is None
+    assert "registers" in hopper.refusal("dkdv", problem(d_qk=192, d_v=128), H100)
+    assert "multiple of 8" in hopper.refusal("dkdv", problem(d_qk=100), H100)
+
+
+def test_stages_that_keep_more_get_smaller_tiles():
+    costs = problem().costs
+    cog = replace(
+        problem(), costs=replace(costs, forward=replace(costs.forward, fma=10), warps=WarpWork(vanishes=False))
+    )
+    assert {ks.block_n for ks in hopper.tilings("forward", problem(), H100)} == {64, 128}
+    assert {ks.block_n for ks in hopper.tilings("forward", cog, H100)} == {64}
+
+
+def test_a_device_file_names_kernels_that_gluon_has(tmp_path):
+    text = (path("schedules") / "devices" / "h100.toml").read_text()
+    file = tmp_path / "h100.toml"
+    file.write_text(text.replace("gluon = []", 'gluon = ["forward"]'))
+    assert parse_device(file).gluon == ("forward",)
+    file.write_text(text.replace("gluon = []", 'gluon = ["dq"]'))
+    with pytest.raises(AttnccError, match="gluon"):
+        parse_device(file)
