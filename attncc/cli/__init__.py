@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attncc.cli import cache, check, compile, doctor, explain, list, show, tune, verify
+from attncc.cli import bench, cache, check, compile, doctor, explain, list, show, tune, verify
 from attncc.cli.options import help_text
 from attncc.cli.output import ReportingGroup, out
 from attncc.version import __version__
@@ -55,7 +55,7 @@ def main(
     """What `attncc` alone does: show the help."""
 
 
-for _command in (list, show, check, explain, compile, verify, tune, doctor):
+for _command in (list, show, check, explain, compile, verify, tune, bench, doctor):
     _name = _command.__name__.rpartition(".")[2]
     app.command(_name, help=help_text(_command.command))(_command.command)
 app.add_typer(cache.app, name="cache")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +29,15 @@ from attncc.cli.options import (
     scalars,
 )
 from attncc.cli.output import out, print_json
+from attncc.cli.roofline import draw, lines
 from attncc.cli.spec import resolve
+
+if TYPE_CHECKING:
+    from attncc.codegen.plan import Plan
+    from attncc.schedule.device import Device
+    from attncc.schedule.problem import Backend as Language
+    from attncc.schedule.problem import Problem
+    from attncc.schedule.roofline import Point
 
 
 def command(
@@ -49,6 +58,10 @@ def command(
     settings: Set = None,
     backend: Backend = None,
     top: Annotated[int, typer.Option(min=1, help="How many candidates of each kernel are shown.")] = 5,
+    roofline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the kernels under the machine's roofline.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Explain a spec: passes over the keys and the proof, the derived backward, live tiles, candidates, the choice.
@@ -61,6 +74,7 @@ def command(
       attncc explain spec.toml --target rtx4090 --dtype fp16 --head-dim 64
       attncc explain causal --target h100 --backend gluon
       attncc explain causal --json
+      attncc explain softcap --q-len 1 --kv-len 65536 --heads 32 --kv-heads 8 --roofline roof.svg
     """
     from attncc.codegen.plan import Plan
     from attncc.runtime.explain import explained_device, facts, sizes_of, text_of
@@ -69,13 +83,40 @@ def command(
     graph = resolve(spec, similarity, score, mask, normalizer).graph
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     device = explained_device(target)
-    found = facts(
-        *(Plan(graph), sizes, dtype.value, device, scalars(graph, settings)),
-        cache=Cache(),
-        shown=top,
-        backend=backend.value if backend is not None else None,
-    )
+    plan, values = Plan(graph), scalars(graph, settings)
+    asked: Language | None = backend.value if backend is not None else None
+    found = facts(plan, sizes, dtype.value, device, values, cache=Cache(), shown=top, backend=asked)
+    points: tuple[Point, ...] = ()
+    if roofline is not None:
+        problem, points = _points(plan, sizes, dtype, device, values, asked)
+        draw(points, problem, device, f"{graph.name} on {device.title}", roofline)
     if json:
-        print_json(found)
-    else:
-        out.print(text_of(found))
+        print_json(found | ({"roofline": [p.to_json() for p in points]} if points else {}))
+        return
+    out.print(text_of(found))
+    if roofline is not None:
+        out.print("\nthe machine's roof, and the share of it that each kernel reaches")
+        for line in lines(points):
+            out.print(f"  {line}")
+        out.print(f"wrote {roofline}")
+
+
+def _points(
+    plan: Plan,
+    sizes: dict[str, int],
+    dtype: DtypeName,
+    device: Device,
+    values: dict[str, int | float],
+    backend: Language | None,
+) -> tuple[Problem, tuple[Point, ...]]:
+    """The kernels as the model predicts them, and as a race measured them, if one did at these sizes."""
+    from attncc.codegen.problem import problem_of
+    from attncc.runtime.explain import kernels_of
+    from attncc.schedule.cache import Cache
+    from attncc.schedule.choose import choose
+    from attncc.schedule.roofline import measured, predicted_kernels
+
+    problem = problem_of(plan, sizes, dtype.value, "ieee", values)
+    schedule = choose(problem, device, Cache(), backend)
+    points = predicted_kernels(kernels_of(plan), schedule, problem, device)
+    return problem, (*points, *measured(schedule, problem, device, Cache()))

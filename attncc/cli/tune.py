@@ -11,7 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from attncc.cli import sizes as written
+from attncc.cli.jobs import Against, Job, Shapes, Specs, jobs
 from attncc.cli.options import (
+    Backend,
     Batch,
     Dtype,
     DtypeName,
@@ -26,33 +28,21 @@ from attncc.cli.options import (
     Score,
     Set,
     Similarity,
-    scalars,
 )
 from attncc.cli.output import err, out
-from attncc.cli.spec import named, resolve
-from attncc.errors import InputError
 
 if TYPE_CHECKING:
-    from attncc.ir.graph import VariantGraph
     from attncc.runtime.race import Progress as Standing
     from attncc.runtime.race import Result
 
 
 def command(
-    specs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="SPEC...", help="Shipped names, spec.toml files, spec.py:name (executed).", show_default=False
-        ),
-    ] = None,
+    specs: Specs = None,
     similarity: Similarity = None,
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
-    shapes: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help='Shapes, parted by commas: "B4 H32/8 M1 N65536 D128, B1 H16 M8192 D64".'),
-    ] = None,
+    shapes: Shapes = None,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="60s, 5m, ...: the time for all of it, shared out evenly.")
     ] = None,
@@ -68,7 +58,8 @@ def command(
     limit: Annotated[
         int | None, typer.Option(min=1, help="How many candidates of each kernel race.", show_default="16, or all")
     ] = None,
-    against: Annotated[bool, typer.Option("--against", help="Time PyTorch's own attention beside.")] = False,
+    backend: Backend = None,
+    against: Against = False,
 ) -> None:
     """Measure candidate schedules on this machine's GPU, and keep the best: calls of these sizes then use it.
 
@@ -81,39 +72,20 @@ def command(
       attncc tune causal alibi --shapes "B1 H32/8 M1 N65536, B4 H16 M8192" --budget 5m --against
       attncc tune spec.toml --q-len 4096 --head-dim 64 --limit 40
     """
-    from attncc.runtime.explain import sizes_of
     from attncc.runtime.tune import gpu
 
-    many = specs is not None and len(specs) > 1
-    variants = (
-        [named(spec) for spec in specs or ()]
-        if many
-        else [resolve(specs[0] if specs else None, similarity, score, mask, normalizer)]
-    )
-    graphs = [variant.graph for variant in variants]
-    values = [scalars(graph, settings) for graph in graphs]
-    defaults = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
-    cells = written.shapes(shapes, defaults) if shapes else [defaults]
-    if not cells:
-        raise InputError("--shapes names no shape")
+    given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+    found = jobs(specs, (similarity, score, mask, normalizer), shapes, settings, given)
     seconds = written.seconds(budget) if budget else float("inf")
     limit = 16 if limit is None and budget is None else limit
     where, start = gpu(), time.monotonic()
-    jobs = [(graph, numbers, cell) for graph, numbers in zip(graphs, values, strict=True) for cell in cells]
-    for number, (graph, numbers, cell) in enumerate(jobs):
-        share = (seconds - (time.monotonic() - start)) / (len(jobs) - number)
-        _tune(graph, numbers, cell, dtype, where, limit, share, against)
+    for number, job in enumerate(found):
+        share = (seconds - (time.monotonic() - start)) / (len(found) - number)
+        _tune(job, dtype, where, limit, share, against, backend.value if backend is not None else None)
 
 
 def _tune(
-    graph: VariantGraph,
-    values: Mapping[str, Any],
-    sizes: dict[str, int],
-    dtype: DtypeName,
-    where: Any,
-    limit: int | None,
-    seconds: float,
-    against: bool,
+    job: Job, dtype: DtypeName, where: Any, limit: int | None, seconds: float, against: bool, backend: Any
 ) -> None:
     """One variant at one shape: its race, then what came of it."""
     from attncc.codegen.plan import Plan
@@ -121,17 +93,15 @@ def _tune(
     from attncc.runtime.explain import kernels_of
     from attncc.runtime.op import AttentionOp
     from attncc.runtime.race import race
-    from attncc.runtime.samples import Shape
     from attncc.runtime.tune import Track
     from attncc.schedule.cache import Cache
     from attncc.schedule.device import device_of
 
+    graph, shape = job.graph, job.shape
     plan, device = Plan(graph), device_of(where)
-    problem = problem_of(plan, sizes, dtype.value, AttentionOp(graph).engine.precision(), values)
-    s = sizes
-    shape = Shape(s["b"], s["h"], s["h_kv"], s["q_idx"], s["kv_idx"], s["d_qk"], s["d_v"])
+    problem = problem_of(plan, job.sizes, dtype.value, AttentionOp(graph).engine.precision(), job.values)
     kernels = kernels_of(plan)
-    track = Track(graph, shape, dtype.value, where, values)
+    track = Track(graph, shape, dtype.value, where, job.values)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=err.console) as bar:
         task = bar.add_task("the model's first choice", total=None, left="")
@@ -147,7 +117,16 @@ def _tune(
 
         what = f"{graph.name} {shape} {dtype} on {device.title}"
         result = race(
-            problem, device, kernels, track, Cache(), limit=limit, seconds=seconds, what=what, progress=progress
+            problem,
+            device,
+            kernels,
+            track,
+            Cache(),
+            limit=limit,
+            seconds=seconds,
+            what=what,
+            progress=progress,
+            backend=backend,
         )
     out.print(f"{graph.name}  {shape} {dtype}  on {device.title}")
     out.print(_results(result, kernels))

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 from attncc.errors import ScheduleError
 from attncc.schedule.cache import Cache
-from attncc.schedule.choose import choose, schedule_key, sizes_of
+from attncc.schedule.choose import choose, first_choice, schedule_key, sizes_of
 from attncc.schedule.cost import Prediction, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Origin, Problem, Schedule
@@ -108,10 +108,10 @@ def race(
     clock: Callable[[], float] = time.monotonic,
     what: str = "",
     progress: Callable[[Progress], None] | None = None,
-    backend: Backend | None = "triton",
+    backend: Backend | None = None,
 ) -> Result:
     """Measure candidates in `order`, at most `limit` of each kernel, for at most `seconds`; at least the model's first
-    choice of each kernel is measured. `backend` is that of `candidates`.
+    choice of each kernel is measured. `backend` is that of `candidates`; with None, both languages race.
 
     From the first success on, the best schedule so far is in `cache` after every trial, with all trials: a race that
     is cut off loses nothing, and goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is
@@ -123,6 +123,8 @@ def race(
     key, sizes = schedule_key(problem, device), sizes_of(problem)
     known = _known(cache.get(key), sizes)
     best = choose(problem, device, backend=backend)
+    # Gluon's dkdv makes dQ, too: beside it no tiling of dq tells anything
+    apart = next((ks for kernel, ks in entries if kernel == "dkdv" and ks.backend == "triton"), best.dkdv)
     trials: list[Trial] = []
     spent: list[float] = []  # seconds of each trial that was measured now
     resumed = 0
@@ -142,8 +144,9 @@ def race(
                 room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
                 ahead = [e for e in entries[number:] if e not in known and e not in checked]
                 first = len(kernels) if number < len(kernels) else BATCH  # the first results come soon
-                checked |= _checked(stick, ahead[: min(first, room, BATCH)], best)
-            trial = _timed(stick, kernel, ks, best, checked[kernel, ks], _fastest(trials, kernel))
+                checked |= _checked(stick, ahead[: min(first, room, BATCH)], best, apart)
+            asked = _asked(best, kernel, ks, apart)
+            trial = _timed(stick, kernel, asked, checked[kernel, ks], _fastest(trials, kernel))
             spent.append(clock() - began)
         trials.append(trial)
         if trial.us is not None and trial is _fastest(trials, kernel):
@@ -170,23 +173,28 @@ def order(
     device: Device,
     kernels: Sequence[Kernel],
     limit: int | None = None,
-    backend: Backend | None = "triton",
+    backend: Backend | None = None,
 ) -> list[tuple[Kernel, KernelSchedule]]:
     """Candidates of all kernels in the order in which they race: the model's first choices, then in turn.
 
     Within a kernel by predicted time. But what the model gets wrong about a tile it gets wrong about all its warps and
     stages, so that each candidate moves back for those of its tile before it: a tenth of the search sees most tiles.
     """
-    lanes = {kernel: _spread(ranked(kernel, problem, device, backend))[:limit] for kernel in kernels}
+    lanes = {
+        kernel: _spread(ranked(kernel, problem, device, backend), first_choice(kernel, problem, device, backend))[
+            :limit
+        ]
+        for kernel in kernels
+    }
     longest = max((len(lane) for lane in lanes.values()), default=0)
     return [(kernel, lanes[kernel][i]) for i in range(longest) for kernel in kernels if i < len(lanes[kernel])]
 
 
-def _spread(found: Sequence[tuple[KernelSchedule, Prediction]]) -> list[KernelSchedule]:
-    left, ordered = list(found), list[KernelSchedule]()
-    alike: Counter[tuple[int, int]] = Counter()
+def _spread(found: Sequence[tuple[KernelSchedule, Prediction]], first: KernelSchedule) -> list[KernelSchedule]:
+    left, ordered = [e for e in found if e[0] != first], [first]
+    alike = Counter([_tile(first)])
     while left:
-        chosen = left[0] if not ordered else min(left, key=lambda e: e[1].us * (1 + ALIKE * alike[_tile(e[0])]))
+        chosen = min(left, key=lambda e: e[1].us * (1 + ALIKE * alike[_tile(e[0])]))
         left.remove(chosen)
         ordered.append(chosen[0])
         alike[_tile(chosen[0])] += 1
@@ -202,8 +210,8 @@ def _with_incumbent(
     return [*entries[: len(kernels)], *(e for e in now if e not in known), *entries[len(kernels) :]]
 
 
-def _tile(ks: KernelSchedule) -> tuple[int, int]:
-    return ks.block_m, ks.block_n
+def _tile(ks: KernelSchedule) -> tuple[str, int, int]:
+    return ks.backend, ks.block_m, ks.block_n
 
 
 def _fastest(trials: Iterable[Trial], kernel: Kernel) -> Trial | None:
@@ -212,10 +220,10 @@ def _fastest(trials: Iterable[Trial], kernel: Kernel) -> Trial | None:
 
 
 def _checked(
-    stick: Stick, batch: Sequence[tuple[Kernel, KernelSchedule]], best: Schedule
+    stick: Stick, batch: Sequence[tuple[Kernel, KernelSchedule]], best: Schedule, apart: KernelSchedule
 ) -> dict[tuple[Kernel, KernelSchedule], str]:
     """Compile a batch side by side, then hold each against the reference: why it may not win, or nothing."""
-    trials = [(kernel, _with(best, kernel, ks, "user")) for kernel, ks in batch]
+    trials = [(kernel, _asked(best, kernel, ks, apart)) for kernel, ks in batch]
     stick.begin(trials)
     found = {}
     for entry, trial in zip(batch, trials, strict=True):
@@ -227,16 +235,21 @@ def _checked(
     return found
 
 
-def _timed(
-    stick: Stick, kernel: Kernel, ks: KernelSchedule, best: Schedule, wrong: str, fastest: Trial | None
-) -> Trial:
+def _timed(stick: Stick, kernel: Kernel, asked: Schedule, wrong: str, fastest: Trial | None) -> Trial:
+    ks = asked.of(kernel)
     if wrong:
         return Trial(kernel, ks, None, wrong)
     best_us = fastest.us if fastest is not None and fastest.us is not None else float("inf")
     try:
-        return Trial(kernel, ks, stick.time(kernel, _with(best, kernel, ks, "user"), best_us))
+        return Trial(kernel, ks, stick.time(kernel, asked, best_us))
     except TrialError as error:
         return Trial(kernel, ks, None, str(error))
+
+
+def _asked(best: Schedule, kernel: Kernel, ks: KernelSchedule, apart: KernelSchedule) -> Schedule:
+    """The best schedule so far with one kernel's tiling to be measured; `apart` is a dkdv that leaves dQ to dq."""
+    beside = _with(best, "dkdv", apart, "user") if kernel == "dq" and best.dkdv.backend == "gluon" else best
+    return _with(beside, kernel, ks, "user")
 
 
 def _with(schedule: Schedule, kernel: Kernel, ks: KernelSchedule, origin: Origin) -> Schedule:

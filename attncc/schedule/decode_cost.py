@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from attncc.schedule.device import Device
-from attncc.schedule.memory import instruction, shared_memory, tiling
+from attncc.schedule.memory import instruction, shared_memory, tiling, warp_grid
 from attncc.schedule.problem import KernelSchedule, LiveTiles, Problem, head_chunks
 from attncc.schedule.registers import register_limit, registers
 
@@ -93,7 +93,11 @@ class Streaming:
         live = live_tiles(ks, problem)
         pair, mask, mixed = problem.costs.forward, problem.costs.mask, live.mixed / max(live.live, 1)
         pairs = ks.block_m * ks.block_n
-        qk, v = sum(problem.qk_chunks), sum(head_chunks(problem.d_v)) * problem.values * problem.branches
+        op, tiles_of = instruction("forward", ks, problem, device), tiling("forward", ks, problem)
+        # warp groups beyond the blocks of rows compute the scores again, and divide the second matmul among them
+        repeated = warp_grid(op, ks, tiles_of)[2] if op == "wgmma" else 1
+        qk = repeated * sum(problem.qk_chunks) * problem.costs.similarity.dots
+        v = sum(head_chunks(problem.d_v)) * problem.values * problem.branches
         flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
         fma, integer = (pair.fma + mixed * mask.fma) * pairs, (pair.int + mixed * mask.int) * pairs
         return cls(
@@ -103,10 +107,10 @@ class Streaming:
             lines,
             tiles,
             resident=programs_per_sm(ks, problem, device),
-            tile_bytes=sum(t.rows * t.dim for t in tiling("forward", ks, problem).streamed) * problem.dtype_bytes,
-            tensor=2 * pairs * (qk + v) / (flops * MATMUL_SHARE[instruction("forward", ks, problem, device)]),
-            sfu=(pair.sfu + mixed * mask.sfu) * pairs / device.sfu_per_clk_sm,
-            alu=fma / device.fma_per_clk_sm + integer / device.int_per_clk_sm,
+            tile_bytes=sum(t.rows * t.dim for t in tiles_of.streamed) * problem.dtype_bytes,
+            tensor=2 * pairs * (qk + v) / (flops * MATMUL_SHARE[op]),
+            sfu=repeated * (pair.sfu + mixed * mask.sfu) * pairs / device.sfu_per_clk_sm,
+            alu=repeated * (fma / device.fma_per_clk_sm + integer / device.int_per_clk_sm),
             # row blocks of one head, and heads that could not be packed, find the tiles of the first in the cache
             readers=max(lines / (problem.batch * problem.kv_heads), 1.0),
         )

@@ -5,7 +5,7 @@ import pytest
 
 from attncc.version import __version__
 
-COMMANDS = ("list", "show", "check", "explain", "compile", "verify", "tune", "cache", "doctor")
+COMMANDS = ("list", "show", "check", "explain", "compile", "verify", "tune", "bench", "cache", "doctor")
 
 
 def test_help_names_every_command_and_teaches_specs(attncc):

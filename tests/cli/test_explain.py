@@ -125,3 +125,15 @@ def test_a_tuned_schedule_is_named_as_such_and_a_corrupt_one_is_a_warning(nothin
     assert result.exit_code == 0
     assert "the cost model's first choice" in result.stdout
     assert "warning: the cache entry" in result.stderr
+
+
+def test_a_roofline_is_drawn_and_told(attncc, tmp_path):
+    roof = tmp_path / "roof.svg"
+    words = ("explain", "softcap", "--target", "h100", "--q-len", "1", "--kv-len", "8192", "--heads", "32")
+    result = attncc(*words, "--kv-heads", "8", "--roofline", str(roof))
+    assert result.exit_code == 0
+    assert "the share of it that each kernel reaches" in result.stdout
+    assert "forward, predicted" in roof.read_text()
+    again = attncc(*words, "--kv-heads", "8", "--roofline", str(tmp_path / "no" / "roof.svg"))
+    assert again.exit_code == 2
+    assert "cannot be written" in again.stderr

@@ -1,0 +1,91 @@
+"""The roofline of a device, with kernels as points: as lines of text, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attncc.errors import InputError
+
+if TYPE_CHECKING:
+    from attncc.schedule.device import Device
+    from attncc.schedule.problem import Problem
+    from attncc.schedule.roofline import Point
+
+#: a mid grey that has contrast with white and with near-black
+INK = "#7d8590"
+COLOURS = {"forward": "#d9480f", "dkdv": "#4c8dc9", "dq": "#76a832", "pair": "#a37acc", "backward": "#4c8dc9"}
+WIDTH = 40
+
+
+def lines(points: Sequence[Point]) -> list[str]:
+    """One line a point: its rate, a bar of the share of the roof that it reaches, and the units' ceilings."""
+    found = []
+    for p in points:
+        filled = min(round(p.share * WIDTH), WIDTH)
+        bar = "█" * filled + "·" * (WIDTH - filled)
+        # the unit that would be the tightest roof by itself first
+        units = ", ".join(f"{unit} {rate:.0f}" for unit, rate in sorted(p.ceilings.items(), key=lambda e: e[1]))
+        found.append(
+            f"{p.name:<9}{p.source:<10}{p.tflops:>7.1f} TFLOP/s {p.tbps:>6.2f} TB/s  {bar} {p.share:>4.0%} of "
+            f"{p.roof:.0f}" + (f"; ceilings of units: {units}" if units else "")
+        )
+    return found
+
+
+def draw(points: Sequence[Point], problem: Problem, device: Device, title: str, path: Path) -> None:
+    """The picture, SVG or whatever else the file's name ends with. InputError where it cannot be drawn or written."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("drawing needs matplotlib", remedy="pip install 'attncc[plot]'") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "attncc", "font.size": 10, "text.color": INK}):
+        figure, axis = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+        _roof(axis, points, problem, device)
+        for p in points:
+            _mark(axis, p)
+        axis.set(xscale="log", yscale="log", title=title)
+        axis.set_xlabel("matmul operations a byte of memory", color=INK)
+        axis.set_ylabel("TFLOP/s", color=INK)
+        axis.tick_params(colors=INK, which="both")
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+        try:
+            figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be written: {error}") from error
+        finally:
+            pyplot.close(figure)
+
+
+def _roof(axis: Any, points: Sequence[Point], problem: Problem, device: Device) -> None:
+    """The memory's slope and the matmul peak, over the range of the points and their corner."""
+    from attncc.schedule.roofline import roof_at
+
+    peak = device.matmul_tflops(problem.dtype, problem.precision)
+    corner = peak / (device.dram_gbps / 1e3)
+    low = min([corner, *(p.intensity for p in points)]) / 4
+    high = max([corner, *(p.intensity for p in points)]) * 4
+    xs = [low, corner, high]
+    axis.plot(xs, [roof_at(x, problem, device) for x in xs], color=INK, linewidth=1.5)
+    axis.annotate(f"{peak:.0f} TFLOP/s, {problem.dtype}", (high, peak), ha="right", va="bottom", fontsize=9)
+    slope = f"{device.dram_gbps / 1e3:.2f} TB/s"
+    axis.annotate(slope, (low, roof_at(low, problem, device)), ha="left", va="bottom", fontsize=9)
+
+
+def _mark(axis: Any, p: Point) -> None:
+    """A point, under the roof and those ceilings of units that are lower."""
+    colour, filled = COLOURS.get(p.name, INK), p.source == "measured"
+    label = f"{p.name}, {p.source}: {p.tflops:.0f} TFLOP/s, {p.share:.0%} of its roof"
+    face = colour if filled else "none"
+    axis.plot([p.intensity], [p.tflops], "o", markeredgecolor=colour, markerfacecolor=face, label=label)
+    axis.plot([p.intensity] * 2, [p.tflops, p.roof], ":", color=colour, linewidth=1)
+    for unit, rate in p.ceilings.items():
+        if unit in ("sfu", "alu") and rate < p.roof:
+            axis.plot([p.intensity / 1.3, p.intensity * 1.3], [rate] * 2, color=colour, linewidth=1)
+            axis.annotate(unit, (p.intensity * 1.32, rate), fontsize=8, va="center", color=colour)
