@@ -85,7 +85,7 @@ def test_kernels_take_turns_and_tiles_too(problem):
     entries = order(problem, DEVICE, KERNELS)
     assert [kernel for kernel, _ in entries[:6]] == [*KERNELS, *KERNELS]
     lane = [ks for kernel, ks in entries if kernel == "forward"]
-    by_model = [ks for ks, _ in ranked("forward", problem, DEVICE)]
+    by_model = [ks for ks, _ in ranked("forward", problem, DEVICE, None)]
     assert sorted(map(str, lane)) == sorted(map(str, by_model))
     tenth = len(lane) // 10 + 1
     assert len({(ks.block_m, ks.block_n) for ks in lane[:tenth]}) >= len(
@@ -100,14 +100,35 @@ def test_most_of_the_gain_comes_in_the_first_tenth(problem):
     for _ in range(50):
         of_tile = {}
         truth = {}
-        for ks, prediction in ranked("forward", problem, DEVICE):
-            tile = of_tile.setdefault((ks.block_m, ks.block_n), dice.lognormvariate(0, 0.2))
+        for ks, prediction in ranked("forward", problem, DEVICE, None):
+            tile = of_tile.setdefault((ks.backend, ks.block_m, ks.block_n), dice.lognormvariate(0, 0.2))
             truth[ks] = prediction.us * tile * dice.lognormvariate(0, 0.05)
         lane = [ks for _, ks in order(problem, DEVICE, FORWARD)]
         best = min(truth.values())
         lost_first.append(truth[lane[0]] / best - 1)
         lost_tenth.append(min(truth[ks] for ks in lane[: max(len(lane) // 10, 1)]) / best - 1)
     assert sum(lost_tenth) < 0.4 * sum(lost_first)
+
+
+def test_both_languages_race_unless_one_is_asked_for(problem):
+    def languages(backend):
+        return {(kernel, ks.backend) for kernel, ks in order(problem, DEVICE, KERNELS, backend=backend)}
+
+    assert languages("triton") == {(kernel, "triton") for kernel in KERNELS}
+    assert languages(None) == languages("triton") | {("forward", "gluon"), ("dkdv", "gluon")}
+    assert languages("gluon") == {("forward", "gluon"), ("dkdv", "gluon"), ("dq", "triton")}
+
+
+def test_a_tiling_of_dq_is_measured_beside_a_dkdv_that_leaves_dq_to_it(problem):
+    class Backwards(Stick):
+        def time(self, kernel, schedule, best_us):
+            super().time(kernel, schedule, best_us)
+            if kernel == "dq":
+                assert schedule.dkdv.backend == "triton"
+            return 50.0 if schedule.of(kernel).backend == "gluon" else 100.0
+
+    result = run(problem, Backwards(problem))
+    assert result.schedule.forward.backend == result.schedule.dkdv.backend == "gluon"
 
 
 def test_an_interrupted_race_loses_nothing_and_goes_on(problem):
