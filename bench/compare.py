@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import attncc as ac
+from attncc.schedule.problem import Backend
 from bench.case import Case, Shape, Tensors
 from bench.check import against_peer, against_reference
 from bench.ours import brief, schedule_of, tilings
@@ -48,16 +49,18 @@ def compare(
     peers: Mapping[str, Builder] | None = None,
     label: Mapping[str, Any] | None = None,
     gluon: bool = False,
+    backend: Backend | None = None,
 ) -> list[dict[str, Any]]:
     """Check a case, then time forward and backward of attncc and its peers; one row a mode.
 
     A peer that cannot run the case (unsupported shape, out of memory) gets an "error" entry. Gradients are on in the
     forward too, as in training. Ratios are of TFLOP/s, so they also hold where a peer's shape had to be smaller.
-    `gluon`: our forward in that backend is checked and timed, too, as if it were a peer.
+    `gluon`: our kernels in that backend are checked and timed, too, as if they were a peer; `backend`: that of ours,
+    else the scheduler's choice.
     """
     head = {"case": case.name, **shape.row(), **(label or {})}
     try:
-        op = ac.compile(case.variant, plan="parallel")
+        op = ac.compile(case.variant, plan="parallel", backend=backend)
         check = against_reference(op, case, shape)
         return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check, gluon)
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
@@ -94,7 +97,7 @@ def _timed(
             broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
     errors = {"reference": check}
     if gluon:
-        other = ac.compile(case.variant, backend="gluon")
+        other = ac.compile(case.variant, plan="parallel", backend="gluon")
         errors["gluon"] = against_reference(other, case, shape)
         attend["gluon"] = lambda *operands: other(*operands, **inputs)
         outs["gluon"] = attend["gluon"](*operands)
@@ -103,9 +106,7 @@ def _timed(
 
     forward = {name: partial(attend[name], *operands) for name in outs}
     backward = {
-        name: partial(torch.autograd.grad, out, operands, grad, retain_graph=True)
-        for name, out in outs.items()
-        if name != "gluon"  # its backward is that of the other
+        name: partial(torch.autograd.grad, out, operands, grad, retain_graph=True) for name, out in outs.items()
     }
     area = case.area(shape.m, shape.n)
     schedule = schedule_of(op, *operands, **inputs)

@@ -38,7 +38,8 @@ def brief(tiled: dict[str, Any]) -> str:
 def tile(ks: dict[str, Any]) -> str:
     """One kernel's tiling: 16x64/w4/s4, and in how many parts the keys are dealt out."""
     parts = f"/{ks['splits']}" if "splits" in ks else ""
-    return f"{ks['block_m']}x{ks['block_n']}/w{ks['num_warps']}/s{ks['num_stages']}{parts}"
+    gluon = "gluon:" if ks.get("backend") == "gluon" else ""
+    return f"{gluon}{ks['block_m']}x{ks['block_n']}/w{ks['num_warps']}/s{ks['num_stages']}{parts}"
 
 
 def every_candidate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import attncc as ac
 from bench.case import Case, Shape, Tensors
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,6 +55,34 @@ def sdpa(backend: str, case: Case, shape: Shape) -> Attend:
             return F.scaled_dot_product_attention(q, k, v, **options)
 
     return run
+
+
+def has_fa4() -> bool:
+    """Is FlashAttention-4 installed? Its wheels have no place in a package index of ours."""
+    try:
+        return find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def fa4(case: Case) -> Attend:
+    """FlashAttention-4 for a case with an SDPA form. Its tensors are (B, L, H, D): views of ours."""
+    from flash_attn.cute import flash_attn_func
+
+    causal = bool((case.sdpa or {}).get("is_causal", False))
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=causal)
+        out: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return out.transpose(1, 2)
+
+    return run
+
+
+def triton(case: Case, shape: Shape, inputs: Tensors) -> Attend:
+    """Our own Triton kernels, where ours are those of another backend."""
+    op = ac.compile(case.variant, plan="parallel", backend="triton")
+    return lambda *operands: op(*operands, **inputs)
 
 
 def compiled_sigmoid(shape: Shape) -> Attend:

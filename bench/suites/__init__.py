@@ -21,6 +21,7 @@ NAMES = (
     "determinism",
     "linear",
     "sweep",
+    "hopper",
 )
 
 

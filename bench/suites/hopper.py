@@ -1,0 +1,105 @@
+"""Gluon's kernels on a Hopper GPU beside cuDNN, FlashAttention-4 if installed, FlexAttention, and our Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.case import Case, Shape
+from bench.compare import Builder, compare, standard_peers, table
+from bench.dense_cases import ALIBI, CAUSAL, DOCUMENTS_1024, FULL, SOFTCAP, WINDOW_1024
+from bench.peers import fa4, has_fa4, sdpa, triton
+from bench.run import Run
+from bench.suites import variants
+
+TOKENS = 32768
+#: heads times head dimension
+WIDTH = 2048
+LENGTHS = (8192, 2048)
+DIMS = (128, 64, 256)
+#: what FlexAttention cannot say at the same cost, or not at all: beside our own softmax with the same mask
+OWN = ("sink", "sigmoid", "relu", "cog", "differential")
+#: the least ratio to the best peer that each plain cell is for, forward and backward; at the shorter length, both
+GOALS = {128: (1.0, 0.95), 64: (1.0, 0.95), 256: (0.97, 1.0)}
+SHORT_GOAL = 0.95
+FLEX_GOAL = 1.4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case at a shape, the ratio to the best peer that each mode is for, and whether FlexAttention runs, too."""
+
+    case: Case
+    shape: Shape
+    goals: tuple[float, float]
+    flex: bool = False
+
+
+def shape(length: int, d: int, dv: int = 0) -> Shape:
+    """The suite's shape at a sequence length and a head dimension."""
+    return Shape(b=TOKENS // length, h=WIDTH // (dv or d), m=length, d=d, dv=dv)
+
+
+def cells() -> Iterator[Cell]:
+    """All rows of the table, those that most depend on first."""
+    for d in DIMS:
+        for length in LENGTHS:
+            goals = GOALS[d] if length == LENGTHS[0] else (SHORT_GOAL, SHORT_GOAL)
+            for case in (FULL, CAUSAL):
+                yield Cell(case, shape(length, d), goals)
+    long = shape(LENGTHS[0], 128)
+    for case in (ALIBI, SOFTCAP, WINDOW_1024, DOCUMENTS_1024):
+        yield Cell(case, long, (FLEX_GOAL, FLEX_GOAL), flex=True)
+    for name in OWN:
+        yield Cell(variants.case(name), long, (0.9, 0.9))
+    yield Cell(replace(CAUSAL, name="MLA"), shape(LENGTHS[0], 192, 128), (0.95, 0.95))
+    for name, odd in (
+        ("S=6000", Shape(b=5, h=16, m=6000, d=128)),
+        ("D=96", Shape(b=4, h=21, m=8192, d=96)),
+        ("28/4 heads", Shape(b=4, h=28, hkv=4, m=4096, d=128)),
+    ):
+        yield Cell(replace(CAUSAL, name=name), odd, (0.9, 0.9))
+
+
+def peers(cell: Cell) -> dict[str, Builder]:
+    """Who runs a cell beside us."""
+    found: dict[str, Builder] = {"triton": triton}
+    if cell.case.sdpa is not None:
+        found["cudnn"] = lambda case, shape, inputs: sdpa("cudnn", case, shape)
+        if has_fa4():
+            found["fa4"] = lambda case, shape, inputs: fa4(case)
+    if cell.flex:
+        found["flex"] = standard_peers(cell.case)["flex"]
+    return found
+
+
+def judge(row: dict[str, Any], goal: float, softmax: dict[str, Any] | None) -> None:
+    """Add to a row its goal, its ratio to the best peer, and, where there is no peer, to our own softmax."""
+    others = {name: ratio for name, ratio in row["ratio"].items() if name != "triton"}
+    if not others and softmax is not None:
+        own = {key: softmax["attncc"][key] for key in ("ms", "tflops", "spread")}
+        row["peers"]["own softmax"] = own
+        others = {"own softmax": round(row["attncc"]["tflops"] / own["tflops"], 3)}
+        row["ratio"] |= others
+    row["goal"], row["reached"] = goal, min(others.values(), default=None)
+
+
+def suite(run: Run) -> None:
+    """Run the suite."""
+    results = run.results("hopper")
+    results.note("fa4", "importable" if has_fa4() else "not installed")
+    shown: list[dict[str, Any]] = []
+    softmax: dict[tuple[bool, str], dict[str, Any]] = {}  # by (is the mask causal, mode), at the longest and D=128
+    for cell in run.take(list(cells()), quick=2):
+        if run.out_of_time(results, f"{cell.case.name} {cell.shape}"):
+            break
+        rows = compare(run, results, cell.case, cell.shape, peers=peers(cell), backend="gluon")
+        for row, goal in zip(rows, cell.goals, strict=False):
+            is_full = cell.case.area(512, 512) == 512 * 512
+            judge(row, goal, softmax.get((is_full, row["mode"])))
+            if cell.case in (FULL, CAUSAL) and cell.shape == shape(LENGTHS[0], 128):
+                softmax[is_full, row["mode"]] = row
+        results.write()
+        shown += rows
+    table(run, f"hopper, TFLOP/s, {results.meta['gpu']}", shown, sizes=("M", "Dqk", "goal", "reached"))
