@@ -36,7 +36,7 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 # The ties of maximum and minimum give their gradient to the second argument, where torch.maximum halves it.
-_FLOAT_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
+FLOAT_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
     sympy.exp: torch.exp,
     sympy.log: torch.log,
     voc.tanh: torch.tanh,
@@ -51,7 +51,7 @@ _FLOAT_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
     voc.to_float: lambda x: x,
 }
 #: functions of floats or of integers: the result is of the type of the arguments
-_JOIN_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
+JOIN_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
     voc.relu: torch.relu,
     voc.detach: torch.detach,
     voc.absolute: torch.abs,
@@ -68,7 +68,7 @@ _INT_FUNCTIONS: dict[type, Callable[..., Tensor]] = {
     voc.bit_or: torch.bitwise_or,
     voc.bit_xor: torch.bitwise_xor,
 }
-_COMPARISONS: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
+COMPARISONS: dict[type, Callable[[Tensor, Tensor], Tensor]] = {
     sympy.Eq: torch.eq,
     sympy.Ne: torch.ne,
     sympy.Lt: torch.lt,
@@ -108,14 +108,14 @@ class _Evaluator:
         if isinstance(expr, sympy.Pow):
             return self._power(expr)
         values = [self(a) for a in expr.args]
-        if kind in _FLOAT_FUNCTIONS:
-            return _FLOAT_FUNCTIONS[kind](*map(self._float, values))
-        if kind in _JOIN_FUNCTIONS:
-            return _JOIN_FUNCTIONS[kind](*self._joined(expr, values))
+        if kind in FLOAT_FUNCTIONS:
+            return FLOAT_FUNCTIONS[kind](*map(self._float, values))
+        if kind in JOIN_FUNCTIONS:
+            return JOIN_FUNCTIONS[kind](*self._joined(expr, values))
         if kind in _INT_FUNCTIONS:
             return _INT_FUNCTIONS[kind](*values)
-        if kind in _COMPARISONS:
-            return _COMPARISONS[kind](*self._alike(values))
+        if kind in COMPARISONS:
+            return COMPARISONS[kind](*self._alike(values))
         if isinstance(expr, voc.where):
             a, b = self._joined(expr, values[1:])
             return torch.where(values[0], a, b)

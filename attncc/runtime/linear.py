@@ -13,7 +13,6 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
-from attncc.runtime.linear_rows import constant_of, token_rows
 from attncc.runtime.op import AttentionOp, autocast
 from attncc.runtime.shapes import bind, output_names
 from attncc.schedule.device import device_of
@@ -81,8 +80,8 @@ class LinearOp:
             return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
         bound = bind(self.graph, q, k, v, scale, inputs)
         self._check_state(q, v, initial_state, cu_seqlens)
-        rows = token_rows(self.graph, self.linear, bound, q.device)
-        constant = constant_of(self.linear, bound)
+        rows = self.engine.rows.tokens(bound, q.device)
+        constant = self.engine.rows.constant(bound)
         out, _, last = library.forward_op(
             *(
                 q,

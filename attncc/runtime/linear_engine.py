@@ -17,7 +17,7 @@ from attncc.passes.linearize import Linear
 from attncc.resources import fingerprint
 from attncc.runtime.engine import dot_options, load_module, on_device
 from attncc.runtime.linear_cut import cut_evenly, cut_packed, reversed_cumsum, sequence_lengths
-from attncc.runtime.linear_rows import row_names, weight_and_slope
+from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import device_of
 from attncc.schedule.linear import LinearSchedule, LinearSizes, linear_schedule
@@ -31,7 +31,8 @@ class LinearEngine:
 
     def __init__(self, graph: VariantGraph, plan: Linear, precision: Precision | None = None):
         self.graph, self.plan = graph, plan
-        self.names = row_names(plan)
+        self.rows = TokenRows(graph, plan)
+        self.names = self.rows.names
         self._precision = precision
         self._cache = Cache()
         self._sources: dict[tuple[int, int], str] = {}
@@ -150,7 +151,7 @@ class LinearEngine:
         with on_device(q.device):
             if total is not None:
                 delta = module.delta(out, dout)
-                given["weight"], slope = weight_and_slope(self.plan, total, named.get("gain"))
+                given["weight"], slope = self.rows.weight_and_slope(total, named.get("gain"))
                 given["dtotal"] = delta * slope
             of_queries = wants.get("row", False) or wants.get("step", False)
             of_keys = wants.get("col", False) or wants.get("step", False)

@@ -1,12 +1,12 @@
 """Factors of tokens, in PyTorch: what a chunk plan reads of a call besides q, k and v, one float32 a token and head.
 
-All that is as small as (B, H, L) is evaluated here, and autograd takes its gradient on to the inputs; all that has a
+All that is as small as (B, H, L) is computed here, and autograd takes its gradient on to the inputs; all that has a
 head dimension is the kernels'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -16,15 +16,102 @@ from torch import Tensor
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
 from attncc.ir.vocabulary import Read
 from attncc.passes.linearize import TOTAL, Linear
-from attncc.runtime.evaluate import evaluate
+from attncc.runtime.closures import Function, closure
 from attncc.runtime.shapes import Bound
 
 _AXES = {"b": 0, "h": 1, "h_kv": 1, "kv_idx": 2}
 
 
-def row_names(plan: Linear) -> tuple[str, ...]:
-    """The factors that a plan has, in the order in which they are handed on."""
-    return tuple(name for name, expr in row_exprs(plan).items() if expr is not None)
+@dataclass(frozen=True)
+class _View:
+    """A read of every token and head at once, as the value of `symbol`: the input permuted, with sizes of 1 between.
+
+    order: its dimensions as (B, H, L) has them; axes: which of these they are; kv: the dimension of key heads, or None.
+    """
+
+    symbol: str
+    input: str
+    order: tuple[int, ...]
+    axes: tuple[int, ...]
+    kv: int | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One factor: a function of views, indices, lengths and (where an index is computed) whole inputs."""
+
+    name: str
+    function: Function
+    views: tuple[_View, ...]
+    indices: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+class TokenRows:
+    """The factors of one plan: made once, computed at each call."""
+
+    def __init__(self, graph: VariantGraph, plan: Linear):
+        self._patterns = {d.name: d.pattern for d in graph.inputs}
+        self._rows = tuple(self._row(name, expr) for name, expr in row_exprs(plan).items() if expr is not None)
+        self._constant = closure(plan.constant)
+        self._scale, self._slope = closure(plan.scale), closure(sympy.diff(plan.scale, TOTAL) / plan.scale)
+        #: the factors that there are, in the order in which they are handed on
+        self.names = tuple(row.name for row in self._rows)
+
+    def constant(self, bound: Bound) -> float:
+        """The factor that is one number for the whole call."""
+        return float(self._constant(_numbers(bound)))
+
+    def tokens(self, bound: Bound, device: torch.device) -> list[Tensor]:
+        """The factors of a call, each (B, H, L) and contiguous, in the order of `names`."""
+        return [self._value(row, bound, device) for row in self._rows]
+
+    def weight_and_slope(self, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What a sum of weighted values is multiplied by, and the derivative of its logarithm by the row's total."""
+        env = {TOTAL.name: total}
+        weight: Tensor = self._scale(env)
+        return weight if gain is None else weight * gain, self._slope(env)
+
+    def _row(self, name: str, expr: Any) -> _Row:
+        views: dict[Any, _View] = {}
+        for i, read in enumerate(sorted(expr.atoms(Read), key=str)):
+            view = self._view(f"read_{i}", read)
+            if view is not None:
+                views[read] = view
+        expr = expr.xreplace({read: sympy.Symbol(view.symbol, real=True) for read, view in views.items()})
+        used = {s.name for s in expr.free_symbols}
+        indices, whole = tuple(sorted(used & set(_AXES))), tuple(sorted(used & set(self._patterns)))
+        return _Row(name, closure(expr), tuple(views.values()), indices, whole)
+
+    def _view(self, symbol: str, read: Read) -> _View | None:
+        """None where an index is computed, or a dimension is none of a token's."""
+        # queries and keys are the same tokens
+        pattern = ["kv_idx" if d == "q_idx" else d for d in self._patterns[read.input]]
+        plain = all(isinstance(i, sympy.Symbol) and i.name == d for i, d in zip(read.index, pattern, strict=True))
+        if not plain or not set(pattern) <= set(_AXES) or len({_AXES[d] for d in pattern}) < len(pattern):
+            return None
+        order = sorted(range(len(pattern)), key=lambda i: _AXES[pattern[i]])
+        axes = tuple(_AXES[pattern[i]] for i in order)
+        return _View(symbol, read.input, tuple(order), axes, 1 if "h_kv" in pattern else None)
+
+    def _value(self, row: _Row, bound: Bound, device: torch.device) -> Tensor:
+        sizes = bound.sizes
+        shape = (sizes["b"], sizes["h"], sizes["kv_idx"])
+        env: dict[str, Any] = _numbers(bound)
+        for view in row.views:
+            env[view.symbol] = _viewed(view, bound)
+        for name in row.whole:
+            tensor = bound.tensors[name]
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+            env[name] = tensor.expand([sizes[d] if d in LOOP_DIMS else -1 for d in self._patterns[name]])
+        for name in row.indices:
+            index = torch.arange(shape[_AXES[name]], device=device)
+            index = index // (sizes["h"] // sizes["h_kv"]) if name == "h_kv" else index
+            env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(3)])
+        value = row.function(env)
+        if not isinstance(value, Tensor):
+            return torch.full(shape, float(value), dtype=torch.float32, device=device)
+        return value.float().expand(shape).contiguous()
 
 
 def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
@@ -40,25 +127,6 @@ def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
     }
 
 
-def token_rows(graph: VariantGraph, plan: Linear, bound: Bound, device: torch.device) -> list[Tensor]:
-    """The factors of a call, each (B, H, L) and contiguous, in the order of `row_names`."""
-    exprs = row_exprs(plan)
-    return [_row(graph, exprs[name], bound, device) for name in row_names(plan)]
-
-
-def constant_of(plan: Linear, bound: Bound) -> float:
-    """The factor that is one number for the whole call."""
-    return float(evaluate(plan.constant, {**_numbers(bound)}, torch.float64))
-
-
-def weight_and_slope(plan: Linear, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a sum of weighted values is multiplied by, and the derivative of its logarithm by the row's total."""
-    env = {TOTAL.name: total}
-    weight = evaluate(plan.scale, env, torch.float32, total.device)
-    slope = evaluate(sympy.diff(plan.scale, TOTAL) / plan.scale, env, torch.float32, total.device)
-    return weight if gain is None else weight * gain, slope
-
-
 def _numbers(bound: Bound) -> dict[str, Any]:
     sizes = bound.sizes
     return {
@@ -70,44 +138,12 @@ def _numbers(bound: Bound) -> dict[str, Any]:
     }
 
 
-def _row(graph: VariantGraph, expr: Any, bound: Bound, device: torch.device) -> Tensor:
-    sizes = bound.sizes
-    shape = (sizes["b"], sizes["h"], sizes["kv_idx"])
-    env: dict[str, Any] = _numbers(bound)
-    used = {s.name for s in expr.free_symbols}
-    plain: dict[Any, Any] = {}
-    for i, read in enumerate(sorted(expr.atoms(Read), key=str)):
-        value = _whole(graph, read, bound)
-        if value is not None:
-            symbol = sympy.Symbol(f"read_{i}", real=True)
-            plain[read], env[symbol.name] = symbol, value
-    expr = expr.xreplace(plain)
-    for decl in graph.inputs:
-        if decl.name in used:
-            tensor = bound.tensors[decl.name]
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-            env[decl.name] = tensor.expand([sizes[d] if d in LOOP_DIMS else -1 for d in decl.pattern])
-    for name in used & set(_AXES):
-        index = torch.arange(shape[_AXES[name]], device=device)
-        index = index // (sizes["h"] // sizes["h_kv"]) if name == "h_kv" else index
-        env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(3)])
-    return evaluate(expr, env, torch.float32, device).float().expand(shape).contiguous()
-
-
-def _whole(graph: VariantGraph, read: Read, bound: Bound) -> Tensor | None:
-    """A read of every token and head at once, as a view (B | 1, H | 1, L | 1); None where an index is computed."""
-    if not all(isinstance(i, sympy.Symbol) and i.name in _AXES for i in read.index):
-        return None
-    pattern = graph.input(read.input).pattern
-    axes = [_AXES[i.name] for i in read.index]
-    if len(set(axes)) < len(axes) or any(i.name != d for i, d in zip(read.index, pattern, strict=True)):
-        return None
-    tensor = bound.tensors[read.input]
-    tensor = tensor.float() if tensor.is_floating_point() else tensor
-    if "h_kv" in pattern and tensor.shape[pattern.index("h_kv")] > 1:
-        group = bound.sizes["h"] // bound.sizes["h_kv"]
-        tensor = tensor.repeat_interleave(group, pattern.index("h_kv")) if group > 1 else tensor
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
-    tensor = tensor.permute(order)
-    sizes: Mapping[int, int] = {axes[i]: n for i, n in zip(order, tensor.shape, strict=True)}
-    return tensor.reshape([sizes.get(axis, 1) for axis in range(3)])
+def _viewed(view: _View, bound: Bound) -> Tensor:
+    """(B | 1, H | 1, L | 1)."""
+    tensor = bound.tensors[view.input]
+    tensor = (tensor.float() if tensor.is_floating_point() else tensor).permute(view.order)
+    sizes = dict(zip(view.axes, tensor.shape, strict=True))
+    tensor = tensor.reshape([sizes.get(axis, 1) for axis in range(3)])
+    if view.kv is not None and tensor.shape[1] > 1:
+        return tensor.repeat_interleave(bound.sizes["h"] // bound.sizes["h_kv"], 1)
+    return tensor

@@ -14,6 +14,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
 from attncc.ir.symbols import UNKNOWN, H
 from attncc.passes.reverse import first_at, ties
+from attncc.passes.running import without_running_sums
 from attncc.passes.similarity import similarity
 from attncc.passes.stream import Implicit, Online
 from attncc.runtime.evaluate import evaluate
@@ -160,7 +161,7 @@ UNSHIPPED = {
 
 #: what ships; of several branches, each is a variant here, what v is matters to no pass, and column sums are inputs
 SHIPPED = {
-    part.name: ac.Variant.from_graph(part)
+    part.name: ac.Variant.from_graph(without_running_sums(part))
     for name in ac.variants.names()
     for part in ac.variants.get(name).graph.parts
     if part.value is None and not part.cols

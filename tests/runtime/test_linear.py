@@ -272,6 +272,17 @@ def test_autograd_reaches_a_learned_gate():
     assert gradient.abs().min() > 0
 
 
+@pytest.mark.parametrize("name", ["simple_gla", "weighted"])
+def test_torch_compile_sees_one_graph(name):
+    tensors, inputs = drawn(name, length=20)
+    op = ac.compile(VARIANTS[name], plan="chunk")
+    run = torch.compile(op, fullgraph=True, backend="aot_eager")
+    cotangent = torch.randn(1, 2, 20, 24)
+    eager, compiled = (with_gradients(f, tensors, inputs, cotangent) for f in (op, run))
+    for ours, theirs in zip((compiled[0], *compiled[1]), (eager[0], *eager[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_text_is_tidy_python(name):
     graph = VARIANTS[name].graph
