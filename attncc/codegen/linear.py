@@ -60,7 +60,8 @@ class Role:
 
     lift: the operands have a feature 1 besides, alpha for a and beta for b; total: the row sums are stored; last: what
     stands in the state's last column; contracted: the sum over features is multiplied by `constant`. Where the sum runs
-    backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too.
+    backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too. channel: each
+    feature decays on its own, those that are summed over, or those of the result (result_decays).
     """
 
     name: str
@@ -88,6 +89,8 @@ class Role:
     last: str = ""
     product: bool = False
     own: Tile | None = None
+    channel: bool = False
+    result_decays: bool = False
     epilogue: tuple[str, ...] = ()
 
     @property
@@ -282,6 +285,40 @@ class LinearSlots:
             found[name] = replace(found[name], product=product, own=own, epilogue=lines)
         return found
 
+    def channel_roles(self) -> dict[str, Role]:
+        """The same where each channel decays on its own."""
+        tiles, plan = self.tiles(), self.plan
+        size_q, size_v = self.state_shape
+        common: dict[str, Any] = {
+            "decay": True,
+            "channel": True,
+            "rows": ("step",),
+            "state_size": size_q * size_v,
+            "row_size": size_v,
+        }
+        by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
+        by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, "result_decays": True, **common}
+        scaled = "constant" if plan.constant != 1 else ""
+        contracted = plan.constant != 1
+        found = {}
+        for name, kept in self.roles().items():
+            reverse, states = kept.reverse, name in ("states", "dstates")
+            found[name] = Role(
+                name=name,
+                doc=kept.doc,
+                out=kept.out,
+                a=kept.a,
+                b=kept.b,
+                c=kept.c,
+                reverse=reverse,
+                contracted=contracted and not reverse and not states,
+                scaled=scaled if reverse else "",
+                product=name in ("dq", "dk"),
+                own=Tile("own", self.d_qk, tiles[name[1]].head) if name in ("dq", "dk") else None,
+                **(by_cols if name in ("dq", "dk") else by_rows),
+            )
+        return found
+
     def _gained(self) -> tuple[str, ...]:
         """Lines that make out of the sum of weighted values."""
         lines: list[str] = []
@@ -323,15 +360,20 @@ class LinearSlots:
 def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
     """The module's source. Sizes and schedules are arguments of its functions."""
     slots = LinearSlots(graph, plan, d_qk, d_v)
-    roles = slots.roles()
+    channel = plan.decay == "channel"
+    roles = slots.channel_roles() if channel else slots.roles()
+    states, scan = (
+        f"linear_{'channel_' if channel else ''}states.py.j2",
+        f"linear_{'channel' if channel else 'scan'}.py.j2",
+    )
     env = environment()
     context: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "slots": slots, "plan": plan, "roles": roles}
     parts = []
     for name in ("states", "dstates"):
-        parts.append(env.get_template("linear_states.py.j2").render({**context, "r": roles[name]}))
+        parts.append(env.get_template(states).render({**context, "r": roles[name]}))
     parts.append(env.get_template("linear_link.py.j2").render(context))
     for name in ("forward", "dq", "dk", "dv"):
-        parts.append(env.get_template("linear_scan.py.j2").render({**context, "r": roles[name]}))
+        parts.append(env.get_template(scan).render({**context, "r": roles[name]}))
     parts.append(env.get_template("linear_step.py.j2").render({**context, "r": roles["forward"]}))
     if plan.total:
         parts.append(env.get_template("linear_delta.py.j2").render(context))

@@ -37,7 +37,7 @@ T = sym.KV_IDX
 #: total_i: the row's sum of weights, without G
 TOTAL = sympy.Symbol("total", real=True)
 
-Decay = Literal["none", "head", "token"]
+Decay = Literal["none", "head", "token", "channel"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Linear:
         """What the decay of the state depends on."""
         if self.step is None:
             return "none"
+        if sym.COMPONENT in self.step.free_symbols:
+            return "channel"
         return "token" if T in self.step.free_symbols else "head"
 
     @property
@@ -129,6 +131,7 @@ def linearize(graph: VariantGraph) -> Linear:
         _refuse(graph, "weight", f"'{formula(weight)}' has {what}")
     dot = dots[0]
     left, right = next(((d.left, d.right) for d in found.dots if d.symbol == dot), (sym.Q_VEC, sym.K_VEC))
+    left, right, of_channel = _channels(graph, left, right, causal)
     row, col = _factored(graph, monomials[((dot, 1),)])
     constant, row = _program(row)
     bias = _factored(graph, monomials[()]) if () in monomials else None
@@ -142,6 +145,7 @@ def linearize(graph: VariantGraph) -> Linear:
     if (row, col) != (1, 1):
         proof.append(f"factors: ({formula(constant * row)}) of the query * ({formula(col)}) of the key")
     step = None
+    decay += of_channel
     if decay != 0:
         step = _step(graph, decay)
         proof.append(f"decay = exp(D[i] - D[j]) with D[t] = {formula(decay)} at t = kv_idx")
@@ -152,6 +156,9 @@ def linearize(graph: VariantGraph) -> Linear:
         constant, row, gain = constant * more, row * rest, sympy.S.One
         bias = None if bias is None else (bias[0] * more * rest, bias[1])
     plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, ())
+    plain = (left, right, row, col, bias, gain, scale) == (sym.Q_VEC, sym.K_VEC, 1, 1, None, 1, 1)
+    if plan.decay == "channel" and not plain:
+        _refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
     return replace(plan, proof=(*proof, *_recurrence(plan)))
 
 
@@ -213,6 +220,31 @@ def _monomials(
         row, col, decay = _exponent(graph, exponent, row, col, causal)
         found[tuple(sorted(powers, key=str))].append(_Monomial(row, col, decay))
     return found
+
+
+def _channels(
+    graph: VariantGraph, left: sympy.Expr, right: sympy.Expr, causal: bool
+) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
+    """The features without a decay of each channel, and D(t) of that decay, 0 if there is none."""
+    exponents = []
+    features = []
+    for side, vector in ((left, sym.Q_VEC), (right, sym.K_VEC)):
+        found = [
+            f
+            for f in sympy.Mul.make_args(side)
+            if isinstance(f, sympy.exp) and vector not in f.free_symbols and level(f) in (Level.ROW, Level.COL)
+        ]
+        exponents.append(sympy.expand(sympy.Add(*(f.args[0] for f in found)), log=False, power_exp=False))
+        features.append(side / sympy.Mul(*found))
+    of_query, of_key = exponents
+    decay = _token(of_query, causal) if causal else sympy.S.Zero
+    if sympy.expand(decay + of_key) != 0:
+        text = formula(sympy.exp(of_query + of_key))
+        _refuse(graph, "raw_score", f"'{text}' is no decay from the key to the query in each channel")
+    for side in features:
+        if side.atoms(Read):
+            _refuse(graph, "raw_score", f"the features '{formula(side)}' read an input")
+    return features[0], features[1], decay
 
 
 def _exponent(
@@ -333,7 +365,8 @@ def _scale(graph: VariantGraph, online: Online, base: sympy.Expr, causal: bool) 
 
 def _recurrence(plan: Linear) -> tuple[str, ...]:
     """The recurrent form in words of the formula."""
-    factor = {"none": "", "head": f"exp({_show(plan.step)}) * ", "token": f"exp({_show(plan.step)}) * "}[plan.decay]
+    decay = f"exp({_show(plan.step)})"
+    factor = {"none": "", "channel": f"diag({decay}) "}.get(plan.decay, f"{decay} * ")
     key = "k" if plan.right == sym.K_VEC else "f(k)"
     query = "q" if plan.left == sym.Q_VEC else "f(q)"
     ones = ("[{}, 1]" if plan.bias else "{}").format(key), "[v, 1]" if plan.total else "v"

@@ -116,7 +116,7 @@ class LinearOp:
         if plan == "auto":
             if refusal is not None:
                 plan = "parallel"
-            elif needs_linear:
+            elif needs_linear or self.linear.decay == "channel":  # all pairs overflow where channels decay much
                 plan = "recurrent" if q.shape[2] == 1 else "chunk"
             else:
                 batch, heads, length, d_qk = q.shape

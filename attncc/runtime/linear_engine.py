@@ -79,7 +79,8 @@ class LinearEngine:
         batch, heads, length, d_qk = q.shape
         if ends is not None:
             batch, length = len(ends) - 1, max((b - a for a, b in pairwise(ends)), default=0)
-        return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3])
+        by_channel = self.plan.decay == "channel"
+        return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel)
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
@@ -161,7 +162,8 @@ class LinearEngine:
                 *(cut, schedule.kernels, options),
             )
         found: dict[str, Any] = {}
-        of_q, of_k = (None if x is None else x.sum(0) for x in (of_q, of_k))
+        if self.plan.decay != "channel":  # a share of each block of features
+            of_q, of_k = (None if x is None else x.sum(0) for x in (of_q, of_k))
         if wants.get("row"):
             found["row"] = of_q
         if wants.get("col"):
@@ -169,7 +171,7 @@ class LinearEngine:
         if wants.get("gain") and delta is not None:
             found["gain"] = delta / named["gain"]
         if wants.get("step"):
-            found["step"] = self._dstep(named, of_q, of_k, ends, last, dlast)
+            found["step"] = self._dstep(named, of_q, of_k, ends, last, dlast).to(named["step"].dtype)
         return dq, dk, dv, dinitial if want_initial else None, [found.get(n) for n in self.names]
 
     def _dstep(
@@ -191,11 +193,11 @@ class LinearEngine:
         found: Tensor = reversed_cumsum(of_q - of_k, ends)
         if last is None or dlast is None:
             return found
-        of_last = (last * dlast).sum((2, 3))
+        of_last = (last * dlast).sum((2, 3) if found.dim() == 3 else 3)
         if ends is None:
-            return found + of_last[:, :, None]
+            return found + of_last.unsqueeze(2)
         counts = torch.tensor([b - a for a, b in pairwise(ends)], device=found.device)
-        return found + of_last.repeat_interleave(counts, 0).T[None]
+        return found + of_last.repeat_interleave(counts, 0).transpose(0, 1)[None]
 
     def _refuse(self, wants: dict[str, bool]) -> None:
         bias = wants.get("alpha") or wants.get("beta") or (self.plan.bias is not None and wants.get("step"))

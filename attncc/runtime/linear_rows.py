@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
+from attncc.ir.symbols import COMPONENT
 from attncc.ir.vocabulary import Read
 from attncc.passes.linearize import TOTAL, Linear
 from attncc.runtime.closures import Function, closure
 from attncc.runtime.shapes import Bound
 
-_AXES = {"b": 0, "h": 1, "h_kv": 1, "kv_idx": 2}
+_AXES = {"b": 0, "h": 1, "h_kv": 1, "kv_idx": 2, "d": 3}
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,14 @@ class _View:
 
 @dataclass(frozen=True)
 class _Row:
-    """One factor: a function of views, indices, lengths and (where an index is computed) whole inputs."""
+    """One factor: a function of views, indices, lengths and (where an index is computed) whole inputs.
+
+    dims: 3, or 4 where each channel has its own; given: it is one view as it stands.
+    """
 
     name: str
+    dims: int
+    given: bool
     function: Function
     views: tuple[_View, ...]
     indices: tuple[str, ...]
@@ -63,7 +69,7 @@ class TokenRows:
         return float(self._constant(_numbers(bound)))
 
     def tokens(self, bound: Bound, device: torch.device) -> list[Tensor]:
-        """The factors of a call, each (B, H, L) and contiguous, in the order of `names`."""
+        """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given."""
         return [self._value(row, bound, device) for row in self._rows]
 
     def weight_and_slope(self, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -74,6 +80,7 @@ class TokenRows:
 
     def _row(self, name: str, expr: Any) -> _Row:
         views: dict[Any, _View] = {}
+        by_channel = COMPONENT in expr.free_symbols
         for i, read in enumerate(sorted(expr.atoms(Read), key=str)):
             view = self._view(f"read_{i}", read)
             if view is not None:
@@ -81,13 +88,15 @@ class TokenRows:
         expr = expr.xreplace({read: sympy.Symbol(view.symbol, real=True) for read, view in views.items()})
         used = {s.name for s in expr.free_symbols}
         indices, whole = tuple(sorted(used & set(_AXES))), tuple(sorted(used & set(self._patterns)))
-        return _Row(name, closure(expr), tuple(views.values()), indices, whole)
+        dims = 4 if by_channel else 3
+        return _Row(name, dims, expr.is_Symbol and dims == 4, closure(expr), tuple(views.values()), indices, whole)
 
     def _view(self, symbol: str, read: Read) -> _View | None:
         """None where an index is computed, or a dimension is none of a token's."""
         # queries and keys are the same tokens
         pattern = ["kv_idx" if d == "q_idx" else d for d in self._patterns[read.input]]
-        plain = all(isinstance(i, sympy.Symbol) and i.name == d for i, d in zip(read.index, pattern, strict=True))
+        names = ["d" if i == COMPONENT else i.name if isinstance(i, sympy.Symbol) else "" for i in read.index]
+        plain = names == pattern
         if not plain or not set(pattern) <= set(_AXES) or len({_AXES[d] for d in pattern}) < len(pattern):
             return None
         order = sorted(range(len(pattern)), key=lambda i: _AXES[pattern[i]])
@@ -96,10 +105,10 @@ class TokenRows:
 
     def _value(self, row: _Row, bound: Bound, device: torch.device) -> Tensor:
         sizes = bound.sizes
-        shape = (sizes["b"], sizes["h"], sizes["kv_idx"])
+        shape = (sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"])[: row.dims]
         env: dict[str, Any] = _numbers(bound)
         for view in row.views:
-            env[view.symbol] = _viewed(view, bound)
+            env[view.symbol] = _viewed(view, bound, row.dims)
         for name in row.whole:
             tensor = bound.tensors[name]
             tensor = tensor.float() if tensor.is_floating_point() else tensor
@@ -107,10 +116,12 @@ class TokenRows:
         for name in row.indices:
             index = torch.arange(shape[_AXES[name]], device=device)
             index = index // (sizes["h"] // sizes["h_kv"]) if name == "h_kv" else index
-            env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(3)])
+            env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(row.dims)])
         value = row.function(env)
         if not isinstance(value, Tensor):
             return torch.full(shape, float(value), dtype=torch.float32, device=device)
+        if row.given:  # as large as k: read where it lies
+            return value.expand(shape) if value.stride(-1) == 1 else value.expand(shape).contiguous()
         return value.float().expand(shape).contiguous()
 
 
@@ -138,12 +149,12 @@ def _numbers(bound: Bound) -> dict[str, Any]:
     }
 
 
-def _viewed(view: _View, bound: Bound) -> Tensor:
-    """(B | 1, H | 1, L | 1)."""
-    tensor = bound.tensors[view.input]
-    tensor = (tensor.float() if tensor.is_floating_point() else tensor).permute(view.order)
-    sizes = dict(zip(view.axes, tensor.shape, strict=True))
-    tensor = tensor.reshape([sizes.get(axis, 1) for axis in range(3)])
+def _viewed(view: _View, bound: Bound, dims: int) -> Tensor:
+    """(B | 1, H | 1, L | 1), and D | 1 where there are four dimensions."""
+    tensor = bound.tensors[view.input].permute(view.order)
+    tensor = tensor.float() if tensor.is_floating_point() and dims == 3 else tensor
+    for axis in range(dims):
+        tensor = tensor if axis in view.axes else tensor.unsqueeze(axis)
     if view.kv is not None and tensor.shape[1] > 1:
         return tensor.repeat_interleave(bound.sizes["h"] // bound.sizes["h_kv"], 1)
     return tensor

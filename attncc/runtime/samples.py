@@ -72,8 +72,8 @@ def sample_inputs(
     """Arguments for `graph`, the same on every device. No tensor requires a gradient.
 
     q, k, v are normal. An input with a default has it; another float input is normal, or within [0.5, 1.5] where the
-    formula divides by it, takes its logarithm or a root of it; what is summed along the tokens is in [-0.2, 0], as the
-    logs of gates are; vectors over the head dimension are about as long as 1;
+    formula divides by it, takes its logarithm or a root of it; what is summed along the tokens is a little below 0, as
+    the logs of gates are; vectors over the head dimension are about as long as 1;
     integers along the sequence are sorted ids, as documents
     have them, and others are lengths up to the number of keys. An int scalar whose default is longer than the sequence
     is a third of it, so that a window hides something.
@@ -103,7 +103,7 @@ def sample_inputs(
         elif decl.name in positive:
             value = 0.5 + torch.rand(_size(graph, decl, shape), generator=generator)
         elif decl.name in gates:
-            value = -0.2 * torch.rand(_size(graph, decl, shape), generator=generator)
+            value = -min(0.2, 8 / max(shape.kv_len, 1)) * torch.rand(_size(graph, decl, shape), generator=generator)
         elif decl.name in graph.vectors:
             value = shape.d_qk**-0.5 * normal(*_size(graph, decl, shape))
         else:

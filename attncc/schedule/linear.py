@@ -14,8 +14,10 @@ from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
 #: float32 values of a state that a program holds in registers: 32 of each of 256 threads
 STATE = 128 * 64
-#: chunks that a program has at least one after the other, so that a segment's state costs less than its tokens
-CHUNKS_A_SEGMENT = 4
+#: tokens that a segment has at least, so that its state costs less than they do
+SEGMENT = 256
+#: tokens a chunk where each channel decays on its own: its pairs are formed one after the other
+CHANNEL_CHUNK = 16
 #: programs for each multiprocessor before a sequence is left in one piece
 WAVES = 4
 #: tokens up to which a sequence is stepped through
@@ -24,7 +26,7 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class LinearSizes:
-    """A call as its kernels see it. `length` is that of the longest sequence."""
+    """A call as its kernels see it. `length` is that of the longest sequence; by_channel: a decay for each feature."""
 
     dtype: Dtype
     sequences: int
@@ -32,6 +34,7 @@ class LinearSizes:
     length: int
     d_qk: int
     d_v: int
+    by_channel: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,11 @@ def _shared(width: int, block: int, chunk: int, dtype: Dtype, stages: int = 1) -
 
 def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None) -> LinearSchedule:
     """A schedule that fits the device; `chunk` is the caller's own choice. InputError for one that is no tile."""
-    if chunk is None:
+    if sizes.by_channel:
+        if chunk not in (None, CHANNEL_CHUNK):
+            raise InputError(f"chunk_size is {chunk!r}", remedy=f"with a decay a channel it is {CHANNEL_CHUNK}")
+        chunk = CHANNEL_CHUNK
+    elif chunk is None:
         chunk = 64 if sizes.dtype != "fp32" else 32
         while chunk > 16 and chunk >= 2 * sizes.length:
             chunk //= 2
@@ -85,7 +92,7 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     chunks = -(-sizes.length // chunk)
     blocks = -(-sizes.d_v // qk["BLOCK"])
     wanted = -(-WAVES * device.sms // max(1, sizes.sequences * sizes.heads * blocks))
-    segments = max(1, min(wanted, chunks // CHUNKS_A_SEGMENT))
+    segments = max(1, min(wanted, chunks, sizes.length // SEGMENT))
     return LinearSchedule(chunk, chunk * -(-chunks // segments), kernels)
 
 

@@ -37,6 +37,14 @@ def gates(shape: Shape, device: str) -> Tensors:
     return {"g": F.logsigmoid(torch.randn(shape.b, shape.h, shape.n, generator=generator, device=device))}
 
 
+def channel_gates(shape: Shape, device: str) -> Tensors:
+    """One gate a token, head and channel, as GLA's layers make them."""
+    generator = torch.Generator(device).manual_seed(3)
+    size = (shape.b, shape.n, shape.h, shape.d)
+    g = F.logsigmoid(torch.randn(size, generator=generator, device=device)) / 16
+    return {"g": g.to(shape.dtype).transpose(1, 2)}
+
+
 def rates(name: str) -> Callable[[Shape, str], Tensors]:
     """The published rates of a variant that decays by head."""
 
@@ -52,6 +60,7 @@ def peers() -> dict[str, Peer]:
     """flash-linear-attention's function of each case, of (B, T, H, D) tensors; none where it is not installed."""
     if find_spec("fla") is None:
         return {}
+    from fla.ops.gla import chunk_gla
     from fla.ops.lightning_attn import chunk_lightning_attn
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.retention import chunk_retention
@@ -62,6 +71,7 @@ def peers() -> dict[str, Peer]:
 
     return {
         "retention": lambda q, k, v, i: chunk_retention(q, k, v)[0],
+        "gla": lambda q, k, v, i: chunk_gla(q, k, v, i["g"].transpose(1, 2))[0],
         "simple_gla": lambda q, k, v, i: chunk_simple_gla(q, k, v, i["g"].transpose(1, 2))[0],
         "lightning": lambda q, k, v, i: chunk_lightning_attn(q, k, v, layer_idx=0, num_layers=24, scale=1.0)[0],
         "linear_attention": lambda q, k, v, i: chunk_linear_attn(
@@ -75,6 +85,7 @@ CASES = {
     for name, make, wanted in (
         ("retention", rates("retention"), ("rates",)),
         ("simple_gla", gates, ("g",)),
+        ("gla", channel_gates, ()),
         ("lightning", rates("lightning"), ("rates",)),
         ("linear_attention", lambda shape, device: {}, ()),
     )

@@ -53,7 +53,7 @@ def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
         elif decl.dtype == "int":
             made[decl.name] = torch.full(size, PREFIX, device=device, dtype=torch.int32)
         elif decl.name in gates:  # logs of what a token leaves of a state
-            made[decl.name] = -torch.rand(size, device=device)
+            made[decl.name] = -8 / shape.n * torch.rand(size, device=device)
         elif "kv_idx" in decl.pattern:  # one bias for all sequences, as models have it
             shared = [1 if dim == "b" else extent for dim, extent in zip(decl.pattern, size, strict=True)]
             made[decl.name] = torch.randn(shared, device=device, dtype=shape.dtype)

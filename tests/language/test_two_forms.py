@@ -150,6 +150,11 @@ SHIPPED |= {
     "retention": f"{RATES}[inputs]\nrates = {H_GRAD}",
     "lightning": RATES.replace("[stages]\n", "[stages]\nsimilarity = 'dot(q_vec, k_vec)'\n")
     + f"[inputs]\nrates = {H_GRAD}",
+    "gla": (
+        f"[stages]\nsimilarity = '''\nbetween = cumsum(g[b, h, {POSITION}]) - cumsum(g[b, h, kv_idx])\n"
+        f"scale * sum_d(q_vec * k_vec * exp(between))'''\n{CAUSAL}\nnormalizer = 'score'\n"
+        '[inputs]\ng = { index = ["b", "h", "kv_idx", "d"], grad = true }'
+    ),
     "simple_gla": (
         f"[stages]\nscore = 'score * exp(cumsum(g[b, h, {POSITION}]) - cumsum(g[b, h, kv_idx]))'\n{CAUSAL}\n"
         'normalizer = \'identity\'\n[inputs]\ng = { index = ["b", "h", "kv_idx"], grad = true }'

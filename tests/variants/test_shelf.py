@@ -96,6 +96,7 @@ def test_inputs_and_defaults():
         "retention": {"rates": ("h",)},
         "lightning": {"rates": ("h",)},
         "simple_gla": {"g": ("b", "h", "kv_idx")},
+        "gla": {"g": ("b", "h", "kv_idx", "d")},
     }
 
 

@@ -100,6 +100,18 @@ def lightning(q, k, v, rates):
     return torch.where(j <= i, (q @ k.mT) * torch.exp(rates[:, None, None] * (i - j).clamp(min=0)), 0.0) @ v
 
 
+def gla(q, k, v, g):
+    """Token by token, for the last tokens that the queries are of."""
+    m, n = q.shape[2], k.shape[2]
+    state = torch.zeros(*q.shape[:2], q.shape[3], v.shape[3], dtype=q.dtype)
+    outs = [torch.zeros_like(v[:, :, 0]) for _ in range(max(m - n, 0))]
+    for t in range(n):
+        state = g[:, :, t].exp()[..., None] * state + k[:, :, t][..., None] * v[:, :, t][..., None, :]
+        if t >= n - m:
+            outs.append((q[:, :, m - n + t][..., None] * state).sum(-2) * q.shape[3] ** -0.5)
+    return torch.stack(outs, 2)
+
+
 BY_HAND = {
     "cosine": cosine,
     "squared_distance": squared_distance,
@@ -110,6 +122,7 @@ BY_HAND = {
     "afa": afa,
     "linear_attention": linear_attention,
     "lightning": lightning,
+    "gla": gla,
 }
 
 
