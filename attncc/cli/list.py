@@ -1,10 +1,10 @@
-"""`attncc list`: the variants that ship."""
+"""`attncc list`: the shelf."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
@@ -12,40 +12,61 @@ from attncc.cli.options import Json
 from attncc.cli.output import out, print_json
 
 
-def command(json: Json = False) -> None:
-    """List the variants that ship: name, what it is, where it differs from plain attention, and its source.
+def command(
+    mechanisms: Annotated[
+        bool, typer.Option("--mechanisms", help="List published mechanisms instead, and what answers each.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List the variants that ship: formula, passes over the keys, kernels, what has a gradient, source.
 
     Examples
       attncc list
+      attncc list --mechanisms
       attncc list --json
     """
-    from attncc import variants
+    if mechanisms:
+        _mechanisms(json)
+        return
+    from attncc.gallery import shelf
 
-    entries = [_entry(name) for name in variants.names()]
+    entries = shelf()
     if json:
         print_json(entries)
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    for column in ("name", "what it is", "formula", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    table = _table("family", "name", "what it is", "formula", "passes", "kernels", "status", "source")
+    family = ""
     for entry in entries:
         formulas = "\n".join(f"{stage}: {text}" for stage, text in entry["stages"].items())
-        table.add_row(Text(entry["name"], style="bold"), *(Text(t) for t in (entry["title"], formulas, entry["cites"])))
+        texts = (entry["title"], formulas, str(entry["passes"]), str(len(entry["kernels"])), _status(entry))
+        shown = "" if entry["family"] == family else entry["family"]
+        family = entry["family"]
+        table.add_row(shown, Text(entry["name"], style="bold"), *(Text(t) for t in (*texts, entry["cites"])))
     out.print(table)
 
 
-def _entry(name: str) -> dict[str, Any]:
-    from attncc import variants
-    from attncc.ir.formulas import own_stages
+def _mechanisms(json: bool) -> None:
+    from attncc.catalogue import VERDICTS, mechanisms
 
-    graph = variants.get(name).graph
-    documentation = sys.modules[f"attncc.variants.{name}"].__doc__ or ""
-    return {
-        "name": name,
-        "title": " ".join(documentation.partition("\n\n")[0].split()),
-        "stages": own_stages(graph),
-        "inputs": {d.name: list(d.pattern) for d in graph.inputs},
-        "scalars": {s.name: s.default for s in graph.scalars},
-        "cites": graph.cites,
-        "digest": graph.digest,
-    }
+    if json:
+        print_json([vars(row) for row in mechanisms()])
+        return
+    table = _table("family", "mechanism", "verdict", "answered by", "note", "paper")
+    for row in mechanisms():
+        texts = (row.family, row.name, row.verdict, ", ".join(row.by), row.note, row.paper)
+        table.add_row(*(Text(t) for t in texts))
+    out.print(table)
+    for verdict, meaning in VERDICTS.items():
+        out.print(f"{verdict}: {meaning}", style="dim")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "family", "verdict", "passes", "kernels"))
+    return table
+
+
+def _status(entry: dict[str, Any]) -> str:
+    gradients = f"d {' '.join(entry['gradients'])}" if entry["gradients"] else "forward only"
+    return f"{gradients}, O(N)" if entry["linear"] else gradients

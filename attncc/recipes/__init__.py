@@ -13,6 +13,7 @@ from attncc.recipes.lamemo import lamemo
 from attncc.recipes.merge import merge
 from attncc.recipes.monotonic import expected_alignment, monotonic
 from attncc.recipes.multi_token import multi_token
+from attncc.recipes.pairwise import additive, network, pairwise
 from attncc.recipes.pine import pine
 from attncc.recipes.rela import rela_block
 from attncc.recipes.relational import relational
@@ -25,6 +26,7 @@ from attncc.recipes.token_mixing import keys_alone, left_multiplied, mixed_with_
 from attncc.recipes.weighted_groups import weighted_groups
 
 __all__ = [
+    "additive",
     "agents",
     "assignment",
     "collinear",
@@ -40,7 +42,9 @@ __all__ = [
     "mixed_with_mean",
     "monotonic",
     "multi_token",
+    "network",
     "one_query",
+    "pairwise",
     "pine",
     "potentials",
     "refresh",

@@ -17,6 +17,15 @@ def test_list_names_every_variant_with_its_source(attncc):
     assert all(name in text for name in variants.names())
 
 
+def test_list_names_every_mechanism_with_its_answer(attncc):
+    rows = json.loads(attncc("list", "--mechanisms", "--json").stdout)
+    assert len(rows) > 100
+    assert all(row["by"] and row["verdict"] for row in rows)
+    text = attncc("list", "--mechanisms").stdout
+    assert "Selective attention" in text
+    assert "recipes.selective" in text
+
+
 def test_what_list_and_show_print_can_be_pasted_back(attncc):
     entries = json.loads(attncc("list", "--json").stdout)
     for entry in entries:

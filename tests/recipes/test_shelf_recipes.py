@@ -342,3 +342,38 @@ def test_a_backward_keeps_no_scores():
         recipes.selective(q, k, v, block=16)
         recipes.multi_token(q, k, v, draw(4, 1, 3, 3).float(), block=16)
     assert max(kept) < 64 * 64
+
+
+@DTYPES
+def test_additive_scores(options):
+    q, k, v = qkv(m=15, n=11)
+    v_a = draw(4, 16, seed=3)
+
+    def scores(q, k, v_a):
+        return torch.stack([(torch.tanh(q[:, :, i : i + 1] + k) * v_a[:, None]).sum(-1) for i in range(15)], 2)
+
+    def program(q, k, v, v_a):
+        return recipes.pairwise(recipes.additive(v_a), q, k, v, block=7)
+
+    def oracle(q, k, v, v_a):
+        return scores(q, rep(k, 4), v_a).softmax(-1) @ rep(v, 4)
+
+    agree(program, oracle, q, k, v, v_a, **options)
+
+
+@DTYPES
+def test_a_network_of_pairs(options):
+    q, k, v = qkv(m=15, n=11)
+    w2, b2, w3 = draw(4, 16, seed=3) / 2, draw(4, seed=4), draw(4, seed=5)
+
+    def oracle(q, k, v, w2, b2, w3):
+        keys, s = rep(k, 4), []
+        for i in range(15):
+            hidden = (q[:, :, i : i + 1] + keys).clamp(min=0)
+            s.append(sum(w3[c] * ((hidden * w2[c]).sum(-1) + b2[c]).clamp(min=0) for c in range(4)))
+        return softmax(torch.stack(s, 2), causal(15, 11)) @ rep(v, 4)
+
+    def program(q, k, v, *weights):
+        return recipes.pairwise(recipes.network(*weights), q, k, v, causal=True, block=4)
+
+    agree(program, oracle, q, k, v, w2, b2, w3, **options)

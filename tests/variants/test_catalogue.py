@@ -1,0 +1,48 @@
+"""The catalogue names what ships, all of it, and nothing else; what it calls a kernel has a plan and gradients."""
+
+from __future__ import annotations
+
+import pytest
+
+import attncc as ac
+from attncc import recipes, variants
+from attncc.catalogue import VERDICTS, mechanisms
+from attncc.codegen.plan import Plan
+
+ROWS = mechanisms()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+def test_an_answer_ships(row):
+    assert row.verdict in VERDICTS
+    assert row.by
+    for name in row.by:
+        room, _, member = name.rpartition(".")
+        assert room in ("", "recipes", "outputs")
+        if room == "":
+            variants.get(member)
+        elif room == "recipes":
+            assert member in recipes.__all__
+        else:
+            assert hasattr(ac.outputs, member)
+    if row.verdict != "kernel":
+        assert any(name.startswith("recipes.") for name in row.by)
+    sources = [variants.get(name).graph.cites for name in row.variants]
+    assert row.paper or any(sources) or any(name.startswith("recipes.") for name in row.by)
+
+
+def test_every_variant_and_every_recipe_answers_something():
+    answered = {name for row in ROWS for name in row.by}
+    assert set(variants.names()) <= answered
+    assert {f"recipes.{name}" for name in recipes.__all__} <= answered
+
+
+def test_names_and_families():
+    assert len({row.name for row in ROWS}) == len(ROWS)
+    assert len(ROWS) >= 100
+
+
+@pytest.mark.parametrize("name", sorted({name for row in ROWS if row.verdict == "kernel" for name in row.variants}))
+def test_a_kernel_has_a_plan_and_a_backward(name):
+    """Values are tests/runtime/test_op.py's and tests/variants'."""
+    assert Plan(variants.get(name).graph).has_backward is None
