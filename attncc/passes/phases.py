@@ -28,6 +28,8 @@ from attncc.passes.stream import stream
 
 #: the input that marks rows which see no key
 DEAD = "dead_rows"
+#: beside a column sum without a maximum, so that one whose terms are all 0 has a log, with its gradient
+_TINY = sympy.Float(2.0**-100)
 _COLUMN = "col_lse_"
 
 
@@ -58,8 +60,8 @@ def phases(graph: VariantGraph) -> Phases:
     """A graph as kernels can have it. UnsupportedError for column reductions that are no such lse."""
     if graph.dead_rows == "zero" and not graph.cols:
         return Phases(graph)
-    main, made = graph, []
-    if graph.dead_rows != "zero":
+    main, made = graph.changed(dead_rows="zero"), []
+    if graph.dead_rows != "zero" and graph["mask"].expr is not sympy.true:
         main, dead = _opened(graph)
         made.append(dead)
     if graph.cols:
@@ -170,12 +172,13 @@ def _column(graph: VariantGraph, stage: Stage, name: str) -> tuple[Made, sympy.E
     by_row = {sympy.Symbol(s.name, real=True): sym.row_symbol("max", i) for i, s in enumerate(maxima)}
     swapped = _swap(graph)
     rows = [Stage(by_row[sympy.Symbol(s.name, real=True)].name, swapped(s.expr), "max") for s in maxima]
-    total, term = sym.row_symbol("sum", 0), swapped(term.xreplace(by_row))
+    symbol, term = sym.row_symbol("sum", 0), swapped(term.xreplace(by_row))
+    total = symbol if maxima else symbol + _TINY
     stages = [
         *(replace(s, name=_swapped_name(s.name), expr=swapped(s.expr)) for s in graph.sums_d),
         *(replace(graph[n], expr=swapped(graph[n].expr)) for n in ("raw_score", "score", "mask")),
         *rows,
-        Stage(total.name, term, "sum", stage.span),
+        Stage(symbol.name, term, "sum", stage.span),
         Stage("weight", term / total, span=stage.span),
         Stage("out", sym.WEIGHT * sym.V_VEC, "sum"),
     ]

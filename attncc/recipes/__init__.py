@@ -5,6 +5,7 @@ Each says what it computes, from which paper, and what it keeps in memory beside
 
 from attncc.recipes.agents import agents
 from attncc.recipes.collinear import collinear
+from attncc.recipes.diff_transformer import diff_transformer
 from attncc.recipes.dynamic_convolution import dynamic_convolution
 from attncc.recipes.fastformer import fastformer
 from attncc.recipes.gates import gaussian_gate
@@ -30,6 +31,7 @@ __all__ = [
     "agents",
     "assignment",
     "collinear",
+    "diff_transformer",
     "dynamic_convolution",
     "expected_alignment",
     "fastformer",

@@ -194,3 +194,17 @@ def test_sinkhorn(turns, dtype, tolerance):
         dtype,
         tolerance,
     )
+
+
+@DTYPES
+def test_diff_transformer(dtype, tolerance):
+    """As the authors' code has it: heads in pairs, the difference of two maps, a norm a head."""
+    shapes = (1, 4, 29, 16), (1, 2, 29, 16), (1, 1, 29, 32), (), (32,)
+    arguments = [draw(*s, seed=i) for i, s in enumerate(shapes)]
+
+    def oracle(q, k, v, lam, gain):
+        p = softmax(q @ k.repeat(1, 2, 1, 1).mT / 4, causal(29, 29)).unflatten(1, (-1, 2))
+        out = (p[:, :, 0] - lam * p[:, :, 1]) @ rep(v, 2)
+        return out * torch.rsqrt(out.square().mean(-1, keepdim=True) + 1e-5) * gain * 0.3
+
+    agree(lambda *x: recipes.diff_transformer(*x, lam_init=0.7), oracle, arguments, dtype, 3 * tolerance)

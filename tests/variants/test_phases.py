@@ -169,6 +169,29 @@ def refused(reason, **stages):
     assert finding.level == "error"
 
 
+def test_a_column_of_zeros_has_its_gradient():
+    """No log of 0: the sum of a column whose scores are all negative is 0, and so is its slope."""
+
+    def rectified(score, col):
+        return ac.relu(score) / (1 + col.sum(ac.relu(score)))
+
+    q, k, v = draw(1, 1, 9, 16).abs(), draw(1, 1, 7, 16, seed=1).abs(), draw(1, 1, 7, 16, seed=2)
+    k[:, :, ::2] *= -1
+
+    def oracle(q, k, v):
+        p = score(q, k).relu()
+        return p / (1 + p.sum(-2, keepdim=True)) @ v
+
+    agree(ac.Variant(normalizer=rectified), oracle, (q, k, v))
+
+
+def test_a_mask_that_shows_all_has_no_dead_rows():
+    q, k, v = (draw(1, 1, n, 16, seed=i).float() for i, n in enumerate((5, 9, 9)))
+    op = ac.compile(ac.Variant(dead_rows="open"))
+    assert not op.plan.made
+    torch.testing.assert_close(op(q, k, v), score(q, k).softmax(-1) @ v, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_no_column_sum_is_refused():
     def of_rows(score, row, col):
         p = ac.softmax(score, row)
