@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 
 import attncc as ac
 from attncc.errors import UnsupportedError
-from attncc.runtime.verify import Shape, verify_variant
+from attncc.runtime.op import AttentionOp
+from attncc.runtime.verify import Exam, Shape, verify_variant
 from attncc.schedule import KernelSchedule, Schedule
 from tests.passes.test_differentiate import test_the_backward_is_that_of_autograd as backward_is_autograds
 from tests.strategies.specs import Spec, specs
@@ -93,6 +94,17 @@ def kernels(spec: Spec) -> None:
     assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
 
+def parts(spec: Spec) -> None:
+    """The same of the outputs where the keys are dealt to several programs, and the heads of a group share a tile."""
+    shape = replace(spec.shape, heads=spec.shape.kv_heads * (1 + spec.seed % 3), q_len=1 + spec.seed % 7)
+    schedule = replace(_SCHEDULE, forward=replace(_TILE, splits=1 + spec.seed % 4))
+    op = ac.compile(spec.variant, schedule=schedule)
+    if not isinstance(op, AttentionOp) or op.plan.facts.whole_rows:
+        assume(False)
+    rows = Exam(spec.variant, shape, "cpu", torch.float32, spec.seed, gradients=False).rows(op)
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
 @pytest.mark.parametrize("spec", FIXED, ids=range(len(FIXED)))
 def test_what_failed_once(spec):
     derivation(spec)
@@ -119,3 +131,8 @@ def test_derivations(shard):
 def test_kernels(shard):
     run = drawn(kernels, 8)
     (seed(shard)(run) if settings().derandomize else run)()
+
+
+def test_parts_of_the_keys():
+    run = drawn(parts, 8)
+    (seed(0)(run) if settings().derandomize else run)()
