@@ -375,17 +375,11 @@ class Engine:
 
 
 def scheduled_sizes(sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """The sizes for which a call's schedule is chosen. Beside few queries, a number of keys is rounded up to three
-    leading bits: a cache that grows by a key a call is not scheduled anew each time."""
-    keys = sizes["kv_idx"]
-    if sizes["q_idx"] > decode.FEW_ROWS or keys < ROUNDED_KEYS:
-        return sizes
-    step = 1 << (keys.bit_length() - 3)
-    return {**sizes, "kv_idx": -(-keys // step) * step}
+    """The sizes for which a call's schedule is chosen: a cache that grows by a key a call is not scheduled anew each
+    time."""
+    return {**sizes, "kv_idx": decode.rounded_keys(sizes["q_idx"], sizes["kv_idx"])}
 
 
-#: below so many keys a length is scheduled as it is
-ROUNDED_KEYS = 256
 #: kinds of calls that an engine remembers; beyond them it forgets the oldest
 REMEMBERED = 1024
 

@@ -127,8 +127,16 @@ def _tuned(problem: Problem, device: Device, cache: Cache | None) -> Schedule | 
         return None
     what = f"the cached schedule of {problem.digest[:12]}"
     found = _usable(value.get("schedule"), problem, device, what, "tuned")
-    same = value.get("sizes") == sizes_of(problem)
-    return found if found is None or same else _dealt(found, problem, device)
+    return found if found is None or _measured_here(value, problem) else _dealt(found, problem, device)
+
+
+def _measured_here(value: dict[str, Any], problem: Problem) -> bool:
+    """Was the entry measured at these sizes, up to a number of keys that is scheduled alike?"""
+    here, there = sizes_of(problem), value.get("sizes")
+    if not isinstance(there, dict) or set(there) != set(here):
+        return False
+    keys = (decode.rounded_keys(sizes["q_len"], sizes["kv_len"]) for sizes in (here, there))
+    return {**here, "kv_len": 0} == {**there, "kv_len": 0} and len(set(keys)) == 1
 
 
 def _shipped(problem: Problem, device: Device) -> Schedule | None:

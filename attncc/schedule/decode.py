@@ -22,6 +22,8 @@ from attncc.schedule.registers import spilled_registers
 FEW_ROWS = 64
 #: queries that are few however many heads share their keys
 FEW_QUERIES = 16
+#: below so many keys a length is scheduled as it is
+ROUNDED_KEYS = 256
 #: the least number of keys for each query, below which there is nothing to split
 KEYS_A_QUERY = 4
 #: the longest block of queries of the forward that does not split, and the least keys that are worth a second kernel
@@ -32,6 +34,14 @@ KEYS = (16, 32, 64, 128)
 WARPS = (4, 8)
 STAGES = {"cuda": (2, 3, 4), "hip": (1, 2)}
 MAX_SPLITS = 128
+
+
+def rounded_keys(q_len: int, kv_len: int) -> int:
+    """The number of keys for which a schedule is chosen: beside few queries rounded up to three leading bits."""
+    if q_len > FEW_ROWS or kv_len < ROUNDED_KEYS:
+        return kv_len
+    step = 1 << (kv_len.bit_length() - 3)
+    return -(-kv_len // step) * step
 
 
 def suits(problem: Problem) -> bool:

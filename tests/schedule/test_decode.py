@@ -9,6 +9,7 @@ import pytest
 from attncc.schedule import Cache, KernelSchedule, Schedule, choose, device_for, ranked, schedule_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import sizes_of
+from attncc.schedule.decode import rounded_keys
 from attncc.schedule.decode_cost import programs_per_sm
 from attncc.schedule.device import INTERPRETER
 from attncc.schedule.memory import shared_memory
@@ -109,6 +110,13 @@ def test_a_tuned_number_of_splits_is_for_its_own_batch(tmp_path):
     value = {"kind": "schedule", "schedule": schedule.to_json(), "sizes": sizes_of(measured)}
     cache.put(schedule_key(measured, H100), value)
     assert choose(measured, H100, cache).forward == forward
+    assert choose(few(1, 65000, digest="d" * 64), H100, cache).forward == forward
     other = choose(few(16, 65536, digest="d" * 64), H100, cache).forward
     assert replace(other, splits=20) == forward
     assert other.splits < 20
+
+
+def test_a_growing_number_of_keys_is_scheduled_a_few_times_an_octave():
+    assert [rounded_keys(1, n) for n in (100, 257, 4096, 4097, 5120, 5121)] == [100, 320, 4096, 5120, 5120, 6144]
+    assert rounded_keys(128, 5000) == 5000  # many queries are scheduled as they are
+    assert len({rounded_keys(1, n) for n in range(4097, 8193)}) == 4
