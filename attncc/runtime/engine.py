@@ -228,7 +228,7 @@ class Engine:
 
     def warm(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
         """Start to compile what this call launches, all kernels side by side; once for each kind."""
-        ranks = tuple((x.dtype, x.shape[-1:] == (1,)) for x in bound.tensors.values())
+        ranks = tuple((x.dtype, x.shape[-1:] == (1,), x.requires_grad) for x in bound.tensors.values())
         kind = (id(prepared.module), q.dtype, q.device, str(prepared.meta), str(prepared.options), ranks, backward)
         with self._lock:
             if kind in self._warmed:

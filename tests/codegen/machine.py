@@ -525,6 +525,7 @@ def _language() -> ModuleType:
     gl.num_programs = lambda axis: Block(_current().count)
     gl.zeros = lambda shape, kind, layout=None: Block(torch.zeros(tuple(shape), dtype=kind.torch))
     gl.full = lambda shape, x, kind, layout=None: Block(torch.full(tuple(shape), _value(x), dtype=kind.torch))
+    gl.zeros_like = lambda block: Block(torch.zeros_like(block.v))
     gl.full_like = lambda block, x: Block(torch.full_like(block.v, x))
     gl.arange = lambda start, end, layout=None: Block(torch.arange(start, end, dtype=torch.int32))
     gl.cast = lambda x, kind: Block(x).to(kind) if not isinstance(x, Block) else x.to(kind)

@@ -1,0 +1,97 @@
+"""What an engine makes of calls on a Hopper GPU, without one: schedules, launches, and what those ask to compile."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+
+import attncc as ac
+from attncc.runtime import engine as engines
+from attncc.runtime import launch
+from attncc.runtime.compiler import Binary, compile_kernel
+from attncc.runtime.shapes import bind
+from attncc.runtime.specialize import signature
+from attncc.schedule import device_for
+
+MEASURED = replace(device_for("h100"), gluon=("forward", "dkdv"))
+
+
+@pytest.fixture(autouse=True)
+def an_h100(monkeypatch):
+    monkeypatch.setattr(engines, "device_of", lambda device: MEASURED)
+
+
+def tensors(length=256, d=64, heads=4, kv_heads=2):
+    return [torch.empty(1, h, length, d, dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads)]
+
+
+def prepared(op, qkv, boxed=True, **inputs):
+    bound = bind(op.engine.graph, *qkv, None, inputs)
+    return bound, op.engine._prepare(bound, torch.bfloat16, torch.device("cuda", 0), "ieee", boxed, op.engine.ordered())
+
+
+def launched(monkeypatch, op, qkv, **inputs):
+    """The kernels of a forward and a backward in order, each with its arguments and constants."""
+    jobs = []
+    monkeypatch.setattr(launch.Launcher, "begin", lambda self, kernel, *rest: jobs.append((kernel, *rest[:2])))
+    bound, made = prepared(op, qkv, **inputs)
+    op.engine.warm(made, bound, *qkv, backward=True)
+    return jobs
+
+
+def names(jobs):
+    return [kernel.__name__ for kernel, *_ in jobs]
+
+
+def test_both_kernels_in_gluon_where_they_are_measured_and_tensors_fit():
+    op, qkv = ac.compile("causal", plan="parallel"), tensors(4096)
+    _, made = prepared(op, qkv)
+    assert (made.schedule.forward.backend, made.schedule.dkdv.backend) == ("gluon", "gluon")
+    assert made.meta["dkdv"]["SUM_DQ"]
+    _, made = prepared(op, qkv, boxed=False)
+    assert (made.schedule.forward.backend, made.schedule.dkdv.backend) == ("triton", "triton")
+    _, made = prepared(ac.compile("causal", plan="parallel", backend="triton"), qkv)
+    assert (made.schedule.forward.backend, made.schedule.dkdv.backend) == ("triton", "triton")
+
+
+def test_a_schedule_with_a_gluon_backward_needs_tensors_that_it_can_copy():
+    op = ac.compile("causal", plan="parallel", backend="gluon")
+    _, made = prepared(op, tensors())
+    fixed = ac.compile("causal", plan="parallel", schedule=made.schedule)
+    with pytest.raises(ac.InputError, match="16 bytes"):
+        prepared(fixed, tensors(), boxed=False)
+
+
+def test_launches_of_a_backward_that_sums_dq(monkeypatch):
+    jobs = launched(monkeypatch, ac.compile("causal", plan="parallel", backend="gluon"), tensors())
+    assert names(jobs) == ["forward_kernel", "prepare_kernel", "dkdv_kernel", "finish_kernel"]
+
+
+@pytest.mark.parametrize("mode", ["argument", "torch"])
+def test_a_fixed_order_has_a_kernel_for_dq(monkeypatch, mode):
+    op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=mode == "argument")
+    torch.use_deterministic_algorithms(mode == "torch")
+    try:
+        jobs = launched(monkeypatch, op, tensors())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert names(jobs) == ["forward_kernel", "prepare_kernel", "dkdv_kernel", "dq_kernel"]
+    assert not jobs[2][2]["SUM_DQ"]
+
+
+def test_so_have_gradients_of_what_a_row_reads(monkeypatch):
+    op, qkv = ac.compile("alibi", plan="parallel", backend="gluon"), tensors()
+    assert "finish_kernel" in names(launched(monkeypatch, op, qkv, slopes=torch.rand(4)))
+    assert "dq_kernel" in names(launched(monkeypatch, op, qkv, slopes=torch.rand(4, requires_grad=True)))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_what_the_host_hands_over_compiles(monkeypatch, deterministic):
+    op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
+    jobs = launched(monkeypatch, op, tensors(250, 96))
+    kernel, arguments, meta = jobs[2]
+    made = compile_kernel(kernel, signature(kernel, arguments, meta), GPUTarget("cuda", 90, 32))
+    assert isinstance(made, Binary)
+    assert made.warps == 12
+    assert made.shared <= MEASURED.smem_per_block
