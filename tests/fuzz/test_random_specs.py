@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from attncc.runtime.op import AttentionOp
 from attncc.runtime.verify import Exam, Shape, verify_variant
 from attncc.schedule import KernelSchedule, Schedule
 from tests.passes.test_differentiate import test_the_backward_is_that_of_autograd as backward_is_autograds
-from tests.strategies.specs import Spec, specs
+from tests.strategies.specs import OVER_QUERIES, SEVERAL_PASSES, Spec, specs
 
 #: small tiles, so that small sizes have several
 _TILE = KernelSchedule(16, 16, 1, 1)
@@ -111,14 +112,44 @@ def test_what_failed_once(spec):
     kernels(spec)
 
 
-def drawn(check: Callable[[Spec], None], examples: int) -> Callable[[], None]:
-    """A test of its own over `examples` of every hundred that the profile asks for."""
+#: the same of those that have several ops: there is no one derivation
+FIXED_PHASES = [
+    # the log of a column sum of 0, and its slope
+    Spec(
+        """
+[stages]
+score = "-score"
+normalizer = "relu(score) / (1 + col.sum(relu(score)))"
+""",
+        Shape(1, 1, 1, 2, 2, 4, 16),
+        seed=2,
+    ),
+    # a policy that a mask has no use for
+    Spec(
+        """
+dead_rows = "open"
+[stages]
+mask = "True"
+""",
+        Shape(2, 1, 1, 3, 5, 4, 8),
+        seed=2,
+    ),
+]
+
+
+@pytest.mark.parametrize("spec", FIXED_PHASES, ids=range(len(FIXED_PHASES)))
+def test_what_failed_once_in_phases(spec):
+    kernels(spec)
+
+
+def drawn(check: Callable[[Spec], None], examples: int, **options: Any) -> Callable[[], None]:
+    """A test of its own over `examples` of every hundred that the profile asks for; `options` are those of `specs`."""
     counted = settings(
         max_examples=max(settings().max_examples * examples // 100, 1),
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
-    return counted(given(specs())(check))
+    return counted(given(specs(**options))(check))
 
 
 @pytest.mark.parametrize("shard", range(4))
@@ -135,4 +166,14 @@ def test_kernels(shard):
 
 def test_parts_of_the_keys():
     run = drawn(parts, 8)
+    (seed(0)(run) if settings().derandomize else run)()
+
+
+def test_kernels_of_several_passes():
+    run = drawn(kernels, 8, longest=20, normalizers=SEVERAL_PASSES)
+    (seed(0)(run) if settings().derandomize else run)()
+
+
+def test_kernels_over_queries_and_rows_without_keys():
+    run = drawn(kernels, 6, longest=20, normalizers=OVER_QUERIES, dead_rows=("zero", "open"))
     (seed(0)(run) if settings().derandomize else run)()

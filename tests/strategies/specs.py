@@ -96,6 +96,31 @@ _NORMALIZERS = (
     "p = exp(score - row.max(score)) * (1 + {k} ** 2)\np / row.sum(p)",
     "relu(score) ** 2 / (1 + {r} ** 2)",
 )
+#: those that take several passes, or a gradient through row statistics
+SEVERAL_PASSES = (
+    "relu(score - row.mean(score))",
+    "relu(score - row.max(score) + 1)",
+    "entmax15",
+    "sparsemax",
+    "score / maximum(abs(row.sum(score)), 1)",
+    "score / detach(maximum(row.sum(abs(score)), 1))",
+    "p = exp(score - row.max(score))\nkept = relu(p / row.sum(p) - 0.05)\nkept / (row.sum(kept) + 0.1)",
+    "low = row.min(score)\nx = (score - low) / (row.max(score) - low + 0.3)\nx / (row.sum(x) + 1)",
+    "p = exp(score - {r})\np / (1 + row.sum(p))",
+    "top = row.max(score)\nt = row.root(lambda t: row.sum(sigmoid(2 * (score - t))) - 0.7, top - 9, top + 9)\n"
+    "sigmoid(2 * (score - t))",
+)
+#: those over the queries, and some of rows for which rows without keys matter
+OVER_QUERIES = (
+    "p = exp(score - col.max(score))\np / col.sum(p)",
+    "p = exp(score - col.max(score))\ns = p / col.sum(p) + 0.01\ns / row.sum(s)",
+    "p = exp(score - col.max(score))\ns = p / col.sum(p)\nq = exp(s - row.max(s))\nq / row.sum(q)",
+    "p = sigmoid(score)\np / col.sum(p)",
+    "relu(score) / (1 + col.sum(relu(score)))",
+    "softmax",
+    "sigmoid",
+    "cog",
+)
 _REDUCTIONS = (
     *("weight * v_vec",) * 5,
     "weight / (1 + kv_idx) * v_vec",
@@ -194,8 +219,14 @@ class _Writer:
 
 
 @st.composite
-def specs(draw: Draw, longest: int = 24, most_inputs: int = 2) -> Spec:
-    """A variant, sizes up to `longest` tokens, and a seed for the numbers."""
+def specs(
+    draw: Draw,
+    longest: int = 24,
+    most_inputs: int = 2,
+    normalizers: tuple[str, ...] = _NORMALIZERS,
+    dead_rows: tuple[str, ...] = (),
+) -> Spec:
+    """A variant, sizes up to `longest` tokens, and a seed for the numbers; `dead_rows` are policies to choose from."""
     writer = _Writer(draw, most_inputs)
     score = "score"
     for _ in range(draw(st.integers(0, 3))):
@@ -203,14 +234,15 @@ def specs(draw: Draw, longest: int = 24, most_inputs: int = 2) -> Spec:
     stages = {
         "score": score,
         "mask": writer.condition(2) if draw(st.integers(0, 3)) else "True",
-        "normalizer": writer.fill(writer.one(_NORMALIZERS)),
+        "normalizer": writer.fill(writer.one(normalizers)),
         "reduction": f"row.sum({writer.fill(writer.one(_REDUCTIONS))})",
     }
     grads = {name: dtype == "float" and draw(st.integers(0, 4)) > 0 for name, (_, dtype, _) in INPUTS.items()}
     shape, number = draw(shapes(longest)), draw(st.integers(0, 5))
     declared = writer.used | {name for name in SCALARS if name in "\n".join(stages.values())}
+    policy = f'dead_rows = "{writer.one(dead_rows)}"\n' if dead_rows else ""
     try:
-        return Spec(_toml(stages, declared, grads), shape, number)
+        return Spec(policy + _toml(stages, declared, grads), shape, number)
     except SpecError as error:
         # algebra may have no use for what a text reads: kv_idx < length[b] or not (kv_idx < length[b])
         if "is declared but no stage reads it" not in error.reason:
