@@ -1,6 +1,7 @@
 """Mechanisms that are a few calls of compiled ops: short programs, differentiable as their ops are.
 
-Each says what it computes, from which paper, and what it keeps in memory beside its tensors.
+Each says what it computes, from which paper, and what it keeps in memory beside its tensors. A new one has a row in
+attncc/catalogue; then `python -m attncc.gallery`.
 """
 
 from attncc.recipes.agents import agents

@@ -1,6 +1,6 @@
 """The variants that ship, one file each: formula, citation, defaults. A file is read when its variant is asked for.
 
-A new one is its file and its name in FAMILIES.
+A new one is its file, its name in FAMILIES, and a row in attncc/catalogue; then `python -m attncc.gallery`.
 """
 
 from __future__ import annotations
