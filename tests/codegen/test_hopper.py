@@ -151,3 +151,11 @@ def test_bounds_that_read_inputs_by_row_are_found_by_a_kernel_of_their_own():
     assert "def bounds_kv_kernel" in text
     assert "live_end = gl.load(bounds_at + 1)" in text
     assert "def bounds_kv_kernel" not in render(Plan(limited.graph), 64, 64, False)
+
+
+@pytest.mark.parametrize("rows", [128, 192])
+def test_bounds_of_blocks_that_are_no_power_of_two(rows):
+    module = load_source(render(plan("document"), 64, 64, False, forward_in="gluon"), "document")
+    tiling = KernelSchedule(rows, 64, rows // 16, 2, "gluon")
+    kernels = cross_compile(module, plan("document").graph, Schedule(tiling, tiling, tiling), H100, "bf16")
+    assert {"bounds_kv_kernel", "forward_kernel"} <= set(kernels)

@@ -20,10 +20,10 @@ GROUPED = Shape(1, 2, 1, 130, 150, 64, 64)
 STRIDED = Shape(1, 2, 2, 100, 140, 96, 64, strided=True)
 
 
-def schedule(shape, sums=True):
+def schedule(shape, sums=True, rows=128):
     tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     return {
-        "forward": {"BLOCK_M": 128, "BLOCK_N": 64, "STAGES": 2, "programs": 3},
+        "forward": {"BLOCK_M": rows, "BLOCK_N": 64, "STAGES": 2, "programs": 3},
         "dkdv": {"BLOCK_M": 128 if shape.d_qk <= 64 else 64, "BLOCK_N": 128, "STAGES": 2, "SUM_DQ": sums},
         "dq": tiles,
         "pair": tiles,
@@ -39,7 +39,7 @@ def source(name, d_qk, d_v):
 class Run:
     """A forward and, when asked for, a backward of one variant at one shape; `text` may be changed before."""
 
-    def __init__(self, name, shape, change=lambda text: text):
+    def __init__(self, name, shape, change=lambda text: text, rows=128):
         self.name, self.shape = name, shape
         self.plan = Plan(ac.variants.get(name).graph)
         self.sample = sample_inputs(self.plan.graph, shape, torch.float16)
@@ -47,7 +47,7 @@ class Run:
         s = self.sample
         bound = bind(self.plan.graph, s.q, s.k, s.v, None, s.inputs)
         self.arguments = (s.q, s.k, s.v, *bound.tensors.values(), *bound.scalars.values(), bound.scale)
-        self.out, *self.rows = self.module.forward(*self.arguments, schedule(shape), OPTIONS)
+        self.out, *self.rows = self.module.forward(*self.arguments, schedule(shape, rows=rows), OPTIONS)
 
     def backward(self, wanted=(), sums=True):
         results = dict(zip(self.plan.facts.results, self.rows, strict=True))
@@ -105,6 +105,11 @@ def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
     wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
     assert not run.failures(run.backward(wanted, sums=False))
     assert not run.failures(run.backward(wanted))
+
+
+def test_three_warpgroups_scan_documents_in_blocks_of_192():
+    run = Run("document", Shape(1, 2, 1, 300, 250, 64, 64), rows=192)
+    assert not run.failures(run.backward())
 
 
 def test_rows_that_see_nothing_give_zeros():
