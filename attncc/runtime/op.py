@@ -97,12 +97,7 @@ class AttentionOp:
             v = value_of(self.graph, k, v).detach()  # its gradient is part of that of k
         if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
             q, k, v = autocast(q, k, v)
-        if self._captured:
-            inputs = with_captured(self._captured, q, k, inputs)
-        for maker in self._makers:
-            inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
-        if self._sums:
-            inputs = self._summed(k, inputs)
+        inputs = self.kernel_inputs(q, k, scale, inputs)
         traced = _is_traced(q, k, v)
         graph = self.engine.graph
         if self.graph.outputs:
@@ -134,8 +129,16 @@ class AttentionOp:
             results = self.engine.forward(bound, q, k, v)
         return results[0] if outputs == "out" else self._pick(results, outputs)
 
-    def _summed(self, k: Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-        return with_running_sums(self._sums, self._main, self._plain, inputs, k.shape[2] if k.dim() == 4 else 1)
+    def kernel_inputs(self, q: Tensor, k: Tensor, scale: float | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A call's inputs with those that kernels have beside: captured ones, what other ops make, running sums."""
+        if self._captured:
+            inputs = with_captured(self._captured, q, k, inputs)
+        for maker in self._makers:
+            inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
+        if self._sums:
+            kv_len = k.shape[2] if k.dim() == 4 else 1
+            inputs = with_running_sums(self._sums, self._main, self._plain, inputs, kv_len)
+        return inputs
 
     def _auxiliary(
         self, outputs: str | Sequence[str], inputs: dict[str, Any]
@@ -213,10 +216,7 @@ class AttentionOp:
         **inputs: Any,
     ) -> tuple[Any, ...]:
         """The arguments with which a call reaches the registered operator."""
-        inputs = with_captured(self._captured, q, k, inputs)
-        for maker in self._makers:
-            inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
-        inputs = self._summed(k, inputs) if self._sums else inputs
+        inputs = self.kernel_inputs(q, k, scale, inputs)
         call, inputs = self._auxiliary(outputs, inputs)
         if call is not None:
             return call.torch_args(q, k, v, scale, inputs)

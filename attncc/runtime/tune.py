@@ -110,7 +110,8 @@ class Track:
 
     def _warm(self, op: AttentionOp, sample: Sample, backward: bool) -> None:
         v = value_of(self.graph, sample.k, sample.v)
-        bound = bind(op.engine.graph, sample.q, sample.k, v, None, sample.inputs)
+        inputs = op.kernel_inputs(sample.q, sample.k, None, sample.inputs)
+        bound = bind(op.engine.graph, sample.q, sample.k, v, None, inputs)
         op.engine.warm(op.engine.prepare(bound, sample.q, sample.k, v), bound, sample.q, sample.k, v, backward)
 
     def _call(self, op: AttentionOp, kernel: Kernel) -> Callable[[], Any]:

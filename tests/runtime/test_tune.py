@@ -37,6 +37,16 @@ def track():
     return Track(ac.variants.get("alibi").graph, SHAPE, "fp32", torch.device("cpu"), {})
 
 
+@pytest.mark.parametrize("name", ["slots", "simple_gla"])
+def test_what_is_made_before_the_kernels_is_bound(name, monkeypatch):
+    """The inputs that other ops and running sums make: a race compiles kernels from a call that has them all."""
+    own = Track(ac.variants.get(name).graph, SHAPE, "fp32", torch.device("cpu"), {})
+    op, bound = ac.AttentionOp(own.graph), []
+    monkeypatch.setattr(op.engine, "warm", lambda prepared, binding, *rest: bound.append(binding))
+    own._warm(op, own.sample, False)
+    assert {d.name for d in op.engine.graph.inputs} == set(bound[0].tensors) != set(own.sample.inputs)
+
+
 def test_a_right_candidate_passes(track):
     track.check("forward", Schedule(KernelSchedule(16, 32, 1, 1, splits=3), SMALL, SMALL))
 

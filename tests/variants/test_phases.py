@@ -185,6 +185,16 @@ def test_a_column_of_zeros_has_its_gradient():
     agree(ac.Variant(normalizer=rectified), oracle, (q, k, v))
 
 
+def test_wrong_tensors_are_told_as_ever():
+    q, k, v = (draw(1, 2, n, 16, seed=i).float() for i, n in enumerate((5, 9, 9)))
+    op = ac.compile(ac.Variant(normalizer=over_queries, mask=ac.causal, dead_rows="open"))
+    for wrong, reason in (((q[0], k, v), "expected 4 dimensions"), ((q, k, v[:, :, :3]), "number of keys: 9 and 3")):
+        with pytest.raises(ac.InputError, match=reason):
+            op(*wrong)
+    with pytest.raises(ac.InputError, match="has no input 'gain'"):
+        op(q, k, v, gain=q)
+
+
 def test_a_mask_that_shows_all_has_no_dead_rows():
     q, k, v = (draw(1, 1, n, 16, seed=i).float() for i, n in enumerate((5, 9, 9)))
     op = ac.compile(ac.Variant(dead_rows="open"))
