@@ -82,20 +82,12 @@ class LinearOp:
         self._check_state(q, v, initial_state, cu_seqlens)
         rows = self.engine.rows.tokens(bound, q.device)
         constant = self.engine.rows.constant(bound)
+        given = (q, k, v, initial_state, *rows)
+        then_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+        stepwise = chosen == "recurrent"
         out, _, last = library.forward_op(
-            *(
-                q,
-                k,
-                v,
-                rows,
-                constant,
-                initial_state,
-                cu_seqlens,
-                chosen == "recurrent",
-                chunk_size,
-                output_final_state,
-            ),
-            self._key,
+            *(q, k, v, rows, constant, initial_state, cu_seqlens, stepwise, chunk_size, output_final_state),
+            *(then_backward, self._key),
         )
         return (out, last) if output_final_state else out
 

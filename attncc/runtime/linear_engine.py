@@ -16,6 +16,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.resources import fingerprint
 from attncc.runtime.engine import dot_options, load_module, on_device
+from attncc.runtime.launch import collect, ghost
 from attncc.runtime.linear_cut import cut_evenly, cut_packed, reversed_cumsum, sequence_lengths
 from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.cache import Cache, cache_key
@@ -37,6 +38,7 @@ class LinearEngine:
         self._cache = Cache()
         self._sources: dict[tuple[int, int], str] = {}
         self._modules: dict[tuple[int, int, bool], ModuleType] = {}
+        self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
     def source(self, d_qk: int, d_v: int) -> str:
@@ -112,16 +114,58 @@ class LinearEngine:
         stepwise: bool,
         chunk: int | None,
         want_last: bool,
+        then_backward: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """out, the row totals or None, and the last state or None."""
+        """out, the row totals or None, and the last state or None. then_backward: compile the backward meanwhile."""
         module, _, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
         run = module.step if stepwise else module.forward
         named = dict(zip(self.names, rows, strict=True))
+        if q.is_cuda:
+            self._warm(module, schedule, cut, options, (q, k, v), named, initial, stepwise, want_last, then_backward)
         with on_device(q.device):
             found: tuple[Tensor, Tensor | None, Tensor | None] = run(
                 q, k, v, named, constant, initial, want_last, cut, schedule.kernels, options
             )
         return found
+
+    def _warm(
+        self,
+        module: ModuleType,
+        schedule: LinearSchedule,
+        cut: dict[str, Any],
+        options: dict[str, Any],
+        tensors: tuple[Tensor, Tensor, Tensor],
+        rows: dict[str, Tensor],
+        initial: Tensor | None,
+        stepwise: bool,
+        want_last: bool,
+        then_backward: bool,
+    ) -> None:
+        """Start to compile what this call launches, all kernels side by side; once for each kind."""
+        q = tensors[0]
+        states = (initial is not None, want_last, cut["per_sequence"])
+        kind = (id(module), q.dtype, q.device, str(schedule.kernels), stepwise, then_backward, *states)
+        with self._lock:
+            if kind in self._warmed:
+                return
+            self._warmed.add(kind)
+        qkv = tuple(map(ghost, tensors))
+        named: dict[str, Any] = {name: ghost(row) for name, row in rows.items()}
+        first = None if initial is None else ghost(initial)
+
+        def run() -> None:
+            forward = module.step if stepwise else module.forward
+            out, total, last = forward(*qkv, named, 1.5, first, want_last, cut, schedule.kernels, options)
+            if then_backward:
+                given = dict(named)
+                if total is not None:
+                    given["weight"], given["dtotal"] = module.delta(out, out), total
+                wants = (True, True)
+                module.backward(
+                    *(*qkv, given, 1.5, first, out, last, first is not None, wants, cut, schedule.kernels, options)
+                )
+
+        collect(run, q.get_device())
 
     def backward(
         self,

@@ -38,10 +38,12 @@ def forward_op(
     stepwise: bool,
     chunk: int | None,
     want_last: bool,
+    then_backward: bool,
     key: str,
 ) -> list[Tensor]:
     """out, the row totals (empty where there are none), the last state (empty where it is not wanted)."""
-    found = _engines[key].forward(q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last)
+    call = (q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last, then_backward)
+    found = _engines[key].forward(*call)
     # a schema's list of tensors has no place for None
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in found]
 
@@ -58,6 +60,7 @@ def _(
     stepwise: bool,
     chunk: int | None,
     want_last: bool,
+    then_backward: bool,
     key: str,
 ) -> list[Tensor]:
     engine = _engines[key]
@@ -121,7 +124,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, rows, constant, initial, cu_seqlens, _, chunk, want_last, key = inputs
+    q, k, v, rows, constant, initial, cu_seqlens, _, chunk, want_last, _, key = inputs
     ctx.save_for_backward(q, k, v, initial, cu_seqlens, *output, *rows)
     ctx.call = (constant, chunk, want_last, key)
     ctx.wanted = [r.requires_grad for r in rows]
@@ -139,7 +142,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
     found = [g if want else None for g, want in zip(drows, ctx.wanted, strict=True)]
     first = dinitial.to(initial.dtype) if ctx.want_initial else None
-    return dq, dk, dv, found, None, first, None, None, None, None, None
+    return dq, dk, dv, found, None, first, None, None, None, None, None, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)

@@ -27,25 +27,26 @@ _AXES = {"b": 0, "h": 1, "h_kv": 1, "kv_idx": 2, "d": 3}
 class _View:
     """A read of every token and head at once, as the value of `symbol`: the input permuted, with sizes of 1 between.
 
-    order: its dimensions as (B, H, L) has them; axes: which of these they are; kv: the dimension of key heads, or None.
+    order: its dimensions as (B, H, L) has them, None where they are so; missing: whether it has none of each of these;
+    by_kv_head: it has an entry a key head.
     """
 
     symbol: str
     input: str
-    order: tuple[int, ...]
-    axes: tuple[int, ...]
-    kv: int | None
+    order: tuple[int, ...] | None
+    missing: tuple[bool, ...]
+    by_kv_head: bool
 
 
 @dataclass(frozen=True)
 class _Row:
     """One factor: a function of views, indices, lengths and (where an index is computed) whole inputs.
 
-    dims: 3, or 4 where each channel has its own; given: it is one view as it stands.
+    by_channel: (B, H, L, D); given: it is one view as it stands.
     """
 
     name: str
-    dims: int
+    by_channel: bool
     given: bool
     function: Function
     views: tuple[_View, ...]
@@ -82,16 +83,16 @@ class TokenRows:
         views: dict[Any, _View] = {}
         by_channel = COMPONENT in expr.free_symbols
         for i, read in enumerate(sorted(expr.atoms(Read), key=str)):
-            view = self._view(f"read_{i}", read)
+            view = self._view(f"read_{i}", read, 4 if by_channel else 3)
             if view is not None:
                 views[read] = view
         expr = expr.xreplace({read: sympy.Symbol(view.symbol, real=True) for read, view in views.items()})
         used = {s.name for s in expr.free_symbols}
         indices, whole = tuple(sorted(used & set(_AXES))), tuple(sorted(used & set(self._patterns)))
-        dims = 4 if by_channel else 3
-        return _Row(name, dims, expr.is_Symbol and dims == 4, closure(expr), tuple(views.values()), indices, whole)
+        given = by_channel and expr.is_Symbol
+        return _Row(name, by_channel, given, closure(expr), tuple(views.values()), indices, whole)
 
-    def _view(self, symbol: str, read: Read) -> _View | None:
+    def _view(self, symbol: str, read: Read, dims: int) -> _View | None:
         """None where an index is computed, or a dimension is none of a token's."""
         # queries and keys are the same tokens
         pattern = ["kv_idx" if d == "q_idx" else d for d in self._patterns[read.input]]
@@ -100,15 +101,18 @@ class TokenRows:
         if not plain or not set(pattern) <= set(_AXES) or len({_AXES[d] for d in pattern}) < len(pattern):
             return None
         order = sorted(range(len(pattern)), key=lambda i: _AXES[pattern[i]])
-        axes = tuple(_AXES[pattern[i]] for i in order)
-        return _View(symbol, read.input, tuple(order), axes, 1 if "h_kv" in pattern else None)
+        axes = {_AXES[d] for d in pattern}
+        missing = tuple(axis not in axes for axis in range(dims))
+        kept = None if order == sorted(order) else tuple(order)
+        return _View(symbol, read.input, kept, missing, "h_kv" in pattern)
 
     def _value(self, row: _Row, bound: Bound, device: torch.device) -> Tensor:
         sizes = bound.sizes
-        shape = (sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"])[: row.dims]
+        shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes["kv_idx"])
+        shape = (*shape, sizes["d_qk"]) if row.by_channel else shape
         env: dict[str, Any] = _numbers(bound)
         for view in row.views:
-            env[view.symbol] = _viewed(view, bound, row.dims)
+            env[view.symbol] = _viewed(view, bound, row.by_channel)
         for name in row.whole:
             tensor = bound.tensors[name]
             tensor = tensor.float() if tensor.is_floating_point() else tensor
@@ -116,7 +120,7 @@ class TokenRows:
         for name in row.indices:
             index = torch.arange(shape[_AXES[name]], device=device)
             index = index // (sizes["h"] // sizes["h_kv"]) if name == "h_kv" else index
-            env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(row.dims)])
+            env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(len(shape))])
         value = row.function(env)
         if not isinstance(value, Tensor):
             return torch.full(shape, float(value), dtype=torch.float32, device=device)
@@ -149,12 +153,13 @@ def _numbers(bound: Bound) -> dict[str, Any]:
     }
 
 
-def _viewed(view: _View, bound: Bound, dims: int) -> Tensor:
-    """(B | 1, H | 1, L | 1), and D | 1 where there are four dimensions."""
-    tensor = bound.tensors[view.input].permute(view.order)
-    tensor = tensor.float() if tensor.is_floating_point() and dims == 3 else tensor
-    for axis in range(dims):
-        tensor = tensor if axis in view.axes else tensor.unsqueeze(axis)
-    if view.kv is not None and tensor.shape[1] > 1:
+def _viewed(view: _View, bound: Bound, by_channel: bool) -> Tensor:
+    """(B | 1, H | 1, L | 1), and D | 1 where channels have their own."""
+    tensor = bound.tensors[view.input]
+    tensor = tensor if view.order is None else tensor.permute(view.order)
+    tensor = tensor.float() if tensor.is_floating_point() and not by_channel else tensor
+    for axis, missing in enumerate(view.missing):
+        tensor = tensor.unsqueeze(axis) if missing else tensor
+    if view.by_kv_head and tensor.shape[1] > 1:
         return tensor.repeat_interleave(bound.sizes["h"] // bound.sizes["h_kv"], 1)
     return tensor
