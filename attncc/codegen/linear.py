@@ -319,6 +319,22 @@ class LinearSlots:
             )
         return found
 
+    def full_roles(self) -> dict[str, Role]:
+        """The same where every query sees every key: a state of all tokens of one side, and each token of the other.
+
+        What a token of the other side is multiplied by is part of the state.
+        """
+        row, col, weight, gain = (self.row(name) for name in ("row", "col", "weight", "gain"))
+        alpha, beta, dtotal = (self.row(name) for name in ("alpha", "beta", "dtotal"))
+        own = {
+            "forward": self.rows(row, alpha, gain),
+            "dq": self.rows(weight, row, dtotal),
+            "dk": self.rows(col),
+            "dv": self.rows(col, beta),
+        }
+        found = self.roles()
+        return {name: replace(role, rows=own.get(name, role.rows)) for name, role in found.items()}
+
     def _gained(self) -> tuple[str, ...]:
         """Lines that make out of the sum of weighted values."""
         lines: list[str] = []
@@ -361,23 +377,26 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     """The module's source. Sizes and schedules are arguments of its functions."""
     slots = LinearSlots(graph, plan, d_qk, d_v)
     channel = plan.decay == "channel"
-    roles = slots.channel_roles() if channel else slots.roles()
+    roles = slots.channel_roles() if channel else slots.roles() if plan.causal else slots.full_roles()
     states, scan = (
         f"linear_{'channel_' if channel else ''}states.py.j2",
         f"linear_{'channel' if channel else 'scan'}.py.j2",
     )
     env = environment()
     context: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "slots": slots, "plan": plan, "roles": roles}
-    parts = []
-    for name in ("states", "dstates"):
-        parts.append(env.get_template(states).render({**context, "r": roles[name]}))
-    parts.append(env.get_template("linear_link.py.j2").render(context))
-    for name in ("forward", "dq", "dk", "dv"):
-        parts.append(env.get_template(scan).render({**context, "r": roles[name]}))
-    parts.append(env.get_template("linear_step.py.j2").render({**context, "r": roles["forward"]}))
+
+    def text(template: str, role: str = "") -> str:
+        return str(env.get_template(template).render({**context, "r": roles[role]} if role else context))
+
+    parts = [text(states, name) for name in ("states", "dstates")]
+    if plan.causal:
+        parts += [text("linear_link.py.j2"), *(text(scan, name) for name in ("forward", "dq", "dk", "dv"))]
+        parts.append(text("linear_step.py.j2", "forward"))
+    else:
+        parts += [text("linear_apply.py.j2", name) for name in ("forward", "dq", "dk", "dv")]
     if plan.total:
-        parts.append(env.get_template("linear_delta.py.j2").render(context))
-    parts.append(env.get_template("linear_host.py.j2").render(context))
+        parts.append(text("linear_delta.py.j2"))
+    parts.append(text("linear_host.py.j2" if plan.causal else "linear_full_host.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
     parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
     parts.insert(0, _header(graph, plan, d_qk, d_v))

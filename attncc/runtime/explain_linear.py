@@ -40,8 +40,6 @@ def linear_lines(found: Mapping[str, Any]) -> list[str]:
         return [f"none: {found['none']}"]
     rows, cols = found["state"]
     lines = [*found["proof"], f"state: {rows} x {cols} float32 a head"]
-    if not found["causal"]:
-        return [*lines, "no kernel is generated for a state of every key yet: calls compute all pairs"]
     return [
         *lines,
         f"chunks of {found['chunk']} tokens, segments of {found['span']}: {found['us']:.0f} us forward, predicted; all "

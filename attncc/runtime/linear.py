@@ -105,6 +105,11 @@ class LinearOp:
         if plan not in get_args(PlanName):
             raise InputError(f"plan is {plan!r}", remedy=f"one of {', '.join(get_args(PlanName))}")
         refusal = self._refusal(q, k, v, names)
+        if not self.linear.causal and (needs_linear or plan == "recurrent"):
+            raise UnsupportedError(
+                "every query sees every key: there is no state from token to token",
+                remedy="leave out states, cu_seqlens and plan='recurrent', or make the mask causal",
+            )
         if plan == "auto":
             if refusal is not None:
                 plan = "parallel"
@@ -113,7 +118,8 @@ class LinearOp:
             else:
                 batch, heads, length, d_qk = q.shape
                 sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), batch, heads, length, d_qk, v.shape[3])
-                return choose_plan(sizes, device_of(q.device))  # type: ignore[return-value]
+                chosen = choose_plan(sizes, device_of(q.device), self.linear.causal)
+                return chosen  # type: ignore[return-value]
         if plan == "parallel" and needs_linear:
             reason = refusal or "the quadratic plan has no state and no packed sequences"
             raise UnsupportedError(reason, remedy="use plan='chunk' or plan='recurrent'")
@@ -125,11 +131,9 @@ class LinearOp:
         """Why a call has no plan but the quadratic one, if that is so."""
         if names != ("out",):
             return f"the output '{next(n for n in names if n != 'out')}' is one of pairs, which a state does not keep"
-        if not self.linear.causal:
-            return "every query sees every key, for which no kernel with a state is generated yet"
         if v.dim() == 4 and k.dim() == 4 and v.shape[1] != k.shape[1]:
             return f"{k.shape[1]} heads of k meet {v.shape[1]} of v"
-        if q.dim() == 4 and k.dim() == 4 and q.shape[2] != k.shape[2]:
+        if self.linear.causal and q.dim() == 4 and k.dim() == 4 and q.shape[2] != k.shape[2]:
             return f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens"
         return None
 

@@ -95,7 +95,9 @@ class LinearEngine:
         device = device_of(q.device)
         ends = None if cu_seqlens is None else sequence_lengths(cu_seqlens, q.shape[0], q.shape[2])
         schedule = linear_schedule(self.sizes(q, v, ends), device, chunk)
-        if ends is None:
+        if not self.plan.causal:
+            cut = {side: cut_evenly(x.shape[0], x.shape[2], schedule.span) for side, x in (("q", q), ("k", v))}
+        elif ends is None:
             cut = cut_evenly(q.shape[0], q.shape[2], schedule.span)
         else:
             cut = cut_packed(ends, schedule.span, q.device)
@@ -143,7 +145,7 @@ class LinearEngine:
     ) -> None:
         """Start to compile what this call launches, all kernels side by side; once for each kind."""
         q = tensors[0]
-        states = (initial is not None, want_last, cut["per_sequence"])
+        states = (initial is not None, want_last, cut.get("per_sequence") == 1)
         kind = (id(module), q.dtype, q.device, str(schedule.kernels), stepwise, then_backward, *states)
         with self._lock:
             if kind in self._warmed:

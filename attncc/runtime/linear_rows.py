@@ -20,7 +20,9 @@ from attncc.passes.linearize import TOTAL, Linear
 from attncc.runtime.closures import Function, closure
 from attncc.runtime.shapes import Bound
 
-_AXES = {"b": 0, "h": 1, "h_kv": 1, "kv_idx": 2, "d": 3}
+_AXES = {"b": 0, "h": 1, "h_kv": 1, "q_idx": 2, "kv_idx": 2, "d": 3}
+#: factors of queries; the others are of keys
+_OF_QUERIES = ("row", "alpha", "gain")
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class _View:
 class _Row:
     """One factor: a function of views, indices, lengths and (where an index is computed) whole inputs.
 
-    by_channel: (B, H, L, D); given: it is one view as it stands.
+    side: q_idx or kv_idx, whose tokens it is of; by_channel: (B, H, L, D); given: it is one view as it stands.
     """
 
     name: str
+    side: str
     by_channel: bool
     given: bool
     function: Function
@@ -58,6 +61,7 @@ class TokenRows:
     """The factors of one plan: made once, computed at each call."""
 
     def __init__(self, graph: VariantGraph, plan: Linear):
+        self._causal = plan.causal
         self._patterns = {d.name: d.pattern for d in graph.inputs}
         self._rows = tuple(self._row(name, expr) for name, expr in row_exprs(plan).items() if expr is not None)
         self._constant = closure(plan.constant)
@@ -81,21 +85,22 @@ class TokenRows:
 
     def _row(self, name: str, expr: Any) -> _Row:
         views: dict[Any, _View] = {}
+        side = "q_idx" if name in _OF_QUERIES and not self._causal else "kv_idx"
         by_channel = COMPONENT in expr.free_symbols
         for i, read in enumerate(sorted(expr.atoms(Read), key=str)):
-            view = self._view(f"read_{i}", read, 4 if by_channel else 3)
+            view = self._view(f"read_{i}", read, side, 4 if by_channel else 3)
             if view is not None:
                 views[read] = view
         expr = expr.xreplace({read: sympy.Symbol(view.symbol, real=True) for read, view in views.items()})
         used = {s.name for s in expr.free_symbols}
         indices, whole = tuple(sorted(used & set(_AXES))), tuple(sorted(used & set(self._patterns)))
         given = by_channel and expr.is_Symbol
-        return _Row(name, by_channel, given, closure(expr), tuple(views.values()), indices, whole)
+        return _Row(name, side, by_channel, given, closure(expr), tuple(views.values()), indices, whole)
 
-    def _view(self, symbol: str, read: Read, dims: int) -> _View | None:
+    def _view(self, symbol: str, read: Read, side: str, dims: int) -> _View | None:
         """None where an index is computed, or a dimension is none of a token's."""
-        # queries and keys are the same tokens
-        pattern = ["kv_idx" if d == "q_idx" else d for d in self._patterns[read.input]]
+        # where the mask is causal, queries and keys are the same tokens
+        pattern = [side if d == "q_idx" and self._causal else d for d in self._patterns[read.input]]
         names = ["d" if i == COMPONENT else i.name if isinstance(i, sympy.Symbol) else "" for i in read.index]
         plain = names == pattern
         if not plain or not set(pattern) <= set(_AXES) or len({_AXES[d] for d in pattern}) < len(pattern):
@@ -108,7 +113,7 @@ class TokenRows:
 
     def _value(self, row: _Row, bound: Bound, device: torch.device) -> Tensor:
         sizes = bound.sizes
-        shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes["kv_idx"])
+        shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes[row.side])
         shape = (*shape, sizes["d_qk"]) if row.by_channel else shape
         env: dict[str, Any] = _numbers(bound)
         for view in row.views:

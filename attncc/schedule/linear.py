@@ -96,9 +96,9 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     return LinearSchedule(chunk, chunk * -(-chunks // segments), kernels)
 
 
-def choose_plan(sizes: LinearSizes, device: Device) -> str:
-    """ "parallel", "chunk" or "recurrent": whichever the model takes to be the fastest for a causal call."""
-    if sizes.length <= STEPS and not device.is_interpreter:
+def choose_plan(sizes: LinearSizes, device: Device, causal: bool = True) -> str:
+    """ "parallel", "chunk" or "recurrent": whichever the model takes to be the fastest."""
+    if causal and sizes.length <= STEPS and not device.is_interpreter:
         return "recurrent"
     times = {"parallel": quadratic_us(sizes, device), "chunk": linear_us(sizes, device)}
     return min(times, key=lambda name: times[name])

@@ -94,3 +94,13 @@ def test_a_long_sequence():
     tail = ac.reference("simple_gla", q[:, :, -1000:], k[:, :, -1000:], v[:, :, -1000:], g=g[:, :, -1000:])
     error = (out[:, :, -1:].double() - tail[:, :, -1:]).abs().max()
     assert error <= 2e-2 * tail[:, :, -1:].abs().max()  # what is older than 1000 tokens has decayed
+
+
+def test_every_key_and_other_tokens():
+    variant = ac.Variant(
+        name="cross_linear",
+        similarity=lambda q_vec, k_vec: ac.dot(ac.relu(q_vec) + ac.sigmoid(q_vec), ac.softplus(k_vec)),
+        normalizer="by_sum",
+    )
+    rows = verify_variant(variant, "cuda", torch.bfloat16)
+    assert not [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok]

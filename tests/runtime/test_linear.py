@@ -46,6 +46,27 @@ VARIANTS = {
 }
 
 
+FULL = {
+    "linear": ac.Variant(
+        name="full_linear",
+        similarity=lambda q_vec, k_vec: ac.dot(ac.relu(q_vec) + ac.sigmoid(q_vec), ac.softplus(k_vec)),
+        normalizer="by_sum",
+    ),
+    "identity": ac.Variant(name="full_identity", normalizer="identity"),
+    "polynomial": ac.Variant(name="full_polynomial", normalizer=polynomial),
+    "weighted": ac.Variant(
+        name="full_weighted",
+        normalizer=weighted,
+        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
+        inputs={
+            "beta": ac.Input("b", "h", "kv_idx", grad=True),
+            "tau": ac.Input("b", "q_idx", grad=True),
+            "kappa": ac.Input("h", grad=True),
+        },
+    ),
+}
+
+
 @pytest.fixture
 def many_segments(monkeypatch):
     """Segments of one chunk each, as on a GPU with room for all of them."""
@@ -111,6 +132,24 @@ def test_the_recurrence_is_the_same(name):
     for out in got:
         agree([out], [exact], 2e-6)
         assert out.transpose(1, 2).is_contiguous()  # laid out as q is
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(21, 50), (40, 3)])
+@pytest.mark.parametrize("name", FULL)
+def test_every_key_is_a_sum_and_crosses_to_other_tokens(name, q_len, kv_len, many_segments):
+    generator = torch.Generator().manual_seed(6)
+    sizes = ((2, q_len, 16), (1, kv_len, 16), (1, kv_len, 24))
+    tensors = [torch.randn(2, *size, generator=generator) * (0.3 if name == "polynomial" else 1) for size in sizes]
+    inputs = {}
+    if name == "weighted":
+        sizes = {"beta": (2, 2, kv_len), "tau": (2, q_len), "kappa": (2,)}
+        inputs = {n: 0.5 + torch.rand(size, generator=generator) for n, size in sizes.items()}
+    op = ac.compile(FULL[name], plan="chunk")
+    cotangent = torch.randn(2, 2, q_len, 24, generator=generator)
+    got = with_gradients(op, tensors, inputs, cotangent, chunk_size=16)
+    double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
+    exact = with_gradients(lambda *a, **i: ac.reference(FULL[name], *a, **i), *double, cotangent)
+    agree((got[0], *got[1]), (exact[0], *exact[1]), 3e-6)
 
 
 @pytest.mark.parametrize("name", ["simple_gla", "linear_attention", "gla"])
@@ -254,6 +293,10 @@ def test_what_a_plan_cannot_do_is_said():
         ac.compile("gla")(q, k, v, g=torch.zeros(1, 2, 8, 16), chunk_size=64)
     with pytest.raises(InputError, match="one of 16, 32, 64, 128"):
         op(q, k, v, plan="chunk", chunk_size=48)
+    every = ac.compile(FULL["linear"])
+    for options in ({"output_final_state": True}, {"plan": "recurrent"}, {"cu_seqlens": torch.tensor([0, 8])}):
+        with pytest.raises(UnsupportedError, match="no state from token to token"):
+            every(q, k, v, **options)
     with pytest.raises(InputError, match="does not rise from 0 to the 8 tokens"):
         op(q, k, v, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(InputError, match="plan is 'fast'"):
@@ -293,9 +336,9 @@ def test_torch_compile_sees_one_graph(name):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_the_text_is_tidy_python(name):
-    graph = VARIANTS[name].graph
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), *FULL.values()], ids=lambda v: v.name)
+def test_the_text_is_tidy_python(variant):
+    graph = variant.graph
     source = render_linear(graph, linearize(graph), 96, 80)
     ast.parse(source)
     assert "{{" not in source
@@ -310,10 +353,12 @@ def test_the_text_is_tidy_python(name):
         ("polynomial", "sm_80", 64, "fp16"),
         ("retention", "gfx942", 64, "bf16"),
         ("gla", "sm_90", 128, "bf16"),
+        ("full_weighted", "sm_80", 64, "bf16"),
     ],
 )
 def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
-    graph, device = VARIANTS[name].graph, device_for(target)
+    variants = {v.name: v for v in (*VARIANTS.values(), *FULL.values())}
+    graph, device = variants[name].graph, device_for(target)
     module = load_source(render_linear(graph, linearize(graph), dim, dim), f"linear_{name}_{target}")
     schedule = linear_schedule(LinearSizes(dtype, 2, 16, 8192, dim, dim, name == "gla"), device)
     for kernel in cross_compile_linear(module, schedule, device, dtype).values():
