@@ -1,4 +1,4 @@
-"""How many (query, key) pairs a mask shows, in closed form: the work that a TFLOP/s figure counts.
+"""How many (query, key) pairs a mask shows: the work that a TFLOP/s figure counts. In closed form, or by looking at each.
 
 Queries are the last `m` of `n` positions (bottom-right alignment), as everywhere in attncc.
 Counts are for one (batch, head).
@@ -6,7 +6,17 @@ Counts are for one (batch, head).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from attncc.ir.graph import VariantGraph
+from attncc.runtime.evaluate import evaluate
+
+#: queries that `counted` looks at together
+ROWS = 256
+INDICES = ("b", "h", "h_kv", "q_idx", "kv_idx")
 
 
 def below(m: int, n: int, offset: int) -> int:
@@ -44,3 +54,24 @@ def prefix(m: int, n: int, length: int) -> int:
 def documents(lengths: Sequence[int]) -> int:
     """Causal within each document; queries and keys are the same positions."""
     return sum(length * (length + 1) // 2 for length in lengths)
+
+
+def counted(graph: VariantGraph, tensors: Mapping[str, torch.Tensor], heads: int, m: int, n: int) -> int:
+    """Pairs that the mask shows the average head of the first sequence, where its inputs are `tensors`."""
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
+    sizes = {"b": 1, "h": heads, "h_kv": heads, "q_idx": m, "kv_idx": n}
+    env: dict[str, Any] = {"q_len": m, "kv_len": n, "num_heads": heads, "b": torch.zeros(1, 1, 1, dtype=torch.int64)}
+    env |= {scalar.name: scalar.default for scalar in graph.scalars}
+    for decl in graph.inputs:
+        tensor = tensors[decl.name]
+        env[decl.name] = tensor.expand(
+            [max(sizes.get(d, 1), s) for d, s in zip(decl.pattern, tensor.shape, strict=True)]
+        )
+    env["h"] = env["h_kv"] = torch.arange(heads).reshape(-1, 1, 1)
+    env["kv_idx"] = torch.arange(n)
+    total = 0
+    for rows in torch.arange(m).split(ROWS):
+        at = {name: value.to(device) for name, value in {**env, "q_idx": rows[:, None]}.items() if name in INDICES}
+        seen = evaluate(graph["mask"].expr, {**env, **at}, torch.float32, device).expand(heads, len(rows), n).sum(-1)
+        total += int((seen if graph.dead_rows == "zero" else torch.where(seen == 0, n, seen)).sum())
+    return round(total / heads)

@@ -31,7 +31,9 @@ def small(monkeypatch):
 @pytest.mark.parametrize("name", ac.variants.names())
 def test_the_area_of_a_shipped_variant_is_exact(name, small):
     length = 1100 if name.endswith("window") else 40  # longer than the windows of 1024
-    assert case(name).area(length, length) == visible_pairs(case(name), Shape(b=1, h=1, m=length, d=16))
+    heads = 1 if name in variants.AREAS else variants.SHAPE.h  # of those that are counted, heads may differ
+    pairs = visible_pairs(case(name), Shape(b=1, h=heads, m=length, d=16))
+    assert case(name).area(length, length) == round(pairs / heads)
 
 
 @pytest.mark.parametrize("dense", DENSE, ids=lambda case: case.name)
