@@ -1,4 +1,6 @@
-"""How many (query, key) pairs a mask shows: the work that a TFLOP/s figure counts. In closed form, or by looking at each.
+"""How many (query, key) pairs a mask shows: the work that a TFLOP/s figure counts.
+
+In closed form, or, where none is known, by looking at each.
 
 Queries are the last `m` of `n` positions (bottom-right alignment), as everywhere in attncc.
 Counts are for one (batch, head).
@@ -57,16 +59,14 @@ def documents(lengths: Sequence[int]) -> int:
 
 
 def counted(graph: VariantGraph, tensors: Mapping[str, torch.Tensor], heads: int, m: int, n: int) -> int:
-    """Pairs that the mask shows the average head of the first sequence, where its inputs are `tensors`."""
+    """Pairs that the mask shows the average head of the first sequence, where its inputs are `tensors`. Heads are not grouped."""
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
     sizes = {"b": 1, "h": heads, "h_kv": heads, "q_idx": m, "kv_idx": n}
     env: dict[str, Any] = {"q_len": m, "kv_len": n, "num_heads": heads, "b": torch.zeros(1, 1, 1, dtype=torch.int64)}
     env |= {scalar.name: scalar.default for scalar in graph.scalars}
     for decl in graph.inputs:
-        tensor = tensors[decl.name]
-        env[decl.name] = tensor.expand(
-            [max(sizes.get(d, 1), s) for d, s in zip(decl.pattern, tensor.shape, strict=True)]
-        )
+        shape = zip(decl.pattern, tensors[decl.name].shape, strict=True)
+        env[decl.name] = tensors[decl.name].expand([max(sizes.get(dim, 1), size) for dim, size in shape])
     env["h"] = env["h_kv"] = torch.arange(heads).reshape(-1, 1, 1)
     env["kv_idx"] = torch.arange(n)
     total = 0
