@@ -15,10 +15,18 @@ from dataclasses import dataclass
 
 import sympy
 
+from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, Stage, VariantGraph
 from attncc.ir.similarity import kind_of, sides
+from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
+
+#: by the kind of a sum
+_REMEDIES = {
+    "pair": "attncc.recipes.pairwise takes scores by any function, made for a block of queries at a time",
+    "band": "multiply by the table before the op, and read the products by q_idx and distance, as transformer_xl does",
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,17 @@ class Similarity:
 
 
 def similarity(graph: VariantGraph) -> Similarity:
-    """Split a variant into its core and what comes before it."""
+    """Split a variant into its core and what comes before it. UnsupportedError for sums that no kernel makes yet."""
     if not graph.sums_d:
         return Similarity(graph, (), (), ())
+    for stage in graph.sums_d:
+        if kind_of(stage) in _REMEDIES:
+            raise UnsupportedError(
+                f"no kernel makes sum_d({formula(stage.expr)}) yet: a term is no product of the query's and the key's",
+                stage="similarity",
+                span=stage.span,
+                remedy=_REMEDIES[kind_of(stage)],
+            )
     of_keys = [s for s in graph.sums_d if kind_of(s) == "k_term"]
     # terms of the keys are made together: one value for all query heads of a key head, unless one tells them apart
     head = sym.H if any(sym.H in s.expr.free_symbols for s in of_keys) else sym.H_KV
