@@ -111,7 +111,8 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         return split_slope(part.folded.apply(part.backward.dqk.xreplace(raw))) is not None
 
     slope = has_backward and all(map(one_slope, plan.parts))
-    return WarpWork(all(map(vanishes, plan.parts)), slope, no_backward(plan) if has_backward else "")
+    columns = sum(g.kind == "col" for g in plan.gradients) if has_backward else 0
+    return WarpWork(all(map(vanishes, plan.parts)), slope, columns, no_backward(plan) if has_backward else "")
 
 
 def _turns(sweep: Sweep) -> int:

@@ -13,6 +13,7 @@ from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
 from attncc.schedule import hopper
+from attncc.schedule.hopper_backward import queries
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "WIDE", "FAST_MATH")
@@ -49,6 +50,11 @@ def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
     compute. `final_scale` is what dQ is multiplied by at last, with the lines before it.
     """
     _refuse(plan)
+    if queries(d_qk) is None:
+        raise UnsupportedError(
+            f"the Gluon backward shares dQ out between two warpgroups, and cannot do so with heads of {d_qk}",
+            remedy="use backend='triton'",
+        )
     qk_chunks = chunks(d_qk)
     k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True)
     (chain,) = k.pop("chains")

@@ -35,6 +35,7 @@ from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of, loads_boxes
+from attncc.schedule.hopper_backward import queries
 from attncc.schedule.problem import Backend, Dtype, Form, Precision, Problem, Schedule
 
 _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
@@ -137,7 +138,8 @@ class Engine:
         dims = (d_qk, d_v, self.graph.branches, self.graph.value)
         tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", *dims)
         backend, facts = self._backend or "triton", self.plan.facts
-        backward: Backend = "triton" if facts.warps.no_backward or not facts.has_backward else backend
+        served = facts.has_backward and not facts.warps.no_backward and queries(d_qk) is not None
+        backward: Backend = backend if served else "triton"
         return self.source(d_qk, d_v, tma and facts.has_backward, backend, backward=backward)
 
     def _cached_source(

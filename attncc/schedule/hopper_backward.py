@@ -24,13 +24,19 @@ TENSOR_EFFICIENCY = 0.7
 DQ_BYTES = 10
 
 
-def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
-    """The tilings there are: the columns of dQ go to the warpgroups in two pieces, or its rows do."""
-    qk = head_chunks(problem.d_qk)
+def queries(d_qk: int) -> int | None:
+    """Queries of a tile: the columns of dQ go to the two warpgroups in two pieces, or its rows do; None where neither
+    is possible."""
+    qk = head_chunks(d_qk)
     if sum(qk) > 2 * NARROW or (sum(qk) <= NARROW and len(qk) > 1):
-        return ()
-    block_m = KEYS if sum(qk) <= NARROW else ROWS
-    return tuple(KernelSchedule(block_m, KEYS, 8, stages, "gluon") for stages in STAGES)
+        return None
+    return KEYS if sum(qk) <= NARROW else ROWS
+
+
+def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
+    """The tilings there are."""
+    block_m = queries(problem.d_qk)
+    return () if block_m is None else tuple(KernelSchedule(block_m, KEYS, 8, stages, "gluon") for stages in STAGES)
 
 
 def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
@@ -48,7 +54,7 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     costs = problem.costs
     held = sum(head_chunks(problem.d_qk)) + sum(head_chunks(problem.d_v))
     early = 0.0 if ks.block_m > ROWS else 0.5
-    tiles = 2 + early + (0 if costs.warps.slope else 1) + 2 * costs.backward.loads
+    tiles = 2 + early + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 
 

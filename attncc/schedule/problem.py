@@ -76,11 +76,12 @@ PLAIN_DOT = SimilarityWork()
 @dataclass(frozen=True)
 class WarpWork:
     """What the warps of a Gluon kernel keep in registers besides their tiles. `vanishes`: a score of -inf is all that
-    hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `no_backward`: why
-    only the Triton backend has this backward, if so."""
+    hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `columns`: gradients
+    that are summed there a key; `no_backward`: why only the Triton backend has this backward, if so."""
 
     vanishes: bool = True
     slope: bool = True
+    columns: int = 0
     no_backward: str = ""
 
 

@@ -141,6 +141,13 @@ def test_a_backward_of_more_than_a_dot_is_refused():
         render(plan("cosine"), 64, 64, True, forward_in="gluon", backward_in="gluon")
 
 
+@pytest.mark.parametrize("d_qk", [48, 192, 256])
+def test_heads_that_two_warpgroups_cannot_share_are_refused(d_qk):
+    with pytest.raises(UnsupportedError, match=f"heads of {d_qk}(.|\n)*backend='triton'"):
+        render(plan("causal"), d_qk, 64, True, forward_in="gluon", backward_in="gluon")
+    assert "def forward_kernel" in ac.compile("causal", backend="gluon", plan="parallel").source(d_qk, 64)
+
+
 def test_bounds_that_read_inputs_by_row_are_found_by_a_kernel_of_their_own():
     limited = ac.Variant(
         name="limited",
