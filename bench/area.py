@@ -59,7 +59,9 @@ def documents(lengths: Sequence[int]) -> int:
 
 
 def counted(graph: VariantGraph, tensors: Mapping[str, torch.Tensor], heads: int, m: int, n: int) -> int:
-    """Pairs that the mask shows the average head of the first sequence, where its inputs are `tensors`. Heads are not grouped."""
+    """Pairs that the mask shows the average head of the first sequence, where its inputs are `tensors`.
+
+    Heads are not grouped."""
     device = next((t.device for t in tensors.values()), torch.device("cpu"))
     sizes = {"b": 1, "h": heads, "h_kv": heads, "q_idx": m, "kv_idx": n}
     env: dict[str, Any] = {"q_len": m, "kv_len": n, "num_heads": heads, "b": torch.zeros(1, 1, 1, dtype=torch.int64)}
