@@ -7,7 +7,7 @@ from typing import Any
 
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import kernel_arguments, refuse, translated
-from attncc.codegen.kernels import base_leaves, dkdv_slots
+from attncc.codegen.kernels import base_leaves, dkdv_slots, saw_a_key
 from attncc.codegen.lower import Lowering
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon
@@ -47,7 +47,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
     """Slots of hopper_backward.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
-    compute. `final_scale` is what dQ is multiplied by at last, with the lines before it.
+    compute. `alive`: has a row seen any key?
     """
     _refuse(plan)
     if queries(d_qk) is None:
@@ -81,6 +81,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
         full=[in_gluon(line) for line in bounds.full],
         scan=bounds.scan,
         wants_q_idx=wants_q_idx,
+        alive=saw_a_key(plan),
         by_rows=len(parts) == 1,
         pieces=parts * 2 if len(parts) == 1 else parts,
     )

@@ -175,7 +175,7 @@ def _pair_slots(
         final_lines += take(after)
         row_only = [g for g in gradients if g.row_only]
         if row_only:
-            row_lines.append(f"{part.own('alive')} = {_alive(part)}")
+            row_lines.append(f"{part.own('alive')} = {saw_a_key(part)}")
         for gradient in row_only:
             text = after.emit(part.tagged(part.folded.apply(gradient.expr)), Level.ROW)
             row_lines += take(after)
@@ -324,7 +324,7 @@ def _over_slope(dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str 
     return sympy.Symbol(SLOPE, real=True) * rest, SLOPE
 
 
-def _alive(part: Plan) -> str:
+def saw_a_key(part: Plan) -> str:
     """In the backward, whether a row saw any key: its lse is finite, or its other statistics are not all 0, or -inf
     where reverse mode reads them."""
     names = part.saved_names
@@ -373,7 +373,7 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
         "cotangents": tuple(texts),
         "texts": texts,
         "needs_dp": any(DP in e.free_symbols for _, e in backward.parts),
-        "alive": _alive(part),
+        "alive": saw_a_key(part),
         "helpers": lowering.helpers,
     }
 

@@ -49,12 +49,12 @@ class Run:
         self.arguments = (s.q, s.k, s.v, *bound.tensors.values(), *bound.scalars.values(), bound.scale)
         self.out, *self.rows = self.module.forward(*self.arguments, schedule(shape, rows=rows), OPTIONS)
 
-    def backward(self, wanted=(), sums=True):
+    def backward(self, wanted=(), sums=True, dlse=None):
         results = dict(zip(self.plan.facts.results, self.rows, strict=True))
         saved = tuple(results[n] for n in self.plan.facts.saved)
         self.dout = torch.randn(self.out.shape, generator=torch.Generator().manual_seed(3)).half()
         return self.module.backward(
-            *self.arguments, self.out, saved, self.dout, None, wanted, schedule(self.shape, sums), OPTIONS
+            *self.arguments, self.out, saved, self.dout, dlse, wanted, schedule(self.shape, sums), OPTIONS
         )
 
     def expected(self, attend, kind):
@@ -117,6 +117,15 @@ def test_rows_that_see_nothing_give_zeros():
     dq, dk, dv = run.backward()
     assert not run.failures((dq, dk, dv))
     assert not dq[:, :, :140].any()
+
+
+def test_an_infinite_cotangent_of_the_lse_of_a_row_that_sees_nothing_goes_nowhere():
+    run = Run("causal", Shape(1, 1, 1, 210, 70, 64, 64))
+    dlse = torch.zeros(1, 1, 210)
+    clean = run.backward(dlse=dlse)
+    dlse[:, :, :140] = float("-inf")
+    for found, expected in zip(run.backward(dlse=dlse)[1:], clean[1:], strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
