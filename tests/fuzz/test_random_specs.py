@@ -160,7 +160,7 @@ def test_derivations(shard):
 
 @pytest.mark.parametrize("shard", range(4))
 def test_kernels(shard):
-    run = drawn(kernels, 8)
+    run = drawn(kernels, 5)
     (seed(shard)(run) if settings().derandomize else run)()
 
 

@@ -93,7 +93,7 @@ _NORMALIZERS = (
     "score ** 2 / (row.sum(score ** 2) + 1)",
     "p = exp(score - row.max(score))\np * (1 + 0.3 * {x}) / row.sum(p)",
     "m = maximum(row.max(score), {r})\np = exp(score - m)\np / (row.sum(p) + exp({r} - m))",
-    "p = exp(score - row.max(score)) * (1 + {k} ** 2)\np / row.sum(p)",
+    "p = exp(score - row.max(score)) * (1 + {j} ** 2)\np / row.sum(p)",
     "relu(score) ** 2 / (1 + {r} ** 2)",
 )
 #: those that take several passes, or a gradient through row statistics
@@ -169,7 +169,8 @@ class _Writer:
         return str(text)
 
     def fill(self, template: str, s: str = "") -> str:
-        """A template's blanks: s a score, c a condition, x and y any input, r one of rows, k one of keys."""
+        """A template's blanks: s a score, c a condition, x and y any input, r one of rows, k one of keys, j one that
+        differs between keys: what all have would cancel, and its gradient be rounding alone."""
         blanks: dict[str, Callable[[], str]] = {
             "s": lambda: s,
             "c": lambda: self.condition(1),
@@ -177,6 +178,7 @@ class _Writer:
             "y": self.read,
             "r": lambda: self.read(_OF_ROWS),
             "k": lambda: self.read(_OF_KEYS),
+            "j": lambda: self.read(("by_key",)),
         }
         return template.format(**{name: make() for name, make in blanks.items() if f"{{{name}}}" in template})
 
