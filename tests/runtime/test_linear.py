@@ -111,7 +111,7 @@ def agree(got, exact, tolerance):
         assert (ours.double() - theirs).abs().max() <= tolerance * max(theirs.abs().max().item(), 1.0)
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(37, 16), (64, 64), (5, 32)])
+@pytest.mark.parametrize(("length", "chunk"), [(37, 16), (40, 32), (5, 64)])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_chunks_are_the_quadratic_reference(name, length, chunk, many_segments):
     tensors, inputs = drawn(name, length=length)
@@ -134,7 +134,7 @@ def test_the_recurrence_is_the_same(name):
         assert out.transpose(1, 2).is_contiguous()  # laid out as q is
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(21, 50), (40, 3)])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(19, 34), (20, 3)])
 @pytest.mark.parametrize("name", FULL)
 def test_every_key_is_a_sum_and_crosses_to_other_tokens(name, q_len, kv_len, many_segments):
     generator = torch.Generator().manual_seed(6)
@@ -190,7 +190,7 @@ def recurrence(name, q, k, v, inputs, state):
     return torch.stack(outs, 2), state
 
 
-@pytest.mark.parametrize("ends", [(0, 41), (0, 17, 17, 30, 41)], ids=["one sequence", "packed"])
+@pytest.mark.parametrize("ends", [(0, 33), (0, 17, 17, 30, 33)], ids=["one sequence", "packed"])
 @pytest.mark.parametrize("name", ["simple_gla", "retention", "linear_attention", "polynomial", "gla"])
 def test_states_in_and_out_and_packed_sequences(name, ends, many_segments):
     """Against the recurrence by hand, with gradients through both states; one of the sequences is empty."""
