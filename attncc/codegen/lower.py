@@ -20,6 +20,8 @@ from attncc.ir.vocabulary import Read, type_of
 from attncc.passes.fold import LN2, exp2, lower_exp, per_ln2
 
 _INLINE = 48
+#: guards of a load that are longer have a name
+_LONG_GUARD = 90
 
 
 @dataclass(frozen=True)
@@ -425,7 +427,12 @@ class Lowering:
                 self.helpers.add("_offset")
                 offsets.append(f"_offset({text}, stride_{decl.name}_{dim}, WIDE)")
         pointer = " + ".join([decl.name.upper() + "_PTR", *offsets])
-        mask = f", mask={' & '.join(guards)}, other={decl.beyond}" if guards else ""
+        inside = " & ".join(guards)
+        if len(inside) > _LONG_GUARD:
+            name = self._fresh(f"{decl.name}_inside")
+            self._lines(expr, level).append(f"{name} = {inside}")
+            inside = name
+        mask = f", mask={inside}, other={decl.beyond}" if guards else ""
         load = f"tl.load({pointer}{mask})"
         if decl.dtype == "int":
             self.helpers.add("_integer")
