@@ -83,9 +83,9 @@ def agree(variant, **inputs):
 
 
 def test_most_variants_keep_their_names():
-    for name in variants.names():
-        plan = Plan(variants.get(name).graph)
-        assert coded(plan)[0] is plan
+    plans = {name: Plan(variants.get(name).graph) for name in variants.names()}
+    # its `total` is a name of the host's, too
+    assert {name for name, plan in plans.items() if coded(plan)[0] is not plan} == {"shared_weights"}
 
 
 def test_a_standalone_module_with_such_a_name_is_python():
