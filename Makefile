@@ -27,6 +27,8 @@ endif
 HAS = $(PY) -c 'import $(1)' 2>/dev/null
 RUN = if $(call HAS,$(1)); then $(PY) -m $(1) $(2); else echo "$(1) is not installed in $(PY): $@ is skipped"; fi
 PYTEST_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 2'; fi)
+# One GPU serves many processes, and most of their time goes into compiling kernels.
+GPU_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 8'; fi)
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: demo test fuzz gpu lint format format-check types unit clean
@@ -56,7 +58,7 @@ fuzz: $(DEV)
 	$(PY) -m pytest tests/fuzz --hypothesis-profile fuzz $(PYTEST_ARGS)
 
 gpu: $(DEV)
-	$(PY) -m pytest -m gpu
+	$(PY) -m pytest tests/gpu -m gpu $(GPU_ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
