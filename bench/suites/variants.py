@@ -41,12 +41,13 @@ def fitted(variant: ac.Variant, shape: Shape) -> Shape:
 
 
 def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
-    """Values for every tensor that a shipped variant declares: its default, else fresh ones by its index pattern."""
+    """Values for every tensor that a shipped variant declares: its default, else the same random ones every time."""
     sizes = {"b": shape.b, "h": shape.h, "h_kv": shape.hkv, "q_idx": shape.m, "kv_idx": shape.n}
     dims = {**sizes, **({"d": shape.d} if variant.graph.vectors else {})}
     gates = {s.of for s in running_sums(variant.graph)}
     made: Tensors = {}
     for decl in variant.graph.inputs:
+        random = {"generator": torch.Generator(device).manual_seed(0), "device": device}
         size = [dims.get(dim, FREE) for dim in decl.pattern]
         if decl.default is not None:
             made[decl.name] = torch.as_tensor(decl.default(sizes), dtype=torch.float32, device=device)
@@ -55,12 +56,12 @@ def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
         elif decl.dtype == "int":
             made[decl.name] = torch.full(size, PREFIX, device=device, dtype=torch.int32)
         elif decl.name in gates:  # logs of what a token leaves of a state
-            made[decl.name] = -8 / shape.n * torch.rand(size, device=device)
+            made[decl.name] = -8 / shape.n * torch.rand(size, **random)
         elif "kv_idx" in decl.pattern:  # one bias for all sequences, as models have it
             shared = [1 if dim == "b" else extent for dim, extent in zip(decl.pattern, size, strict=True)]
-            made[decl.name] = torch.randn(shared, device=device, dtype=shape.dtype)
+            made[decl.name] = torch.randn(shared, **random, dtype=shape.dtype)
         else:
-            made[decl.name] = torch.rand(size, device=device) + 0.5  # positive: temperatures are among them
+            made[decl.name] = torch.rand(size, **random) + 0.5  # positive: temperatures are among them
     return made
 
 
