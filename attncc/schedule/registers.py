@@ -19,9 +19,10 @@ SCORES = {"forward": 1.0, "dkdv": 2.5, "dq": 2.0, "pair": 2.0}
 BRANCH = {"forward": 1.0, "dkdv": 2.0, "dq": 0.5, "pair": 0.0}
 # An accumulator that is rescaled lives partly twice.
 RESCALED = 1.25
-# An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too.
+# An accumulator in tensor memory passes through registers on its way out; addressing that memory takes some, too, and
+# more for the two of dK and dV.
 WRITTEN = 0.75
-TENSOR_MEMORY = 20
+TENSOR_MEMORY = {"forward": 20, "dkdv": 55, "dq": 20, "pair": 20}
 # For each 16 bytes of a streamed tile that a thread copies: pointers and offsets.
 COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 # Operations of a pair, in those of a plain softmax, that can be done in place; each of the rest keeps a part of a tile.
@@ -98,7 +99,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     if op == "wgmma" and across > 1:
         wanted += SIDE_BY_SIDE
     if op == "tcgen05":
-        wanted += TENSOR_MEMORY + (RESCALED if kernel == "forward" else WRITTEN) * accumulator
+        wanted += TENSOR_MEMORY[kernel] + (RESCALED if kernel == "forward" else WRITTEN) * accumulator
     elif boxes:
         wanted += BOXES_ROW[kernel] * problem.costs.rows
         wanted += BOXES_ACCUMULATOR[kernel] * accumulator

@@ -18,7 +18,7 @@ from attncc.schedule.candidates import candidates
 from attncc.schedule.device import loads_boxes
 
 #: bytes a thread that a first choice may spill: none, but where the estimate of registers is known to be a few too low
-SPILLS_ALLOWED = {("gfx942", 128, "forward"): 32, ("sm_100", 128, "dkdv"): 8}
+SPILLS_ALLOWED = {("gfx942", 128, "forward"): 32}
 
 
 def unit_length(score, row):
