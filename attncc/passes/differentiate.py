@@ -6,7 +6,7 @@ With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j),
     dy_j = G * dA/dy * dp_j  +  (delta - dlse) * sum_k (d log G / d L_k) * dB_k/dy
 
 because lse = M - log G, so that a cotangent of lse is one more term of delta. A factor of the whole row, which the
-reduction may have, is one of A's here: o has it, too. The running maximum counts as a constant: `_shift_invariant`
+reduction may have, is one of A's here: o has it, too. The running maximum counts as a constant: `shift_invariant`
 proves that the weight does not change when it moves. Where the weight has an exponential, the proof lets us put the
 maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the forward
 stores the sums themselves.
@@ -130,14 +130,14 @@ class PairCotangents:
 
 def normal_form(online: Online) -> Normal:
     """The plan over as few stored rows as the weight can be told from: lse alone where the maximum may move to it."""
-    settled = _at_lse(online) if not online.before and online.maxes and _shift_invariant(online) else None
+    settled = _at_lse(online) if not online.before and online.maxes and shift_invariant(online) else None
     return settled or _with_sums(online)
 
 
 def needs_reverse(graph: VariantGraph, online: Online) -> bool:
     """Do the rules above fall short, because the gradient passes through a maximum or an earlier sweep's statistic, or
     because a value is held back from it?"""
-    return bool(online.before) or detaches(graph) or bool(online.maxes and not _shift_invariant(online))
+    return bool(online.before) or detaches(graph) or bool(online.maxes and not shift_invariant(online))
 
 
 def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | None = None) -> Backward:
@@ -248,7 +248,7 @@ def _positive(online: Online) -> dict[sympy.Symbol, sympy.Symbol]:
 
 
 @lru_cache(maxsize=256)
-def _shift_invariant(online: Online) -> bool:
+def shift_invariant(online: Online) -> bool:
     """Does A(s, m') G(L', m') = A(s, m) G(L, m), where L' is L rescaled from m to m'?"""
     positive = _positive(online)
     move = {m: renamed(m) for m in online.max_symbols}

@@ -28,9 +28,10 @@ from attncc.ir.levels import Level, join, level
 from attncc.ir.similarity import kind_of
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, absolute, cumsum, detach, to_float
+from attncc.passes.differentiate import shift_invariant
 from attncc.passes.phases import phases
 from attncc.passes.similarity import similarity
-from attncc.passes.stream import Online, stream
+from attncc.passes.stream import Online, Running, stream
 
 #: a token, query and key at once, where the mask is causal
 T = sym.KV_IDX
@@ -90,9 +91,6 @@ def linearize(graph: VariantGraph) -> Linear:
     """The chunk plan of a graph, or UnsupportedError with the factor that does not split."""
     if graph.branches > 1:
         _refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
-    if any(s.op == "max" for s in graph.rows):
-        text = formula(graph["weight"].expr)
-        _refuse(graph, "weight", f"'{text}' has the row maximum in it, and an exponential of the score does not split")
     if phases(graph).made:
         _refuse(graph, "weight", "it reads what another op makes of all queries first")
     if graph.value is not None:
@@ -112,6 +110,9 @@ def linearize(graph: VariantGraph) -> Linear:
     if online.passes > 1:
         _refuse(graph, "weight", f"it takes {online.passes} passes over the keys")
     proof = [f"mask = {formula(graph['mask'].expr)}: " + ("a prefix of the keys" if causal else "every key")]
+    if online.maxes:
+        online = _without_maxima(graph, online)
+        proof.append("row.max: the output does not depend on it, and it is 0 here")
     base = _base(graph, online)
     weight = _weight(core, base)
     monomials = _monomials(graph, weight, causal)
@@ -182,6 +183,20 @@ def _mask(graph: VariantGraph) -> bool:
     if mask in (sympy.Le(sym.KV_IDX, ends), sympy.Le(sym.KV_IDX, sym.Q_IDX), sympy.Ge(sym.Q_IDX, sym.KV_IDX)):
         return True
     _refuse(graph, "mask", f"'{formula(mask)}' shows neither every key nor the keys up to the query")
+
+
+def _without_maxima(graph: VariantGraph, online: Online) -> Online:
+    """The same output with every row maximum at 0: they are there for the range of exp alone."""
+    if not shift_invariant(online):
+        text = formula(graph["weight"].expr)
+        _refuse(graph, "weight", f"'{text}' depends on the row maximum, which is no sum over the keys")
+    nothing = dict.fromkeys(online.max_symbols, sympy.S.Zero)
+
+    def settled(r: Running) -> Running:
+        return replace(r, term=r.term.subs(nothing), rescale=sympy.S.One)
+
+    numerator, sums = settled(online.numerator), tuple(map(settled, online.sums))
+    return replace(online, maxes=(), numerator=numerator, sums=sums, scale=online.scale.subs(nothing))
 
 
 def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
@@ -368,6 +383,7 @@ def _recurrence(plan: Linear) -> tuple[str, ...]:
     decay = f"exp({_show(plan.step)})"
     factor = {"none": "", "channel": f"diag({decay}) "}.get(plan.decay, f"{decay} * ")
     key = "k" if plan.right == sym.K_VEC else "f(k)"
+    key = key if plan.col == 1 else f"({formula(plan.col)}) * {key}"
     query = "q" if plan.left == sym.Q_VEC else "f(q)"
     ones = ("[{}, 1]" if plan.bias else "{}").format(key), "[v, 1]" if plan.total else "v"
     read = f"{query} state_t" if not plan.bias else f"[{query}, 1] state_t"

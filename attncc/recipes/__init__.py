@@ -9,14 +9,19 @@ from attncc.recipes.collinear import collinear
 from attncc.recipes.diff_transformer import diff_transformer
 from attncc.recipes.dynamic_convolution import dynamic_convolution
 from attncc.recipes.fastformer import fastformer
+from attncc.recipes.feature_maps import dpfp, fast_weights, fastmax, lln, lln_diag, mala
 from attncc.recipes.gates import gaussian_gate
 from attncc.recipes.interactive import interactive
 from attncc.recipes.lamemo import lamemo
+from attncc.recipes.lightnet import lightnet
 from attncc.recipes.merge import merge
 from attncc.recipes.monotonic import expected_alignment, monotonic
+from attncc.recipes.moving_average import moving_average
 from attncc.recipes.multi_token import multi_token
+from attncc.recipes.neural_memory import neural_memory
 from attncc.recipes.pairwise import additive, network, pairwise
 from attncc.recipes.pine import pine
+from attncc.recipes.prefix_softmax import prefix_softmax, rwkv4
 from attncc.recipes.rela import rela_block
 from attncc.recipes.relational import relational
 from attncc.recipes.rescaled import refresh, rescaled
@@ -33,27 +38,38 @@ __all__ = [
     "assignment",
     "collinear",
     "diff_transformer",
+    "dpfp",
     "dynamic_convolution",
     "expected_alignment",
+    "fast_weights",
     "fastformer",
+    "fastmax",
     "gaussian_gate",
     "interactive",
     "keys_alone",
     "lamemo",
     "left_multiplied",
+    "lightnet",
+    "lln",
+    "lln_diag",
+    "mala",
     "merge",
     "mixed_with_mean",
     "monotonic",
+    "moving_average",
     "multi_token",
     "network",
+    "neural_memory",
     "one_query",
     "pairwise",
     "pine",
     "potentials",
+    "prefix_softmax",
     "refresh",
     "rela_block",
     "relational",
     "rescaled",
+    "rwkv4",
     "selective",
     "shared_heads",
     "sinkhorn",

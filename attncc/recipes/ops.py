@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import attncc as ac
+from attncc.runtime.compile import compile as compile_variant
+from attncc.runtime.linear import LinearOp
 from attncc.runtime.op import AttentionOp
 
 _BIASED = ac.Variant(name="causal_bias", score=ac.bias("bias"), mask=ac.causal)
@@ -19,6 +21,28 @@ _BIASED = ac.Variant(name="causal_bias", score=ac.bias("bias"), mask=ac.causal)
 def shipped(name: str) -> AttentionOp:
     """The op of a shipped variant."""
     return AttentionOp(ac.variants.get(name).graph)
+
+
+@functools.cache
+def linear(name: str) -> LinearOp:
+    """The op of a shipped variant that has a form in linear time."""
+    op = compile_variant(ac.variants.get(name))
+    assert isinstance(op, LinearOp)
+    return op
+
+
+@functools.cache
+def of_features(causal: bool, divided: bool) -> LinearOp:
+    """scale * sum of (q_i . k_j) v_j where q and k are features already, over the sum of the weights if `divided`."""
+
+    def over_sum(score, row):  # type: ignore[no-untyped-def]
+        return score / (row.sum(score) + 1e-8)
+
+    name = f"{'causal_' * causal}features{'_over_sum' * divided}"
+    variant = ac.Variant(name=name, mask=ac.causal if causal else None, normalizer=over_sum if divided else ac.identity)
+    op = compile_variant(variant)
+    assert isinstance(op, LinearOp)
+    return op
 
 
 @functools.cache

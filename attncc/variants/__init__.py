@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "gmm",
         "afa",
     ),
-    "linear": ("linear_attention", "retention", "lightning", "simple_gla", "gla"),
+    "linear": ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla"),
     "reductions": ("local_gaussian", "head_gates", "reversed", "differential", "mla"),
 }
 _NAMES = tuple(name for members in FAMILIES.values() for name in members)

@@ -18,7 +18,7 @@ SHAPES = (
     Shape(1, 2, 2, 300, 300, 96, 80),
     Shape(1, 2, 1, 1000, 1000, 256, 128),
 )
-NAMES = ("linear_attention", "retention", "lightning", "simple_gla", "gla")
+NAMES = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -33,6 +33,9 @@ def gate_of(name, length, generator, dim=64):
         return {"g": F.logsigmoid(torch.randn(1, 4, length, dim, generator=generator, device="cuda")) / 16}
     if name == "simple_gla":
         return {"g": F.logsigmoid(torch.randn(1, 4, length, generator=generator, device="cuda")) / 4}
+    if name == "ssd":
+        rate = torch.tensor([-1.0, -0.3, -0.1, -0.01], device="cuda")
+        return {"dt": F.softplus(torch.randn(1, 4, length, generator=generator, device="cuda") - 3), "rate": rate}
     return {} if name == "linear_attention" else {"rates": torch.tensor([-0.3, -0.1, -0.03, -0.001], device="cuda")}
 
 

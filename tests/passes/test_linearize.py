@@ -109,6 +109,18 @@ def test_features_of_both_sides():
     assert formula(plan.right) == "exp(minimum(0, k_vec)) + relu(k_vec)"
 
 
+def test_a_row_maximum_that_cancels_is_no_hindrance():
+    """Softmax of a logarithm is the argument over its sum."""
+    plan = linearize(ac.variants.get("lln").graph)
+    assert (formula(plan.left), formula(plan.right), formula(plan.scale)) == ("exp(q_vec)", "exp(k_vec)", "1/total")
+    assert "row.max: the output does not depend on it" in plan.proof[1]
+
+
+def test_step_sizes_are_a_factor_of_the_key_and_a_decay():
+    plan = linearize(ac.variants.get("ssd").graph)
+    assert (formula(plan.col), formula(plan.step)) == ("dt[b, h, kv_idx]", "rate[h]*dt[b, h, kv_idx]")
+
+
 def far(score, q_idx, kv_idx):
     return score * ac.exp(-0.1 * (q_idx - kv_idx) ** 2)
 
@@ -127,7 +139,11 @@ def clamped(score, row):
 
 
 REFUSED = {
-    "softmax": (variant("softmax"), "the row maximum"),
+    "softmax": (variant("softmax"), "the factor 'exp(qk*scale)' depends on query and key together"),
+    "a maximum that stays": (
+        variant(lambda score, row: score / ac.maximum(row.max(score), 1)),
+        "depends on the row maximum",
+    ),
     "sigmoid": (variant("sigmoid"), "the factor 'sigmoid("),
     "taylor": (variant("taylor"), "of degree 2|has degree 2"),
     "a square of the distance": (variant(far), "the factor 'exp(0.2*kv_idx*q_idx)'"),

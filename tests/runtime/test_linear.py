@@ -29,8 +29,12 @@ def weighted(score, row, b, h, q_idx, kv_idx, beta, tau, kappa):
     return kappa[h] * p / ac.maximum(ac.abs(row.sum(p)), 0.5)
 
 
+SHIPPED = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
 VARIANTS = {
-    **{name: ac.variants.get(name) for name in ("linear_attention", "retention", "lightning", "simple_gla", "gla")},
+    **{
+        name: ac.variants.get(name)
+        for name in ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
+    },
     "polynomial": ac.Variant(name="polynomial", mask=ac.causal, normalizer=polynomial),
     "weighted": ac.Variant(
         name="weighted",
@@ -79,6 +83,7 @@ def inputs_of(name, batch, heads, length, d_qk=16):
     positive = 0.5 + torch.rand(batch, heads, length, generator=generator)
     return {
         "simple_gla": {"g": -0.3 * positive},
+        "ssd": {"dt": 0.3 * positive, "rate": torch.linspace(-1.5, -0.1, heads)},
         "gla": {"g": -0.5 * torch.rand(batch, heads, length, d_qk, generator=generator)},
         "retention": {"rates": torch.linspace(-0.3, -0.02, heads)},
         "lightning": {"rates": torch.linspace(-0.5, -0.01, heads)},
@@ -176,15 +181,18 @@ def recurrence(name, q, k, v, inputs, state):
     step = {
         "simple_gla": lambda t: inputs["g"][:, :, t],
         "retention": lambda t: inputs["rates"][None],
+        "ssd": lambda t: inputs["rate"] * inputs["dt"][:, :, t],
         "gla": lambda t: inputs["g"][:, :, t],
     }.get(name, lambda t: q.new_zeros(()))
-    scale = 1.0 if name == "linear_attention" else q.shape[-1] ** -0.5
+    scale = 1.0 if name in ("linear_attention", "ssd") else q.shape[-1] ** -0.5
     outs = []
     for t in range(q.shape[2]):
         query, key, value = q[:, :, t], k[:, :, t], v[:, :, t]
         if name == "linear_attention":
             query, key, value = elu(query), elu(key), ones(value)
         query = query * scale
+        if name == "ssd":
+            key = key * inputs["dt"][:, :, t, None]
         if name == "polynomial":
             query, key, value = ones(query), ones(key), ones(value)
         kept = step(t).exp()[..., None] if name == "gla" else step(t).exp()[..., None, None]
@@ -195,7 +203,7 @@ def recurrence(name, q, k, v, inputs, state):
 
 
 @pytest.mark.parametrize("ends", [(0, 33), (0, 17, 17, 30, 33)], ids=["one sequence", "packed"])
-@pytest.mark.parametrize("name", ["simple_gla", "retention", "linear_attention", "polynomial", "gla"])
+@pytest.mark.parametrize("name", ["simple_gla", "ssd", "retention", "linear_attention", "polynomial", "gla"])
 def test_states_in_and_out_and_packed_sequences(name, ends, many_segments):
     """Against the recurrence by hand, with gradients through both states; one of the sequences is empty."""
     length, sequences = ends[-1], len(ends) - 1
@@ -305,7 +313,7 @@ def test_what_a_plan_cannot_do_is_said():
         op(q, k, v, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(InputError, match="plan is 'fast'"):
         ac.compile("linear_attention", plan="fast")
-    with pytest.raises(UnsupportedError, match="an exponential of the score does not split"):
+    with pytest.raises(UnsupportedError, match=r"the factor 'exp\(cap\*tanh\(.*depends on query and key together"):
         ac.compile("softcap", plan="chunk")
     assert type(ac.compile("simple_gla", plan="parallel")) is ac.AttentionOp
 

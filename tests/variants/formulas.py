@@ -225,6 +225,14 @@ def shared_weights(q, k, v, total):
     return (dot(q, k) - total.unsqueeze(-1)).exp() * causal(q, k) @ v
 
 
+def ssd(q, k, v, dt, rate):
+    i, j = places(q, k)
+    time = dt.cumsum(-1)
+    padded = F.pad(time, (max(q.shape[2] - k.shape[2], 0), 0))[..., -q.shape[2] :]
+    kept = torch.exp(torch.where(j <= i, per_head(rate) * (padded[..., None] - time[..., None, :]), 0.0))
+    return (q @ k.mT * kept * dt[..., None, :] * (j <= i)) @ v
+
+
 BY_HAND: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
@@ -256,5 +264,6 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
         bico,
         slots,
         shared_weights,
+        ssd,
     )
 } | {"reversed": reversed_attention}

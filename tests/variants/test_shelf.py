@@ -96,6 +96,7 @@ def test_inputs_and_defaults():
         "retention": {"rates": ("h",)},
         "lightning": {"rates": ("h",)},
         "simple_gla": {"g": ("b", "h", "kv_idx")},
+        "ssd": {"dt": ("b", "h", "kv_idx"), "rate": ("h",)},
         "gla": {"g": ("b", "h", "kv_idx", "d")},
     }
 
