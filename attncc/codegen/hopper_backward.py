@@ -106,6 +106,8 @@ def no_backward(plan: Plan) -> str:
         return "the gradient needs a sweep over the keys first, which Gluon kernels have not"
     if plan.core is not plan.graph:
         return "the Gluon backward multiplies q with k alone, and this similarity has more"
+    if any(part.graph.has_dot and part.backward.dqk == 0 for part in plan.parts):
+        return "q and k have no gradient, and the Gluon backward is about making theirs"
     return ""
 
 

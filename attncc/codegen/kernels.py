@@ -266,13 +266,18 @@ def _backward_chain(
 ) -> dict[str, Any]:
     """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already.
     slope_apart: what dp is multiplied by in ds is a value of its own, computed with the weight; and `dp` stands for
-    dp - delta, where they occur in no other way (`less_delta`)."""
+    dp - delta, where they occur in no other way (`less_delta`). `flows`: is ds ever other than 0? With a weight that is
+    a step function of the score it is not, and a matmul of zeros is left out."""
     score = next((lowering.tile(e) for e in exprs.score), None)
     mask = part.graph["mask"].expr
     shown = visible_lines(lowering, mask, edges, visible) if edges is not None else []
     score_lines = take(lowering)
     lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
     dsums, dreads, less_delta = dict(exprs.dsums), list(exprs.dreads), False
+    ds = part.own("ds")
+    flows = dsums.get(ds) != 0
+    if not flows:
+        del dsums[ds]
     settled = {}
     if slope_apart:
         less = [e.xreplace({DP: DP + DELTA}) for e in (*dsums.values(), *dreads)]
@@ -295,6 +300,7 @@ def _backward_chain(
         "visible": visible,
         "show": shown,
         "weight_lines": weight_lines,
+        "flows": flows,
         "slope": SLOPE in settled.values(),
         "grad_lines": take(lowering),
         "hide": hide,

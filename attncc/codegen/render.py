@@ -30,6 +30,7 @@ from attncc.codegen.similarity import KEY, QUERY, SimilaritySlots, term_slots
 from attncc.codegen.statements import in_gluon
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, level_of_name
 from attncc.ir.text import formula, to_text
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
@@ -98,6 +99,7 @@ def render(
         "deltas": tuple(part.own("delta") for part in plan.parts) if backward and plan.needs_delta else (),
         "backward": backward,
         "tma": tma and backward,
+        "staging": staging(plan),
         "widths_qk": _widths(qk_chunks),
         "widths_v": _widths(v_chunks),
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
@@ -192,6 +194,16 @@ def render(
 def any_wide(graph: VariantGraph) -> str:
     """Whether any input is too large for 32-bit offsets, as the host finds out."""
     return f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False"
+
+
+def staging(plan: Plan) -> str:
+    """What the loops over tiles say of their stages; nothing where the launch decides.
+
+    A table that is read at a place which hangs on the score waits for a matmul. Triton's pipeliner would load it ahead
+    as it does the tiles, and then gives up on Hopper, where it cannot predicate the matmul before it.
+    """
+    places = (symbol.name for read in plan.core.reads for place in read.index for symbol in place.free_symbols)
+    return ", num_stages=1" if any(level_of_name(name) == Level.PAIR for name in places) else ""
 
 
 def _render(template: str, context: dict[str, Any], **slots: Any) -> str:

@@ -10,7 +10,7 @@ from attncc.codegen.indices import input_arguments
 from attncc.codegen.names import coded
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
-from attncc.codegen.render import _bounds, _render, any_wide, tidy
+from attncc.codegen.render import _bounds, _render, any_wide, staging, tidy
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
 from attncc.passes.outputs import Weight, final_weight, named, passes
@@ -77,6 +77,7 @@ def _context(plan: Plan, d_qk: int) -> dict[str, Any]:
     return {
         "graph": graph,
         "tma": False,
+        "staging": staging(plan),
         "hopper": False,
         "d_qk": d_qk,
         "qk_chunks": chunks(d_qk),

@@ -123,3 +123,14 @@ def test_split_keys_are_read_16_bytes_at_a_time_without_spills(target, q_len):
         copies = compiled["decode_kernel"].ptx.count("cp.async.cg.shared.global")
         assert copies > 0
         assert "cp.async.ca" not in compiled["decode_kernel"].ptx  # copies of less than 16 bytes
+
+
+def test_a_table_that_is_read_at_a_place_which_hangs_on_the_score():
+    """Triton cannot pipeline such a loop on Hopper; and the backward of a step function multiplies no zeros."""
+    graph, device = ac.variants.get("sdm").graph, device_for("sm_90")
+    tiling = KernelSchedule(64, 64, 4, 3)
+    text = render(Plan(graph), 64, 64, True, tma=True)
+    kernels = cross_compile(load_source(text, "sdm"), graph, Schedule(tiling, tiling, tiling), device, "bf16")
+    assert {"forward_kernel", "dkdv_kernel", "dq_kernel"} <= set(kernels)
+    assert "wgmma" in kernels["dkdv_kernel"].ptx
+    assert "wgmma" not in kernels["dq_kernel"].ptx
