@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import attncc as ac
 from attncc.runtime.compile import compile as compile_variant
 from attncc.runtime.linear import LinearOp
 from attncc.runtime.op import AttentionOp
+from attncc.runtime.recompute import recomputed
 
 _BIASED = ac.Variant(name="causal_bias", score=ac.bias("bias"), mask=ac.causal)
 
@@ -82,7 +82,7 @@ def by_queries(
     parts = []
     for start in range(alive, q.shape[2], block):
         stop = min(start + block, q.shape[2])
-        out, carry = checkpoint(step, start, stop, start + offset, carry, use_reentrant=False)
+        out, carry = recomputed(step, start, stop, start + offset, carry)
         parts.append(out)
     if alive or not parts:
         like = parts[0] if parts else q[..., :0]

@@ -13,7 +13,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from attncc import variants
 from attncc.errors import InputError, UnsupportedError
@@ -27,6 +26,7 @@ from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.runtime.cells import finish
 from attncc.runtime.evaluate import evaluate
+from attncc.runtime.recompute import recomputed
 from attncc.runtime.shapes import (
     OUTPUTS,
     REFERENCE_DTYPES,
@@ -325,15 +325,8 @@ class Dense:
 
         for d in range(q.shape[3]):
             # recomputed in the backward: the components of every pair would not fit
-            total = checkpoint(
-                add,
-                total,
-                d,
-                q[..., d].reshape(-1),
-                k[..., d].reshape(-1),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            components = q[..., d].reshape(-1), k[..., d].reshape(-1)
+            total = recomputed(add, total, d, *components, preserve_rng_state=False)
         return total
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
