@@ -1,15 +1,20 @@
 """Which language a kernel is taken in: what is asked for, what is measured, what is predicted."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
+import attncc as ac
+from attncc.codegen.plan import Plan
+from attncc.codegen.problem import problem_of
 from attncc.errors import AttnccError
 from attncc.resources import path
 from attncc.schedule import device_for, hopper
 from attncc.schedule.choose import backend_of, choose, read_table
 from attncc.schedule.device import parse_device
 from attncc.schedule.problem import WarpWork
+from tests.hopper_served import NO_BACKWARD, NO_FORWARD
 from tests.schedule.problems import problem
 
 H100 = device_for("h100")
@@ -43,6 +48,21 @@ def test_a_shipped_schedule_keeps_what_is_in_its_backend():
     assert shipped.origin == "shipped"
     assert mixed.origin == "model"
     assert (mixed.dkdv, mixed.dq) == (shipped.dkdv, shipped.dq)
+
+
+@cache
+def shipped(name):
+    graph = ac.variants.get(name).graph
+    sizes = {"b": 2, "h": 4, "h_kv": 2, "q_idx": 300, "kv_idx": 517, "d_qk": 64 * graph.branches, "d_v": 64}
+    return problem_of(Plan(graph), sizes, "bf16", "ieee", {s.name: s.default for s in graph.scalars})
+
+
+@pytest.mark.parametrize(("kernel", "left"), [("forward", NO_FORWARD), ("dkdv", NO_BACKWARD)])
+def test_shipped_variants_that_are_left_to_triton(kernel, left):
+    """A GPU's tests take the rest from the same list."""
+    reasons = {name: hopper.refusal(kernel, shipped(name), H100) for name in ac.variants.names()}
+    assert {name for name, reason in reasons.items() if reason is not None} == set(left)
+    assert not {name: reasons[name] for name, begins in left.items() if not reasons[name].startswith(begins)}
 
 
 def test_reasons():

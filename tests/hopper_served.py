@@ -1,0 +1,24 @@
+"""The shipped variants that the Gluon kernels for Hopper leave to Triton at heads of 64, each with the reason: by the
+beginning of what the scheduler says. Whatever is not here is served."""
+
+_OTHER = "the Gluon backend multiplies q with k"
+NO_FORWARD = {
+    "entmax15": "Gluon kernels go over the keys once",
+    "sparsemax": "Gluon kernels go over the keys once",
+    "min_p": "Gluon kernels go over the keys once",
+    **dict.fromkeys(("lln", "trilinear", "bico", "location", "pooling"), _OTHER),
+    **dict.fromkeys(("gaussian_position", "gmm", "linear_attention", "gla"), _OTHER),
+    "afa": "no tiling fits",
+    "differential": "Gluon kernels have one score a pair",
+    "mla": "Gluon kernels have one head of v",
+}
+_MORE = "the Gluon backward multiplies q with k alone"
+_READ_EACH_PAIR = ("relative_bias", "t5_bias", "dense_bias", "bee_rag", "slots", "mega", "local_gaussian", "reversed")
+_KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla")
+_SLOPES = ("elu1", "bounded_sum", "cog", "top_theta")
+NO_BACKWARD = {
+    **NO_FORWARD,
+    **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
+    **dict.fromkeys((*_READ_EACH_PAIR, *_KEPT_A_KEY, *_SLOPES), "no tiling fits"),
+    "sdm": "q and k have no gradient",
+}
