@@ -130,6 +130,7 @@ def render(
         helpers |= t["helpers"]
     host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "saved": (), "pair": {}}
     host |= {
+        "packs_heads": f.get("packed", False),
         "nested_reads": False,
         "cotangents": [],
         "graph": graph,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -195,3 +197,18 @@ def test_the_host_code_runs_for_its_launches_alone():
     collect(run, 0)
     assert launched[-2:] == ["decode_kernel", "merge_kernel"]
     assert meta["forward"]["splits"] == 4  # a schedule is shared by calls
+
+
+def test_the_backward_has_bounds_of_its_own_blocks():
+    """Those of packed heads are for 8 queries of 4 heads, after which another document begins, in another tile."""
+    op = split("document", 3)
+    q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, 20), (1, 108), (1, 108)))
+    inputs = {"doc": torch.tensor([[0] * 80 + [1] * 16 + [2] * 12])}
+    cotangent = torch.randn(q.shape)
+    found = []
+    for attend, dtype in ((op, torch.float32), (partial(ac.reference, "document"), torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (q.clone(), k.clone(), v.clone())]
+        out = attend(*leaves, **inputs)
+        found.append(torch.autograd.grad(out, leaves, cotangent.to(out.dtype)))
+    for got, exact in zip(*found, strict=True):
+        assert (got - exact).abs().max() < 1e-5
