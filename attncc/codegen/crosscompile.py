@@ -105,6 +105,7 @@ def _compile(
         "STAGES": tiling.num_stages,
         "DEALT": True,
         "SPLIT": True,
+        "SPLITS": max(tiling.splits, 1),
         "BLOCK_S": 32,
         "SUM_DQ": True,
     }

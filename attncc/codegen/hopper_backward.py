@@ -16,7 +16,7 @@ from attncc.schedule import hopper
 from attncc.schedule.hopper_backward import queries
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
-_COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "WIDE", "FAST_MATH")
+_COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST_MATH")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
     (chain,) = k.pop("chains")
     bounds = k["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
-    place = ["n = kv_len + heads + GROUP"]
+    place = ["n = kv_len + heads + GROUP + SPLITS"]
     wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
-    pointers = [f"{g.name.upper()}_PTR" for g in k["gradients"]]
+    pointers = ["DK_SUM_PTR", "DV_SUM_PTR", *(f"{g.name.upper()}_PTR" for g in k["gradients"])]
     own = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["show"], *chain["grad_lines"]]
     own += [*k["outer"], *k["by_head"], *k["final_lines"], f"n = {chain['dqk_scale']}"]
     unmasked = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["grad_lines"]]

@@ -11,14 +11,14 @@ _EVEN_REGISTERS = {2: 168, 3: 128}
 
 def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward") -> dict[str, int]:
     """A kernel's schedule in the words of its launch. A Gluon forward has as many programs as `device` has SMs; a Gluon
-    backward sums dQ unless it is told otherwise."""
+    backward sums dQ unless it is told otherwise, and has `splits` programs for the heads of a group."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
         splits = {"splits": schedule.splits} if schedule.splits else {}
         return {**tiles, "num_warps": schedule.num_warps, "num_stages": schedule.num_stages, **splits}
     options = {"STAGES": schedule.num_stages, "num_warps": 4, "maxnreg": _EVEN_REGISTERS[schedule.num_warps // 4]}
     if kernel == "dkdv":
-        return {**tiles, **options, "SUM_DQ": True}
+        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": True}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
 
 

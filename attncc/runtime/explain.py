@@ -336,7 +336,9 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
     written = f"{name}{', in Triton' + reason if reason else ''}"
     if chosen.backend == "gluon":
         written = f"{name}, in Gluon{reason}{', with dQ' if name == 'dkdv' else ''}"
-    if chosen.splits:
+    if chosen.splits and name == "dkdv":
+        written += ", a program for each query head of a group"
+    elif chosen.splits:
         written += f", the keys in {chosen.splits} parts" if chosen.splits > 1 else ", the heads of a group in one tile"
     width = max(9, *(len(_block(KernelSchedule(**c["schedule"]))) for c in kernel["candidates"]))
     lines = [
@@ -358,7 +360,7 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
 
 
 def _block(ks: KernelSchedule) -> str:
-    """A tile's sizes, and in how many parts the keys are dealt out."""
+    """A tile's sizes, and in how many parts the keys, or the heads of a group, are dealt out."""
     splits = f", {ks.splits} part{'s' * (ks.splits > 1)}" if ks.splits else ""
     return f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m} x {ks.block_n}{splits}"
 

@@ -20,8 +20,13 @@ TURN = 400
 BLOCK_OVERHEAD = 4000
 #: the share of its peak that the tensor cores reach: measured 540 TFLOP/s where power allows some 790
 TENSOR_EFFICIENCY = 0.7
-#: bytes of a row's entry of dQ in its passes through memory: zeroed, read as float32, written in 16 bits
-DQ_BYTES = 10
+#: bytes of an entry of dQ, or of dK and dV that several programs add up, in its passes through memory: zeroed, read as
+#: float32, written in 16 bits
+SUM_BYTES = 10
+#: launches: what goes before and after sums of dQ, and zeroing and rounding those of dK and dV
+LAUNCHES, SPLIT_LAUNCHES = 3, 4
+#: bytes of a query's entry that a tile moves: q and dout, and dQ, read and written where it does not stay in L2
+Q_BYTES, DQ_BYTES = 2, 8
 
 
 def queries(d_qk: int) -> int | None:
@@ -34,9 +39,16 @@ def queries(d_qk: int) -> int | None:
 
 
 def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
-    """The tilings there are."""
+    """The tilings there are. The query heads of a group may be one program's, or have a program each, which then add up
+    dK and dV in float32 in any order."""
     block_m = queries(problem.d_qk)
-    return () if block_m is None else tuple(KernelSchedule(block_m, KEYS, 8, stages, "gluon") for stages in STAGES)
+    shared = (0, problem.group) if problem.group > 1 else (0,)
+    return tuple(
+        KernelSchedule(block_m, KEYS, 8, stages, "gluon", splits)
+        for stages in STAGES
+        for splits in shared
+        if block_m is not None
+    )
 
 
 def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
@@ -60,10 +72,10 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
 
 def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
     """The time of dK, dV and dQ in microseconds, and each unit's own."""
-    lines = problem.batch * problem.heads
+    lines, splits = problem.batch * problem.heads, max(ks.splits, 1)
     live = problem.costs.live(ks.block_m, ks.block_n)
     tiles, pairs = live.live * lines, ks.block_m * ks.block_n
-    blocks = ceil(problem.kv_len / ks.block_n) * problem.batch * problem.kv_heads
+    blocks = ceil(problem.kv_len / ks.block_n) * problem.batch * problem.kv_heads * splits
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     work, mask = problem.costs.pair("dkdv"), problem.costs.mask
     share = live.mixed / live.live if live.live else 0.0
@@ -74,9 +86,28 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + TURN
     busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone)
-    spread = ceil(blocks / device.sms) / (blocks / device.sms) / device.sms / (device.clock_ghz * 1e3)
-    rows = lines * problem.q_len * (DQ_BYTES * problem.d_qk + 4 * problem.d_v)
+    if not _stays_in_l2(ks, problem, device):
+        moved = ks.block_m * (Q_BYTES * (qk + v) + DQ_BYTES * qk)
+        busy = max(busy, moved * device.sms * device.clock_ghz / device.dram_gbps)
+    waves = blocks / device.sms
+    # blocks of unlike lengths end one by one: about a block after the last SM could
+    rounds = waves + 1 if live.live < live.total else ceil(waves)
+    spread = rounds / waves / device.sms / (device.clock_ghz * 1e3)
+    rows = lines * problem.q_len * (SUM_BYTES * problem.d_qk + 4 * problem.d_v)
+    launches = LAUNCHES
+    if splits > 1:
+        rows += problem.batch * problem.kv_heads * problem.kv_len * SUM_BYTES * (problem.d_qk + problem.d_v)
+        launches += SPLIT_LAUNCHES
     memory = rows / (device.dram_gbps * 1e3)
-    us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + memory + 3 * device.launch_us
+    us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + memory + launches * device.launch_us
     terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
-    return us, {**terms, "memory": memory, "launch": 3 * device.launch_us}
+    return us, {**terms, "memory": memory, "launch": launches * device.launch_us}
+
+
+def _stays_in_l2(ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+    """Do the queries stay in L2 that the running programs go over? One head's do: its blocks of keys go over them in
+    step. Where a program goes over several heads, those of all of them are in use at any time."""
+    heads = problem.group // max(ks.splits, 1)
+    owners = min(ceil(device.sms * ks.block_n / problem.kv_len), problem.batch * problem.heads // heads)
+    of_a_query = Q_BYTES * (problem.d_qk + problem.d_v) + 4 * problem.d_qk
+    return heads == 1 or owners * heads * problem.q_len * of_a_query <= device.l2_mb * 2**20

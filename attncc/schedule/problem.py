@@ -192,7 +192,7 @@ class KernelSchedule:
 
     `backend` is the language that the kernel is written in. A Gluon kernel has warps of its own for its loads, which
     `num_warps` does not count. `splits`: in how many parts the keys of a row are dealt to programs, by the forward that
-    can do so; 0 for kernels that own their rows.
+    can do so, or the query heads of a group by the Gluon backward; 0 for kernels that own their rows.
     """
 
     block_m: int
@@ -205,7 +205,7 @@ class KernelSchedule:
     @property
     def form(self) -> Form:
         """Which kernel a forward's schedule is for."""
-        return "decode" if self.splits else self.backend
+        return "decode" if self.splits and self.backend == "triton" else self.backend
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for cache files and tuned tables; the backend is named where it is not Triton, and the number of

@@ -404,9 +404,9 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.memory[at[shown]] = value[shown]
 
 
-def _atomic_add(pointer: Pointer, value: Any, sem: str = "") -> Block:
-    before = _load(pointer)
-    _store(pointer, before + value)
+def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str = "") -> Block:
+    before = _load(pointer, mask)
+    _store(pointer, before + value, mask)
     return before
 
 

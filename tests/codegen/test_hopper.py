@@ -130,6 +130,14 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     assert kernel.ptx.count("wgmma.mma_async") == 2 * (2 * qk // 16 + v // 16 + keys * (chunks_qk + chunks_v) + dq)
 
 
+def test_heads_of_a_group_in_programs_of_their_own_add_up_dk_and_dv_two_entries_an_instruction():
+    tiling = KernelSchedule(64, 128, 8, 2, "gluon", splits=4)
+    kernel = backward_compiled("causal", tiling, 128, 96, "bf16", group=4)["dkdv_kernel"]
+    assert kernel.spills == 0
+    # a thread of either warpgroup has half of a row's entries in two rows, and no other sum is so added
+    assert kernel.ptx.count(".add.v2.f32") == 2 * (128 + 96) // 4
+
+
 def test_what_a_dq_apart_is_for_is_said():
     text = render(plan("alibi"), 64, 64, True, True, forward_in="gluon", backward_in="gluon")
     assert "apart = not meta[\"SUM_DQ\"] or any(name in wanted for name in ['slopes'])" in text

@@ -20,11 +20,17 @@ GROUPED = Shape(1, 2, 1, 130, 150, 64, 64)
 STRIDED = Shape(1, 2, 2, 100, 140, 96, 64, strided=True)
 
 
-def schedule(shape, sums=True, rows=128):
+def schedule(shape, sums=True, rows=128, splits=1):
     tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     return {
         "forward": {"BLOCK_M": rows, "BLOCK_N": 64, "STAGES": 2, "programs": 3},
-        "dkdv": {"BLOCK_M": 128 if shape.d_qk <= 64 else 64, "BLOCK_N": 128, "STAGES": 2, "SUM_DQ": sums},
+        "dkdv": {
+            "BLOCK_M": 128 if shape.d_qk <= 64 else 64,
+            "BLOCK_N": 128,
+            "STAGES": 2,
+            "SPLITS": splits,
+            "SUM_DQ": sums,
+        },
         "dq": tiles,
         "pair": tiles,
     }
@@ -49,12 +55,13 @@ class Run:
         self.arguments = (s.q, s.k, s.v, *bound.tensors.values(), *bound.scalars.values(), bound.scale)
         self.out, *self.rows = self.module.forward(*self.arguments, schedule(shape, rows=rows), OPTIONS)
 
-    def backward(self, wanted=(), sums=True, dlse=None):
+    def backward(self, wanted=(), sums=True, dlse=None, splits=1):
         results = dict(zip(self.plan.facts.results, self.rows, strict=True))
         saved = tuple(results[n] for n in self.plan.facts.saved)
         self.dout = torch.randn(self.out.shape, generator=torch.Generator().manual_seed(3)).half()
         return self.module.backward(
-            *self.arguments, self.out, saved, self.dout, dlse, wanted, schedule(self.shape, sums), OPTIONS
+            *(*self.arguments, self.out, saved, self.dout, dlse, wanted),
+            *(schedule(self.shape, sums, splits=splits), OPTIONS),
         )
 
     def expected(self, attend, kind):
@@ -105,6 +112,12 @@ def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
     wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
     assert not run.failures(run.backward(wanted, sums=False))
     assert not run.failures(run.backward(wanted))
+
+
+@pytest.mark.parametrize(("name", "splits"), [("causal", 2), ("alibi", 4), ("document", 4)])
+def test_the_heads_of_a_group_add_up_what_they_have_of_dk_and_dv(name, splits):
+    run = Run(name, Shape(1, 4, 1, 130, 150, 64, 48))
+    assert not run.failures(run.backward(splits=splits))
 
 
 def test_three_warpgroups_scan_documents_in_blocks_of_192():

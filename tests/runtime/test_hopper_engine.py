@@ -80,6 +80,18 @@ def test_a_fixed_order_has_a_kernel_for_dq(monkeypatch, mode):
     assert not jobs[2][2]["SUM_DQ"]
 
 
+def test_the_heads_of_a_group_are_dealt_to_programs_where_the_order_of_sums_is_free(monkeypatch):
+    grouped = tensors(4096, 128, heads=8, kv_heads=2)
+    for deterministic, splits in ((False, 4), (True, 1)):
+        op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
+        (_, arguments, meta), *_ = (
+            job for job in launched(monkeypatch, op, grouped) if job[0].__name__ == "dkdv_kernel"
+        )
+        assert meta["SPLITS"] == splits
+        sums = [x for x in arguments if isinstance(x, torch.Tensor)]
+        assert {x.dtype for x in sums} == {torch.float32 if splits > 1 else torch.bfloat16}
+
+
 def test_so_have_gradients_of_what_a_row_reads(monkeypatch):
     op, qkv = ac.compile("alibi", plan="parallel", backend="gluon"), tensors()
     assert "finish_kernel" in names(launched(monkeypatch, op, qkv, slopes=torch.rand(4)))

@@ -15,7 +15,7 @@ from attncc.schedule.choose import backend_of, choose, read_table
 from attncc.schedule.device import parse_device
 from attncc.schedule.problem import WarpWork
 from tests.hopper_served import NO_BACKWARD, NO_FORWARD
-from tests.schedule.problems import problem
+from tests.schedule.problems import full_live, problem
 
 H100 = device_for("h100")
 MEASURED = replace(H100, gluon=("forward", "dkdv"))
@@ -39,6 +39,13 @@ def test_the_scheduler_takes_gluon_where_its_file_says_that_it_was_measured():
     assert backends(choose(problem(), MEASURED)) == ("gluon", "gluon", "triton")
     assert "h100.toml" in backend_of("forward", problem(), H100)[1]
     assert "predicted" in backend_of("forward", problem(), MEASURED)[1]
+
+
+def test_heads_of_a_group_go_to_programs_of_their_own_where_that_is_worth_its_sums():
+    assert choose(problem(heads=28, kv_heads=4), MEASURED).dkdv.splits == 7
+    assert choose(problem(), MEASURED).dkdv.splits == 0
+    few_queries = problem(batch=64, heads=8, kv_heads=1, length=128, kv_len=8192, live=full_live)
+    assert choose(few_queries, MEASURED, backend="gluon").dkdv.splits == 0
 
 
 def test_a_shipped_schedule_keeps_what_is_in_its_backend():
