@@ -209,7 +209,7 @@ class Exam:
         derived = {name for name, refusal in differentiable_outputs(graph).items() if refusal is None}
         differentiable = tuple(d.name for d in graph.inputs if d.grad)
         with_gradients = gradients and Plan(graph).has_backward is None
-        self._asked = (self.outputs, differentiable, with_gradients, frozenset(auxiliary) - derived)
+        self._asked = (dtype, self.outputs, differentiable, with_gradients, frozenset(auxiliary) - derived)
         self.graph, self.shape, self.dtype, self.tf32 = graph, shape, dtype, tf32
         self.sample = sample_inputs(graph, shape, dtype, device, seed)
         self._exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(self.sample), *self._asked)
@@ -252,13 +252,14 @@ def _has_lse(graph: VariantGraph) -> bool:
 def _results(
     function: Callable[..., Any],
     sample: Sample,
+    dtype: torch.dtype,
     outputs: tuple[str, ...],
     differentiable: tuple[str, ...],
     with_gradients: bool = True,
     constant: frozenset[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """The outputs of a call by name, and if wanted the gradients dq, dk, dv, d<input> under random cotangents, which
-    outputs in `constant` have not."""
+    outputs in `constant` have not. Cotangents are values of `dtype`, in float64 as well: what a kernel is given."""
     leaves = {
         name: getattr(sample, name).detach().requires_grad_()
         for name in ("q", "k", "v")
@@ -274,7 +275,7 @@ def _results(
     if not with_gradients:
         return named
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(r.shape, generator=generator).to(sample.q.dtype).to(r) for r in results]
+    cotangents = [torch.randn(r.shape, generator=generator).to(dtype).to(r) for r in results]
     leaves |= {name: inputs[name] for name in differentiable}
     # an output may depend on no tensor that wants a gradient, such as the lse of uniform weights
     moving = [
