@@ -92,6 +92,7 @@ def facts(
     if unknown:
         raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'")
     problem = problem_of(plan, sizes, dtype, precision, numbers)
+    given = schedule is not None
     schedule = schedule or choose(problem, device, cache, backend)
     return {
         "name": graph.name,
@@ -111,7 +112,7 @@ def facts(
         "outputs": output_facts(graph),
         "origin": schedule.origin,
         "kernels": {
-            kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend)
+            kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend, given)
             for kernel in kernels_of(plan)
         },
         "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
@@ -188,8 +189,15 @@ _SUMMED = {
 
 
 def _kernel(
-    kernel: Kernel, chosen: KernelSchedule, problem: Problem, device: Device, shown: int, backend: Backend | None
+    kernel: Kernel,
+    chosen: KernelSchedule,
+    problem: Problem,
+    device: Device,
+    shown: int,
+    backend: Backend | None,
+    given: bool,
 ) -> dict[str, Any]:
+    """`given`: the user fixed the schedule, so that nobody chose its language."""
     full, mixed, total = decode.visited(chosen, problem)
     order = ranked(kernel, problem, device, _compared(kernel, chosen, device, backend))
     entries = [(ks, prediction) for ks, prediction in order[:shown]]
@@ -198,7 +206,7 @@ def _kernel(
     return {
         "chosen": chosen.to_json(),
         "backend": chosen.backend,
-        "why_backend": _why_backend(kernel, problem, device, backend),
+        "why_backend": None if given else _why_backend(kernel, problem, device, backend),
         "tiles": {"full": full, "mixed": mixed, "empty": total - full - mixed, "total": total},
         "candidates": [_candidate(kernel, ks, p, problem, device, ks == chosen) for ks, p in entries],
         "considered": len(order),

@@ -78,7 +78,7 @@ def test_the_fastest_right_candidate_wins_and_is_chosen_from_then_on(problem):
 def test_the_models_first_choices_race_first_even_alone(problem):
     stick = Stick(problem)
     run(problem, stick, limit=1)
-    assert stick.timed == [(kernel, first_choice(kernel, problem, DEVICE)) for kernel in KERNELS]
+    assert stick.timed == [(kernel, first_choice(kernel, problem, DEVICE, None)) for kernel in KERNELS]
 
 
 def test_kernels_take_turns_and_tiles_too(problem):
