@@ -152,12 +152,12 @@ def _slice_errors(op: Any, case: Case, shape: Shape, device: str, differentiable
 
 
 def against_peer(
-    ours: torch.Tensor, theirs: torch.Tensor, operands: Sequence[torch.Tensor], grad: torch.Tensor
+    ours: torch.Tensor, theirs: torch.Tensor, operands: Sequence[torch.Tensor], grad: torch.Tensor, name: str
 ) -> dict[str, float]:
-    """Errors of all heads against another kernel's output and gradients; both graphs are kept."""
+    """Errors of all heads against the output and gradients of the peer `name`; both graphs are kept."""
     leaves = dict(zip(OPERANDS, operands, strict=False))
     actual, expected = (gradients(out, grad, leaves, retain_graph=True) for out in (ours, theirs))
     errors = {"out": relative_rms(ours.detach(), theirs.detach())}
     errors |= {name: relative_rms(actual[name], expected[name]) for name in leaves}
-    require(errors, PEER_TOLERANCE, "FlexAttention")
+    require(errors, PEER_TOLERANCE, name)
     return {name: float(f"{error:.3g}") for name, error in errors.items()}

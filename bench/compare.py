@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 import attncc as ac
+from attncc.schedule.device import device_of
 from attncc.schedule.problem import Backend
 from bench.case import Case, Shape, Tensors
 from bench.check import against_peer, against_reference
 from bench.ours import brief, schedule_of, tilings
-from bench.peers import Attend, flex, sdpa
+from bench.peers import Attend, fa4, flex, has_fa4, sdpa, triton
 from bench.record import Results
 from bench.run import Run
 from bench.timing import Timing, race
@@ -24,14 +25,21 @@ Builder = Callable[[Case, Shape, Tensors], Attend]
 
 
 def standard_peers(case: Case) -> dict[str, Builder]:
-    """FlexAttention and the SDPA backends, as far as they can say what the case says."""
+    """FlexAttention, the SDPA, and FlashAttention-4 if installed, as far as they can say what the case says."""
     peers: dict[str, Builder] = {}
     if case.flex is not None:
         peers["flex"] = flex
     if case.sdpa is not None:
         peers["fa2"] = lambda case, shape, inputs: sdpa("fa2", case, shape)
         peers["cudnn"] = lambda case, shape, inputs: sdpa("cudnn", case, shape)
+        if has_fa4():
+            peers["fa4"] = lambda case, shape, inputs: fa4(case)
     return peers
+
+
+def own_triton() -> dict[str, Builder]:
+    """Our Triton kernels as a peer, on a GPU where the scheduler takes others."""
+    return {"triton": triton} if device_of(torch.device("cuda")).gluon else {}
 
 
 def figures(shape: Shape, area: int, mode: str, timing: Timing) -> dict[str, float]:
@@ -48,21 +56,19 @@ def compare(
     *,
     peers: Mapping[str, Builder] | None = None,
     label: Mapping[str, Any] | None = None,
-    gluon: bool = False,
     backend: Backend | None = None,
 ) -> list[dict[str, Any]]:
     """Check a case, then time forward and backward of attncc and its peers; one row a mode.
 
     A peer that cannot run the case (unsupported shape, out of memory) gets an "error" entry. Gradients are on in the
     forward too, as in training. Ratios are of TFLOP/s, so they also hold where a peer's shape had to be smaller.
-    `gluon`: our kernels in that backend are checked and timed, too, as if they were a peer; `backend`: that of ours,
-    else the scheduler's choice.
+    `backend`: that of our kernels, else the scheduler's choice.
     """
     head = {"case": case.name, **shape.row(), **(label or {})}
     try:
         op = ac.compile(case.variant, plan="parallel", backend=backend)
         check = against_reference(op, case, shape)
-        return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check, gluon)
+        return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check)
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
         run.fail(results, f"{case.name} {shape}", error, **head)
         return []
@@ -79,7 +85,6 @@ def _timed(
     peers: Mapping[str, Builder],
     head: dict[str, Any],
     check: dict[str, float],
-    gluon: bool,
 ) -> list[dict[str, Any]]:
     operands = shape.tensors()
     inputs = case.inputs(shape, "cuda")
@@ -96,13 +101,9 @@ def _timed(
             outs.pop(name, None)
             broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
     errors = {"reference": check}
-    if gluon:
-        other = ac.compile(case.variant, plan="parallel", backend="gluon")
-        errors["gluon"] = against_reference(other, case, shape)
-        attend["gluon"] = lambda *operands: other(*operands, **inputs)
-        outs["gluon"] = attend["gluon"](*operands)
-    if "flex" in outs:
-        errors["flex"] = against_peer(outs["attncc"], outs["flex"], operands, grad)
+    for name in ("flex", "triton"):
+        if name in outs:
+            errors[name] = against_peer(outs["attncc"], outs[name], operands, grad, name)
 
     forward = {name: partial(attend[name], *operands) for name in outs}
     backward = {

@@ -11,10 +11,10 @@ from bench.record import load
 
 #: a mid grey that has contrast with white and with near-black
 INK = "#7d8590"
-COLOURS = {"attncc": "#d9480f", "flex": "#4c8dc9", "cudnn": "#76a832", "fa2": "#a37acc"}
+COLOURS = {"attncc": "#d9480f", "triton": "#f0a35e", "flex": "#4c8dc9", "cudnn": "#76a832", "fa2": "#a37acc"}
 NAMES = {
     "attncc": "attncc",
-    "gluon": "attncc, forward in Gluon",
+    "triton": "attncc in Triton",
     "flex": "FlexAttention",
     "cudnn": "cuDNN",
     "fa2": "FlashAttention-2",

@@ -47,32 +47,62 @@ def _entry(entry: dict[str, Any] | None) -> str:
 
 
 def dense_table(folder: Path) -> str:
-    """TFLOP/s forward / backward of the dense suite, beside each peer, and the ratio to FlexAttention."""
+    """TFLOP/s forward / backward of the dense suite, beside each peer, and our ratios to FlexAttention."""
     data = results(folder, "dense")
     cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in data["rows"]:
         cells.setdefault((row["case"], row["M"]), {})[row["mode"]] = row
     lines = [
-        "| TFLOP/s forward / backward | S | attncc | FlexAttention | ratio | forward in Gluon | ratio | cuDNN | "
+        "| TFLOP/s forward / backward | S | attncc | FlexAttention | ratio | attncc in Triton | ratio | cuDNN | "
         "FlashAttention-2 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for (case, length), modes in cells.items():
         rows = [modes[mode] for mode in ("forward", "backward")]
         ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
-        peers = {name: [_entry(row["peers"].get(name)) for row in rows] for name in ("flex", "cudnn", "fa2")}
+        peers = {name: [_entry(row["peers"].get(name)) for row in rows] for name in ("triton", "flex", "cudnn", "fa2")}
         shown = {name: "" if set(pair) == {"-"} else " / ".join(pair) for name, pair in peers.items()}
-        ratio = " / ".join(f"{row['ratio']['flex']:.2f}x" if "flex" in row["ratio"] else "-" for row in rows)
-        gluon = _entry(rows[0]["peers"].get("gluon"))
-        over = "-"
-        if "gluon" in rows[0]["ratio"] and "flex" in rows[0]["ratio"]:
-            over = f"{rows[0]['ratio']['flex'] / rows[0]['ratio']['gluon']:.2f}x"
         fields = (
-            *(TITLES[case], f"{length // 1024}k", f"**{ours}**", shown["flex"], ratio),
-            *(f"**{gluon}**", over, shown["cudnn"], shown["fa2"]),
+            *(TITLES[case], f"{length // 1024}k", f"**{ours}**", shown["flex"], _over_flex(rows, "attncc")),
+            *(shown["triton"], _over_flex(rows, "triton"), shown["cudnn"], shown["fa2"]),
         )
         lines.append(f"| {' | '.join(fields)} |")
     lines += ["", f"bf16, D=128, H=16, 32k tokens, exact mask area. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
+def _over_flex(rows: list[dict[str, Any]], name: str) -> str:
+    """A contestant's TFLOP/s over FlexAttention's, a figure a row."""
+    found = []
+    for row in rows:
+        entries = {**row["peers"], "attncc": row["attncc"]}
+        pair = [entries.get(each, {}).get("tflops") for each in (name, "flex")]
+        found.append(f"{pair[0] / pair[1]:.2f}x" if all(pair) else "-")
+    return "" if set(found) == {"-"} else " / ".join(found)
+
+
+def hopper_table(folder: Path) -> str:
+    """TFLOP/s forward / backward of plain attention at each head dimension, beside FlashAttention-4 and cuDNN."""
+    data = results(folder, "hopper")
+    cells: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if any(name in row["peers"] for name in ("fa4", "cudnn")):
+            cells.setdefault((row["case"], row["M"], row["Dqk"]), {})[row["mode"]] = row
+    lines = [
+        "| TFLOP/s forward / backward | S | D | attncc | FlashAttention-4 | cuDNN | ratio to the better |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (case, length, dim), modes in cells.items():
+        rows = [modes[mode] for mode in ("forward", "backward")]
+        ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
+        peers = [" / ".join(_entry(row["peers"].get(name)) for row in rows) for name in ("fa4", "cudnn")]
+        best = [max(row["peers"][n]["tflops"] for n in ("fa4", "cudnn") if "tflops" in row["peers"][n]) for row in rows]
+        ratios = " / ".join(f"{row['attncc']['tflops'] / b:.2f}x" for row, b in zip(rows, best, strict=True))
+        dims = f"{dim}" if rows[0]["Dv"] == dim else f"{dim}/{rows[0]['Dv']}"
+        size = f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
+        fields = (TITLES.get(case, case), size, dims, f"**{ours}**", *peers, ratios)
+        lines.append(f"| {' | '.join(fields)} |")
+    lines += ["", f"bf16, about 32k tokens. {_provenance(data)}"]
     return "\n".join(lines)
 
 
@@ -93,7 +123,7 @@ def latency_table(folder: Path) -> str:
 
 
 #: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`
-TABLES: dict[str, Callable[[Path], str]] = {"dense": dense_table, "latency": latency_table}
+TABLES: dict[str, Callable[[Path], str]] = {"dense": dense_table, "hopper": hopper_table, "latency": latency_table}
 
 
 def refresh(text: str, folder: Path = RESULTS) -> str:

@@ -1,9 +1,9 @@
-"""The README's table: full, causal, ALiBi, softcap, window, documents at 32k tokens beside FlexAttention and SDPA."""
+"""The README's table: full, causal, ALiBi, softcap, window, documents beside FlexAttention, SDPA, our Triton."""
 
 from __future__ import annotations
 
 from bench.case import Shape
-from bench.compare import compare, table
+from bench.compare import compare, own_triton, standard_peers, table
 from bench.dense_cases import DENSE
 from bench.run import Run
 
@@ -24,5 +24,5 @@ def suite(run: Run) -> None:
     for case, length in run.take(cells, quick=2):
         if run.out_of_time(results, f"{case.name} at {length}"):
             break
-        rows += compare(run, results, case, shape(length), gluon=True)
+        rows += compare(run, results, case, shape(length), peers={**standard_peers(case), **own_triton()})
     table(run, f"dense, TFLOP/s, {results.meta['gpu']}", rows, sizes=("M",))

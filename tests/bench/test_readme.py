@@ -30,8 +30,8 @@ def row(case, mode, ours, flex, **peers):
 
 
 ROWS = [
-    row("causal", "forward", 500.0, 400.0, gluon=600.0, cudnn=559.4, fa2=335.0),
-    row("causal", "backward", 300.0, 400.0, cudnn=504.0, fa2=291.0),
+    row("causal", "forward", 500.0, 400.0, triton=420.0, cudnn=559.4, fa2=335.0),
+    row("causal", "backward", 300.0, 400.0, triton=280.0, cudnn=504.0, fa2=291.0),
     row("softcap", "forward", 300.0, 199.0),
     row("softcap", "backward", 250.0, 197.0),
 ]
@@ -51,10 +51,8 @@ def write(folder, data):
 
 def test_the_table_shows_figures_ratios_and_provenance(folder):
     text = dense_table(folder)
-    assert (
-        "| causal | 8k | **500 / 300** | 400 / 400 | 1.25x / 0.75x | **600** | 1.50x | 559 / 504 | 335 / 291 |" in text
-    )
-    assert "| softcap + causal | 8k | **300 / 250** | 199 / 197 | 1.51x / 1.27x | **-** | - |  |  |" in text
+    assert "| causal | 8k | **500 / 300** | 400 / 400 | 1.25x / 0.75x | 420 / 280 | 1.05x / 0.70x | 559 / 504 |" in text
+    assert "| softcap + causal | 8k | **300 / 250** | 199 / 197 | 1.51x / 1.27x |  |  |  |  |" in text
     assert "Some GPU, torch 2.11.0, triton 3.6.0, cuDNN 91900, 2026-11-22, commit 0123456789ab" in text
 
 
@@ -63,7 +61,7 @@ def test_a_peer_that_failed_shows_no_figure(folder):
     for r in broken:
         r["peers"] = {**r["peers"], "cudnn": {"error": "RuntimeError"}}
     write(folder, {**HEAD, "rows": broken})
-    assert "1.25x / 0.75x | **600** | 1.50x |  | 335 / 291 |" in dense_table(folder)
+    assert "1.25x / 0.75x | 420 / 280 | 1.05x / 0.70x |  | 335 / 291 |" in dense_table(folder)
 
 
 def test_only_what_is_between_the_markers_changes(folder):
