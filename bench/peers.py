@@ -60,7 +60,7 @@ def sdpa(backend: str, case: Case, shape: Shape) -> Attend:
 def has_fa4() -> bool:
     """Is FlashAttention-4 installed? Its wheels have no place in a package index of ours."""
     try:
-        return find_spec("flash_attn.cute") is not None
+        return all(find_spec(name) is not None for name in ("flash_attn.cute", "cutlass"))
     except ModuleNotFoundError:
         return False
 

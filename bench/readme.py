@@ -122,8 +122,28 @@ def latency_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def decode_table(folder: Path) -> str:
+    """TB/s of keys and values read of the decode suite's calls with one query, beside each peer."""
+    data = results(folder, "decode")
+    names = ("cudnn", "fa2", "flex")
+    lines = ["| | sequences x keys | attncc | cuDNN | FlashAttention-2 | FlexAttention |", "|---|---|---|---|---|---|"]
+    for row in data["rows"]:
+        if row["M"] == 1:
+            peers = [row["peers"].get(name, {}).get("tbps") for name in names]
+            shown = ["" if tbps is None else f"{tbps:.2f}" for tbps in peers]
+            what, size = TITLES.get(row["case"], row["case"]), f"{row['B']} x {row['N'] // 1024}k"
+            lines.append(f"| {what} | {size} | **{row['attncc']['tbps']:.2f}** | {' | '.join(shown)} |")
+    lines += ["", f"bf16. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
 #: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`
-TABLES: dict[str, Callable[[Path], str]] = {"dense": dense_table, "hopper": hopper_table, "latency": latency_table}
+TABLES: dict[str, Callable[[Path], str]] = {
+    "dense": dense_table,
+    "hopper": hopper_table,
+    "decode": decode_table,
+    "latency": latency_table,
+}
 
 
 def refresh(text: str, folder: Path = RESULTS) -> str:

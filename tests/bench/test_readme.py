@@ -56,6 +56,27 @@ def test_the_table_shows_figures_ratios_and_provenance(folder):
     assert "Some GPU, torch 2.11.0, triton 3.6.0, cuDNN 91900, 2026-11-22, commit 0123456789ab" in text
 
 
+def test_plain_attention_is_shown_beside_the_better_of_the_best_peers(folder):
+    head = {"M": 8192, "Dqk": 192, "Dv": 128}
+    rows = [
+        {**row("MLA", "forward", 600.0, 1.0, fa4=660.0, cudnn=500.0), **head},
+        {**row("MLA", "backward", 300.0, 1.0, cudnn=400.0), **head},
+        row("cog", "forward", 300.0, 1.0),
+    ]
+    (folder / SHOWN_GPU / "hopper.json").write_text(json.dumps({**HEAD, "rows": rows}))
+    text = readme.hopper_table(folder)
+    assert "| MLA | 8k | 192/128 | **600 / 300** | 660 / - | 500 / 400 | 0.91x / 0.75x |" in text
+    assert "cog" not in text
+
+
+def test_decoding_is_shown_in_bytes_a_second(folder):
+    one = {"case": "causal", "B": 8, "M": 1, "N": 65536, "attncc": {"tbps": 3.0}, "peers": {"cudnn": {"tbps": 3.031}}}
+    (folder / SHOWN_GPU / "decode.json").write_text(json.dumps({**HEAD, "rows": [one, {**one, "M": 4}]}))
+    text = readme.decode_table(folder)
+    assert text.count("causal") == 1
+    assert "| causal | 8 x 64k | **3.00** | 3.03 |  |  |" in text
+
+
 def test_a_peer_that_failed_shows_no_figure(folder):
     broken = [dict(r) for r in ROWS[:2]]
     for r in broken:
