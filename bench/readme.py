@@ -20,6 +20,10 @@ TITLES = {
     "softcap": "softcap + causal",
     "window1024": "window of 1024",
     "documents1024": "documents of 1024",
+    "MLA": "causal (MLA)",
+    "S=6000": "causal",
+    "D=96": "causal",
+    "28/4 heads": "causal, 28/4 heads",
 }
 
 
@@ -96,7 +100,7 @@ def hopper_table(folder: Path) -> str:
         rows = [modes[mode] for mode in ("forward", "backward")]
         ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
         peers = [" / ".join(_entry(row["peers"].get(name)) for row in rows) for name in ("fa4", "cudnn")]
-        best = [max(row["peers"][n]["tflops"] for n in ("fa4", "cudnn") if "tflops" in row["peers"][n]) for row in rows]
+        best = [max(row["peers"].get(name, {}).get("tflops", 0) for name in ("fa4", "cudnn")) for row in rows]
         ratios = " / ".join(f"{row['attncc']['tflops'] / b:.2f}x" for row, b in zip(rows, best, strict=True))
         dims = f"{dim}" if rows[0]["Dv"] == dim else f"{dim}/{rows[0]['Dv']}"
         size = f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"

@@ -65,7 +65,7 @@ def test_plain_attention_is_shown_beside_the_better_of_the_best_peers(folder):
     ]
     (folder / SHOWN_GPU / "hopper.json").write_text(json.dumps({**HEAD, "rows": rows}))
     text = readme.hopper_table(folder)
-    assert "| MLA | 8k | 192/128 | **600 / 300** | 660 / - | 500 / 400 | 0.91x / 0.75x |" in text
+    assert "| causal (MLA) | 8k | 192/128 | **600 / 300** | 660 / - | 500 / 400 | 0.91x / 0.75x |" in text
     assert "cog" not in text
 
 
