@@ -25,8 +25,6 @@ TENSOR_EFFICIENCY = 0.7
 SUM_BYTES = 10
 #: launches: what goes before and after sums of dQ, and zeroing and rounding those of dK and dV
 LAUNCHES, SPLIT_LAUNCHES = 3, 4
-#: bytes of a query's entry that a tile moves: q and dout, and dQ, read and written where it does not stay in L2
-Q_BYTES, DQ_BYTES = 2, 8
 
 
 def queries(d_qk: int) -> int | None:
@@ -86,9 +84,6 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + TURN
     busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone)
-    if not _stays_in_l2(ks, problem, device):
-        moved = ks.block_m * (Q_BYTES * (qk + v) + DQ_BYTES * qk)
-        busy = max(busy, moved * device.sms * device.clock_ghz / device.dram_gbps)
     waves = blocks / device.sms
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)
@@ -102,12 +97,3 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + memory + launches * device.launch_us
     terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
     return us, {**terms, "memory": memory, "launch": launches * device.launch_us}
-
-
-def _stays_in_l2(ks: KernelSchedule, problem: Problem, device: Device) -> bool:
-    """Do the queries stay in L2 that the running programs go over? One head's do: its blocks of keys go over them in
-    step. Where a program goes over several heads, those of all of them are in use at any time."""
-    heads = problem.group // max(ks.splits, 1)
-    owners = min(ceil(device.sms * ks.block_n / problem.kv_len), problem.batch * problem.heads // heads)
-    of_a_query = Q_BYTES * (problem.d_qk + problem.d_v) + 4 * problem.d_qk
-    return heads == 1 or owners * heads * problem.q_len * of_a_query <= device.l2_mb * 2**20
