@@ -52,6 +52,7 @@ from attncc.language.masks import (
 )
 from attncc.language.mods import alibi, alibi_slopes, bias, decay, gate, softcap
 from attncc.language.normalizers import by_sum, cog, entmax15, identity, softmax, softmax1, sparsemax, taylor
+from attncc.language.recurrence import recurrence
 from attncc.language.textform import load_toml, loads_toml
 from attncc.language.variant import Input, Scalar, Variant
 
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from attncc.runtime.compile import compile
     from attncc.runtime.linear import LinearOp
     from attncc.runtime.op import AttentionOp
+    from attncc.runtime.recurrence import RecurrenceOp
     from attncc.runtime.reference import reference
     from attncc.schedule.problem import KernelSchedule, Schedule
 
@@ -72,6 +74,7 @@ _LAZY = {
     "KernelSchedule": ("attncc.schedule.problem", "KernelSchedule"),
     "Schedule": ("attncc.schedule.problem", "Schedule"),
     "from_flex": ("attncc.language.flex.front", "from_flex"),
+    "RecurrenceOp": ("attncc.runtime.recurrence", "RecurrenceOp"),
     "reference": ("attncc.runtime.reference", "reference"),
     "recipes": ("attncc.recipes", None),
     "variants": ("attncc.variants", None),
@@ -94,6 +97,7 @@ __all__ = [
     "InputError",
     "KernelSchedule",
     "LinearOp",
+    "RecurrenceOp",
     "Scalar",
     "Schedule",
     "ScheduleError",
@@ -140,6 +144,7 @@ __all__ = [
     "padding",
     "prefix",
     "recipes",
+    "recurrence",
     "reference",
     "relu",
     "sigmoid",

@@ -64,6 +64,8 @@ def _undone_gradients(graph: VariantGraph) -> list[Finding]:
     """A gradient that is derived, and that no kernel can sum up."""
     from attncc.codegen.plan import Plan
 
+    if graph.recurrent:
+        return []  # all of one has a gradient, or it is refused
     plan = Plan(graph)
     try:
         plan.backward  # noqa: B018

@@ -37,6 +37,8 @@ from attncc.errors import InputError
 
 if TYPE_CHECKING:
     from attncc.codegen.crosscompile import CompiledKernel
+    from attncc.ir.graph import VariantGraph
+    from attncc.schedule.device import Device
 
 
 class Emit(StrEnum):
@@ -94,9 +96,12 @@ def command(
         raise InputError(f"--emit {emit} needs a file to write to", remedy="add -o kernel.ptx, or the like")
     spelled = resolve(spec, similarity, score, mask, normalizer).graph
     graph = spelled.core
-    plan = Plan(graph)
     device = explained_device(target)
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
+    if graph.recurrent:
+        _recurrence(graph, sizes, dtype, device, emit, output, json)
+        return
+    plan = Plan(graph)
     problem = problem_of(plan, sizes, dtype.value, "ieee", scalars(graph, settings))
     schedule = choose(problem, device, Cache(), backend.value if backend else None)
     source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)
@@ -129,6 +134,40 @@ def command(
         err.print(f"no backward: {plan.has_backward}")
     for path in written:
         out.print(f"wrote {path}")
+
+
+def _recurrence(
+    graph: VariantGraph,
+    sizes: dict[str, int],
+    dtype: DtypeName,
+    device: Device,
+    emit: Emit,
+    output: Path | None,
+    json: bool,
+) -> None:
+    """The kernels of a recurrence's forms by chunks and by tokens. Its file has no autograd of its own."""
+    from attncc.codegen.crosscompile_linear import cross_compile_linear
+    from attncc.codegen.module import load_source
+    from attncc.runtime.explain_recurrence import schedule_of
+    from attncc.runtime.recurrence import RecurrenceOp
+
+    source = RecurrenceOp(graph).source(sizes["d_qk"], sizes["d_v"])
+    schedule = schedule_of(graph, sizes, dtype.value, device)
+    kernels = cross_compile_linear(load_source(source, graph.name), schedule, device, dtype.value)
+    written = _write(emit, output, source, kernels)
+    tiles = {name: str(schedule.kernels.get(name.removesuffix("_kernel"), "")) for name in kernels}
+    if json:
+        found: dict[str, Any] = {"name": graph.name, "target": device.target, "device": device.name}
+        found["kernels"] = {name: _usage(kernel) for name, kernel in kernels.items()}
+        print_json({**found, "files": [str(path) for path in written]})
+        return
+    dims = f"{sizes['d_qk']}/{sizes['d_v']}"
+    out.print(f"{graph.name} for {device.title} ({device.target}), {dtype}, head dimensions {dims}")
+    out.print(_table(kernels, tiles))
+    for path in written:
+        out.print(f"wrote {path}")
+    if written and emit is Emit.triton:
+        err.print("its forward, backward and step are called by ac.compile(...), which has the autograd")
 
 
 def _write(emit: Emit, output: Path | None, source: str, kernels: dict[str, CompiledKernel]) -> list[Path]:

@@ -31,9 +31,11 @@ from attncc.cli.options import (
 from attncc.cli.output import out, print_json
 from attncc.cli.roofline import draw, lines
 from attncc.cli.spec import resolve
+from attncc.errors import InputError
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan
+    from attncc.ir.graph import VariantGraph
     from attncc.schedule.device import Device
     from attncc.schedule.problem import Backend as Language
     from attncc.schedule.problem import Problem
@@ -83,6 +85,9 @@ def command(
     graph = resolve(spec, similarity, score, mask, normalizer).graph
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     device = explained_device(target)
+    if graph.recurrent:
+        _recurrence(graph, sizes, dtype, device, roofline, json)
+        return
     plan, values = Plan(graph), scalars(graph, settings)
     asked: Language | None = backend.value if backend is not None else None
     found = facts(plan, sizes, dtype.value, device, values, cache=Cache(), shown=top, backend=asked)
@@ -99,6 +104,21 @@ def command(
         for line in lines(points):
             out.print(f"  {line}")
         out.print(f"wrote {roofline}")
+
+
+def _recurrence(
+    graph: VariantGraph, sizes: dict[str, int], dtype: DtypeName, device: Device, roofline: Path | None, json: bool
+) -> None:
+    """What is said of a recurrence, which has no pairs, candidates or roofline."""
+    from attncc.runtime.explain_recurrence import recurrence_facts, recurrence_text
+
+    if roofline is not None:
+        raise InputError(f"'{graph.name}' is a recurrence, whose kernels are not modelled", remedy="drop --roofline")
+    found = recurrence_facts(graph, sizes, dtype.value, device)
+    if json:
+        print_json(found)
+        return
+    out.print(recurrence_text(found))
 
 
 def _points(

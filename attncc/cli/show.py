@@ -10,6 +10,7 @@ import typer
 from attncc.cli.options import KvLen, Mask, Normalizer, Score, Set, Similarity, Spec, scalars
 from attncc.cli.output import err, out
 from attncc.cli.spec import resolve
+from attncc.errors import InputError
 from attncc.ir.graph import VariantGraph
 
 
@@ -44,6 +45,10 @@ def command(
         out.print(to_text(graph))
         return
     formulas(graph)
+    if graph.recurrent:
+        if png is not None or svg is not None:
+            raise InputError(f"'{graph.name}' is a recurrence: there is no mask to draw")
+        return
     given = {name: value for name, value in scalars(graph, settings).items() if _is_set(name, settings)}
     drawing(graph, q_len, q_len if kv_len is None else kv_len, head, heads, given)
     for path in (png, svg):

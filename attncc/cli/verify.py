@@ -72,7 +72,7 @@ def command(
         )
     chosen: list[Variant] = [named(spec) for spec in specs or ()]
     if all_:
-        chosen += [variants.get(name) for name in variants.names()]
+        chosen += [variants.get(name) for name in (*variants.names(), *variants.recurrences())]
     if not chosen or score or mask or normalizer:
         chosen.append(resolve(None, similarity, score, mask, normalizer))
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]

@@ -10,12 +10,16 @@ from triton.compiler import ASTSource
 
 from attncc.codegen.crosscompile import TYPES, CompiledKernel, gpu_target, kernel_names, resources
 from attncc.errors import UnsupportedError
+from attncc.schedule.delta import solve_precision
 from attncc.schedule.device import Device
 from attncc.schedule.linear import LinearSchedule
 from attncc.schedule.problem import Dtype, Precision
 
-_TENSORS = ("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR")
-_FLAGS = ("HAS_STATE", "HAS_FIRST", "KEEP_STATE", "WANT_PRODUCT")
+_TENSORS = (
+    *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
+    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR"),
+)
+_FLAGS = ("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP")
 
 
 def cross_compile_linear(
@@ -34,6 +38,7 @@ def cross_compile_linear(
             "REVERSE": False,
             "DOT": TYPES[dtype],
             "PRECISION": precision if dtype == "fp32" else "ieee",
+            "SOLVE": solve_precision("ieee", dtype == "fp32", device),
             "FAST_MATH": dtype != "fp32" and device.backend == "cuda",
         }
         source = ASTSource(kernel, *_arguments(kernel, constants, dtype))

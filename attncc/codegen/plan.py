@@ -63,6 +63,11 @@ class Plan:
     def __init__(
         self, graph: VariantGraph, tag: str = "", extra: PairCotangents | None = None, facts: Facts | None = None
     ):
+        if graph.recurrent:
+            raise UnsupportedError(
+                f"'{graph.name}' is a recurrence: it has a state from token to token, and no pairs of query and key",
+                remedy="ac.compile(...) has its kernels, attncc explain its form by chunks",
+            )
         found = phases(graph)
         self.given = graph
         self.graph = without_running_sums(found.main)

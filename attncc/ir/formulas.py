@@ -23,7 +23,9 @@ DEFAULTS = {
 def stage_texts(graph: VariantGraph) -> dict[str, str]:
     """similarity, score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec.
     What differs between the branches of a variant has an entry a branch, such as `score[1]`. Where v is part of k, so
-    says "value"; "dead_rows" is there where such rows do not give 0."""
+    says "value"; "dead_rows" is there where such rows do not give 0. Of a recurrence: state and out."""
+    if graph.recurrent:
+        return {"state": formula(graph["update"].expr), "out": formula(graph["out"].expr)}
     if graph.branches > 1:
         return _branch_texts(graph)
     rows: dict[Any, Any] = {}

@@ -9,12 +9,17 @@
             | name = row.root(t: row.sum(expr) + expr, lo, hi)  one value a query: the t that makes the sum 0
             | name = col.max(expr) | col.sum(expr)  one value a key, over the queries that see it
             | out  = row.sum(expr * v_vec)          the output row
+            | update = scan(expr)                   in place of all pairs: the state behind a token, of that before it
+            | out    = read(expr)                   and what the token's query reads of it
     output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
 
 A variant may have several branches: each has the stages of a variant of its own, named `score[0]`, `score[1]` and so
 on, and `out` is linear in their weights. Where v is the first elements of k, `value` says how many.
 `dead_rows` says what a row does that sees no key: it gives 0 ("zero"), it sees all keys ("open"), or it sees all and
 all alike ("uniform").
+
+A recurrence has the two stages `update` and `out` and no others, of expressions over `state`, whose elements have a row
+for each component of k_vec and a column for each of v_vec; sum_d adds over the rows.
 
 An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of
 earlier stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes
@@ -75,7 +80,7 @@ class ScalarDecl:
 class Stage:
     """One named value. `op` is None for a pair stage; for a reduction over the visible keys of a row it is "max" or
     "sum", or "root", of which `expr` is a `vocabulary.Root`; over the queries that see a key it is "col_max" or
-    "col_sum"; for a sum over the head dimension it is "sum_d"."""
+    "col_sum"; for a sum over the head dimension it is "sum_d"; for the stages of a recurrence "scan" and "read"."""
 
     name: str
     expr: sympy.Basic
@@ -84,7 +89,7 @@ class Stage:
 
     @property
     def type(self) -> str:
-        return "vector" if self.name == "out" else type_of(self.expr)
+        return {"out": "vector", "update": "matrix"}.get(self.name) or type_of(self.expr)
 
 
 class VariantGraph:
@@ -115,7 +120,9 @@ class VariantGraph:
         found = [s.expr.atoms(Read) for s in self._given.values()]
         #: the inputs that are read as vectors over the head dimension
         self.vectors = frozenset(r.input for reads in found for r in reads if sym.COMPONENT in r.index)
-        #: does the similarity use `scale`?
+        #: is it a state from token to token, and no matrix of pairs?
+        self.recurrent = "update" in self._given
+        #: does the similarity, or what a recurrence reads, use `scale`?
         self.has_scale = any(sym.SCALE in s.expr.free_symbols for s in self._given.values())
 
     def changed(

@@ -30,7 +30,7 @@ from attncc.ir.vocabulary import Read, sum_d
 #: the kinds of sums, as stages are named
 KINDS = ("q_term", "k_term", "dot", "band", "pair")
 
-_VECTORS = {sym.Q_VEC, sym.K_VEC, sym.COMPONENT}
+_VECTORS = {sym.Q_VEC, sym.K_VEC, sym.STATE, sym.COMPONENT}
 
 
 def is_vector(expr: Any) -> bool:

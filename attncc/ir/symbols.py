@@ -33,6 +33,8 @@ RAW_SCORE = sympy.Symbol("raw_score", real=True)
 SCORE = sympy.Symbol("score", real=True)
 WEIGHT = sympy.Symbol("weight", real=True)
 V_VEC = sympy.Symbol("v_vec", real=True)
+#: one element of a recurrence's state, a row for each component of k_vec and a column for each of v_vec
+STATE = sympy.Symbol("state", real=True)
 
 #: the row reductions, and what kernels keep beside them: the next maximum, where it is, how often, a cotangent
 ROW_NAME = r"row_(max|sum|root|part)_\d+(_[a-z]+)?(\[\d+\])?|row_unknown"

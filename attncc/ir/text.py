@@ -11,7 +11,9 @@ from sympy.printing.str import StrPrinter
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.levels import Level, level
 from attncc.ir.outputs import Output, Reduction
-from attncc.ir.symbols import COMPONENT, UNKNOWN
+from attncc.ir.symbols import COMPONENT, K_VEC, Q_VEC, STATE, UNKNOWN
+
+_VECTORS = {Q_VEC, K_VEC, STATE}
 
 
 class FormulaPrinter(StrPrinter):
@@ -29,6 +31,12 @@ class FormulaPrinter(StrPrinter):
 
     def _print_to_float(self, expr: Any) -> str:
         return f"float({self._print(expr.args[0])})"
+
+    def _print_sum_d(self, expr: Any) -> str:
+        factors = sympy.Mul.make_args(expr.args[0])
+        if len(factors) == 2 and all(f in _VECTORS for f in factors):
+            return f"dot({self._print(factors[0])}, {self._print(factors[1])})"
+        return f"sum_d({self._print(expr.args[0])})"
 
     def _print_floordiv(self, expr: Any) -> str:
         return self._infix(expr, "//")
@@ -83,6 +91,8 @@ def formula(expr: Any) -> str:
 
 def _definition(stage: Stage) -> str:
     body = formula(stage.expr)
+    if stage.op in ("scan", "read"):
+        return f"{stage.op}({body})"
     if stage.op == "sum_d":
         return f"sum_d({body})"
     if stage.op in ("col_max", "col_sum"):
@@ -92,6 +102,8 @@ def _definition(stage: Stage) -> str:
 
 def _each(stage: Stage) -> str:
     """What there is one value of."""
+    if stage.op in ("scan", "read"):
+        return "token"
     if stage.op == "sum_d":
         return {Level.PAIR: "pair", Level.COL: "column"}.get(level(stage.expr), "row")
     if stage.op in ("col_max", "col_sum"):
@@ -121,7 +133,7 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
         # the default is a call-time convenience, no part of the mathematics
         shown = f" = {scalar.default!r}" if header else ""
         lines.append(f"  scalar {scalar.name} : {'int' if scalar.is_int else 'float'}{shown}")
-    for i in range(graph.branches):
+    for i in range(0 if graph.recurrent else graph.branches):
         at = f"[{i}]" if graph.branches > 1 else ""
         if graph.parts[i].has_dot:
             lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")

@@ -23,6 +23,9 @@ def verify(graph: VariantGraph) -> None:
         for part in graph.parts:
             verify(part)
         return
+    if graph.recurrent:
+        _verify_recurrence(graph)
+        return
     for name in _REQUIRED:
         if name not in graph:
             raise SpecError(f"the graph has no stage '{name}'")
@@ -49,6 +52,18 @@ def verify(graph: VariantGraph) -> None:
     _verify_output(graph["out"])
     for output in graph.outputs:
         _verify_auxiliary(graph, output, declared | indices)
+
+
+def _verify_recurrence(graph: VariantGraph) -> None:
+    """A state of a state, and a row that is read of it."""
+    declared = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
+    token = declared | set(sym.INDICES) - {"q_idx", "q_len"} | {"state", "d_idx"}
+    for stage, seen in ((graph["update"], {"k_vec", "v_vec"}), (graph["out"], {"q_vec", "scale"})):
+        unknown = sorted(s.name for s in stage.expr.free_symbols if s.name not in token | seen)
+        if unknown:
+            raise SpecError(f"'{unknown[0]}' is not defined", stage=stage.name, span=stage.span)
+        _verify_vocabulary(stage)
+        _verify_reads(graph, stage)
 
 
 def _extra(stage: Stage) -> set[str]:

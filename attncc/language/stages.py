@@ -35,6 +35,11 @@ SEES: dict[str, tuple[str, ...]] = {
     "reduction": ("weight", "v_vec", *_PAIR, "row"),
     "output": ("weight", "score", *_PAIR, "row", "col", "offset", "block", "pair"),
 }
+#: and what the two functions of a recurrence see: the state before a token, and behind it
+SEES_STATE: dict[str, tuple[str, ...]] = {
+    "state": ("state", "k_vec", "v_vec", "b", "h", "h_kv", "kv_idx", "kv_len", "num_heads"),
+    "out": ("q_vec", "state", "scale", "b", "h", "h_kv", "kv_idx", "kv_len", "num_heads"),
+}
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
 _STAGE_NAME = (
@@ -276,7 +281,10 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
         "score": "the mask decides before any score is known; hide pairs by index or input",
         BRANCH: "a variant with branches=2 or more has them; the reduction sees the weight of each, weight[0]",
     }
-    visible = list(SEES[stage.split()[0]]) + [n for n in env if n not in sym.INDICES]
+    if stage in SEES_STATE:
+        special = {"q_idx": "a recurrence goes from token to token, and kv_idx counts them", "q_vec": "`out` reads it"}
+    seen = SEES_STATE.get(stage) or SEES[stage.split()[0]]
+    visible = list(seen) + [n for n in env if n not in sym.INDICES]
     near = difflib.get_close_matches(name, [*visible, *callables], n=1, cutoff=0.6)
     if name in special:
         remedy = special[name]

@@ -28,11 +28,24 @@ from attncc.errors import Span, SpecError
 from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language.combinators import Piece
 from attncc.language.expression import PIECES, Source, parse, stage_function
-from attncc.language.stages import SEES, assemble, check_name
-from attncc.language.variant import Input, Scalar, Variant, check_branches, check_dead_rows, value_of_key
+from attncc.language.recurrence import assemble_recurrence
+from attncc.language.stages import SEES, SEES_STATE, assemble, check_name
+from attncc.language.variant import (
+    Input,
+    Scalar,
+    Variant,
+    check_alone,
+    check_branches,
+    check_dead_rows,
+    value_of_key,
+)
 
 _DEFAULTS = {"score": "score", "mask": "True", "normalizer": "softmax", "reduction": "row.sum(weight * v_vec)"}
-_TOP = ("name", "cites", "description", "branches", "value", "dead_rows", "stages", "inputs", "scalars", "outputs")
+_DEFAULT_READ = "scale * dot(q_vec, state)"
+_TOP = (
+    *("name", "cites", "description", "branches", "value", "dead_rows", "stages", "recurrence", "inputs", "scalars"),
+    "outputs",
+)
 
 
 def load_toml(path: str | Path) -> Variant:
@@ -62,6 +75,8 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
                 span=_key_span(lines, file, (), key),
                 remedy=f"move it under [{where}]" if where else f"the keys are: {', '.join(_TOP)}",
             )
+    if "recurrence" in data:
+        return _recurrence(data, file, lines)
     stages = _table(data, "stages", file, lines)
     sources = {}
     for stage, value in stages.items():
@@ -110,6 +125,41 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         branches=data.get("branches", 1),
     )
     return Variant.from_graph(variant.graph.changed(value=length, dead_rows=dead_rows))
+
+
+def _recurrence(data: Mapping[str, Any], file: str, lines: list[str]) -> Variant:
+    """A variant whose table [recurrence] has the text of `state`, and of `out` where it is not the plain one."""
+    for key in ("stages", "branches", "value", "dead_rows", "outputs"):
+        if key in data:
+            try:
+                check_alone([key])
+            except SpecError as error:
+                raise error.at(_key_span(lines, file, (), key)) from None
+    table = _table(data, "recurrence", file, lines)
+    if "state" not in table:
+        raise SpecError(
+            "the recurrence has no state",
+            span=_key_span(lines, file, (), "recurrence"),
+            remedy='write state = "state + k_vec * v_vec"',
+        )
+    evaluate = {}
+    for key, value in {"out": _DEFAULT_READ, **table}.items():
+        span = _key_span(lines, file, ("recurrence",), key)
+        if key not in SEES_STATE:
+            raise SpecError(f"unknown key '{key}'", span=span, remedy=f"a recurrence has: {', '.join(SEES_STATE)}")
+        if not isinstance(value, str):
+            raise SpecError(f"it must be a string, got {type(value).__name__}", stage=key, span=span)
+        given = key in table
+        source = _value_source(lines, file, ("recurrence",), key, value) if given else Source(value, f"<default {key}>")
+        evaluate[key] = (stage_function(source, key), source.whole())
+    graph = assemble_recurrence(
+        _string(data, "name", Path(file).stem if file.endswith(".toml") else "variant", file, lines),
+        _inputs(_table(data, "inputs", file, lines), file, lines),
+        _scalars(_table(data, "scalars", file, lines), file, lines),
+        {key: evaluate[key] for key in SEES_STATE},
+        _string(data, "cites", "", file, lines),
+    )
+    return Variant.from_graph(graph)
 
 
 def from_texts(name: str = "inline", **stages: str) -> Variant:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attncc.errors import AttnccError, Span, SpecError
@@ -14,6 +14,7 @@ from attncc.language import normalizers
 from attncc.language.combinators import Mask, ScoreMod, call_by_name
 from attncc.language.outputs import OutputSpec
 from attncc.language.places import return_span, traceback_span
+from attncc.language.recurrence import Recurrence, assemble_recurrence
 from attncc.language.stages import add_outputs, assemble
 
 #: each takes an accumulator of its own, and there are only so many registers
@@ -89,6 +90,7 @@ class Variant:
     "open", it sees all keys; "uniform", it sees all keys and all alike, as a finite fill in place of -inf has it.
     `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`. `outputs` names
     auxiliary outputs, each one of `ac.outputs` or a function as described there; a call computes those it asks for.
+    `recurrence`, an `ac.recurrence(...)`, stands in place of all stages: a state from token to token, no pairs.
     Raises SpecError, with file, line and a caret, when a stage is wrong.
     """
 
@@ -109,7 +111,24 @@ class Variant:
         dead_rows: str = "zero",
         cites: str = "",
         outputs: Mapping[str, Callable[..., Any] | OutputSpec] | None = None,
+        recurrence: Recurrence | None = None,
     ):
+        self.name = name
+        if recurrence is not None:
+            of_pairs = {
+                "similarity": similarity is not None,
+                "score": score is not None,
+                "mask": mask is not None,
+                "normalizer": normalizer is not normalizers.softmax,
+                "reduction": reduction is not normalizers.weighted_sum,
+                "branches": branches != 1,
+                "value": value is not None,
+                "dead_rows": dead_rows != "zero",
+                "outputs": bool(outputs),
+            }
+            check_alone([key for key, given in of_pairs.items() if given])
+            self.graph = _recurrent(name, inputs or {}, recurrence, cites)
+            return
         check_branches(branches)
         check_dead_rows(dead_rows, branches)
         decls, scalars = _declarations(inputs or {})
@@ -132,7 +151,6 @@ class Variant:
         for stage, function in functions.items():
             run = pieces[stage].run if stage in pieces else _runner(function, stage)
             stages[stage] = (_located(run, stage), return_span(function))
-        self.name = name
         auxiliary = _located_specs(specs, outputs or {})
         graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
         length = value_of_key(value, branches) if value is not None else None
@@ -150,6 +168,8 @@ class Variant:
 
         A formula may read the variant's inputs, and those that a ready-made output brings along.
         """
+        if self.graph.recurrent:
+            check_alone(["outputs"])
         specs = _specs(outputs)
         decls: dict[str, InputDecl] = {}
         scalars: dict[str, ScalarDecl] = {}
@@ -167,6 +187,24 @@ class Variant:
 
     def __repr__(self) -> str:
         return f"<Variant {self.name} {self.graph.digest}>"
+
+
+def check_alone(others: Sequence[str]) -> None:
+    """Raise SpecError where a recurrence stands beside what is said of pairs."""
+    if others:
+        raise SpecError(
+            f"a recurrence and '{others[0]}': a state goes from token to token, and has no pairs",
+            remedy=f"drop '{others[0]}'; a recurrence says by itself what a token sees, and reads inputs",
+        )
+
+
+def _recurrent(name: str, inputs: Mapping[str, Input | Scalar], recurrence: Recurrence, cites: str) -> VariantGraph:
+    decls, scalars = _declarations(inputs)
+    evaluate = {
+        key: (_located(_runner(function, key), key), return_span(function))
+        for key, function in recurrence.functions.items()
+    }
+    return assemble_recurrence(name, decls, scalars, evaluate, cites)
 
 
 def check_branches(count: Any) -> None:

@@ -22,6 +22,7 @@ from attncc.ir.vocabulary import Read
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
 from attncc.passes.phases import is_column_sum, phases
+from attncc.passes.recur import recur
 from attncc.passes.running import without_running_sums
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
@@ -59,6 +60,8 @@ class Finding:
 
 def lint(graph: VariantGraph) -> tuple[Finding, ...]:
     """Everything that is found, errors first."""
+    if graph.recurrent:
+        return tuple(undone_recurrence(graph))
     try:
         main = without_running_sums(phases(graph).main)
     except UnsupportedError as error:
@@ -72,6 +75,14 @@ def lint(graph: VariantGraph) -> tuple[Finding, ...]:
 def _of_parts(check: Callable[[VariantGraph], Iterator[Finding]], graph: VariantGraph) -> Iterator[Finding]:
     """What a check finds in the branches of a variant, each finding once."""
     yield from dict.fromkeys(finding for part in graph.parts for finding in check(part))
+
+
+def undone_recurrence(graph: VariantGraph) -> Iterator[Finding]:
+    """Has a recurrence no form by chunks?"""
+    try:
+        recur(graph)
+    except UnsupportedError as error:
+        yield Finding("error", error.reason, error.stage, error.span, error.remedy)
 
 
 def hidden_rows(graph: VariantGraph) -> Iterator[Finding]:

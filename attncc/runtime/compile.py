@@ -12,6 +12,7 @@ from attncc.language.variant import Variant
 from attncc.passes.linearize import Linear, linearize
 from attncc.runtime.linear import LinearOp, PlanName
 from attncc.runtime.op import AttentionOp
+from attncc.runtime.recurrence import RecurrenceOp
 from attncc.schedule.problem import Backend, Precision, Schedule
 
 
@@ -23,9 +24,9 @@ def compile(
     precision: Precision | None = None,
     plan: PlanName = "auto",
     deterministic: bool = False,
-) -> AttentionOp | LinearOp:
+) -> AttentionOp | LinearOp | RecurrenceOp:
     """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file. An AttentionOp; a LinearOp
-    where the variant has a form in linear time, as `attncc explain` shows.
+    where the variant has a form in linear time, as `attncc explain` shows; a RecurrenceOp where it is a recurrence.
 
     `backend` is "triton" or "gluon", the latter for forward and backward on Hopper GPUs; where Gluon has no kernel for
     a call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
@@ -44,6 +45,11 @@ def compile(
     if isinstance(variant, str | Path):
         variant = _named(variant)
     graph = variant.graph if isinstance(variant, Variant) else variant
+    if graph.recurrent:
+        if schedule is not None or backend == "gluon":
+            given = "a schedule" if schedule is not None else "backend='gluon'"
+            raise UnsupportedError(f"{given} is of pairs, and '{graph.name}' is a recurrence", remedy="leave it out")
+        return RecurrenceOp(graph, plan, precision)
     parallel = AttentionOp(graph, schedule, precision, backend, deterministic)
     linear = _linear(graph, plan) if schedule is None else None
     return parallel if linear is None else LinearOp(graph, linear, parallel, plan, precision)

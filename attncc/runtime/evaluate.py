@@ -26,7 +26,8 @@ def evaluate(
 
     `env` maps the name of each symbol to a tensor or a number, and that of each input to its whole tensor, which Reads
     index: an index outside it (negative ones too) reads 0 and passes no gradient. float tensors keep their dtype;
-    integers that enter arithmetic with fractions become `dtype`.
+    integers that enter arithmetic with fractions become `dtype`. sum_d is the sum over the dimension before the last,
+    where a recurrence has the components of its vectors.
     """
     return _Evaluator(env, dtype, torch.device(device))(expr)
 
@@ -108,6 +109,8 @@ class _Evaluator:
         if isinstance(expr, sympy.Pow):
             return self._power(expr)
         values = [self(a) for a in expr.args]
+        if isinstance(expr, voc.sum_d):
+            return self._float(values[0]).sum(-2, keepdim=True)
         if kind in FLOAT_FUNCTIONS:
             return FLOAT_FUNCTIONS[kind](*map(self._float, values))
         if kind in JOIN_FUNCTIONS:

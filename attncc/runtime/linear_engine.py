@@ -54,9 +54,13 @@ class LinearEngine:
         found = self._cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
-        text = render_linear(self.graph, self.plan, d_qk, d_v)
+        text = self.render(d_qk, d_v)
         self._cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
         return text
+
+    def render(self, d_qk: int, d_v: int) -> str:
+        """The generated module's text, made anew."""
+        return render_linear(self.graph, self.plan, d_qk, d_v)
 
     def module(self, d_qk: int, d_v: int, interpreted: bool) -> ModuleType:
         """The generated module, loaded for the compiler or for the interpreter."""

@@ -6,6 +6,7 @@ head dimension is the kernels'.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +61,12 @@ class _Row:
 class TokenRows:
     """The factors of one plan: made once, computed at each call."""
 
-    def __init__(self, graph: VariantGraph, plan: Linear):
+    def __init__(self, graph: VariantGraph, plan: Linear, exprs: Mapping[str, sympy.Expr | None] | None = None):
+        """`exprs`: the formulas, where they are not the plan's own."""
+        exprs = row_exprs(plan) if exprs is None else exprs
         self._causal = plan.causal
         self._patterns = {d.name: d.pattern for d in graph.inputs}
-        self._rows = tuple(self._row(name, expr) for name, expr in row_exprs(plan).items() if expr is not None)
+        self._rows = tuple(self._row(name, expr) for name, expr in exprs.items() if expr is not None)
         self._constant = closure(plan.constant)
         self._scale, self._slope = closure(plan.scale), closure(sympy.diff(plan.scale, TOTAL) / plan.scale)
         #: the factors that there are, in the order in which they are handed on

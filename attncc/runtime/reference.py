@@ -27,6 +27,7 @@ from attncc.language.variant import Variant
 from attncc.runtime.cells import finish
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.recompute import recomputed
+from attncc.runtime.recurrence_reference import recurrence
 from attncc.runtime.shapes import (
     OUTPUTS,
     REFERENCE_DTYPES,
@@ -69,11 +70,19 @@ def reference(
     `variant` may also be a shipped name or the path of a TOML file.
     q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) of any float dtype; `out` is (B, Hq, M, Dv), `lse` is
     (B, Hq, M), an auxiliary output as its domain has it. A row that sees no key gives 0, lse = -inf, and zero
-    gradients. Raises InputError for tensors that do not fit, UnsupportedError for the lse of a normalizer that has
+    gradients. For a recurrence initial_state, output_final_state and cu_seqlens are what they are for its op, in
+    float64. Raises InputError for tensors that do not fit, UnsupportedError for the lse of a normalizer that has
     none.
     """
     graph = graph_of(variant)
     v = value_of(graph, k, v)
+    if graph.recurrent:
+        stateful = {name: inputs.pop(name, None) for name in ("initial_state", "cu_seqlens")}
+        keep = inputs.pop("output_final_state", False)
+        names = output_names(outputs, graph)
+        given = (q.double(), k.double(), v.double(), scale, inputs, names)
+        found = _recurrence(graph, *given, torch.float64, **stateful)
+        return found if keep else found[0]
     results = evaluated(graph, q.double(), k.double(), v.double(), scale, inputs, outputs, torch.float64)
     return results[0] if len(results) == 1 else results
 
@@ -90,10 +99,35 @@ def evaluated(
 ) -> tuple[Tensor, ...]:
     """The outputs by `dense`, with the inputs that they need."""
     names = output_names(outputs, graph)
+    if graph.recurrent:
+        return (_recurrence(graph, q, k, v, scale, inputs, names, number)[0],)
     chosen = graph.select(auxiliary_names(graph, outputs))
     bound = bind(chosen, q, k, v, scale, read_inputs(graph, chosen, inputs), REFERENCE_DTYPES)
     run = dense(chosen, q, k, v, bound, number)
     return tuple(run.named(name) for name in names)
+
+
+def _recurrence(
+    graph: VariantGraph,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    inputs: Mapping[str, Any],
+    names: tuple[str, ...],
+    number: torch.dtype,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out and the last state, token after token."""
+    if names != ("out",):
+        raise UnsupportedError(
+            f"'{graph.name}' is a recurrence, whose one output is 'out'", remedy="output_final_state=True has the state"
+        )
+    bound = bind(graph, q, k, v, scale, inputs, REFERENCE_DTYPES)
+    if bound.sizes["q_idx"] != bound.sizes["kv_idx"] or v.shape[1] != k.shape[1]:
+        raise InputError("a recurrence has q, k and v of the same tokens, and as many heads of v as of k")
+    return recurrence(graph, q, k, v, bound, number, initial_state, cu_seqlens)
 
 
 @torch.no_grad()

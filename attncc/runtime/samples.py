@@ -74,6 +74,8 @@ def sample_inputs(
     q, k, v are normal. An input with a default has it; another float input is normal, or within [0.5, 1.5] where the
     formula divides by it, takes its logarithm or a root of it; what is summed along the tokens is a little below 0, as
     the logs of gates are; vectors over the head dimension are about as long as 1;
+    a recurrence, whose state should neither grow nor vanish, has keys of length 1, factors of tokens between 0 and 1,
+    and exponents a little below 0;
     integers along the sequence are sorted ids, as documents
     have them, and others are lengths up to the number of keys. An int scalar whose default is longer than the sequence
     is a third of it, so that a window hides something.
@@ -92,8 +94,10 @@ def sample_inputs(
     q = sequence(shape.heads, shape.q_len, graph.branches * d_qk)
     k = sequence(shape.kv_heads, shape.kv_len, (1 if shape.shared_key else graph.branches) * d_qk)
     v = sequence(shape.kv_heads * shape.values, shape.kv_len, shape.d_v) if graph.value is None else None
+    if graph.recurrent:
+        k = torch.nn.functional.normalize(k.float(), dim=-1).to(dtype)
     positive = _positive(graph)
-    gates = {s.of for s in running_sums(graph)}
+    gates = {s.of for s in running_sums(graph)} | _exponents(graph)
     inputs: dict[str, Any] = {}
     for decl in graph.inputs:
         if decl.default is not None:
@@ -104,6 +108,8 @@ def sample_inputs(
             value = 0.5 + torch.rand(_size(graph, decl, shape), generator=generator)
         elif decl.name in gates:
             value = -min(0.2, 8 / max(shape.kv_len, 1)) * torch.rand(_size(graph, decl, shape), generator=generator)
+        elif graph.recurrent:
+            value = torch.rand(_size(graph, decl, shape), generator=generator)
         elif decl.name in graph.vectors:
             value = shape.d_qk**-0.5 * normal(*_size(graph, decl, shape))
         else:
@@ -130,6 +136,13 @@ def _integers(graph: VariantGraph, decl: InputDecl, shape: Shape, generator: tor
     if decl.pattern and decl.pattern[-1] in ("q_idx", "kv_idx"):
         return torch.randint(0, 2 + size[-1] // 24, size, generator=generator).sort(-1).values
     return torch.randint(0, shape.kv_len + 1, size, generator=generator)
+
+
+def _exponents(graph: VariantGraph) -> set[str]:
+    """The inputs that a recurrence has in its exponents, as the log of what a token leaves of the state."""
+    if not graph.recurrent:
+        return set()
+    return {r.input for s in graph.stages for e in s.expr.atoms(sympy.exp) for r in e.args[0].atoms(Read)}
 
 
 def _positive(graph: VariantGraph) -> set[str]:

@@ -23,7 +23,8 @@ from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.passes.cotangents import differentiable_outputs
-from attncc.runtime.linear import LinearOp
+from attncc.runtime.linear import LinearOp, PlanName
+from attncc.runtime.recurrence import RecurrenceOp
 from attncc.runtime.reference import evaluated, graph_of, largest_score, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import value_of
@@ -162,7 +163,8 @@ def verify_variant(
 
     Every call is made twice and compared bit for bit. lse is checked where the normalizer has one, auxiliary outputs
     where the variant has them, and gradients where a backward can be derived. A variant that is linear in time is
-    checked by each of its plans, those with a state from token to token at the shapes with as many queries as keys.
+    checked by each of its plans, those with a state from token to token at the shapes with as many queries as keys. A
+    recurrence is checked at these shapes with keys of as many tokens as there are queries.
     """
     import attncc
 
@@ -174,15 +176,19 @@ def verify_variant(
         exams = (Exam(variant, shape, device, dtype, seed, **options) for seed, shape in enumerate(shapes))
         return [row for exam in exams for row in exam.rows(run)]
 
+    def planned(plan: PlanName, shapes: Sequence[Shape]) -> list[Row]:
+        rows = verified(functools.partial(op, plan=plan), shapes, only_out=True)
+        return [replace(row, check=replace(row.check, name=f"{row.check.name} ({plan})")) for row in rows]
+
+    if isinstance(op, RecurrenceOp):
+        same = [replace(shape, kv_len=shape.q_len) for shape in chosen]
+        return [*planned("chunk", same), *planned("recurrent", same)]
     if not isinstance(op, LinearOp):
         return verified(op, chosen)
     rows = verified(op.parallel, chosen)
     causal = op.linear.causal
-    for plan in ("chunk", "recurrent") if causal else ("chunk",):
-        same = [shape for shape in chosen if shape.q_len == shape.kv_len or not causal]
-        for row in verified(functools.partial(op, plan=plan), same, only_out=True):
-            rows.append(replace(row, check=replace(row.check, name=f"{row.check.name} ({plan})")))
-    return rows
+    rows += planned("chunk", [shape for shape in chosen if shape.q_len == shape.kv_len or not causal])
+    return rows + (planned("recurrent", [s for s in chosen if s.q_len == s.kv_len]) if causal else [])
 
 
 class Exam:
@@ -203,18 +209,23 @@ class Exam:
         """`gradients`: those of all inputs are held against the reference, too, where a backward can be derived;
         `only_out`: of the outputs, `out` alone is."""
         graph = variant.graph
+        if graph.recurrent:
+            only_out = True
         auxiliary = tuple(o.name for o in graph.outputs)
-        outputs = (*(("out", "lse") if _has_lse(graph) else ("out",)), *auxiliary)
-        self.outputs: tuple[str, ...] = ("out",) if only_out else outputs
-        derived = {name for name, refusal in differentiable_outputs(graph).items() if refusal is None}
+        self.outputs: tuple[str, ...] = ("out",)
+        if not only_out:
+            self.outputs = (*(("out", "lse") if _has_lse(graph) else ("out",)), *auxiliary)
+        derived = set() if graph.recurrent else _derived(graph)
         differentiable = tuple(d.name for d in graph.inputs if d.grad)
-        with_gradients = gradients and Plan(graph).has_backward is None
+        with_gradients = gradients and (graph.recurrent or Plan(graph).has_backward is None)
         self._asked = (dtype, self.outputs, differentiable, with_gradients, frozenset(auxiliary) - derived)
         self.graph, self.shape, self.dtype, self.tf32 = graph, shape, dtype, tf32
         self.sample = sample_inputs(graph, shape, dtype, device, seed)
         self._exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(self.sample), *self._asked)
         self._plain = _results(lambda *a, **k: eager(variant, *a, **k), self.sample, *self._asked)
-        self._score = largest_score(variant, self.sample.q, self.sample.k, self.sample.v, **self.sample.inputs)
+        self._score = 0.0
+        if not graph.recurrent:
+            self._score = largest_score(variant, self.sample.q, self.sample.k, self.sample.v, **self.sample.inputs)
 
     def rows(self, op: Callable[..., Any]) -> list[Row]:
         """Call `op` twice: one row a result."""
@@ -227,6 +238,11 @@ class Exam:
             limits: dict[str, Any] = {"dtype": self.dtype, "tf32": self.tf32, "score": self._score}
             rows.append(Row(self.shape, check(name, value, exact[name], plain[name], kind, **limits), repeated[name]))
         return rows
+
+
+def _derived(graph: VariantGraph) -> set[str]:
+    """The auxiliary outputs that pass a gradient on."""
+    return {name for name, refusal in differentiable_outputs(graph).items() if refusal is None}
 
 
 def _reference_of(sample: Sample) -> Callable[[VariantGraph, str], Any]:

@@ -1,6 +1,7 @@
 """The variants that ship, one file each: formula, citation, defaults. A file is read when its variant is asked for.
 
-A new one is its file, its name in FAMILIES, and a row in attncc/catalogue; then `python -m attncc.gallery`.
+A new one is its file, its name in FAMILIES or RECURRENCES, and a row in attncc/catalogue; then
+`python -m attncc.gallery`.
 """
 
 from __future__ import annotations
@@ -81,24 +82,32 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "linear": ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla"),
     "reductions": ("local_gaussian", "head_gates", "reversed", "differential", "mla"),
 }
+#: states from token to token, without pairs of query and key: `Variant(recurrence=...)`
+RECURRENCES = ("delta_net", "gated_delta_net")
 _NAMES = tuple(name for members in FAMILIES.values() for name in members)
 
 
 def names() -> tuple[str, ...]:
-    """The names of all shipped variants."""
+    """The names of all shipped variants whose weights are of pairs."""
     return _NAMES
 
 
+def recurrences() -> tuple[str, ...]:
+    """The names of the shipped recurrences."""
+    return RECURRENCES
+
+
 def family(name: str) -> str:
-    """What a shipped variant changes of plain attention."""
-    return next(key for key, members in FAMILIES.items() if name in members)
+    """What a shipped variant changes of plain attention; "recurrences" where it is none."""
+    return "recurrences" if name in RECURRENCES else next(key for key, members in FAMILIES.items() if name in members)
 
 
 def get(name: str) -> Variant:
-    """A shipped variant by name. Raises SpecError, with the nearest name, if there is none."""
-    if name not in _NAMES:
-        near = difflib.get_close_matches(name, _NAMES, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(_NAMES)}"
+    """A shipped variant or recurrence by name. Raises SpecError, with the nearest name, if there is none."""
+    known = (*_NAMES, *RECURRENCES)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(known)}"
         raise SpecError(f"no shipped variant is called '{name}'", remedy=remedy)
     variant = getattr(importlib.import_module(f"attncc.variants.{name}"), name)
     assert isinstance(variant, Variant)

@@ -1,0 +1,88 @@
+"""Runs the chunk plan of one delta rule: makes and loads its module for a call's head dimensions, cuts, launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attncc.codegen.delta import render_delta
+from attncc.errors import UnsupportedError
+from attncc.ir.graph import VariantGraph
+from attncc.passes.recur import Delta
+from attncc.runtime.engine import dot_options, on_device
+from attncc.runtime.linear_cut import cut_evenly, cut_packed, sequence_lengths
+from attncc.runtime.linear_engine import LinearEngine
+from attncc.runtime.linear_rows import TokenRows
+from attncc.schedule.delta import delta_schedule, solve_precision
+from attncc.schedule.device import device_of
+from attncc.schedule.linear import LinearSchedule
+from attncc.schedule.problem import Precision
+
+
+class DeltaEngine(LinearEngine):
+    """The generated kernels of one delta rule, for every device, dtype and size that calls bring."""
+
+    def __init__(self, graph: VariantGraph, plan: Delta, precision: Precision | None = None):
+        super().__init__(graph, plan.linear, precision)
+        self.delta = plan
+        self.rows = TokenRows(graph, plan.linear, plan.rows)
+        self.names = self.rows.names
+
+    def render(self, d_qk: int, d_v: int) -> str:
+        return render_delta(self.graph, self.delta, d_qk, d_v)
+
+    def state_shape(self, d_qk: int, d_v: int) -> tuple[int, int]:
+        return d_qk, d_v
+
+    def _prepare(
+        self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
+    ) -> tuple[Any, list[int] | None, LinearSchedule, dict[str, Any], dict[str, Any]]:
+        """The module, where sequences end, the schedule, the cut into chunks, and the constants of all kernels."""
+        if q.device.type not in ("cuda", "cpu"):
+            raise UnsupportedError(
+                f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
+            )
+        device = device_of(q.device)
+        ends = None if cu_seqlens is None else sequence_lengths(cu_seqlens, q.shape[0], q.shape[2])
+        schedule = delta_schedule(self.sizes(q, v, ends), device, chunk)
+        if ends is None:
+            cut = cut_evenly(q.shape[0], q.shape[2], schedule.span)
+        else:
+            cut = cut_packed(ends, schedule.span, q.device)
+        options = dot_options(q.dtype, self.precision(), device)
+        options["SOLVE"] = solve_precision(options["PRECISION"], q.dtype == torch.float32, device)
+        module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
+        return module, ends, schedule, cut, options
+
+    def backward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: list[Tensor],
+        constant: float,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        chunk: int | None,
+        out: Tensor,
+        total: Tensor | None,
+        last: Tensor | None,
+        dout: Tensor,
+        dlast: Tensor | None,
+        wanted: list[bool],
+        want_initial: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
+        """dq, dk, dv, that of the initial state, and those of the factors of tokens that are wanted."""
+        module, _, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
+        named = dict(zip(self.names, rows, strict=True))
+        wants = dict(zip(self.names, wanted, strict=True))
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        dlast = None if dlast is None else dlast.contiguous()
+        with on_device(q.device):
+            dq, dk, dv, dinitial, found, _ = module.backward(
+                *(q, k, v, named, constant, initial, dout, dlast, want_initial),
+                *((wants.get("row", False), wants.get("step", False)), cut, schedule.kernels, options),
+            )
+        return dq, dk, dv, dinitial, [found.get(n) if wants[n] else None for n in self.names]
