@@ -104,6 +104,7 @@ def _plain(name: str, row: Row) -> dict[str, Any]:
         "result": c.name,
         "ok": row.ok,
         "repeatable": row.repeatable,
+        "ordered": row.ordered,
         **finite,
     }
 

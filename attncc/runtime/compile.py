@@ -30,8 +30,8 @@ def compile(
 
     `backend` is "triton" or "gluon", the latter for forward and backward on Hopper GPUs; where Gluon has no kernel for
     a call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
-    `deterministic` fixes the order of every sum, as PyTorch's deterministic mode does; only Gluon's backward has one
-    that is free otherwise, that of dQ.
+    `deterministic` fixes the order of every sum, as PyTorch's deterministic mode does; only Gluon's backward has some
+    that are free otherwise, see `AttentionOp.free_sums`.
     `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
     meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). `plan` is "auto",
     "parallel" (all pairs), "chunk" or "recurrent", see `LinearOp`; a fixed schedule is one of all pairs. Kernels are

@@ -188,6 +188,13 @@ class Engine:
         """Must the order of every sum be fixed? As asked for, or as PyTorch's deterministic mode says."""
         return self._deterministic or torch.are_deterministic_algorithms_enabled()
 
+    def free_sums(self) -> frozenset[str]:
+        """The gradients whose sums have no fixed order in the backwards prepared so far: programs of Gluon's add to dQ,
+        and to dK and dV where several share the heads of a group."""
+        summed = [p.meta["dkdv"] for p in self._prepared.values() if p.meta["dkdv"].get("SUM_DQ")]
+        shared = any(meta["SPLITS"] > 1 for meta in summed)
+        return frozenset(("dq", "dk", "dv") if shared else ("dq",) if summed else ())
+
     def prepare(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         """The module, schedule and options for calls like this one."""
         sizes = scheduled_sizes(bound.sizes)

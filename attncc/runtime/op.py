@@ -54,7 +54,8 @@ class AttentionOp:
         self.graph = graph
         found = phases(graph)
         self._makers = tuple(
-            Maker(made, lambda g: AttentionOp(g, precision=precision, backend=backend)) for made in found.made
+            Maker(made, lambda g: AttentionOp(g, precision=precision, backend=backend, deterministic=deterministic))
+            for made in found.made
         )
         self._captured = tuple(d for d in graph.inputs if d.captured)
         self._constant = tuple(d for d in graph.inputs if not d.grad)
@@ -166,6 +167,11 @@ class AttentionOp:
                     f"the normalizer of '{self.graph.name}' has no row statistic, so there is no output '{name}'"
                 )
         return picked[0] if len(picked) == 1 else tuple(picked)
+
+    def free_sums(self) -> frozenset[str]:
+        """The gradients ("dq", "dk", "dv") that backwards so far summed in no fixed order, so that a repeated call may
+        give other bits."""
+        return self.engine.free_sums()
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
         """The generated module for these head dimensions (d_qk: of one branch), in 16 bits and the backend asked for,

@@ -76,11 +76,11 @@ class Track:
             wrong = [row.check.name for row in rows if not row.check.ok]
             if wrong:
                 raise TrialError(f"wrong: {', '.join(wrong)}")
-            # Gluon sums dQ in a free order, unless the caller asks for a fixed one
-            free = kernel != "forward" and schedule.dkdv.backend == "gluon"
-            first, second = (self._run(op, kernel)[free:] for _ in range(2))
-            repeated = all(row.repeatable for row in rows if not (free and row.check.name == "dq"))
-            if not repeated or not all(map(torch.equal, first, second)):
+            first, second = (self._run(op, kernel) for _ in range(2))
+            free = set() if kernel == "forward" else op.free_sums()
+            names = ("dq", "dk", "dv", *("",) * len(first))  # of a forward: out alone
+            pairs = [pair for name, *pair in zip(names, first, second, strict=False) if name not in free]
+            if not all(row.repeatable or not row.ordered for row in rows) or not all(torch.equal(*x) for x in pairs):
                 raise TrialError("other bits each time")
 
     def time(self, kernel: Kernel, schedule: Schedule, best_us: float) -> float:

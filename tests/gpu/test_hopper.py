@@ -13,10 +13,10 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU"
 )
 
+#: one kernel of each kind serves both
 SHAPES = (
-    Shape(2, 4, 2, 300, 517, 64, 64),
-    Shape(1, 2, 1, 129, 70, 64, 64, strided=True),
-    Shape(1, 2, 2, 640, 640, 64, 64, broadcast=("b", "h")),
+    Shape(2, 4, 2, 300, 517, 64, 64, strided=True),
+    Shape(2, 2, 1, 129, 70, 64, 64, broadcast=("b", "h")),
 )
 DIMS = ((128, 64), (96, 128), (80, 80), (192, 128), (256, 256), (128, 128))
 
@@ -30,9 +30,9 @@ def backward_backends(op):
 
 
 def wrong(name, shape, dtype, op, **options):
-    """What is too far from the reference, or differs between two calls; dQ may, whose terms are summed in any order."""
+    """What is too far from the reference, or differs between two calls where that is not said."""
     rows = Exam(ac.variants.get(name), shape, "cuda", dtype, **options).rows(op)
-    return [r for r in rows if not (r.check.ok and (r.repeatable or r.check.name == "dq"))]
+    return [r for r in rows if not r.ok]
 
 
 @pytest.mark.parametrize("name", [name for name in ac.variants.names() if name not in NO_FORWARD])
@@ -93,7 +93,7 @@ def test_a_fixed_order_gives_the_same_bits_every_time(mode):
         rows = Exam(ac.variants.get("causal"), Shape(2, 8, 4, 1000, 1500, 128, 128), "cuda", torch.bfloat16).rows(op)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert not [r for r in rows if not r.ok]
+    assert not [r for r in rows if not (r.ok and r.repeatable)]
     assert backward_backends(op) == {"gluon"}
 
 

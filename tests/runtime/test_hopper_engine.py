@@ -107,3 +107,15 @@ def test_what_the_host_hands_over_compiles(monkeypatch, deterministic):
     assert isinstance(made, Binary)
     assert made.warps == 12
     assert made.shared <= MEASURED.smem_per_block
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "kv_heads", "free"), [(False, 4, {"dq"}), (False, 2, {"dq", "dk", "dv"}), (True, 2, set())]
+)
+def test_which_gradients_are_summed_in_a_free_order(deterministic, kv_heads, free):
+    """Those of k and v where so few key heads are shared out between programs."""
+    op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
+    assert op.free_sums() == set()
+    qkv = tensors(4096, kv_heads=kv_heads)
+    op.engine.prepare(bind(op.engine.graph, *qkv, None, {}), *qkv)
+    assert op.free_sums() == free
