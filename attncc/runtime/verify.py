@@ -167,8 +167,8 @@ def verify_variant(
     Every call is made twice and compared bit for bit, but for gradients whose sums have no fixed order. lse is checked
     where the normalizer has one, auxiliary outputs where the variant has them, and gradients where a backward can be
     derived. A variant that is linear in time is checked by each of its plans, those with a state from token to token at
-    the shapes with as many queries as keys. A recurrence is checked at these shapes with keys of as many tokens as there
-    are queries.
+    the shapes with as many queries as keys. A recurrence is checked at these shapes with as many keys as there are
+    queries.
     """
     import attncc
 
