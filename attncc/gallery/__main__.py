@@ -20,7 +20,7 @@ def data(entries: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Write both files beside this one."""
     folder = Path(__file__).parent
-    entries = [entry(name) for name in variants.names()]
+    entries = [entry(name) for name in (*variants.names(), *variants.recurrences())]
     (folder / "shelf.json").write_text(data(entries), encoding="utf-8")
     (folder / "README.md").write_text(page(entries), encoding="utf-8")
 

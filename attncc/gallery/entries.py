@@ -20,6 +20,7 @@ from attncc.ir.formulas import own_stages
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import linearize
 from attncc.passes.phases import phases
+from attncc.runtime.recurrence import RecurrenceOp
 
 #: queries and keys of a picture; a character stands for two queries and a key, which is about square
 LENGTH = 32
@@ -33,8 +34,6 @@ def entry(name: str) -> dict[str, Any]:
     graph = variants.get(name).graph
     documentation = inspect.cleandoc(sys.modules[f"attncc.variants.{name}"].__doc__ or "")
     title, _, details = documentation.partition("\n\n")
-    found = phases(graph)
-    plan = Plan(found.main)
     return {
         "name": name,
         "family": variants.family(name),
@@ -45,19 +44,46 @@ def entry(name: str) -> dict[str, Any]:
         "inputs": {d.name: list(d.pattern) for d in graph.inputs},
         "scalars": {s.name: s.default for s in graph.scalars},
         "digest": graph.digest,
+        **(_of_tokens(graph) if graph.recurrent else _of_pairs(graph)),
+        "spec": spec(name),
+    }
+
+
+def _of_pairs(graph: VariantGraph) -> dict[str, Any]:
+    """What was derived of a variant whose weights are of pairs."""
+    found = phases(graph)
+    plan = Plan(found.main)
+    return {
         "passes": max(part.online.passes for part in plan.parts),
         "kernels": kernels(plan),
         "before": len(found.made),
         "gradients": gradients(graph, plan),
         "linear": is_linear(graph),
         "picture": picture(graph),
-        "spec": spec(name),
+    }
+
+
+def _of_tokens(graph: VariantGraph) -> dict[str, Any]:
+    """And of a recurrence: its keys are never passed over, and it has no weights to draw."""
+    text = RecurrenceOp(graph).source(_HEAD_DIM)
+    found = _kernel_names(text)
+    given = [d.name for d in graph.inputs if d.grad]
+    return {
+        "passes": 0,
+        "kernels": found,
+        "before": 0,
+        "gradients": ["q", "k", "v", "initial_state", *given],
+        "linear": True,
+        "picture": [],
     }
 
 
 def kernels(plan: Plan) -> list[str]:
     """The kernels of a generated module, in the order of its text."""
-    text = render(plan, _HEAD_DIM, _HEAD_DIM, plan.has_backward is None)
+    return _kernel_names(render(plan, _HEAD_DIM, _HEAD_DIM, plan.has_backward is None))
+
+
+def _kernel_names(text: str) -> list[str]:
     return re.findall(r"^def (\w+)_kernel\(", text, flags=re.MULTILINE)
 
 

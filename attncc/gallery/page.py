@@ -54,10 +54,7 @@ def _variant(e: dict[str, Any]) -> list[str]:
         "",
         f"{facts(e)}. {e['cites']}",
         "",
-        "```text",
-        *e["picture"],
-        "```",
-        "",
+        *(["```text", *e["picture"], "```", ""] if e["picture"] else []),
         "```python",
         e["spec"],
         "```",
@@ -67,8 +64,8 @@ def _variant(e: dict[str, Any]) -> list[str]:
 
 def facts(e: dict[str, Any]) -> str:
     """What was derived, in a line."""
-    passes = "1 pass" if e["passes"] == 1 else f"{e['passes']} passes"
-    found = [f"{passes} over the keys", f"{len(e['kernels'])} kernels"]
+    passes = {0: "a state from token to token", 1: "1 pass over the keys"}.get(e["passes"])
+    found = [passes or f"{e['passes']} passes over the keys", f"{len(e['kernels'])} kernels"]
     found += [f"{e['before']} calls before"] if e["before"] else []
     found += [f"gradients of {', '.join(e['gradients'])}" if e["gradients"] else "forward only"]
     return "; ".join([*found, *(["an O(N) form"] if e["linear"] else [])])

@@ -11,7 +11,7 @@ from attncc.cli.draw import mask_and_weights, picture
 def test_list_names_every_variant_with_its_source(attncc):
     result = attncc("list", "--json")
     entries = json.loads(result.stdout)
-    assert [e["name"] for e in entries] == list(variants.names())
+    assert [e["name"] for e in entries] == [*variants.names(), *variants.recurrences()]
     assert all(e["title"] and e["cites"] and e["stages"] for e in entries)
     text = attncc("list").stdout
     assert all(name in text for name in variants.names())

@@ -23,7 +23,7 @@ _BORDERLINE = 1
 
 @pytest.fixture(scope="module")
 def entries():
-    return [entry(name) for name in variants.names()]
+    return [entry(name) for name in (*variants.names(), *variants.recurrences())]
 
 
 def test_both_files_are_up_to_date(entries):
@@ -59,11 +59,13 @@ def test_facts_of_some(entries):
     assert by_name["mla"]["gradients"] == ["q", "k"]
     assert by_name["retention"]["linear"]
     assert not by_name["causal"]["linear"]
+    assert by_name["gated_delta_net"]["gradients"] == ["q", "k", "v", "initial_state", "beta", "g"]
+    assert {"prepare", "carry", "carry_back", "solve_back"} <= set(by_name["delta_net"]["kernels"])
     assert all(e["gradients"] and e["kernels"] for e in entries)
 
 
 def test_the_shelf_is_read_without_torch():
-    assert [e["name"] for e in gallery.shelf()] == list(variants.names())
+    assert [e["name"] for e in gallery.shelf()] == [*variants.names(), *variants.recurrences()]
     assert json.loads((FOLDER / "shelf.json").read_text("utf-8"))[0]["digest"] == variants.get("full").graph.digest
 
 

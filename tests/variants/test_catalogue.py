@@ -33,7 +33,7 @@ def test_an_answer_ships(row):
 
 def test_every_variant_and_every_recipe_answers_something():
     answered = {name for row in ROWS for name in row.by}
-    assert set(variants.names()) <= answered
+    assert {*variants.names(), *variants.recurrences()} <= answered
     assert {f"recipes.{name}" for name in recipes.__all__} <= answered
 
 
@@ -44,5 +44,8 @@ def test_names_and_families():
 
 @pytest.mark.parametrize("name", sorted({name for row in ROWS if row.verdict == "kernel" for name in row.variants}))
 def test_a_kernel_has_a_plan_and_a_backward(name):
-    """Values are tests/runtime/test_op.py's and tests/variants'."""
+    """Values are tests/runtime's and tests/variants'. A recurrence compiles only where it has both."""
+    if name in variants.recurrences():
+        assert isinstance(ac.compile(name), ac.RecurrenceOp)
+        return
     assert Plan(variants.get(name).graph).has_backward is None
