@@ -18,8 +18,12 @@ from attncc.schedule.problem import Dtype, Precision
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
     *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR"),
+    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR"),
 )
-_FLAGS = ("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP")
+_FLAGS = (
+    *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
+    *("WEIGHTED", "PAIRS"),
+)
 
 
 def cross_compile_linear(
@@ -36,6 +40,7 @@ def cross_compile_linear(
             **dict.fromkeys(_FLAGS, True),
             "PACKED": False,
             "REVERSE": False,
+            "STEPS": 16,
             "DOT": TYPES[dtype],
             "PRECISION": precision if dtype == "fp32" else "ieee",
             "SOLVE": solve_precision("ieee", dtype == "fp32", device),
@@ -64,7 +69,7 @@ def _arguments(kernel: Any, constants: dict[str, Any], dtype: Dtype) -> tuple[An
             tables = ("SEGMENTS_PTR", "SEQUENCES_PTR")
             signature[name] = "*" + (dtype if name in _TENSORS else "i32" if name in tables else "fp32")
             attributes[(i,)] = [["tt.divisibility", 16]]
-        elif name == "constant":
+        elif name.startswith(("constant", "power_", "read_")):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"

@@ -386,7 +386,8 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
         f"linear_{'channel' if channel else 'scan'}.py.j2",
     )
     env = environment()
-    context: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "slots": slots, "plan": plan, "roles": roles}
+    sizes: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "channel": channel}
+    context = {**sizes, "slots": slots, "plan": plan, "roles": roles}
 
     def text(template: str, role: str = "") -> str:
         return str(env.get_template(template).render({**context, "r": roles[role]} if role else context))
@@ -402,11 +403,12 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     parts.append(text("linear_host.py.j2" if plan.causal else "linear_full_host.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
     parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
-    parts.insert(0, _header(graph, plan, d_qk, d_v))
+    parts.insert(0, header(graph, plan, d_qk, d_v))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
-def _header(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
+def header(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
+    """What a module says of itself, and its imports."""
     body = textwrap.indent(to_text(graph), "    ")
     proof = "\n".join(f"    {line}" for line in plan.proof)
     quotes = '"""'

@@ -9,6 +9,9 @@ product with a state that is carried along:
 
     state_t = exp(step_t) state_{t-1} + [b_t, beta_t] [v_t, 1]'        out_t = G(...) [c a_t, alpha_t] state_t
 
+A weight p_0 + p_1 s + p_2 s^2 of s = a_i.b_j, without decay, has the same form over the features of degree 2,
+[1, x, x (x) x], a state of 1 + Dqk + Dqk^2 rows.
+
 `linearize` proves that form by algebra on the variant's formulas, factor by factor, and refuses with the name of the
 first factor that does not split. Nothing looks at what a variant is called.
 """
@@ -47,8 +50,9 @@ class Linear:
 
     left over q_vec, right over k_vec: vectors, component by component; constant (c): the same for the whole call;
     row, col: of a token (over `T` where causal; a query's over q_idx otherwise), 1 where there is no such factor;
-    bias: (alpha, beta) or None; step: log of what a token leaves of the state, None without decay; total: whether G
-    reads TOTAL; G = gain * scale, where gain is a token's and scale is over TOTAL alone; proof: the steps.
+    bias: (alpha, beta) or None; powers: (p_0, p_1, p_2), the same for the whole call, of a weight of degree 2, or None;
+    step: log of what a token leaves of the state, None without decay; total: whether G reads TOTAL; G = gain * scale,
+    where gain is a token's and scale is over TOTAL alone; proof: the steps.
     """
 
     causal: bool
@@ -58,6 +62,7 @@ class Linear:
     row: sympy.Expr
     col: sympy.Expr
     bias: tuple[sympy.Expr, sympy.Expr] | None
+    powers: tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None
     step: sympy.Expr | None
     gain: sympy.Expr
     scale: sympy.Expr
@@ -71,6 +76,11 @@ class Linear:
         if sym.COMPONENT in self.step.free_symbols:
             return "channel"
         return "token" if T in self.step.free_symbols else "head"
+
+    @property
+    def degree(self) -> int:
+        """Of the weight in the dot product."""
+        return 1 if self.powers is None else 2
 
     @property
     def total(self) -> bool:
@@ -103,8 +113,8 @@ def linearize(graph: VariantGraph) -> Linear:
         if kind_of(stage) in ("pair", "band"):
             _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
     for stage in graph.sums_d:
-        if kind_of(stage) in ("q_term", "k_term"):
-            _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) is summed before the features are known")
+        if kind_of(stage) in ("q_term", "k_term") and stage.expr.atoms(Read):
+            _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
     causal = _mask(graph)
     online = stream(core)
     if online.passes > 1:
@@ -121,25 +131,32 @@ def linearize(graph: VariantGraph) -> Linear:
         texts = " and ".join(sorted(f"exp({formula(d)})" for d in decays))
         _refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
     decay = decays.pop()
-    degrees = {sum(n for _, n in power): power for power in monomials}
-    if max(degrees) > 1:
+    degree = max(sum(n for _, n in power) for power in monomials)
+    if degree > 2:
         _refuse(
-            graph, "weight", f"'{formula(weight)}' has degree {max(degrees)} in the score, whose state is Dqk^2 x Dv"
+            graph, "weight", f"'{formula(weight)}' has degree {degree} in the score, whose state is Dqk^{degree} x Dv"
         )
-    dots = [power[0][0] for power in monomials if power]
+    dots = sorted({dot for power in monomials for dot, _ in power}, key=str)
     if len(dots) != 1:
         what = f"the dot products {', '.join(map(str, dots))}, a state each" if dots else "no dot product"
         _refuse(graph, "weight", f"'{formula(weight)}' has {what}")
     dot = dots[0]
     left, right = next(((d.left, d.right) for d in found.dots if d.symbol == dot), (sym.Q_VEC, sym.K_VEC))
     left, right, of_channel = _channels(graph, left, right, causal)
-    row, col = _factored(graph, monomials[((dot, 1),)])
-    constant, row = _program(row)
-    bias = _factored(graph, monomials[()]) if () in monomials else None
+    bias, powers = None, None
+    if degree == 2:
+        if decay + of_channel != 0:
+            _refuse(graph, "weight", f"'{formula(weight)}' has degree 2 in the score, and decays")
+        row, col, powers = _squared(graph, {sum(n for _, n in power): m for power, m in monomials.items()})
+        constant = sympy.S.One
+    else:
+        row, col = _factored(graph, monomials[((dot, 1),)])
+        constant, row = _program(row)
+        bias = _factored(graph, monomials[()]) if () in monomials else None
+    of = sorted((sum(n for _, n in power) for power in monomials), reverse=True)
     proof.append(
-        f"weight*total = {formula(weight)}: of degree 1 in {dot}"
-        if bias is None
-        else f"weight*total = {formula(weight)}: {dot} to the power 1, and 0"
+        f"weight*total = {formula(weight)}: "
+        + (f"of degree 1 in {dot}" if of == [1] else f"{dot} to the power {', '.join(map(str, of[:-1]))}, and {of[-1]}")
     )
     if dot != sym.QK:
         proof.append(f"{dot} = sum_d(({formula(left)}) * ({formula(right)})): features of the query, and of the key")
@@ -152,11 +169,11 @@ def linearize(graph: VariantGraph) -> Linear:
         proof.append(f"decay = exp(D[i] - D[j]) with D[t] = {formula(decay)} at t = kv_idx")
         proof.append(f"D[t] - D[t-1] = {formula(step)}: the log of what token t leaves of the state")
     gain, scale = _scale(graph, online, base, causal)
-    if scale == 1:  # what is no part of a row sum joins the query's factor
+    if scale == 1 and powers is None:  # what is no part of a row sum joins the query's factor
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One
         bias = None if bias is None else (bias[0] * more * rest, bias[1])
-    plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, ())
+    plan = Linear(causal, left, right, constant, row, col, bias, powers, step, gain, scale, ())
     plain = (left, right, row, col, bias, gain, scale) == (sym.Q_VEC, sym.K_VEC, 1, 1, None, 1, 1)
     if plan.decay == "channel" and not plain:
         _refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
@@ -169,7 +186,7 @@ def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
         f"no linear-time form: {reason}",
         stage=shown,
         span=graph[stage].span if stage in graph else None,
-        remedy="a weight is linear where it is a polynomial of degree 1 in a dot product, times f(query) * g(key); "
+        remedy="linear are polynomials of degree 1 or 2 in a dot product, times f(query) * g(key); "
         "plan='parallel' computes any weight in quadratic time",
     )
 
@@ -204,8 +221,8 @@ def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
     score = core["score"].expr.xreplace({sym.RAW_SCORE: core["raw_score"].expr})
     weight = term.xreplace({sym.SCORE: score})
     weight = weight.replace(lambda e: isinstance(e, to_float) and e.args[0].is_integer, lambda e: e.args[0])
-    # gamma ** (i - j) is a decay, too
-    return weight.replace(
+    # gamma ** (i - j) is a decay, too; the root of a product that is at least 0 is one of roots
+    return sympy.expand_power_base(weight).replace(
         lambda e: e.is_Pow and e.base is not sympy.E and level(e.exp) != Level.PROGRAM,
         lambda e: sympy.exp(e.exp * sympy.log(e.base)),
     )
@@ -315,6 +332,27 @@ def _factored(graph: VariantGraph, terms: list[_Monomial]) -> tuple[sympy.Expr, 
     _refuse(graph, "weight", f"the factor '{formula(total)}' is no product of a query's and a key's part")
 
 
+def _squared(
+    graph: VariantGraph, terms: dict[int, list[_Monomial]]
+) -> tuple[sympy.Expr, sympy.Expr, tuple[sympy.Expr, sympy.Expr, sympy.Expr]]:
+    """row, col and (p_0, p_1, p_2): the weight as a polynomial in s = row * col * dot, the same for the whole call."""
+    first, col = _factored(graph, terms[1]) if 1 in terms else (sympy.S.One, sympy.S.One)
+    p_1, row = _program(first)
+    found = []
+    for degree, factor in ((0, sympy.S.One), (2, row**2 * col**2)):
+        ratio = sympy.S.Zero
+        if degree in terms:
+            of_row, of_col = _factored(graph, terms[degree])
+            ratio = sympy.powsimp(of_row * of_col / factor)
+        if level(ratio) != Level.PROGRAM or ratio.atoms(Read):
+            of_first = f", where the part of degree 1 has '{formula(first * col)}'" if 1 in terms else ""
+            _refuse(
+                graph, "weight", f"the part of degree {degree} has the factor '{formula(of_row * of_col)}'{of_first}"
+            )
+        found.append(ratio)
+    return row, col, (found[0], p_1 if 1 in terms else sympy.S.Zero, found[1])
+
+
 def _program(row: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """A factor as (a number of the whole call, the rest)."""
     constant, rest = sympy.S.One, sympy.S.One
@@ -387,6 +425,11 @@ def _recurrence(plan: Linear) -> tuple[str, ...]:
     query = "q" if plan.left == sym.Q_VEC else "f(q)"
     ones = ("[{}, 1]" if plan.bias else "{}").format(key), "[v, 1]" if plan.total else "v"
     read = f"{query} state_t" if not plan.bias else f"[{query}, 1] state_t"
+    if plan.powers is not None:
+        query = query if plan.row == 1 else f"({formula(plan.row)}) * {query}"
+        ones = f"features({key})", "[v, 1]"
+        numbers = ", ".join(map(formula, plan.powers))
+        read = f"(p . features({query})) state_t, features(x) = [1, x, x (x) x], p = [{numbers}]"
     if not plan.causal:
         return (f"state = sum over the keys of {ones[0]} {ones[1]}'", f"out_t = {_times(plan)}{read}")
     return (
@@ -396,7 +439,7 @@ def _recurrence(plan: Linear) -> tuple[str, ...]:
 
 
 def _times(plan: Linear) -> str:
-    factor = plan.gain * plan.scale * plan.constant * plan.row
+    factor = plan.gain * plan.scale * (plan.constant * plan.row if plan.powers is None else 1)
     return "" if factor == 1 else f"({formula(factor)}) * "
 
 

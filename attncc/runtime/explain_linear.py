@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attncc.codegen.square import state_shape
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
-from attncc.passes.linearize import linearize
+from attncc.passes.linearize import Linear, linearize
 from attncc.schedule.device import Device
 from attncc.schedule.linear import LinearSizes, crossover, linear_schedule, linear_us, quadratic_us
 from attncc.schedule.problem import Dtype
+from attncc.schedule.square import pairs_us, square_crossover, square_schedule, square_us
 
 
 def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, device: Device) -> dict[str, Any]:
@@ -20,6 +22,8 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
     except UnsupportedError as error:
         return {"none": error.reason.removeprefix("no linear-time form: ")}
     call = LinearSizes(dtype, sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"], sizes["d_v"])
+    if plan.degree == 2:
+        return _square_facts(plan, call, sizes, device)
     schedule = linear_schedule(call, device)
     return {
         "proof": list(plan.proof),
@@ -31,6 +35,21 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
         "crossover": crossover(call, device),
         "us": linear_us(call, device),
         "quadratic_us": quadratic_us(call, device),
+    }
+
+
+def _square_facts(plan: Linear, call: LinearSizes, sizes: Mapping[str, int], device: Device) -> dict[str, Any]:
+    schedule = square_schedule(call, device, plan.causal)
+    return {
+        "proof": list(plan.proof),
+        "causal": plan.causal,
+        "decay": plan.decay,
+        "state": list(state_shape(sizes["d_qk"], sizes["d_v"])),
+        "chunk": schedule.chunk,
+        "span": schedule.span,
+        "crossover": square_crossover(call, device, plan.causal),
+        "us": square_us(call, device, plan.causal),
+        "quadratic_us": pairs_us(call, device, plan.causal),
     }
 
 

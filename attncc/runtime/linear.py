@@ -13,11 +13,15 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
+from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast
 from attncc.runtime.shapes import bind, output_names
+from attncc.runtime.square import SquareCall
+from attncc.runtime.square_engine import SquareEngine
 from attncc.schedule.device import device_of
 from attncc.schedule.linear import LinearSizes, choose_plan
 from attncc.schedule.problem import Precision
+from attncc.schedule.square import LARGEST, choose_square
 
 PlanName = Literal["auto", "parallel", "chunk", "recurrent"]
 
@@ -39,8 +43,14 @@ class LinearOp:
     ):
         self.graph, self.linear, self.parallel = graph, linear, parallel
         self.choice: PlanName = plan
-        self.engine = LinearEngine(graph, linear, precision)
-        self._key = library.register(f"{graph.digest}:{precision}", self.engine)
+        self._terms = TokenTerms(graph)
+        self._square = None if linear.degree == 1 else SquareCall(graph, self._terms.core, linear, precision)
+        self.engine: LinearEngine | SquareEngine
+        if self._square is not None:
+            self.engine = self._square.engine
+        else:
+            self.engine = LinearEngine(graph, linear, precision)
+            self._key = library.register(f"{graph.digest}:{precision}", self.engine)
 
     def __repr__(self) -> str:
         return f"<LinearOp {self.graph.name} {self.graph.digest} plan={self.choice}>"
@@ -64,7 +74,8 @@ class LinearOp:
 
         A state is float32 (B, Hq, Dqk, Dv): what the tokens so far left, the sum of decayed k v'. Where the variant
         divides by its row sums there is one more column, for the value 1, and where the weight has a part that is free
-        of the score one more row, for the feature 1. It receives and passes on gradients.
+        of the score one more row, for the feature 1. A weight of degree 2 has both, and Dqk^2 rows before those, for
+        the products of two components. It receives and passes on gradients.
         cu_seqlens (sequences + 1,) int: q, k, v are (1, H, total, D), sequences packed one behind the other; each has
         a state of its own, (sequences, Hq, Dqk, Dv). chunk_size: tokens a chunk, 16, 32, 64 or 128. Outputs besides
         `out` are those of the quadratic plan. Raises InputError where tensors do not match, UnsupportedError where the
@@ -78,8 +89,13 @@ class LinearOp:
         chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
         if chosen == "parallel":
             return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
-        bound = bind(self.graph, q, k, v, scale, inputs)
+        bound = self._terms.join(bind(self.graph, q, k, v, scale, inputs), q, k)
         self._check_state(q, v, initial_state, cu_seqlens)
+        if self._square is not None:
+            call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)
+            out, last = self._square(bound, q, k, v, *call)
+            return (out, last) if output_final_state else out
+        assert isinstance(self.engine, LinearEngine)
         rows = self.engine.rows.tokens(bound, q.device)
         constant = self.engine.rows.constant(bound)
         given = (q, k, v, initial_state, *rows)
@@ -118,7 +134,8 @@ class LinearOp:
             else:
                 batch, heads, length, d_qk = q.shape
                 sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), batch, heads, length, d_qk, v.shape[3])
-                chosen = choose_plan(sizes, device_of(q.device), self.linear.causal)
+                choose = choose_plan if self._square is None else choose_square
+                chosen = choose(sizes, device_of(q.device), self.linear.causal)
                 return chosen  # type: ignore[return-value]
         if plan == "parallel" and needs_linear:
             reason = refusal or "the quadratic plan has no state and no packed sequences"
@@ -135,6 +152,8 @@ class LinearOp:
             return f"{k.shape[1]} heads of k meet {v.shape[1]} of v"
         if self.linear.causal and q.dim() == 4 and k.dim() == 4 and q.shape[2] != k.shape[2]:
             return f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens"
+        if self._square is not None and max(q.shape[-1], v.shape[-1]) > LARGEST:
+            return f"a state of degree 2 for heads larger than {LARGEST} is too large"
         return None
 
     def _check_state(self, q: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> None:

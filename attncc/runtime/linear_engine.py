@@ -14,6 +14,7 @@ from attncc.codegen.linear import LinearSlots, render_linear
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
+from attncc.passes.similarity import similarity
 from attncc.resources import fingerprint
 from attncc.runtime.engine import dot_options, load_module, on_device
 from attncc.runtime.launch import collect, ghost
@@ -32,7 +33,7 @@ class LinearEngine:
 
     def __init__(self, graph: VariantGraph, plan: Linear, precision: Precision | None = None):
         self.graph, self.plan = graph, plan
-        self.rows = TokenRows(graph, plan)
+        self.rows = TokenRows(similarity(graph).core, plan)
         self.names = self.rows.names
         self._precision = precision
         self._cache = Cache()

@@ -18,7 +18,7 @@ def register(key: str, engine: LinearEngine) -> str:
     return key
 
 
-def _like(x: Tensor, heads: int, last: int) -> Tensor:
+def like(x: Tensor, heads: int, last: int) -> Tensor:
     """As the generated modules lay results out."""
     b, _, length, _ = x.shape
     if x.transpose(1, 2).is_contiguous() and not x.is_contiguous():
@@ -68,7 +68,7 @@ def _(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (sequences, heads, *engine.state_shape(q.shape[3], v.shape[3]))
     total = q.new_empty(q.shape[:3] if engine.plan.total else (0,), dtype=torch.float32)
-    return [_like(q, heads, v.shape[3]), total, q.new_empty(state if want_last else (0,), dtype=torch.float32)]
+    return [like(q, heads, v.shape[3]), total, q.new_empty(state if want_last else (0,), dtype=torch.float32)]
 
 
 @torch.library.custom_op("attncc::linear_backward", mutates_args=())
@@ -120,7 +120,7 @@ def _(
     none = q.new_empty(0, dtype=torch.float32)
     first = torch.empty_like(initial, dtype=torch.float32) if want_initial and initial is not None else none
     drows = [torch.empty_like(r) if want else none for r, want in zip(rows, wanted, strict=True)]
-    return [*(_like(x, x.shape[1], x.shape[3]) for x in (q, k, v)), first, *drows]
+    return [*(like(x, x.shape[1], x.shape[3]) for x in (q, k, v)), first, *drows]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -74,7 +74,7 @@ class TokenRows:
 
     def constant(self, bound: Bound) -> float:
         """The factor that is one number for the whole call."""
-        return float(self._constant(_numbers(bound)))
+        return float(self._constant(numbers(bound)))
 
     def tokens(self, bound: Bound, device: torch.device) -> list[Tensor]:
         """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given."""
@@ -118,7 +118,7 @@ class TokenRows:
         sizes = bound.sizes
         shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes[row.side])
         shape = (*shape, sizes["d_qk"]) if row.by_channel else shape
-        env: dict[str, Any] = _numbers(bound)
+        env: dict[str, Any] = numbers(bound)
         for view in row.views:
             env[view.symbol] = _viewed(view, bound, row.by_channel)
         for name in row.whole:
@@ -150,7 +150,8 @@ def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
     }
 
 
-def _numbers(bound: Bound) -> dict[str, Any]:
+def numbers(bound: Bound) -> dict[str, Any]:
+    """What is a number of the whole call, by its name in a formula."""
     sizes = bound.sizes
     return {
         "scale": bound.scale,

@@ -1,4 +1,4 @@
-"""TaylorShift, the direct form: 1 + x + x^2 / 2 of x = tau cos(q, k), over its sum.
+"""TaylorShift: 1 + x + x^2 / 2 of x = tau cos(q, k), over its sum: its direct and its efficient form, by length.
 
 Inputs: tau (H,), the temperature of each head; it receives a gradient. Published outputs are times sqrt(N / Dqk).
 """

@@ -121,6 +121,39 @@ def test_step_sizes_are_a_factor_of_the_key_and_a_decay():
     assert (formula(plan.col), formula(plan.step)) == ("dt[b, h, kv_idx]", "rate[h]*dt[b, h, kv_idx]")
 
 
+def test_lengths_are_factors_of_tokens():
+    cosine = variant("identity", similarity=lambda q_vec, k_vec: ac.dot(q_vec, k_vec) / ac.norm(q_vec) / ac.norm(k_vec))
+    plan = linearize(cosine.graph)
+    assert formula(plan.row) == "1/sqrt(q_term_0[b, h, kv_idx])"
+    assert formula(plan.col) == "1/sqrt(k_term_0[b, h_kv, kv_idx])"
+
+
+SQUARES = {
+    # what: (variant, row, col, powers)
+    "taylor": (variant("taylor"), "1", "1", ("1", "scale", "scale**2/2")),
+    "no line": (variant(lambda score: 3 + score**2), "1", "1", ("3", "0", "scale**2")),
+    "factors": (
+        variant(
+            lambda score, b, h, q_idx, kv_idx, q_len, kv_len, tau, beta: (
+                (tau[h] * beta[b, h, kv_idx] * score) ** 2 - tau[h] * beta[b, h, kv_idx] * score
+            ),
+            inputs={"tau": ac.Input("h", grad=True), "beta": ac.Input("b", "h", "kv_idx", grad=True)},
+        ),
+        *("tau[h]", "beta[b, h, kv_idx]", ("0", "-scale", "scale**2")),
+    ),
+    "a power of a polynomial": (variant(lambda score: (1 + 2 * score) ** 2), "1", "1", ("1", "4*scale", "4*scale**2")),
+}
+
+
+@pytest.mark.parametrize("what", SQUARES)
+def test_a_polynomial_of_degree_2(what):
+    spec, row, col, powers = SQUARES[what]
+    plan = linearize(spec.graph)
+    assert plan.degree == 2
+    assert (formula(plan.row), formula(plan.col), tuple(map(formula, plan.powers))) == (row, col, powers)
+    assert "features(x) = [1, x, x (x) x]" in plan.proof[-1]
+
+
 def far(score, q_idx, kv_idx):
     return score * ac.exp(-0.1 * (q_idx - kv_idx) ** 2)
 
@@ -145,7 +178,25 @@ REFUSED = {
         "depends on the row maximum",
     ),
     "sigmoid": (variant("sigmoid"), "the factor 'sigmoid("),
-    "taylor": (variant("taylor"), "of degree 2|has degree 2"),
+    "a cube": (variant(lambda score: score + score**3), "has degree 3 in the score, whose state is Dqk^3 x Dv"),
+    "a square that decays": (
+        variant(lambda score: score**2, score=ac.gate("g")),
+        "has degree 2 in the score, and decays",
+    ),
+    "a square beside another factor": (
+        variant(
+            lambda score, b, h, kv_idx, beta: 1 + beta[b, h, kv_idx] * score + score**2,
+            inputs={"beta": ac.Input("b", "h", "kv_idx")},
+        ),
+        "the part of degree 2 has the factor 'scale**2', where the part of degree 1 has 'scale*beta[b, h, kv_idx]'",
+    ),
+    "a part free of the score of a token's own": (
+        variant(
+            lambda score, h, kappa: kappa[h] + score + score**2,
+            inputs={"kappa": ac.Input("h")},
+        ),
+        "the part of degree 0 has the factor 'kappa[h]'",
+    ),
     "a square of the distance": (variant(far), "the factor 'exp(0.2*kv_idx*q_idx)'"),
     "a fraction": (variant(fraction), "the factor '1/(-kv_idx + q_idx + 1)'"),
     "two decays": (variant(two_decays, inputs=HEAD), "decay differently"),
@@ -156,9 +207,13 @@ REFUSED = {
         "has no dot product",
     ),
     "branches": (ac.variants.get("differential"), "2 branches"),
-    "a length": (
-        variant("identity", similarity=lambda q_vec, k_vec: ac.dot(q_vec, k_vec) / ac.norm(q_vec)),
-        "is summed before the features are known",
+    "a weighted length": (
+        variant(
+            "identity",
+            similarity=lambda q_vec, k_vec, h, w: ac.dot(q_vec, k_vec) / ac.sum_d(w[h] * q_vec**2),
+            inputs={"w": ac.Input("h", "d")},
+        ),
+        "reads an input: no factor of a token does",
     ),
 }
 

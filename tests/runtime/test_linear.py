@@ -35,6 +35,12 @@ VARIANTS = {
         name: ac.variants.get(name)
         for name in ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
     },
+    "unit": ac.Variant(
+        name="unit",
+        mask=ac.causal,
+        normalizer="identity",
+        similarity=lambda q_vec, k_vec: ac.dot(q_vec, k_vec) / ac.norm(q_vec) / ac.norm(k_vec),
+    ),
     "polynomial": ac.Variant(name="polynomial", mask=ac.causal, normalizer=polynomial),
     "weighted": ac.Variant(
         name="weighted",

@@ -1,0 +1,43 @@
+"""A plan of degree 2 and its head dimensions to the source of a module: features [1, x, x (x) x], made on the fly.
+
+The state has a row for each feature, 1 + Dqk + Dqk^2 of them: too many for one program. It is made of slices, the Dqk
+features x_m x of each m. A program has one slice of a segment's state, or all slices for a tile of tokens:
+
+    slice_m += sum_t (x_m x)_t y_t'                  out_t = sum over the pairs of the segment + sum_m (x_m x)_t slice_m
+
+Features lie in registers alone; what is stored are the states between segments, O(N) where those have Dqk^2 tokens.
+The kernels know nothing of a variant but three numbers, and take x and y for queries and keys in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attncc.codegen.linear import header
+from attncc.codegen.render import environment, tidy
+from attncc.ir.graph import VariantGraph
+from attncc.passes.linearize import Linear
+from attncc.schedule.square import padded
+
+
+def state_shape(d_qk: int, d_v: int) -> tuple[int, int]:
+    """Features x_m x_n in the order of m, then x, then 1; values, then the value 1."""
+    return d_qk * d_qk + d_qk + 1, d_v + 1
+
+
+def render_square(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
+    """The module's source. Sizes and schedules are arguments of its functions."""
+    context: dict[str, Any] = {
+        "d_qk": d_qk,
+        "d_v": d_v,
+        "width_qk": padded(d_qk),
+        "width_v": padded(d_v),
+        "tma": False,
+        "helpers": set(),
+        "plan": plan,
+        "channel": False,
+    }
+    names = ("helpers", "square", "linear_link", "square_step", "square_host")
+    parts = [environment().get_template(f"{name}.py.j2").render(context) for name in names]
+    parts.insert(0, header(graph, plan, d_qk, d_v))
+    return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
