@@ -62,11 +62,11 @@ class Linear:
     row: sympy.Expr
     col: sympy.Expr
     bias: tuple[sympy.Expr, sympy.Expr] | None
-    powers: tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None
     step: sympy.Expr | None
     gain: sympy.Expr
     scale: sympy.Expr
     proof: tuple[str, ...]
+    powers: tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None = None
 
     @property
     def decay(self) -> Decay:
@@ -173,7 +173,7 @@ def linearize(graph: VariantGraph) -> Linear:
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One
         bias = None if bias is None else (bias[0] * more * rest, bias[1])
-    plan = Linear(causal, left, right, constant, row, col, bias, powers, step, gain, scale, ())
+    plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, (), powers)
     plain = (left, right, row, col, bias, gain, scale) == (sym.Q_VEC, sym.K_VEC, 1, 1, None, 1, 1)
     if plan.decay == "channel" and not plain:
         _refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
