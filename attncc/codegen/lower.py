@@ -334,9 +334,11 @@ class Lowering:
         return f"_tanh({self._operand(expr.args[0], level, True)}, FAST_MATH)"
 
     def _sigmoid(self, expr: Any, level: Level) -> str:
-        power = exp2(per_ln2(lower_exp(sympy.expand(-expr.args[0]))))
-        self.helpers.add("_reciprocal")
-        return f"_reciprocal(1.0 + {self._operand(power, level, True)}, FAST_MATH)"
+        power = per_ln2(lower_exp(sympy.expand(-expr.args[0])))
+        # two elements of a tile share one division; a row's may be a thread's only one
+        name = "_logistic_of_pairs" if self.level_of(power) == Level.PAIR else "_logistic"
+        self.helpers.add(name)
+        return f"{name}({self._operand(power, level, True)}, FAST_MATH)"
 
     def _silu(self, expr: Any, level: Level) -> str:
         x = expr.args[0]

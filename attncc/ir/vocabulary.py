@@ -429,11 +429,11 @@ FUNCTIONS: dict[str, type[sympy.Function]] = {
 }
 
 #: pieces of the special-function unit that one evaluation costs, for the cost model
-SFU_COST: dict[type, int] = {
+SFU_COST: dict[type, float] = {
     sympy.exp: 1,
     sympy.log: 1,
     tanh: 1,
-    sigmoid: 2,
+    sigmoid: 1.5,
     softplus: 2,
     silu: 2,
     erf: 2,

@@ -226,3 +226,15 @@ def test_the_formulas_stand_where_they_are_computed():
     graph = plan("softcap").graph
     for stage in ("score", "mask"):
         assert text.count(formula(graph[stage].expr)) > 1  # in the header, and at least once in a kernel
+
+
+def test_two_elements_of_a_tile_share_a_division_and_those_of_a_row_do_not():
+    gate = ac.Variant(
+        name="gate",
+        inputs={"g": ac.Input("b", "h", "q_idx")},
+        score=lambda score, b, h, q_idx, g: score * ac.sigmoid(g[b, h, q_idx]),
+    )
+    assert "_logistic(" in render(Plan(gate.graph), 64, 64, True)
+    assert "_logistic_of_pairs(" not in render(Plan(gate.graph), 64, 64, True)
+    assert "_logistic_of_pairs(" in source("sigmoid")
+    assert "_logistic(" not in source("sigmoid")
