@@ -274,10 +274,8 @@ def _backward_chain(
     score_lines = take(lowering)
     lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
     dsums, dreads, less_delta = dict(exprs.dsums), list(exprs.dreads), False
-    ds = part.own("ds")
-    flows = dsums.get(ds) != 0
-    if not flows:
-        del dsums[ds]
+    flows = dsums.get(part.own("ds")) != 0
+    dsums = {name: e for name, e in dsums.items() if e != 0}
     settled = {}
     if slope_apart:
         less = [e.xreplace({DP: DP + DELTA}) for e in (*dsums.values(), *dreads)]
@@ -397,7 +395,7 @@ def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: 
         by_tile=by_tile,
         hopper=hopper,
     )
-    return {**slots, "one_loop": plan.one_loop and not SimilaritySlots(plan).own_accumulators(KEY)}
+    return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"]}
 
 
 def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:

@@ -103,14 +103,23 @@ class SimilaritySlots:
         """Is what this side brings its vector as it is, so that its cotangent adds to the gradient as it stands?"""
         return side.factor(dot) == side.vector
 
+    @cached_property
+    def flowing(self) -> tuple[Dot, ...]:
+        """The matmuls whose cotangent is not 0, as it is where the weight is a step function of the score."""
+        if self.plan.has_backward is not None:
+            return self.found.dots
+        cotangents = {symbol.name: e for symbol, e in self.plan.backward.dsums}
+        return tuple(d for d in self.found.dots if cotangents[d.name] != 0)
+
     def own_accumulators(self, side: Side) -> tuple[Dot, ...]:
         """The matmuls whose cotangent on this side must be transformed before it is part of the gradient."""
-        return tuple(d for d in self.found.dots if not self.direct(side, d))
+        return tuple(d for d in self.flowing if not self.direct(side, d))
 
     def _total(self, side: Side) -> sympy.Expr:
         """A component of the expression whose derivative by a side's vectors is their gradient."""
         dots = [_accumulated(d) * side.factor(d) for d in self.own_accumulators(side)]
-        return sympy.Add(*dots, *(_cotangent(t) * t.summand for t in self.terms(side)))
+        flowing = {g.read for g in self.plan.gradients}  # the others' cotangents are 0
+        return sympy.Add(*dots, *(_cotangent(t) * t.summand for t in self.terms(side) if t.read in flowing))
 
     def vector_expr(self, side: Side) -> sympy.Expr:
         """What is added to a component of the side's gradient after the loop."""
@@ -190,7 +199,7 @@ class SimilaritySlots:
         """Lines that add a tile's part to the cotangent of what each matmul got from `side`."""
         other = KEY if side is QUERY else QUERY
         lines = []
-        for dot in self.found.dots:
+        for dot in self.flowing:
             target = f"d{side.tile}" if self.direct(side, dot) else accumulator(side, dot)
             right = other.tile if self.direct(other, dot) else operand(other, dot)
             for chunk in chunks:

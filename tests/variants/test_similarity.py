@@ -12,6 +12,7 @@ from torch import Tensor
 import attncc as ac
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.verify import verify_variant
+from attncc.variants.sdm import intersection
 
 DOUBLE = torch.float64
 SHAPES = (
@@ -159,6 +160,7 @@ def test_kernels_are_right_and_repeatable(name, dtype):
 
 
 VECTOR = ac.Input("h", "d", grad=True)
+TABLE = {"table": ac.Input("distance"), "bits": ac.Scalar(64)}
 UNSHIPPED = {
     "a learned scale": ac.Variant(
         similarity=lambda q_vec, k_vec, h, tau: tau[h] * ac.dot(q_vec, k_vec),
@@ -189,6 +191,12 @@ UNSHIPPED = {
         similarity=lambda h, slope, q_idx, kv_idx: -slope[h] * ac.abs(q_idx - kv_idx),
         inputs={"slope": ac.Input("h", grad=True)},
         normalizer="sigmoid",
+    ),
+    "a step of a distance": ac.Variant(
+        similarity=lambda q_vec, k_vec: -ac.sum_d((q_vec - k_vec) ** 2), normalizer=intersection, inputs=TABLE
+    ),
+    "a step of features": ac.Variant(
+        similarity=lambda q_vec, k_vec: ac.dot(ac.relu(q_vec), ac.relu(k_vec)), normalizer=intersection, inputs=TABLE
     ),
 }
 
