@@ -30,10 +30,11 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, join, level
 from attncc.ir.similarity import kind_of
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, absolute, cumsum, detach, to_float
+from attncc.ir.vocabulary import Read, absolute, cumsum, detach, sum_d, to_float
+from attncc.passes.diagonal import Parts, apart, positions
 from attncc.passes.differentiate import shift_invariant
 from attncc.passes.phases import phases
-from attncc.passes.similarity import similarity
+from attncc.passes.similarity import Dot, similarity
 from attncc.passes.stream import Online, Running, stream
 
 #: a token, query and key at once, where the mask is causal
@@ -52,7 +53,9 @@ class Linear:
     row, col: of a token (over `T` where causal; a query's over q_idx otherwise), 1 where there is no such factor;
     bias: (alpha, beta) or None; powers: (p_0, p_1, p_2), the same for the whole call, of a weight of degree 2, or None;
     step: log of what a token leaves of the state, None without decay; total: whether G reads TOTAL; G = gain * scale,
-    where gain is a token's and scale is over TOTAL alone; proof: the steps.
+    where gain is a token's and scale is over TOTAL alone; proof: the steps. own: what a token's own value is multiplied
+    by besides, over sums of the head dimension and a token's inputs; late: the state is read before the token's own
+    step, without its own k and v, and `own` is all that it has of itself.
     """
 
     causal: bool
@@ -67,6 +70,8 @@ class Linear:
     scale: sympy.Expr
     proof: tuple[str, ...]
     powers: tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None = None
+    own: sympy.Expr | None = None
+    late: bool = False
 
     @property
     def decay(self) -> Decay:
@@ -95,6 +100,7 @@ class _Monomial:
     row: sympy.Expr
     col: sympy.Expr
     decay: sympy.Expr
+    late: bool
 
 
 def linearize(graph: VariantGraph) -> Linear:
@@ -115,7 +121,7 @@ def linearize(graph: VariantGraph) -> Linear:
     for stage in graph.sums_d:
         if kind_of(stage) in ("q_term", "k_term") and stage.expr.atoms(Read):
             _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
-    causal = _mask(graph)
+    causal, itself = _mask(graph)
     online = stream(core)
     if online.passes > 1:
         _refuse(graph, "weight", f"it takes {online.passes} passes over the keys")
@@ -124,13 +130,13 @@ def linearize(graph: VariantGraph) -> Linear:
         online = _without_maxima(graph, online)
         proof.append("row.max: the output does not depend on it, and it is 0 here")
     base = _base(graph, online)
-    weight = _weight(core, base)
-    monomials = _monomials(graph, weight, causal)
-    decays = {m.decay for terms in monomials.values() for m in terms}
+    weight, parts = _apart(graph, _weight(core, base), causal, itself)
+    monomials = _monomials(graph, weight, causal, parts is not None)
+    decays = {(m.decay, m.late) for terms in monomials.values() for m in terms}
     if len(decays) > 1:
-        texts = " and ".join(sorted(f"exp({formula(d)})" for d in decays))
+        texts = " and ".join(sorted(f"exp({formula(d)})" for d, _ in decays))
         _refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
-    decay = decays.pop()
+    decay, late = decays.pop()
     degree = max(sum(n for _, n in power) for power in monomials)
     if degree > 2:
         _refuse(
@@ -142,7 +148,7 @@ def linearize(graph: VariantGraph) -> Linear:
         _refuse(graph, "weight", f"'{formula(weight)}' has {what}")
     dot = dots[0]
     left, right = next(((d.left, d.right) for d in found.dots if d.symbol == dot), (sym.Q_VEC, sym.K_VEC))
-    left, right, of_channel = _channels(graph, left, right, causal)
+    left, right, of_channel, late_channels = _channels(graph, left, right, causal, parts is not None)
     bias, powers = None, None
     if degree == 2:
         if decay + of_channel != 0:
@@ -163,17 +169,27 @@ def linearize(graph: VariantGraph) -> Linear:
     if (row, col) != (1, 1):
         proof.append(f"factors: ({formula(constant * row)}) of the query * ({formula(col)}) of the key")
     step = None
-    decay += of_channel
+    if decay != 0 and of_channel != 0 and late != late_channels:
+        _refuse(graph, "weight", "one decay is of the token's own step, the other is not")
+    decay, late = decay + of_channel, late or late_channels
     if decay != 0:
         step = _step(graph, decay)
         proof.append(f"decay = exp(D[i] - D[j]) with D[t] = {formula(decay)} at t = kv_idx")
         proof.append(f"D[t] - D[t-1] = {formula(step)}: the log of what token t leaves of the state")
     gain, scale = _scale(graph, online, base, causal)
+    own = None
+    if parts is not None:
+        if scale != 1:
+            _refuse(graph, "weight", f"'{formula(scale)}' is of a row sum with a part of the token's own")
+        own = _own(parts, found.dots, gain, late)
+        proof.append(f"of itself a token has the weight {formula(parts.own)}, one value a token")
+        if late:
+            proof.append("what is before it is read before its own step: k, v and the decay are shifted by one token")
     if scale == 1 and powers is None:  # what is no part of a row sum joins the query's factor
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One
         bias = None if bias is None else (bias[0] * more * rest, bias[1])
-    plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, (), powers)
+    plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, (), powers, own, late)
     plain = (left, right, row, col, bias, gain, scale) == (sym.Q_VEC, sym.K_VEC, 1, 1, None, 1, 1)
     if plan.decay == "channel" and not plain:
         _refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
@@ -191,15 +207,41 @@ def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
     )
 
 
-def _mask(graph: VariantGraph) -> bool:
-    """True for a causal mask, False where every key is visible."""
+def _mask(graph: VariantGraph) -> tuple[bool, bool]:
+    """(causal?, does a query see its own token?): the keys up to the query, those before it, or every key."""
     mask = graph["mask"].expr
     if mask is sympy.true:
-        return False
+        return False, True
     ends = sym.Q_IDX + sym.KV_LEN - sym.Q_LEN
-    if mask in (sympy.Le(sym.KV_IDX, ends), sympy.Le(sym.KV_IDX, sym.Q_IDX), sympy.Ge(sym.Q_IDX, sym.KV_IDX)):
-        return True
+    for end in (ends, sym.Q_IDX):
+        if mask in (sympy.Le(sym.KV_IDX, end), sympy.Ge(end, sym.KV_IDX)):
+            return True, True
+        if mask in (sympy.Lt(sym.KV_IDX, end), sympy.Gt(end, sym.KV_IDX)):
+            return True, False
     _refuse(graph, "mask", f"'{formula(mask)}' shows neither every key nor the keys up to the query")
+
+
+def _apart(graph: VariantGraph, weight: sympy.Expr, causal: bool, itself: bool) -> tuple[sympy.Expr, Parts | None]:
+    """The weight of what is before a token, and both parts where the token itself has another."""
+    if not causal or (itself and not positions(weight)):
+        return weight, None
+    parts = apart(weight)
+    if not isinstance(parts, Parts):
+        _refuse(
+            graph, "weight", f"the condition '{formula(parts)}' is neither of the token itself nor of all before it"
+        )
+    return parts.past, parts if itself else Parts(parts.past, sympy.S.Zero)
+
+
+def _own(parts: Parts, dots: tuple[Dot, ...], gain: sympy.Expr, late: bool) -> sympy.Expr:
+    """What a token's own value is multiplied by, beside what the sum over the keys has of it."""
+    sums = {dot.symbol: sum_d(_token(dot.left * dot.right, True)) for dot in dots}
+    sums[sym.QK] = sum_d(sym.Q_VEC * sym.K_VEC)
+
+    def at_itself(weight: sympy.Expr) -> sympy.Expr:
+        return _token(weight, True).xreplace(sums)
+
+    return gain * (at_itself(parts.own) - (0 if late else at_itself(parts.past)))
 
 
 def _without_maxima(graph: VariantGraph, online: Online) -> Online:
@@ -229,7 +271,7 @@ def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
 
 
 def _monomials(
-    graph: VariantGraph, weight: sympy.Expr, causal: bool
+    graph: VariantGraph, weight: sympy.Expr, causal: bool, strict: bool
 ) -> dict[tuple[tuple[sympy.Symbol, int], ...], list[_Monomial]]:
     """The weight multiplied out: for each power of dot products the terms that it has."""
     found: dict[tuple[tuple[sympy.Symbol, int], ...], list[_Monomial]] = defaultdict(list)
@@ -249,40 +291,52 @@ def _monomials(
                 powers.append((base, int(power)))
             else:
                 _refuse(graph, "weight", f"the factor '{formula(factor)}' depends on query and key together")
-        row, col, decay = _exponent(graph, exponent, row, col, causal)
-        found[tuple(sorted(powers, key=str))].append(_Monomial(row, col, decay))
+        monomial = _exponent(graph, exponent, row, col, causal, strict)
+        found[tuple(sorted(powers, key=str))].append(monomial)
     return found
 
 
 def _channels(
-    graph: VariantGraph, left: sympy.Expr, right: sympy.Expr, causal: bool
-) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
-    """The features without a decay of each channel, and D(t) of that decay, 0 if there is none."""
+    graph: VariantGraph, left: sympy.Expr, right: sympy.Expr, causal: bool, strict: bool
+) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, bool]:
+    """The features without a decay of each channel, D(t) of that decay, 0 if there is none, and whether it is late."""
     exponents = []
     features = []
     for side, vector in ((left, sym.Q_VEC), (right, sym.K_VEC)):
         found = [
             f
             for f in sympy.Mul.make_args(side)
-            if isinstance(f, sympy.exp) and vector not in f.free_symbols and level(f) in (Level.ROW, Level.COL)
+            if isinstance(f, sympy.exp)
+            and vector not in f.free_symbols
+            and (level(f) in (Level.ROW, Level.COL) or sym.COMPONENT in f.free_symbols)
         ]
         exponents.append(sympy.expand(sympy.Add(*(f.args[0] for f in found)), log=False, power_exp=False))
-        features.append(side / sympy.Mul(*found))
+        features.append(sympy.Mul(*(f for f in sympy.Mul.make_args(side) if f not in found)))
     of_query, of_key = exponents
     decay = _token(of_query, causal) if causal else sympy.S.Zero
+    late = strict and _is_late(graph, decay, of_key)
+    decay = -of_key if late else decay
     if sympy.expand(decay + of_key) != 0:
         text = formula(sympy.exp(of_query + of_key))
         _refuse(graph, "raw_score", f"'{text}' is no decay from the key to the query in each channel")
     for side in features:
         if side.atoms(Read):
             _refuse(graph, "raw_score", f"the features '{formula(side)}' read an input")
-    return features[0], features[1], decay
+    return features[0], features[1], decay, late
+
+
+def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> bool:
+    """Is of_query(t) = D(t - 1), where of_key(t) = -D(t)?"""
+    if T not in of_key.free_symbols:
+        return False
+    return bool(sympy.expand(of_query + of_key + _step(graph, -of_key), log=False, power_exp=False) == 0)
 
 
 def _exponent(
-    graph: VariantGraph, exponent: sympy.Expr, row: sympy.Expr, col: sympy.Expr, causal: bool
-) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
-    """exp(exponent) as factors of the row and of the column, and D(t) of a decay exp(D(i) - D(j)), 0 if none."""
+    graph: VariantGraph, exponent: sympy.Expr, row: sympy.Expr, col: sympy.Expr, causal: bool, strict: bool
+) -> _Monomial:
+    """row * col * exp(exponent) as factors of the row and of the column, and D(t) of a decay exp(D(i) - D(j)), 0 if
+    there is none; late: exp(D(i - 1) - D(j))."""
     if causal:
         exponent = exponent.replace(absolute, _distance)
     parts: dict[Level, sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
@@ -291,16 +345,18 @@ def _exponent(
     if parts[Level.PAIR] != 0:
         text = formula(sympy.exp(parts[Level.PAIR]))
         _refuse(graph, "weight", f"the factor '{text}' depends on query and key together")
-    row *= sympy.exp(parts[Level.PROGRAM])
     of_query, of_key = parts[Level.ROW], parts[Level.COL]
+    if strict and _is_late(graph, _token(of_query + parts[Level.PROGRAM], causal), of_key):
+        return _Monomial(_token(row, causal), col, -of_key, True)
+    row *= sympy.exp(parts[Level.PROGRAM])
     if not causal or of_query == 0 or of_key == 0:
         row, of_key_factor = _token(row * sympy.exp(of_query), causal), col * sympy.exp(of_key)
-        return row, of_key_factor, sympy.S.Zero
+        return _Monomial(row, of_key_factor, sympy.S.Zero, False)
     decay = _token(of_query, causal)
     rest = sympy.expand(decay + of_key)
     if T in rest.free_symbols:
-        return _token(row, causal), col * sympy.exp(rest), decay
-    return _token(row, causal) * sympy.exp(rest), col, decay
+        return _Monomial(_token(row, causal), col * sympy.exp(rest), decay, False)
+    return _Monomial(_token(row, causal) * sympy.exp(rest), col, decay, False)
 
 
 def _distance(x: sympy.Expr) -> sympy.Expr:
@@ -424,7 +480,8 @@ def _recurrence(plan: Linear) -> tuple[str, ...]:
     key = key if plan.col == 1 else f"({formula(plan.col)}) * {key}"
     query = "q" if plan.left == sym.Q_VEC else "f(q)"
     ones = ("[{}, 1]" if plan.bias else "{}").format(key), "[v, 1]" if plan.total else "v"
-    read = f"{query} state_t" if not plan.bias else f"[{query}, 1] state_t"
+    state = "state_(t-1)" if plan.late else "state_t"
+    read = f"{query} {state}" if not plan.bias else f"[{query}, 1] {state}"
     if plan.powers is not None:
         query = query if plan.row == 1 else f"({formula(plan.row)}) * {query}"
         ones = f"features({key})", "[v, 1]"
@@ -434,7 +491,7 @@ def _recurrence(plan: Linear) -> tuple[str, ...]:
         return (f"state = sum over the keys of {ones[0]} {ones[1]}'", f"out_t = {_times(plan)}{read}")
     return (
         f"state_t = {factor}state_(t-1) + {ones[0]} {ones[1]}'",
-        f"out_t = {_times(plan)}{read}",
+        f"out_t = {_times(plan)}{read}" + ("" if plan.own in (None, 0) else f" + ({formula(plan.own)}) * v_t"),
     )
 
 

@@ -13,6 +13,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
+from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast
 from attncc.runtime.shapes import bind, output_names
@@ -44,6 +45,7 @@ class LinearOp:
         self.graph, self.linear, self.parallel = graph, linear, parallel
         self.choice: PlanName = plan
         self._terms = TokenTerms(graph)
+        self._own = None if linear.own is None else OwnWeight(self._terms.core, linear)
         self._square = None if linear.degree == 1 else SquareCall(graph, self._terms.core, linear, precision)
         self.engine: LinearEngine | SquareEngine
         if self._square is not None:
@@ -94,17 +96,25 @@ class LinearOp:
         if self._square is not None:
             call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)
             out, last = self._square(bound, q, k, v, *call)
+            out = out if self._own is None else self._own.add(out, bound, q, k, v)
             return (out, last) if output_final_state else out
         assert isinstance(self.engine, LinearEngine)
-        rows = self.engine.rows.tokens(bound, q.device)
+        names, rows = self.engine.names, self.engine.rows.tokens(bound, q.device)
+        key, value, given_rows = k, v, rows
+        if self._own is not None and self.linear.late:
+            key, value, given_rows = self._own.before(k, v, names, rows, cu_seqlens)
         constant = self.engine.rows.constant(bound)
         given = (q, k, v, initial_state, *rows)
         then_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
         stepwise = chosen == "recurrent"
         out, _, last = library.forward_op(
-            *(q, k, v, rows, constant, initial_state, cu_seqlens, stepwise, chunk_size, output_final_state),
+            *(q, key, value, given_rows, constant, initial_state, cu_seqlens, stepwise, chunk_size, output_final_state),
             *(then_backward, self._key),
         )
+        if self._own is not None:
+            out = self._own.add(out, bound, q, k, v)
+            if output_final_state and self.linear.late:
+                last = self._own.behind(last, k, v, names, rows, cu_seqlens)
         return (out, last) if output_final_state else out
 
     def _chosen(

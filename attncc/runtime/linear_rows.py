@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
-from attncc.ir.symbols import COMPONENT
+from attncc.ir.symbols import COMPONENT, K_VEC, Q_VEC
 from attncc.ir.vocabulary import Read
 from attncc.passes.linearize import TOTAL, Linear
 from attncc.runtime.closures import Function, closure
@@ -76,9 +76,12 @@ class TokenRows:
         """The factor that is one number for the whole call."""
         return float(self._constant(numbers(bound)))
 
-    def tokens(self, bound: Bound, device: torch.device) -> list[Tensor]:
-        """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given."""
-        return [self._value(row, bound, device) for row in self._rows]
+    def tokens(self, bound: Bound, device: torch.device, known: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given.
+
+        known: what else the formulas name, in the same shapes.
+        """
+        return [self._value(row, bound, device, known or {}) for row in self._rows]
 
     def weight_and_slope(self, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a sum of weighted values is multiplied by, and the derivative of its logarithm by the row's total."""
@@ -89,7 +92,7 @@ class TokenRows:
     def _row(self, name: str, expr: Any) -> _Row:
         views: dict[Any, _View] = {}
         side = "q_idx" if name in _OF_QUERIES and not self._causal else "kv_idx"
-        by_channel = COMPONENT in expr.free_symbols
+        by_channel = bool({COMPONENT, Q_VEC, K_VEC} & expr.free_symbols)
         for i, read in enumerate(sorted(expr.atoms(Read), key=str)):
             view = self._view(f"read_{i}", read, side, 4 if by_channel else 3)
             if view is not None:
@@ -114,11 +117,11 @@ class TokenRows:
         kept = None if order == sorted(order) else tuple(order)
         return _View(symbol, read.input, kept, missing, "h_kv" in pattern)
 
-    def _value(self, row: _Row, bound: Bound, device: torch.device) -> Tensor:
+    def _value(self, row: _Row, bound: Bound, device: torch.device, known: Mapping[str, Tensor]) -> Tensor:
         sizes = bound.sizes
         shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes[row.side])
         shape = (*shape, sizes["d_qk"]) if row.by_channel else shape
-        env: dict[str, Any] = numbers(bound)
+        env: dict[str, Any] = {**numbers(bound), **known}
         for view in row.views:
             env[view.symbol] = _viewed(view, bound, row.by_channel)
         for name in row.whole:

@@ -79,7 +79,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "gmm",
         "afa",
     ),
-    "linear": ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla"),
+    "linear": ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla", "rwkv6"),
     "reductions": ("local_gaussian", "head_gates", "reversed", "differential", "mla"),
 }
 #: states from token to token, without pairs of query and key: `Variant(recurrence=...)`

@@ -18,7 +18,7 @@ SHAPES = (
     Shape(1, 2, 2, 300, 300, 96, 80),
     Shape(1, 2, 1, 1000, 1000, 256, 128),
 )
-NAMES = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
+NAMES = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla", "rwkv6")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -154,6 +154,73 @@ def test_a_polynomial_of_degree_2(what):
     assert "features(x) = [1, x, x (x) x]" in plan.proof[-1]
 
 
+def past(score, b, h, g, q_idx, kv_idx, q_len, kv_len):
+    """What a gate leaves up to the query's own step, which is not taken."""
+    i = q_idx + kv_len - q_len
+    return score * ac.exp(ac.cumsum(g[b, h, i]) - g[b, h, i] - ac.cumsum(g[b, h, kv_idx]))
+
+
+def with_bonus(score, b, h, g, rate, q_idx, kv_idx, q_len, kv_len):
+    own = kv_idx >= q_idx + kv_len - q_len
+    return ac.where(own, rate[h] * score, past(score, b, h, g, q_idx, kv_idx, q_len, kv_len))
+
+
+def half(score, h, rate, q_idx, kv_idx, q_len, kv_len):
+    """The token itself counts half: the decay includes its own step."""
+    d = distance(q_idx, kv_idx, q_len, kv_len)
+    return ac.where(d > 0, 1.0, 0.5) * score * ac.exp(rate[h] * d)
+
+
+def read_late(score, h, rate, q_idx, kv_idx, q_len, kv_len):
+    d = distance(q_idx, kv_idx, q_len, kv_len)
+    return score * ac.exp(rate[h] * (d - 1))
+
+
+def before(q_idx, kv_idx, q_len, kv_len):
+    return kv_idx < q_idx + kv_len - q_len
+
+
+OF_ITSELF = {
+    # what: (variant, step, late, own)
+    "a bonus": (
+        variant("identity", score=with_bonus, inputs={**TOKEN, **HEAD}),
+        *("g[b, h, kv_idx]", True, "scale*rate[h]*dot(k_vec, q_vec)"),
+    ),
+    "half of itself": (
+        variant("identity", score=half, inputs=HEAD),
+        *("rate[h]", False, "-0.5*scale*dot(k_vec, q_vec)"),
+    ),
+    "not itself": (variant("identity", mask=before), None, False, "-scale*dot(k_vec, q_vec)"),
+    "a late read of those before it": (
+        variant("identity", mask=before, score=read_late, inputs=HEAD),
+        *("rate[h]", True, "0"),
+    ),
+    "any function of itself": (
+        variant(
+            lambda score, q_idx, kv_idx: ac.where(kv_idx == q_idx, ac.sigmoid(score), score),
+            mask=ac.causal(align="start"),
+        ),
+        *(None, False, "-scale*dot(k_vec, q_vec) + sigmoid(scale*dot(k_vec, q_vec))"),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", OF_ITSELF)
+def test_what_a_token_has_of_itself(what):
+    spec, step, late, own = OF_ITSELF[what]
+    plan = linearize(spec.graph)
+    assert (None if plan.step is None else formula(plan.step)) == step
+    assert (plan.late, formula(plan.own)) == (late, own)
+    assert formula(plan.row) == formula(plan.col) == "1"
+
+
+def test_a_late_read_of_channels():
+    plan = linearize(ac.variants.get("rwkv6").graph)
+    assert (plan.decay, plan.late, formula(plan.own)) == ("channel", True, "sum_d(k_vec*q_vec*u[h])")
+    assert "shifted by one token" in " ".join(plan.proof)
+    assert plan.proof[-1] == "out_t = q state_(t-1) + (sum_d(k_vec*q_vec*u[h])) * v_t"
+
+
 def far(score, q_idx, kv_idx):
     return score * ac.exp(-0.1 * (q_idx - kv_idx) ** 2)
 
@@ -172,6 +239,25 @@ def clamped(score, row):
 
 
 REFUSED = {
+    "the token before": (
+        variant(lambda score, q_idx, kv_idx: ac.where(kv_idx == q_idx - 1, 2 * score, score)),
+        "is neither of the token itself nor of all before it",
+    ),
+    "a share of itself": (
+        variant(
+            lambda score, row, q_idx, kv_idx: (
+                ac.where(kv_idx == q_idx, 2.0, 1.0) * score / row.sum(ac.where(kv_idx == q_idx, 2.0, 1.0) * score)
+            ),
+            mask=ac.causal(align="start"),
+        ),
+        "'1/total' is of a row sum with a part of the token's own",
+    ),
+    "a bonus of pairs": (
+        variant(
+            lambda score, q_idx, kv_idx: ac.where(kv_idx == q_idx, score, ac.exp(score)), mask=ac.causal(align="start")
+        ),
+        "the factor 'exp(qk*scale)' depends on query and key together",
+    ),
     "softmax": (variant("softmax"), "the factor 'exp(qk*scale)' depends on query and key together"),
     "a maximum that stays": (
         variant(lambda score, row: score / ac.maximum(row.max(score), 1)),

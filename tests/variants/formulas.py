@@ -233,6 +233,16 @@ def ssd(q, k, v, dt, rate):
     return (q @ k.mT * kept * dt[..., None, :] * (j <= i)) @ v
 
 
+def rwkv6(q, k, v, g, u):
+    i, j = places(q, k)
+    time = F.pad(g.cumsum(2), (0, 0, max(q.shape[2] - k.shape[2], 0), 0))[:, :, -q.shape[2] :]
+    own = F.pad(g, (0, 0, max(q.shape[2] - k.shape[2], 0), 0))[:, :, -q.shape[2] :]
+    before = (time - own)[:, :, :, None] - g.cumsum(2)[:, :, None]
+    factor = torch.where((j < i)[..., None], before, 0.0).exp()
+    factor = torch.where((j == i)[..., None], u[:, None, None], factor)
+    return (torch.einsum("bhid,bhjd,bhijd->bhij", q, k, factor) * (j <= i)) @ v
+
+
 BY_HAND: dict[str, Callable[..., Tensor]] = {
     f.__name__: f
     for f in (
@@ -265,5 +275,6 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
         slots,
         shared_weights,
         ssd,
+        rwkv6,
     )
 } | {"reversed": reversed_attention}

@@ -98,6 +98,7 @@ def test_inputs_and_defaults():
         "simple_gla": {"g": ("b", "h", "kv_idx")},
         "ssd": {"dt": ("b", "h", "kv_idx"), "rate": ("h",)},
         "gla": {"g": ("b", "h", "kv_idx", "d")},
+        "rwkv6": {"g": ("b", "h", "kv_idx", "d"), "u": ("h", "d")},
     }
 
 

@@ -1,0 +1,66 @@
+"""A causal weight in two parts: what a token has of those before it, and what it has of itself.
+
+A formula tells them apart by a condition on positions, `where(kv_idx == q_idx, own, past)`, or by a mask that leaves
+the token itself out. The past is what a state carries; the token's own part is one value a token, of any form at all:
+
+    out_i = sum_{j < i} past_ij v_j + own_i v_i
+
+The past may read the state before the token's own step of decay: exp(D_{i-1} - D_j) instead of exp(D_i - D_j).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy.core.relational import Relational
+from sympy.logic.boolalg import And, Not, Or
+
+from attncc.ir import symbols as sym
+from attncc.ir.vocabulary import where
+
+#: how far the key is behind the query, where it is before it
+_BEHIND = sympy.Symbol("behind", integer=True, positive=True)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """past: a pair's weight where the key is before the query; own: where it is the query's own token."""
+
+    past: sympy.Expr
+    own: sympy.Expr
+
+
+def positions(weight: sympy.Expr) -> list[sympy.Expr]:
+    """The conditions of a weight that are of query and key together."""
+    return [w.args[0] for w in weight.atoms(where) if {sym.Q_IDX, sym.KV_IDX} <= w.args[0].free_symbols]
+
+
+def apart(weight: sympy.Expr) -> Parts | sympy.Expr:
+    """Both parts of a weight, or the condition that is of neither the token itself nor all tokens before it."""
+    settled: dict[int, dict[sympy.Expr, sympy.Expr]] = {0: {}, 1: {}}
+    for condition in positions(weight):
+        for i, behind in enumerate((sympy.S.Zero, _BEHIND)):
+            truth = _settled(condition, behind)
+            if truth not in (sympy.true, sympy.false):
+                return condition
+            settled[i][condition] = truth
+
+    def at(i: int) -> sympy.Expr:
+        return weight.replace(
+            lambda e: isinstance(e, where) and e.args[0] in settled[i],
+            lambda e: e.args[1] if settled[i][e.args[0]] is sympy.true else e.args[2],
+        )
+
+    return Parts(past=at(1), own=at(0))
+
+
+def _settled(condition: sympy.Expr, behind: sympy.Expr) -> sympy.Expr:
+    """A condition on positions with the query `behind` tokens behind the key."""
+    if isinstance(condition, And | Or | Not):
+        return condition.func(*(_settled(a, behind) for a in condition.args))
+    if not isinstance(condition, Relational):
+        return condition
+    # queries and keys are the same tokens
+    difference = (condition.lhs - condition.rhs).subs(sym.Q_LEN, sym.KV_LEN).subs(sym.Q_IDX, sym.KV_IDX + behind)
+    return condition.func(sympy.expand(difference), 0)

@@ -1,0 +1,153 @@
+"""What a token has of itself beside a state of what is before it, and late reads: against all pairs and by hand."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import attncc as ac
+from attncc.schedule import linear as schedule_linear
+from tests.passes.test_linearize import before, half, past, read_late, with_bonus
+from tests.runtime.test_linear import agree, drawn, with_gradients
+
+GATE = {"g": ac.Input("b", "h", "kv_idx", grad=True)}
+RATE = {"rate": ac.Input("h", grad=True)}
+
+
+def sharp(score, q_idx, kv_idx):
+    """Degree 2 of what is before a token, and the sigmoid of itself."""
+    return ac.where(kv_idx == q_idx, ac.sigmoid(score), 1 + score**2)
+
+
+VARIANTS = {
+    "rwkv6": ac.variants.get("rwkv6"),
+    "bonus": ac.Variant(name="bonus", mask=ac.causal, normalizer="identity", score=with_bonus, inputs={**GATE, **RATE}),
+    "half": ac.Variant(name="half", mask=ac.causal, normalizer="identity", score=half, inputs=RATE),
+    "before": ac.Variant(
+        name="before",
+        mask=before,
+        normalizer="identity",
+        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
+        score=past,
+        inputs=GATE,
+    ),
+    "late": ac.Variant(name="late", mask=before, normalizer="identity", score=read_late, inputs=RATE),
+    "sharp": ac.Variant(name="sharp", mask=ac.causal(align="start"), normalizer=sharp),
+}
+
+
+@pytest.fixture
+def many_segments(monkeypatch):
+    """Segments of one chunk each, as on a GPU with room for all of them."""
+    monkeypatch.setattr(schedule_linear, "SEGMENT", 1)
+    monkeypatch.setattr(schedule_linear, "WAVES", 1000)
+
+
+def inputs_of(name, length):
+    generator = torch.Generator().manual_seed(3)
+    g, rate = -0.5 * torch.rand(1, 2, length, 16, generator=generator), torch.tensor([-0.4, -0.05])
+    return {
+        "rwkv6": {"g": g, "u": torch.randn(2, 16, generator=generator)},
+        "bonus": {"g": g[..., 0].clone(), "rate": rate},
+        "before": {"g": g[..., 0].clone()},
+        "half": {"rate": rate},
+        "late": {"rate": rate},
+    }.get(name, {})
+
+
+def exactly(name, tensors, inputs, cotangent):
+    double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
+    return with_gradients(lambda *a, **i: ac.reference(VARIANTS[name], *a, **i), *double, cotangent.double())
+
+
+@pytest.mark.parametrize("plan", ["chunk", "recurrent"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plans_are_the_quadratic_reference(name, plan, many_segments):
+    tensors, inputs = drawn(name, length=35)[0], inputs_of(name, 35)
+    cotangent = torch.randn(1, 2, 35, 24, generator=torch.Generator().manual_seed(2))
+    got = with_gradients(ac.compile(VARIANTS[name]), tensors, inputs, cotangent, plan=plan, chunk_size=16)
+    exact = exactly(name, tensors, inputs, cotangent)
+    agree((got[0], *got[1]), (exact[0], *exact[1]), 3e-6)
+
+
+@pytest.mark.parametrize("name", ["rwkv6", "bonus"])
+def test_sixteen_bits(name):
+    tensors, inputs = drawn(name, kv_heads=2, dtype=torch.float16, length=33)[0], inputs_of(name, 33)
+    cotangent = torch.randn(1, 2, 33, 24, generator=torch.Generator().manual_seed(2)).half()
+    got = with_gradients(ac.compile(VARIANTS[name], plan="chunk"), tensors, inputs, cotangent)
+    exact = exactly(name, tensors, inputs, cotangent)
+    for ours, theirs in zip((got[0], *got[1]), (exact[0], *exact[1]), strict=True):
+        assert (ours.double() - theirs).square().mean().sqrt() <= 5e-3 * theirs.square().mean().sqrt()
+
+
+def recurrence(name, q, k, v, inputs, state):
+    """One sequence by hand, float64: out, and the state behind it."""
+    outs = []
+    for t in range(q.shape[2]):
+        query, key, value = q[:, :, t, :, None], k[:, :, t, :, None], v[:, :, t, None]
+        g = inputs["g"][:, :, t]
+        if name == "rwkv6":
+            outs.append((query * (state + inputs["u"][:, :, None] * key * value)).sum(-2))
+            state = g.exp()[..., None] * state + key * value
+        else:
+            bonus = inputs["rate"][:, None, None]
+            outs.append((query * (state + bonus * key * value)).sum(-2) / 4)
+            state = g.exp()[..., None, None] * state + key * value
+    return torch.stack(outs, 2), state
+
+
+@pytest.mark.parametrize("ends", [(0, 33), (0, 17, 17, 33, 33)], ids=["one sequence", "packed"])
+@pytest.mark.parametrize("name", ["rwkv6", "bonus"])
+def test_states_in_and_out_and_packed_sequences(name, ends, many_segments):
+    """Against the recurrence by hand, with gradients through both states; empty sequences are among them."""
+    length, sequences = ends[-1], len(ends) - 1
+    tensors, inputs = drawn(name, length=length)[0], inputs_of(name, length)
+    generator = torch.Generator().manual_seed(4)
+    shape = (sequences, 2, 16, 24)
+    initial = torch.randn(shape, generator=generator)
+    cotangents = torch.randn(1, 2, length, 24, generator=generator), torch.randn(shape, generator=generator)
+    leaves = [x.detach().requires_grad_() for x in (*tensors, initial, *inputs.values())]
+    named = dict(zip(inputs, leaves[4:], strict=True))
+    options = {"cu_seqlens": torch.tensor(ends) if sequences > 1 else None, "output_final_state": True}
+    results = ac.compile(VARIANTS[name], plan="chunk")(*leaves[:3], **named, initial_state=leaves[3], **options)
+    got = (*results, *torch.autograd.grad(results, leaves, cotangents))
+
+    leaves = [x.detach().double().requires_grad_() for x in (*tensors, initial, *inputs.values())]
+    q, k, v, first = leaves[:4]
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    outs, states = [], []
+    for i, (lo, hi) in enumerate(pairwise(ends)):
+        own = {n: x[:, :, lo:hi] if x.dim() > 2 else x for n, x in zip(inputs, leaves[4:], strict=True)}
+        if lo == hi:
+            states.append(first[i : i + 1])
+            continue
+        out, state = recurrence(name, *(x[:, :, lo:hi] for x in (q, k, v)), own, first[i : i + 1])
+        outs.append(out)
+        states.append(state)
+    results = torch.cat(outs, 2), torch.cat(states)
+    exact = (*results, *torch.autograd.grad(results, leaves, [c.double() for c in cotangents]))
+    agree(got, exact, 5e-6)
+
+
+def test_decoding_goes_on_where_the_prompt_ended():
+    tensors, inputs = drawn("rwkv6", length=20)[0], inputs_of("rwkv6", 20)
+    op = ac.compile("rwkv6")
+    whole, last = op(*tensors, **inputs, plan="chunk", output_final_state=True)
+    state = None
+    for lo, hi in ((0, 18), (18, 19), (19, 20)):
+        own = {**inputs, "g": inputs["g"][:, :, lo:hi]}
+        out, state = op(*(x[:, :, lo:hi] for x in tensors), **own, initial_state=state, output_final_state=True)
+        torch.testing.assert_close(out, whole[:, :, lo:hi], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+def test_strong_decay_does_not_overflow():
+    """Each token reads the one before it, undecayed, and itself: older ones are gone."""
+    q, k, v = drawn("rwkv6", kv_heads=2, length=35)[0]
+    g, u = torch.full((1, 2, 35, 16), -1000.0), torch.randn(2, 16)
+    out = ac.compile("rwkv6")(q, k, v, g=g, u=u)
+    own = (q * k * u[:, None]).sum(-1, keepdim=True) * v
+    own[:, :, 1:] += (q[:, :, 1:] * k[:, :, :-1]).sum(-1, keepdim=True) * v[:, :, :-1]
+    torch.testing.assert_close(out, own, rtol=1e-5, atol=1e-4)
