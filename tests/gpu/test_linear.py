@@ -29,8 +29,9 @@ def test_every_plan_is_the_reference(name, dtype):
 
 
 def gate_of(name, length, generator, dim=64):
-    if name == "gla":  # the reference has all pairs of a sequence, and e^709 is its limit, too
-        return {"g": F.logsigmoid(torch.randn(1, 4, length, dim, generator=generator, device="cuda")) / 16}
+    if name in ("gla", "rwkv6"):  # the reference has all pairs of a sequence, and e^709 is its limit, too
+        g = F.logsigmoid(torch.randn(1, 4, length, dim, generator=generator, device="cuda")) / 16
+        return {"g": g} if name == "gla" else {"g": g, "u": torch.randn(4, dim, generator=generator, device="cuda")}
     if name == "simple_gla":
         return {"g": F.logsigmoid(torch.randn(1, 4, length, generator=generator, device="cuda")) / 4}
     if name == "ssd":
@@ -48,7 +49,7 @@ def test_gradients_at_every_chunk_size(name, dim, chunk):
     ends = [0, 1000, 1001, 2047, 3000]
     q, k, v = (torch.randn(1, 4, 3000, dim, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     k = F.normalize(k.float(), dim=-1).bfloat16()
-    if name == "gla" and chunk != 16:
+    if name in ("gla", "rwkv6") and chunk != 16:
         pytest.skip("with a decay a channel there is one chunk size")
     inputs = gate_of(name, 3000, generator, dim)
     op = ac.compile(name, plan="chunk")
