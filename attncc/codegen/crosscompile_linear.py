@@ -17,13 +17,17 @@ from attncc.schedule.problem import Dtype, Precision
 
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
-    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR"),
-    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR"),
+    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR", "KEPT_PTR"),
+    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "FEATURES_PTR"),
 )
 _FLAGS = (
     *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
-    *("WEIGHTED", "PAIRS"),
+    *("WANT_STEPS", "WEIGHTED", "PAIRS"),
 )
+#: what the host launches its small kernels with
+_SMALL = {"BLOCK": 1024, "num_warps": 4}
+#: elements from a token to the next: 16 heads of 128
+_TOKEN = 2048
 
 
 def cross_compile_linear(
@@ -33,7 +37,8 @@ def cross_compile_linear(
     found = {}
     for name in kernel_names(module):
         kernel = getattr(module, name)
-        meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), {"BLOCK": 1024, "CHUNK": 32, "num_warps": 4}))
+        of_host = {**_SMALL, "CHUNK": schedule.chunk if name == "runs_kernel" else 32}
+        meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), of_host))
         options = {key: meta.pop(key) for key in ("num_warps", "num_stages") if key in meta}
         constants: dict[str, Any] = {
             **meta,
@@ -64,7 +69,7 @@ def _arguments(kernel: Any, constants: dict[str, Any], dtype: Dtype) -> tuple[An
         name = parameter.name
         if parameter.is_constexpr:
             signature[name] = "constexpr"
-            values[(i,)] = constants[name]
+            values[(i,)] = _TOKEN if name.startswith("stride_") else constants[name]
         elif name.endswith("_PTR"):
             tables = ("SEGMENTS_PTR", "SEQUENCES_PTR")
             signature[name] = "*" + (dtype if name in _TENSORS else "i32" if name in tables else "fp32")

@@ -25,6 +25,8 @@ from attncc.version import __version__
 class DeltaSlots(LinearSlots):
     """What the templates are filled with."""
 
+    notes_products = True
+
     def __init__(self, graph: VariantGraph, plan: Delta, d_qk: int, d_v: int):
         super().__init__(graph, plan.linear, d_qk, d_v)
         #: what the tokens of a chunk erase and write, solved: contiguous, a head of q's each
@@ -76,6 +78,7 @@ def render_delta(graph: VariantGraph, plan: Delta, d_qk: int, d_v: int) -> str:
         return str(env.get_template(template).render({**context, "r": role} if role else context))
 
     parts = [text("delta_prepare.py.j2"), text("delta_carry.py.j2")]
+    parts += [text("linear_runs.py.j2")] if slots.runs else []
     parts += [text("linear_scan.py.j2", slots.scans[name]) for name in ("forward", "dq", "dk", "dv")]
     parts += [text("delta_carry_back.py.j2"), text("delta_solve_back.py.j2")]
     parts += [text("linear_step.py.j2", slots.step_role), text("delta_host.py.j2")]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 
@@ -32,6 +32,9 @@ from attncc.passes.calculus import derivative
 from attncc.passes.fold import lower_exp
 from attncc.passes.linearize import TOTAL, Linear
 from attncc.version import __version__
+
+#: names that the maps of tiles take first, numbered beyond those of the tiles of q and k
+_NAMES = {"choice": 8, "power": 8, "smaller": 8, "larger": 8, "product": 8, "shifted": 8}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Role:
     backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too. channel: each
     feature decays on its own, those that are summed over, or those of the result (result_decays). erase: a token takes
     away what its key finds in the state, before it writes. single: a segment is one chunk, and carries no state on.
+
+    own: the vector of which the result is the gradient. product: the features' product with it is stored, one value a
+    token; steps: so is the gradient of the decay's steps, for which the states between chunks are kept, `kept_size`
+    values each. The result is multiplied by `settled` at last, and if `scaled_later` by `constant`.
     """
 
     name: str
@@ -89,12 +96,21 @@ class Role:
     total: bool = False
     last: str = ""
     product: bool = False
+    steps: bool = False
+    kept_size: int = 0
+    settled: str = ""
+    scaled_later: bool = False
     own: Tile | None = None
     channel: bool = False
     result_decays: bool = False
     erase: bool = False
     single: bool = False
     epilogue: tuple[str, ...] = ()
+
+    @property
+    def rows_of_step(self) -> tuple[str, ...]:
+        """The factors of tokens, with a token's own step in the place of the decay since a chunk began."""
+        return tuple("step" if name == "run" else name for name in self.rows)
 
     @property
     def alpha_pair(self) -> str:
@@ -123,6 +139,8 @@ class LinearSlots:
     d_qk: int
     d_v: int
     helpers: set[str] = field(default_factory=set)
+    #: are the products of q.dq and k.dk what the decay's gradient is made of? They are where a segment is one chunk
+    notes_products: ClassVar[bool] = False
 
     @property
     def extra(self) -> tuple[int, int]:
@@ -130,20 +148,29 @@ class LinearSlots:
         return int(self.plan.bias is not None), int(self.plan.total)
 
     @property
+    def runs(self) -> bool:
+        """Is there one decay for all channels, which is summed up within chunks?"""
+        return self.plan.decay not in ("none", "channel")
+
+    @property
     def state_shape(self) -> tuple[int, int]:
         """The state's features and values."""
         return self.d_qk + self.extra[0], self.d_v + self.extra[1]
 
     def tiles(self) -> dict[str, Tile]:
-        """q, k, v, do as the kernels read them."""
-        names: Counter[str] = Counter()
-        q, k = Tile("q", self.d_qk, "h"), Tile("k", self.d_qk, "h_kv")
+        """q, k, v, do as the kernels read them; q and k are their features where there is a map."""
         return {
-            "q": self._mapped(q, self.plan.left, sym.Q_VEC, names),
-            "k": self._mapped(k, self.plan.right, sym.K_VEC, names),
+            "q": Tile("q", self.d_qk, "h"),
+            "k": Tile("k", self.d_qk, "h_kv"),
             "v": Tile("v", self.d_v, "h_kv"),
             "do": Tile("do", self.d_v, "h"),
         }
+
+    def features(self) -> dict[str, Tile]:
+        """q and k with the lines that map them to their features, those that have a map."""
+        names: Counter[str] = Counter()
+        sides = (("q", self.plan.left, sym.Q_VEC), ("k", self.plan.right, sym.K_VEC))
+        return {n: self._mapped(self.tiles()[n], map_, vector, names) for n, map_, vector in sides if map_ != vector}
 
     def _mapped(
         self, tile: Tile, expr: sympy.Expr, vector: sympy.Symbol, names: Counter[str], leaf: str | None = None
@@ -165,8 +192,8 @@ class LinearSlots:
         return (*scope.outer, *scope.body), text
 
     def rows(self, *names: str) -> tuple[str, ...]:
-        """The factors of tokens among these, without those that are 1."""
-        return tuple(n for n in (*names, "step") if n and (n != "step" or self.plan.decay != "none"))
+        """The factors of tokens among these, without those that are 1, and the decay."""
+        return tuple(n for n in (*names, "run") if n and (n != "run" or self.plan.decay != "none"))
 
     def row(self, name: str) -> str:
         """The factor of the query or key, or of the gradient of out; "" where there is none."""
@@ -280,12 +307,22 @@ class LinearSlots:
         )
         for name, side, vector, factor in (("dq", "q", sym.Q_VEC, row), ("dk", "k", sym.K_VEC, col)):
             map_ = plan.left if side == "q" else plan.right
-            product = plan.decay != "none" or bool(factor)
-            own = Tile("own", self.d_qk, tiles[side].head) if product or map_ != vector else None
-            lines = self._settled(map_, vector, factor, product)
+            own = self._mapped(Tile("own", self.d_qk, tiles[side].head), map_, vector, Counter(_NAMES), "own")
+            decays = plan.decay != "none"
+            product = bool(factor) or (decays and self.notes_products)
+            lines = self._settled(own, map_, vector, factor, product)
             if side == "q" and plan.constant != 1:
                 lines = ("out = out * constant", *lines)
-            found[name] = replace(found[name], product=product, own=own, epilogue=lines)
+            found[name] = replace(
+                found[name],
+                product=product,
+                steps=decays and not self.notes_products,
+                kept_size=size_v * self.d_qk,
+                settled=factor,
+                scaled_later=plan.constant != 1,
+                own=own if decays or factor or map_ != vector else None,
+                epilogue=lines,
+            )
         return found
 
     def channel_roles(self) -> dict[str, Role]:
@@ -316,7 +353,8 @@ class LinearSlots:
                 reverse=reverse,
                 contracted=contracted and not reverse and not states,
                 scaled=scaled if reverse else "",
-                product=name in ("dq", "dk"),
+                steps=name in ("dq", "dk"),
+                kept_size=size_v * self.d_qk,
                 own=Tile("own", self.d_qk, tiles[name[1]].head) if name in ("dq", "dk") else None,
                 **(by_cols if name in ("dq", "dk") else by_rows),
             )
@@ -354,26 +392,29 @@ class LinearSlots:
         lines += [f"out = out * {factor}[:, None]" for factor in factors]
         return tuple(lines)
 
-    def _settled(self, map_: sympy.Expr, vector: sympy.Symbol, factor: str, product: bool) -> tuple[str, ...]:
+    def _settled(
+        self, own: Tile, map_: sympy.Expr, vector: sympy.Symbol, factor: str, product: bool
+    ) -> tuple[str, ...]:
         """Lines that take the gradient of the features back to the vector, and note their product with it."""
         lines: list[str] = []
-        names: Counter[str] = Counter({"choice": 8, "power": 8, "smaller": 8, "larger": 8, "product": 8, "shifted": 8})
-        mapped = map_ != vector
         if product:
-            value: tuple[str, ...] = ()
-            text = "own"
-            if mapped:
-                value, text = self._tile(map_, vector, "own", names)
             place = "PRODUCT_PTR + _wide(block) * stride_product + line + t"
+            text = own.text if own.lines is not None else "own"
             lines.append("if WANT_PRODUCT:")
-            lines += [f"    {line}" for line in value]
+            lines += [f"    {line}" for line in own.lines or ()]
             lines.append(f"    tl.store({place}, tl.sum({text} * out, 1), mask=live)")
         if factor:
             lines.append(f"out = out * {factor}[:, None]")
-        if mapped:
-            found, text = self._tile(derivative(map_, vector), vector, "own", names)
+        if map_ != vector:
+            found, text = self._tile(derivative(map_, vector), vector, "own", Counter(_NAMES))
             lines += [*found, f"out = out * ({text})"]
         return tuple(lines)
+
+
+def _stepwise(roles: dict[str, Role], features: dict[str, Tile]) -> Role:
+    """The forward token after token, which maps each token itself."""
+    forward = roles["forward"]
+    return replace(forward, a=features.get("q", forward.a), b=features.get("k", forward.b))
 
 
 def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
@@ -387,15 +428,19 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     )
     env = environment()
     sizes: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "channel": channel}
-    context = {**sizes, "slots": slots, "plan": plan, "roles": roles}
+    context = {**sizes, "slots": slots, "plan": plan, "roles": roles, "runs": slots.runs}
 
     def text(template: str, role: str = "") -> str:
         return str(env.get_template(template).render({**context, "r": roles[role]} if role else context))
 
-    parts = [text(states, name) for name in ("states", "dstates")]
+    context["mapped"] = features = slots.features()
+    roles["step"] = _stepwise(roles, features)
+    maps = [str(env.get_template("linear_features.py.j2").render({**context, "x": x})) for x in features.values()]
+    parts = [*maps, text("linear_runs.py.j2")] if context["runs"] else maps
+    parts += [text(states, name) for name in ("states", "dstates")]
     if plan.causal:
         parts += [text("linear_link.py.j2"), *(text(scan, name) for name in ("forward", "dq", "dk", "dv"))]
-        parts.append(text("linear_step.py.j2", "forward"))
+        parts.append(text("linear_step.py.j2", "step"))
     else:
         parts += [text("linear_apply.py.j2", name) for name in ("forward", "dq", "dk", "dv")]
     if plan.total:

@@ -38,8 +38,8 @@ class DeltaEngine(LinearEngine):
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
-    ) -> tuple[Any, list[int] | None, LinearSchedule, dict[str, Any], dict[str, Any]]:
-        """The module, where sequences end, the schedule, the cut into chunks, and the constants of all kernels."""
+    ) -> tuple[Any, LinearSchedule, dict[str, Any], dict[str, Any]]:
+        """The module, the schedule, the cut into chunks, and the constants of all kernels."""
         if q.device.type not in ("cuda", "cpu"):
             raise UnsupportedError(
                 f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
@@ -54,7 +54,7 @@ class DeltaEngine(LinearEngine):
         options = dot_options(q.dtype, self.precision(), device)
         options["SOLVE"] = solve_precision(options["PRECISION"], q.dtype == torch.float32, device)
         module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
-        return module, ends, schedule, cut, options
+        return module, schedule, cut, options
 
     def backward(
         self,
@@ -68,14 +68,13 @@ class DeltaEngine(LinearEngine):
         chunk: int | None,
         out: Tensor,
         total: Tensor | None,
-        last: Tensor | None,
         dout: Tensor,
         dlast: Tensor | None,
         wanted: list[bool],
         want_initial: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """dq, dk, dv, that of the initial state, and those of the factors of tokens that are wanted."""
-        module, _, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
+        module, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
         named = dict(zip(self.names, rows, strict=True))
         wants = dict(zip(self.names, wanted, strict=True))
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -83,6 +82,10 @@ class DeltaEngine(LinearEngine):
         with on_device(q.device):
             dq, dk, dv, dinitial, found, _ = module.backward(
                 *(q, k, v, named, constant, initial, dout, dlast, want_initial),
-                *((wants.get("row", False), wants.get("step", False)), cut, schedule.kernels, options),
+                *(self._asked(wants), cut, schedule.kernels, options),
             )
         return dq, dk, dv, dinitial, [found.get(n) if wants[n] else None for n in self.names]
+
+    def _asked(self, wants: dict[str, bool]) -> tuple[bool, ...]:
+        """Whether the kernels are to find the gradients of the query's factor and of the decay."""
+        return wants.get("row", False), wants.get("step", False)

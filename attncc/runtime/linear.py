@@ -109,7 +109,7 @@ class LinearOp:
         stepwise = chosen == "recurrent"
         out, _, last = library.forward_op(
             *(q, key, value, given_rows, constant, initial_state, cu_seqlens, stepwise, chunk_size, output_final_state),
-            *(then_backward, self._key),
+            *(then_backward, [x.requires_grad for x in given_rows], self._key),
         )
         if self._own is not None:
             out = self._own.add(out, bound, q, k, v)

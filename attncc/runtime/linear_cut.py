@@ -55,11 +55,3 @@ def cut_packed(ends: list[int], span: int, device: torch.device) -> dict[str, An
         "firsts": tables[1],
         "lengths": tables[2],
     }
-
-
-def reversed_cumsum(x: Tensor, ends: list[int] | None) -> Tensor:
-    """The sum of a token and all behind it in its sequence, over dimension 2."""
-    if ends is None:
-        return x.flip(2).cumsum(2).flip(2)
-    parts = x.split([b - a for a, b in pairwise(ends)], 2)
-    return torch.cat([p.flip(2).cumsum(2).flip(2) for p in parts], 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from attncc.passes.similarity import similarity
 from attncc.resources import fingerprint
 from attncc.runtime.engine import dot_options, load_module, on_device
 from attncc.runtime.launch import collect, ghost
-from attncc.runtime.linear_cut import cut_evenly, cut_packed, reversed_cumsum, sequence_lengths
+from attncc.runtime.linear_cut import cut_evenly, cut_packed, sequence_lengths
 from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import device_of
@@ -91,8 +92,8 @@ class LinearEngine:
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
-    ) -> tuple[Any, list[int] | None, LinearSchedule, dict[str, Any], dict[str, Any]]:
-        """The module, where sequences end, the schedule, the cut, and the constants of all kernels."""
+    ) -> tuple[Any, LinearSchedule, dict[str, Any], dict[str, Any]]:
+        """The module, the schedule, the cut, and the constants of all kernels."""
         if q.device.type not in ("cuda", "cpu"):
             raise UnsupportedError(
                 f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
@@ -107,7 +108,7 @@ class LinearEngine:
         else:
             cut = cut_packed(ends, schedule.span, q.device)
         module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
-        return module, ends, schedule, cut, dot_options(q.dtype, self.precision(), device)
+        return module, schedule, cut, dot_options(q.dtype, self.precision(), device)
 
     def forward(
         self,
@@ -122,13 +123,18 @@ class LinearEngine:
         chunk: int | None,
         want_last: bool,
         then_backward: bool = False,
+        wanted: Sequence[bool] = (),
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """out, the row totals or None, and the last state or None. then_backward: compile the backward meanwhile."""
-        module, _, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
+        """out, the row totals or None, and the last state or None.
+
+        then_backward: compile the backward meanwhile, with the gradients of the factors of tokens that are `wanted`.
+        """
+        module, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
         run = module.step if stepwise else module.forward
         named = dict(zip(self.names, rows, strict=True))
         if q.is_cuda:
-            self._warm(module, schedule, cut, options, (q, k, v), named, initial, stepwise, want_last, then_backward)
+            call = (options, (q, k, v), named, initial, stepwise, want_last)
+            self._warm(module, schedule, cut, *call, wanted if then_backward else None)
         with on_device(q.device):
             found: tuple[Tensor, Tensor | None, Tensor | None] = run(
                 q, k, v, named, constant, initial, want_last, cut, schedule.kernels, options
@@ -146,12 +152,12 @@ class LinearEngine:
         initial: Tensor | None,
         stepwise: bool,
         want_last: bool,
-        then_backward: bool,
+        wanted: Sequence[bool] | None,
     ) -> None:
         """Start to compile what this call launches, all kernels side by side; once for each kind."""
         q = tensors[0]
         states = (initial is not None, want_last, cut.get("per_sequence") == 1)
-        kind = (id(module), q.dtype, q.device, str(schedule.kernels), stepwise, then_backward, *states)
+        kind = (id(module), q.dtype, q.device, str(schedule.kernels), stepwise, str(wanted), *states)
         with self._lock:
             if kind in self._warmed:
                 return
@@ -163,11 +169,11 @@ class LinearEngine:
         def run() -> None:
             forward = module.step if stepwise else module.forward
             out, total, last = forward(*qkv, named, 1.5, first, want_last, cut, schedule.kernels, options)
-            if then_backward:
+            if wanted is not None:
                 given = dict(named)
                 if total is not None:
                     given["weight"], given["dtotal"] = module.delta(out, out), total
-                wants = (True, True)
+                wants = self._asked(dict(zip(self.names, wanted, strict=True)))
                 module.backward(
                     *(*qkv, given, 1.5, first, out, last, first is not None, wants, cut, schedule.kernels, options)
                 )
@@ -186,14 +192,13 @@ class LinearEngine:
         chunk: int | None,
         out: Tensor,
         total: Tensor | None,
-        last: Tensor | None,
         dout: Tensor,
         dlast: Tensor | None,
         wanted: list[bool],
         want_initial: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
         """dq, dk, dv, that of the initial state, and those of the factors of tokens that are wanted."""
-        module, ends, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
+        module, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
         named = dict(zip(self.names, rows, strict=True))
         wants = dict(zip(self.names, wanted, strict=True))
         self._refuse(wants)
@@ -205,50 +210,26 @@ class LinearEngine:
                 delta = module.delta(out, dout)
                 given["weight"], slope = self.rows.weight_and_slope(total, named.get("gain"))
                 given["dtotal"] = delta * slope
-            of_queries = wants.get("row", False) or wants.get("step", False)
-            of_keys = wants.get("col", False) or wants.get("step", False)
-            dq, dk, dv, dinitial, of_q, of_k = module.backward(
+            dq, dk, dv, dinitial, of_q, of_k, steps = module.backward(
                 *(q, k, v, given, constant, initial, dout, None if dlast is None else dlast.contiguous()),
-                *(want_initial or (dlast is not None and wants.get("step", False)), (of_queries, of_keys)),
+                *(want_initial, self._asked(wants)),
                 *(cut, schedule.kernels, options),
             )
         found: dict[str, Any] = {}
-        if self.plan.decay != "channel":  # a share of each block of features
-            of_q, of_k = (None if x is None else x.sum(0) for x in (of_q, of_k))
-        if wants.get("row"):
-            found["row"] = of_q
-        if wants.get("col"):
-            found["col"] = of_k
+        if of_q is not None:  # a share of each block of features
+            found["row"] = of_q.sum(0)
+        if of_k is not None:
+            found["col"] = of_k.sum(0)
+        if steps is not None:
+            found["step"] = (steps if self.plan.decay == "channel" else steps.sum(0)).to(named["step"].dtype)
         if wants.get("gain") and delta is not None:
             found["gain"] = delta / named["gain"]
-        if wants.get("step"):
-            found["step"] = self._dstep(named, of_q, of_k, ends, last, dlast).to(named["step"].dtype)
         return dq, dk, dv, dinitial if want_initial else None, [found.get(n) for n in self.names]
 
-    def _dstep(
-        self,
-        rows: dict[str, Tensor],
-        of_q: Any,
-        of_k: Any,
-        ends: list[int] | None,
-        last: Tensor | None,
-        dlast: Tensor | None,
-    ) -> Tensor:
-        """The gradient of the decay's steps: what lies behind a token reads what lies before it through its step.
-
-        A query's a.da counts every pair that it is part of, a key's b.db likewise; the steps of pairs within what lies
-        behind cancel. The last state reads all that lies before through every step.
-        """
-        of_q = of_q * rows["row"] if "row" in rows else of_q
-        of_k = of_k * rows["col"] if "col" in rows else of_k
-        found: Tensor = reversed_cumsum(of_q - of_k, ends)
-        if last is None or dlast is None:
-            return found
-        of_last = (last * dlast).sum((2, 3) if found.dim() == 3 else 3)
-        if ends is None:
-            return found + of_last.unsqueeze(2)
-        counts = torch.tensor([b - a for a, b in pairwise(ends)], device=found.device)
-        return found + of_last.repeat_interleave(counts, 0).transpose(0, 1)[None]
+    def _asked(self, wants: dict[str, bool]) -> tuple[bool, ...]:
+        """Which gradients of factors the kernels are to note: the query's, the key's, the decay's."""
+        row, col, step = (wants.get(name, False) for name in ("row", "col", "step"))
+        return row, col, step
 
     def _refuse(self, wants: dict[str, bool]) -> None:
         bias = wants.get("alpha") or wants.get("beta") or (self.plan.bias is not None and wants.get("step"))

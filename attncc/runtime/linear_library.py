@@ -39,10 +39,11 @@ def forward_op(
     chunk: int | None,
     want_last: bool,
     then_backward: bool,
+    wanted: list[bool],
     key: str,
 ) -> list[Tensor]:
     """out, the row totals (empty where there are none), the last state (empty where it is not wanted)."""
-    call = (q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last, then_backward)
+    call = (q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last, then_backward, wanted)
     found = _engines[key].forward(*call)
     # a schema's list of tensors has no place for None
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in found]
@@ -61,6 +62,7 @@ def _(
     chunk: int | None,
     want_last: bool,
     then_backward: bool,
+    wanted: list[bool],
     key: str,
 ) -> list[Tensor]:
     engine = _engines[key]
@@ -83,7 +85,6 @@ def backward_op(
     chunk: int | None,
     out: Tensor,
     total: Tensor,
-    last: Tensor,
     dout: Tensor,
     dlast: Tensor | None,
     wanted: list[bool],
@@ -92,8 +93,8 @@ def backward_op(
 ) -> list[Tensor]:
     """dq, dk, dv, that of the initial state, then those of the rows; empty where they are not wanted."""
     engine = _engines[key]
-    row_totals, last_state = total if engine.plan.total else None, last if last.numel() else None
-    call = (q, k, v, rows, constant, initial, cu_seqlens, chunk, out, row_totals, last_state, dout, dlast)
+    row_totals = total if engine.plan.total else None
+    call = (q, k, v, rows, constant, initial, cu_seqlens, chunk, out, row_totals, dout, dlast)
     dq, dk, dv, dinitial, drows = engine.backward(*call, wanted, want_initial)
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (dq, dk, dv, dinitial, *drows)]
 
@@ -110,7 +111,6 @@ def _(
     chunk: int | None,
     out: Tensor,
     total: Tensor,
-    last: Tensor,
     dout: Tensor,
     dlast: Tensor | None,
     wanted: list[bool],
@@ -124,25 +124,26 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, rows, constant, initial, cu_seqlens, _, chunk, want_last, _, key = inputs
-    ctx.save_for_backward(q, k, v, initial, cu_seqlens, *output, *rows)
+    q, k, v, rows, constant, initial, cu_seqlens, _, chunk, want_last, *_, key = inputs
+    ctx.save_for_backward(q, k, v, initial, cu_seqlens, *output[:2], *rows)
     ctx.call = (constant, chunk, want_last, key)
     ctx.wanted = [r.requires_grad for r in rows]
     ctx.want_initial = initial is not None and initial.requires_grad
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    q, k, v, initial, cu_seqlens, out, total, last, *rows = ctx.saved_tensors
+    q, k, v, initial, cu_seqlens, out, total, *rows = ctx.saved_tensors
     constant, chunk, want_last, key = ctx.call
     dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
     dlast = grads[2] if want_last else None
     dq, dk, dv, dinitial, *drows = backward_op(
-        *(q, k, v, rows, constant, initial, cu_seqlens, chunk, out, total, last, dout, dlast),
+        *(q, k, v, rows, constant, initial, cu_seqlens, chunk, out, total, dout, dlast),
         *(ctx.wanted, ctx.want_initial, key),
     )
     found = [g if want else None for g, want in zip(drows, ctx.wanted, strict=True)]
     first = dinitial.to(initial.dtype) if ctx.want_initial else None
-    return dq, dk, dv, found, None, first, None, None, None, None, None, None
+    of_wanted: list[None] | None = None if found else []  # PyTorch takes an empty list for one of tensors
+    return dq, dk, dv, found, None, first, *[None] * 5, of_wanted, None
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)

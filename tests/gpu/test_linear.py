@@ -1,8 +1,10 @@
 """Chunk kernels on a GPU: every kind of decay and every chunk size against float64, gradients among them.
 
-Triton 3.4 to 3.7.0 is known to miscompile some gated chunk backwards on Hopper: what is checked here is values.
+Triton 3.4 to 3.7.0 is known to miscompile some gated chunk backwards on Hopper: what is checked here is values. Lengths
+are small, and segments short, so that many processes can share a GPU: the reference has all pairs in float64.
 """
 
+import functools
 from itertools import pairwise
 
 import pytest
@@ -10,22 +12,41 @@ import torch
 import torch.nn.functional as F
 
 import attncc as ac
-from attncc.runtime.verify import Shape, verify_variant
+from attncc.runtime.verify import Exam, Shape, check, eager, verify_variant
+from attncc.schedule import linear as schedule_linear
 
 SHAPES = (
-    Shape(2, 4, 4, 512, 512, 64, 64),
-    Shape(1, 4, 2, 777, 777, 128, 128, strided=True),
+    Shape(1, 2, 1, 520, 520, 256, 128),
+    Shape(1, 4, 2, 391, 391, 128, 128, strided=True),
+    Shape(2, 4, 4, 320, 320, 64, 64),
     Shape(1, 2, 2, 300, 300, 96, 80),
-    Shape(1, 2, 1, 1000, 1000, 256, 128),
 )
+#: the shapes of each type: that of 16 bits is what matters in all of them
+TYPES = {torch.bfloat16: SHAPES, torch.float16: SHAPES[:2], torch.float32: SHAPES[:2]}
 NAMES = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla", "rwkv6")
+#: those of one chunk size: a decay a channel
+BY_CHANNEL = ("gla", "rwkv6")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.fixture(autouse=True)
+def many_short_segments(monkeypatch):
+    """As long sequences have; and what a test took is the next one's."""
+    monkeypatch.setattr(schedule_linear, "SEGMENT", 128)
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_plan_is_the_reference(name, dtype):
-    rows = verify_variant(ac.variants.get(name), "cuda", dtype, SHAPES)
-    assert not [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok]
+    """The quadratic plan is held against the reference elsewhere."""
+    variant, op = ac.variants.get(name), ac.compile(name)
+    rows = []
+    for seed, shape in enumerate(TYPES[dtype]):
+        exam = Exam(variant, shape, "cuda", dtype, seed, only_out=True)
+        for plan in ("chunk", "recurrent"):
+            rows += [(plan, row) for row in exam.rows(functools.partial(op, plan=plan))]
+    assert not [f"{plan} {r.shape} {r.check} repeatable={r.repeatable}" for plan, r in rows if not r.ok]
 
 
 def gate_of(name, length, generator, dim=64):
@@ -40,37 +61,54 @@ def gate_of(name, length, generator, dim=64):
     return {} if name == "linear_attention" else {"rates": torch.tensor([-0.3, -0.1, -0.03, -0.001], device="cuda")}
 
 
-@pytest.mark.parametrize("chunk", [16, 32, 64, 128])
-@pytest.mark.parametrize("dim", [64, 128])
+def by_sequence(run, tensors, inputs, ends):
+    """Each sequence by itself, one behind the other."""
+    parts = []
+    for lo, hi in pairwise(ends):
+        own = {n: x[:, :, lo:hi] if x.dim() > 2 else x for n, x in inputs.items()}
+        parts.append(run(*(x[:, :, lo:hi] for x in tensors), **own))
+    return torch.cat(parts, 2)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one", "packed"])
+@pytest.mark.parametrize(("dim", "chunk"), [(64, 16), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128)])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_at_every_chunk_size(name, dim, chunk):
-    """Long enough for many segments, with a state in and out and packed sequences."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    ends = [0, 1000, 1001, 2047, 3000]
-    q, k, v = (torch.randn(1, 4, 3000, dim, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    k = F.normalize(k.float(), dim=-1).bfloat16()
-    if name in ("gla", "rwkv6") and chunk != 16:
+def test_gradients_at_every_chunk_size(name, dim, chunk, packed):
+    """Many segments, with a state from one to the next, held against both rules of `attncc.runtime.verify`.
+
+    The keys have length 1. Features of such keys (1 + elu) are nearly all the same, and what dq of linear_attention is
+    made of is their difference: with nothing but `out` rounded to bfloat16, and all else float64, dq is off by 1.4e-2
+    of its RMS at D = 64 and by 2.1e-2 at D = 128; with nothing but the features rounded, by 1.5e-2 and 2.1e-2 (plain
+    PyTorch's is off by 7.5e-2 and 0.12). A bound that does not ask what rounding costs in 16 bits would be a wrong one.
+    """
+    if name in BY_CHANNEL and chunk != 64:
         pytest.skip("with a decay a channel there is one chunk size")
-    inputs = gate_of(name, 3000, generator, dim)
+    if packed and dim == 128:
+        pytest.skip("packed sequences are another cut, of which D = 64 sees all")
+    length = 700
+    ends = [0, 250, 251, 443, length] if packed else [0, length]
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(1, 4, length, dim, generator=generator, device="cuda").bfloat16() for _ in range(3))
+    k = F.normalize(k.float(), dim=-1).bfloat16()
+    inputs = gate_of(name, length, generator, dim)
+    grad = torch.randn(1, 4, length, dim, generator=generator, device="cuda").bfloat16()
+
+    def results(run, dtype=None):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (q, k, v, *inputs.values())]
+        out = run(leaves[:3], dict(zip(inputs, leaves[3:], strict=True)))
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
     op = ac.compile(name, plan="chunk")
-    for packed in (None, torch.tensor(ends, device="cuda")):
-        leaves = [x.detach().requires_grad_() for x in (q, k, v, *inputs.values())]
-        named = dict(zip(inputs, leaves[3:], strict=True))
-        out = op(*leaves[:3], **named, chunk_size=chunk, cu_seqlens=packed)
-        grad = torch.randn(out.shape, generator=generator, device="cuda").to(out.dtype)
-        got = torch.autograd.grad(out, leaves, grad)
-        again = torch.autograd.grad(op(*leaves[:3], **named, chunk_size=chunk, cu_seqlens=packed), leaves, grad)
-        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-        double = [x.detach().double().requires_grad_() for x in leaves]
-        parts = []
-        for lo, hi in [(0, 3000)] if packed is None else pairwise(ends):
-            own = {n: x[:, :, lo:hi] if x.dim() > 2 else x for n, x in zip(inputs, double[3:], strict=True)}
-            parts.append(ac.reference(name, *(x[:, :, lo:hi] for x in double[:3]), **own))
-        exact = torch.cat(parts, 2)
-        wanted = torch.autograd.grad(exact, double, grad.double())
-        for ours, theirs in zip((out, *got), (exact, *wanted), strict=True):
-            error = (ours.double() - theirs).square().mean().sqrt()
-            assert error <= 1e-2 * theirs.square().mean().sqrt()
+    chunk_size = None if name in BY_CHANNEL else chunk
+    options = {"chunk_size": chunk_size, "cu_seqlens": torch.tensor(ends, device="cuda") if packed else None}
+    got, again = (results(lambda x, i: op(*x, **i, **options)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+    exact = results(lambda x, i: by_sequence(functools.partial(ac.reference, name), x, i, ends), torch.float64)
+    plain = results(lambda x, i: by_sequence(functools.partial(eager, name), x, i, ends))
+    names = ("out", "dq", "dk", "dv", *(f"d{n}" for n in inputs))
+    kinds = ("forward", *["gradient"] * (len(names) - 1))
+    checks = [check(*x, dtype=torch.bfloat16) for x in zip(names, got, exact, plain, kinds, strict=True)]
+    assert not [c for c in checks if not c.ok]
 
 
 @pytest.mark.parametrize("name", NAMES)
