@@ -15,6 +15,7 @@ from attncc.runtime.delta_engine import DeltaEngine
 from attncc.runtime.explain_recurrence import explain
 from attncc.runtime.linear import LinearOp, PlanName
 from attncc.runtime.linear_engine import LinearEngine
+from attncc.runtime.linear_terms import TokenTerms
 from attncc.schedule.linear import STEPS
 from attncc.schedule.problem import Precision
 
@@ -31,6 +32,7 @@ class RecurrenceOp(LinearOp):
             raise _no_pairs(graph)
         found: Linear | Delta = recur(graph)
         self.graph, self.choice = graph, plan
+        self._terms, self._square = TokenTerms(graph), None
         engine = (DeltaEngine if isinstance(found, Delta) else LinearEngine)(graph, found, precision)  # type: ignore[arg-type]
         self.engine: LinearEngine = engine
         self.linear = engine.plan
