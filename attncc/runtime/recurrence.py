@@ -32,7 +32,7 @@ class RecurrenceOp(LinearOp):
             raise _no_pairs(graph)
         found: Linear | Delta = recur(graph)
         self.graph, self.choice = graph, plan
-        self._terms, self._square = TokenTerms(graph), None
+        self._terms, self._square, self._own = TokenTerms(graph), None, None
         engine = (DeltaEngine if isinstance(found, Delta) else LinearEngine)(graph, found, precision)  # type: ignore[arg-type]
         self.engine: LinearEngine = engine
         self.linear = engine.plan

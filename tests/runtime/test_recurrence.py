@@ -264,7 +264,7 @@ def test_under_torch_compile_and_the_rules_of_operators():
     tensors, inputs = drawn("gated_delta_net", length=20)
     op = ac.compile("gated_delta_net", plan="chunk")
     rows = list(inputs.values())
-    call = (*tensors, [rows[1], rows[0], rows[0]], 0.25, None, None, False, 16, True, False, op._key)
+    call = (*tensors, [rows[1], rows[0], rows[0]], 0.25, None, None, False, 16, True, False, [], op._key)
     torch.library.opcheck(torch.ops.attncc.linear_forward.default, call, test_utils=("test_schema", "test_faketensor"))
     graph = torch.compile(lambda q, k, v, beta, g: op(q, k, v, beta=beta, g=g) * 2, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(graph(*tensors, **inputs), 2 * op(*tensors, **inputs))
@@ -306,7 +306,7 @@ def test_every_kernel_compiles_for_a_gpu(target):
     schedule = delta_schedule(LinearSizes("bf16", 2, 16, 8192, 128, 128), device)
     found = cross_compile_linear(module, schedule, device, "bf16")
     assert set(found) == {
-        *(f"{name}_kernel" for name in ("prepare", "carry", "forward", "dq", "dk", "dv", "step")),
+        *(f"{name}_kernel" for name in ("runs", "prepare", "carry", "forward", "dq", "dk", "dv", "step")),
         *(f"{name}_kernel" for name in ("carry_back", "solve_back")),
     }
     for kernel in found.values():
