@@ -34,6 +34,12 @@ class LinearOp:
     goes token after token; "auto" takes what the cost model finds fastest for the call. All give the same values.
     """
 
+    #: what a plan has besides the kernels of degree 1: sums over the head dimension as factors of tokens, a weight of
+    #: the token for itself, kernels of degree 2
+    _terms: TokenTerms | None = None
+    _own: OwnWeight | None = None
+    _square: SquareCall | None = None
+
     def __init__(
         self,
         graph: VariantGraph,
@@ -44,9 +50,9 @@ class LinearOp:
     ):
         self.graph, self.linear, self.parallel = graph, linear, parallel
         self.choice: PlanName = plan
-        self._terms = TokenTerms(graph)
-        self._own = None if linear.own is None else OwnWeight(self._terms.core, linear)
-        self._square = None if linear.degree == 1 else SquareCall(graph, self._terms.core, linear, precision)
+        self._terms = terms = TokenTerms(graph)
+        self._own = None if linear.own is None else OwnWeight(terms.core, linear)
+        self._square = None if linear.degree == 1 else SquareCall(graph, terms.core, linear, precision)
         self.engine: LinearEngine | SquareEngine
         if self._square is not None:
             self.engine = self._square.engine
@@ -91,7 +97,8 @@ class LinearOp:
         chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
         if chosen == "parallel":
             return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
-        bound = self._terms.join(bind(self.graph, q, k, v, scale, inputs), q, k)
+        bound = bind(self.graph, q, k, v, scale, inputs)
+        bound = bound if self._terms is None else self._terms.join(bound, q, k)
         self._check_state(q, v, initial_state, cu_seqlens)
         if self._square is not None:
             call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)

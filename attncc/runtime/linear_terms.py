@@ -28,9 +28,6 @@ class TokenTerms:
             for term in terms
         ]
 
-    def __bool__(self) -> bool:
-        return bool(self._terms)
-
     def join(self, bound: Bound, q: Tensor, k: Tensor) -> Bound:
         """The call with its terms among the inputs: float32 (B, H, M), and (B, H or Hkv, N)."""
         own: dict[str, Any] = {}
