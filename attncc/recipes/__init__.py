@@ -11,9 +11,12 @@ from attncc.recipes.dynamic_convolution import dynamic_convolution
 from attncc.recipes.fastformer import fastformer
 from attncc.recipes.feature_maps import dpfp, fast_weights, fastmax, lln, lln_diag, mala
 from attncc.recipes.gates import gaussian_gate
+from attncc.recipes.hymba import hymba
+from attncc.recipes.infini import infini
 from attncc.recipes.interactive import interactive
 from attncc.recipes.lamemo import lamemo
 from attncc.recipes.lightnet import lightnet
+from attncc.recipes.lizard import lizard
 from attncc.recipes.merge import merge
 from attncc.recipes.monotonic import expected_alignment, monotonic
 from attncc.recipes.moving_average import moving_average
@@ -45,11 +48,14 @@ __all__ = [
     "fastformer",
     "fastmax",
     "gaussian_gate",
+    "hymba",
+    "infini",
     "interactive",
     "keys_alone",
     "lamemo",
     "left_multiplied",
     "lightnet",
+    "lizard",
     "lln",
     "lln_diag",
     "mala",
