@@ -1,4 +1,4 @@
-"""The delta rule's kernels on a GPU: both gates and every chunk size against a loop in float64, gradients among them."""
+"""The delta rule on a GPU: both gates and every chunk size against a loop in float64, gradients among them."""
 
 from itertools import pairwise
 
