@@ -78,7 +78,9 @@ def facts_of(plan: Plan) -> Facts:
     forward, backward, mask = _costs(plan)
     slots = SimilaritySlots(plan)
     made_q, made_k = (len(slots.own_accumulators(side)) for side in (QUERY, KEY))
-    similarity = SimilarityWork(len(plan.similarity.dots) + slots.has_dot, slots.plain_dot, made_q, made_k)
+    wide_q, wide_k = (len(slots.wide_reads(side)) for side in (QUERY, KEY))
+    dots = len(plan.similarity.dots) + slots.has_dot
+    similarity = SimilarityWork(dots, slots.plain_dot, made_q, made_k, wide_q, wide_k)
     return Facts(
         stored=tuple(name for name, _ in plan.stored),
         results=plan.results,

@@ -94,6 +94,12 @@ class SimilaritySlots:
             return True
         return self.has_dot or any(side.vector in side.factor(d).free_symbols for d in self.found.dots)
 
+    def wide_reads(self, side: Side) -> set[Read]:
+        """What the matmuls' factors of this side read at each component of each row."""
+        index = {sym.COMPONENT.name, side.index}
+        reads = {read for dot in self.found.dots for read in side.factor(dot).atoms(Read)}
+        return {read for read in reads if index <= {s.name for s in read.free_symbols}}
+
     def passes_on(self, side: Side) -> bool:
         """Does the gradient of this side need the side's own tile once more, after the loop?"""
         after = [self.vector_expr(side), *(g.expr for g in self.gradients if g.side is side)]

@@ -15,6 +15,7 @@ against it, kernel by kernel, in the tests: never below what is allocated, and c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +27,8 @@ Instruction = Literal["fma", "mma", "wgmma", "tcgen05", "mfma"]
 
 # An input of the stages with an entry a pair (a dense bias) is taken to be float32.
 PAIR_BYTES = 4
+# And so is one with an entry a component.
+WIDE_BYTES = 4
 # Row vectors of 4-byte elements that travel with each streamed tile: lse and delta of queries, one of a variant's own.
 VECTORS = {"forward": 1, "dkdv": 3, "dq": 1, "pair": 3}
 # Without a pipeline, tiles change their layout through a scratch area as wide as this for each warp.
@@ -121,6 +124,7 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     live = {tile.name: (1 if op != "mfma" else 0) * _bytes(tile, problem) for tile in tiles.resident}
     for tile, copies in zip(tiles.streamed, _copies(kernel, tiles, op, ks.num_stages, problem), strict=True):
         live[tile.name] = int(copies * _bytes(tile, problem))
+    live["components' inputs"] = _wide_inputs(live, tiles, problem)
     live["made operands"] = _made_operands(kernel, ks, problem)
     live["scores"] = scores_bytes(kernel, ks, problem, device)
     live["row vectors"] = _row_vectors(kernel, tiles, op, ks.num_stages, problem)
@@ -133,6 +137,13 @@ def buffers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         live = {"a tile between layouts": transit}
     found = [Buffer(name, count) for name, count in live.items() if count]
     return tuple(sorted(found, key=lambda buffer: -buffer.bytes))
+
+
+def _wide_inputs(live: Mapping[str, int], tiles: Tiling, problem: Problem) -> int:
+    """An input with an entry a component is a float32 tile as large as q's or k's, and streams as they do."""
+    counts = {"q": problem.costs.similarity.wide_q, "k": problem.costs.similarity.wide_k}
+    streamed = {tile.name for tile in tiles.streamed}
+    return sum(n * live[name] * WIDE_BYTES // problem.dtype_bytes for name, n in counts.items() if name in streamed)
 
 
 def _made_operands(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:

@@ -62,12 +62,15 @@ class PairCosts:
 @dataclass(frozen=True)
 class SimilarityWork:
     """What makes a tile of raw scores: `dots` matmuls over the head dimension of q and k, the plain one among them or
-    not; `made_q` and `made_k` operands of them are computed from q's and k's tile, and have gradients of their own."""
+    not; `made_q` and `made_k` operands of them are computed from q's and k's tile, and have gradients of their own.
+    `wide_q` and `wide_k` inputs with an entry a component of each query or key come with the tile, as float32."""
 
     dots: int = 1
     plain_dot: bool = True
     made_q: int = 0
     made_k: int = 0
+    wide_q: int = 0
+    wide_k: int = 0
 
 
 PLAIN_DOT = SimilarityWork()

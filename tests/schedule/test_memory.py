@@ -9,6 +9,7 @@ import pytest
 
 import attncc as ac
 from attncc.codegen.crosscompile import cross_compile
+from attncc.codegen.facts import facts_of
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
@@ -151,3 +152,19 @@ def test_tensor_memory_exists_on_blackwell_alone():
 
 def test_the_interpreter_needs_none():
     assert shared_memory("forward", KernelSchedule(64, 64, 1, 1), problem(), INTERPRETER) == 0
+
+
+def test_inputs_of_each_component_are_counted():
+    """A decay of each channel is a float32 tile beside that of k: with it uncounted the first choice did not fit."""
+    device = device_for("sm_90")
+    graph = ac.variants.get("gla").graph
+    plan = Plan(graph)
+    work = replace(
+        problem("fp16", 128), costs=replace(problem("fp16", 128).costs, similarity=facts_of(plan).similarity)
+    )
+    assert work.costs.similarity.wide_k == 1
+    schedule = Schedule(*(first_choice(kernel, work, device) for kernel in KERNELS))
+    module = load_source(render(plan, 128, 128, True, False), "accounting_gla")
+    only = ("forward_kernel",)
+    fact = cross_compile(module, graph, schedule, device, "fp16", "ieee", only)["forward_kernel"]
+    assert fact.shared <= shared_memory("forward", schedule.forward, work, device) <= device.smem_per_block
