@@ -12,8 +12,7 @@ from attncc.codegen.lower import Lowering
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
-from attncc.schedule import hopper
-from attncc.schedule.hopper_backward import queries
+from attncc.schedule.hopper_backward import NARROW, queries, wide
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST_MATH")
@@ -21,8 +20,8 @@ _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a tile of dQ that one warpgroup computes: `width` columns from `start` on, which are those of a chunk
-    of k from its column `offset` on."""
+    """A part of a tile of dQ that a warpgroup computes at once: `width` columns from `start` on, which are those of a
+    chunk of k from its column `offset` on."""
 
     chunk: int
     offset: int
@@ -31,38 +30,52 @@ class Piece:
     whole: bool
 
 
-def pieces(qk_chunks: tuple[Chunk, ...]) -> tuple[Piece, ...]:
-    """The columns of dQ in pieces of at most 64: one a warpgroup, or a single one of which each takes half of the rows.
+def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
+    """The columns of dQ in pieces of at most `widest`: with 64, one a warpgroup, or a single one of which each takes
+    half of the rows; where heads are wide, one after the other.
 
     Operands are cut at 128 bytes alone, where their layouts in shared memory repeat."""
     found = []
     for c in qk_chunks:
-        width = min(c.width, hopper.ROWS)
+        width = min(c.width, widest)
         for offset in range(0, c.width, width):
             found.append(Piece(c.index, offset, c.start + offset, width, width == c.width))
     return tuple(found)
 
 
-def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
-    """Slots of hopper_backward.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
+def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
+    """Slots of hopper_backward.py.j2 or of hopper_backward_wide.py.j2: those of dkdv.py.j2 in Gluon, and which names
+    each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
     compute. `alive`: has a row seen any key?
     """
     _refuse(plan)
-    if queries(d_qk) is None:
+    if queries(d_qk, d_v) is None:
         raise UnsupportedError(
             f"the Gluon backward shares dQ out between two warpgroups, and cannot do so with heads of {d_qk}",
             remedy="use backend='triton'",
         )
     qk_chunks = chunks(d_qk)
     k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True)
+    is_wide = wide(d_qk, d_v)
+    if is_wide and k["gradients"]:
+        raise UnsupportedError(
+            f"the Gluon backward for heads of {d_qk} and {d_v} has two warpgroups at the queries of a key, and "
+            f"'{plan.graph.name}' sums over them",
+            remedy="use backend='triton'",
+        )
     (chain,) = k.pop("chains")
     bounds = k["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
-    place = ["n = kv_len + heads + GROUP + SPLITS"]
+    place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if is_wide else [])]
     wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
-    pointers = ["DK_SUM_PTR", "DV_SUM_PTR", *(f"{g.name.upper()}_PTR" for g in k["gradients"])]
+    pointers = [
+        *(["DQ_SUM_PTR"] if is_wide else []),
+        "DK_SUM_PTR",
+        "DV_SUM_PTR",
+        *(f"{g.name.upper()}_PTR" for g in k["gradients"]),
+    ]
     own = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["show"], *chain["grad_lines"]]
     own += [*k["outer"], *k["by_head"], *k["final_lines"], f"n = {chain['dqk_scale']}"]
     unmasked = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["grad_lines"]]
@@ -70,7 +83,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     loads, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
     slots = {key: translated(value) for key, value in {**k, **chain}.items()}
-    parts = pieces(qk_chunks)
+    parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
+    in_halves = not is_wide and len(parts) == 1
     slots.update(
         arguments=arguments,
         wanted=wanted,
@@ -82,8 +96,9 @@ def hopper_backward_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
         scan=bounds.scan,
         wants_q_idx=wants_q_idx,
         alive=saw_a_key(plan),
-        by_rows=len(parts) == 1,
-        pieces=parts * 2 if len(parts) == 1 else parts,
+        wide=is_wide,
+        by_rows=in_halves,
+        pieces=parts * 2 if in_halves else parts,
     )
     return slots
 

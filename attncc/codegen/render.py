@@ -138,7 +138,7 @@ def render(
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
     }
     if backward:
-        kv = hopper_backward_slots(plan, d_qk) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
+        kv = hopper_backward_slots(plan, d_qk, d_v) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
         dq = dq_slots(plan, qk_chunks, tma)
         pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
         for slots in (kv, dq, *pair.values()):
@@ -157,7 +157,9 @@ def render(
             finish = finish_slots(plan)
             helpers |= finish["helpers"]
             in_warps |= kv["helpers"]
-            kernels += [("hopper_prepare.py.j2", {"f": kv}), ("hopper_backward.py.j2", {"f": kv})]
+            backward_template = "hopper_backward_wide.py.j2" if kv["wide"] else "hopper_backward.py.j2"
+            parts_of_backward = ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", backward_template)
+            kernels += [(template, {"f": kv}) for template in parts_of_backward]
             kernels.append(("hopper_finish.py.j2", {"f": finish}))
         else:
             kernels.append(("dkdv.py.j2", {"k": kv}))

@@ -283,7 +283,9 @@ def text_of(found: Mapping[str, Any]) -> str:
     parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
     if found["dq_apart"] is not None:
         wanted = "".join(f", or the gradient of {name} is wanted" for name in found["dq_apart"])
-        parts.append(f"dkdv sums dQ in a free order; dq makes it where the order of sums must be fixed{wanted}")
+        shared = found["kernels"]["dkdv"]["chosen"].get("splits")
+        free = "dQ, and dK and dV over the heads of a group," if shared else "dQ"
+        parts.append(f"dkdv sums {free} in a free order; dq makes dQ where the order must be fixed{wanted}")
     parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
     return "\n\n".join(parts)
 

@@ -98,8 +98,9 @@ def backend_of(
         return "gluon", None
     if kernel == "forward" and decode.suits(problem):
         return "triton", "with few queries the keys are split, which Gluon does not"
-    if kernel not in device.gluon:
-        return "triton", f"{device.name}.toml does not name it under gluon: not measured"
+    name = hopper.template(kernel, problem)
+    if name not in device.gluon:
+        return "triton", f"{device.name}.toml does not name {name} under gluon: not measured"
     gluon = ranked(kernel, problem, device, "gluon")[0][1].us
     triton = ranked(kernel, problem, device, "triton")[0][1].us
     if kernel == "dkdv":  # that of Gluon makes dQ, too

@@ -23,7 +23,8 @@ class Device:
     Bytes for shared memory, GHz, dense TFLOP/s by operand type (`fp32` is the IEEE rate), operations a clock and SM,
     GB/s, MiB, microseconds. `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
     `tma`: the backward copies its tiles with the tensor memory accelerator. `gluon`: the kernels that the scheduler may
-    give to Gluon by itself, "forward" and "dkdv" (the whole backward): those that were run and measured on the card.
+    give to Gluon by itself, "forward", "dkdv" (the whole backward) and "dkdv_wide" (that of heads wider than 128):
+    those that were run and measured on the card.
     """
 
     name: str
@@ -128,8 +129,8 @@ def parse_device(path: Path) -> Device:
     if not isinstance(data.get("tma", False), bool):
         wrong.append(f"field 'tma' is {data['tma']!r}, expected true or false")
     gluon = data.get("gluon", [])
-    if not isinstance(gluon, list) or not set(gluon) <= {"forward", "dkdv"}:
-        wrong.append(f'field \'gluon\' is {gluon!r}, expected a list of "forward" and "dkdv"')
+    if not isinstance(gluon, list) or not set(gluon) <= {"forward", "dkdv", "dkdv_wide"}:
+        wrong.append(f'field \'gluon\' is {gluon!r}, expected a list of "forward", "dkdv" and "dkdv_wide"')
     if wrong:
         raise AttnccError(f"{path}: {'; '.join(wrong)}")
     return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"]), "gluon": tuple(gluon)})

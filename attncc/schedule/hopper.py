@@ -63,9 +63,17 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:
             return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"
+    if kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v) and problem.costs.warps.columns:
+        return "of heads as wide two warpgroups share the queries of a key, and this variant sums over those"
     if not _fitting(kernel, problem, device):
         return "no tiling fits its registers and shared memory"
     return None
+
+
+def template(kernel: Kernel, problem: Problem) -> str:
+    """The Gluon kernel that would run, as device files call it: wide heads have a backward of their own."""
+    wide = kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v)
+    return "dkdv_wide" if wide else kernel
 
 
 def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:

@@ -1,4 +1,5 @@
-"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys, and queries that stream by."""
+"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, or, where heads are wide, one
+for dK and one for dV of the same 64, and queries that stream by."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ TURN = 400
 BLOCK_OVERHEAD = 4000
 #: the share of its peak that the tensor cores reach: measured 540 TFLOP/s where power allows some 790
 TENSOR_EFFICIENCY = 0.7
+#: the same where heads are wide, by count: shared memory is read and written as long as they multiply. Not measured yet
+WIDE_EFFICIENCY = 0.6
 #: bytes of an entry of dQ, or of dK and dV that several programs add up, in its passes through memory: zeroed, read as
 #: float32, written in 16 bits
 SUM_BYTES = 10
@@ -27,42 +30,51 @@ SUM_BYTES = 10
 LAUNCHES, SPLIT_LAUNCHES = 3, 4
 
 
-def queries(d_qk: int) -> int | None:
-    """Queries of a tile: the columns of dQ go to the two warpgroups in two pieces, or its rows do; None where neither
-    is possible."""
+def wide(d_qk: int, d_v: int) -> bool:
+    """Are dK and dV of 64 keys too many for one warpgroup? Then one has dK, the other dV."""
+    return max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) > 2 * NARROW
+
+
+def queries(d_qk: int, d_v: int) -> int | None:
+    """Queries of a tile. In one of 128 keys the columns of dQ go to the two warpgroups in two pieces, or its rows do;
+    None where neither is possible."""
     qk = head_chunks(d_qk)
-    if sum(qk) > 2 * NARROW or (sum(qk) <= NARROW and len(qk) > 1):
+    if wide(d_qk, d_v):
+        return ROWS
+    if sum(qk) <= NARROW and len(qk) > 1:
         return None
     return KEYS if sum(qk) <= NARROW else ROWS
 
 
 def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
-    """The tilings there are. The query heads of a group may be one program's, or have a program each, which then add up
-    dK and dV in float32 in any order."""
-    block_m = queries(problem.d_qk)
+    """The tilings there are, none for sums a key that two warpgroups would share. The query heads of a group may be one
+    program's, or have a program each, which then add up dK and dV in float32 in any order."""
+    block_m, apart = queries(problem.d_qk, problem.d_v), wide(problem.d_qk, problem.d_v)
+    if block_m is None or (apart and problem.costs.warps.columns):
+        return ()
     shared = (0, problem.group) if problem.group > 1 else (0,)
-    return tuple(
-        KernelSchedule(block_m, KEYS, 8, stages, "gluon", splits)
-        for stages in STAGES
-        for splits in shared
-        if block_m is not None
-    )
+    keys = ROWS if apart else KEYS
+    stages = STAGES[::-1] if apart else STAGES  # with two, both warpgroups wait for the next tiles at once
+    return tuple(KernelSchedule(block_m, keys, 8, count, "gluon", splits) for count in stages for splits in shared)
 
 
 def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
-    """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, and dQ of each warpgroup."""
+    """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, two of p or dQ of each warpgroup."""
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     resident = ks.block_n * (qk + v) * problem.dtype_bytes
     ring = ks.num_stages * ks.block_m * ((qk + v) * problem.dtype_bytes + 4 * problem.costs.rows)
     ds = 2 * ks.block_n * ks.block_m * problem.dtype_bytes
+    if wide(problem.d_qk, problem.d_v):
+        return resident + ring + 2 * ds
     return resident + ring + ds + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
 
 
 def registers(ks: KernelSchedule, problem: Problem) -> int:
-    """dK and dV of 64 keys, scores and dp of a tile, the weights as an operand where they are that early, and what the
-    stages keep beside them."""
+    """dK and dV of 64 keys, or one of them, scores and dp of a tile, the weights as an operand where they are that
+    early, and what the stages keep beside them."""
     costs = problem.costs
-    held = sum(head_chunks(problem.d_qk)) + sum(head_chunks(problem.d_v))
+    qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
+    held = max(qk, v) if wide(problem.d_qk, problem.d_v) else qk + v
     early = 0.0 if ks.block_m > ROWS else 0.5
     tiles = 2 + early + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)
@@ -83,7 +95,8 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     alu = (work.fma + share * mask.fma) * pairs / device.fma_per_clk_sm
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + TURN
-    busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone)
+    efficiency = WIDE_EFFICIENCY if wide(problem.d_qk, problem.d_v) else TENSOR_EFFICIENCY
+    busy = max(tensor / efficiency, sfu + alu, alone)
     waves = blocks / device.sms
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)

@@ -149,11 +149,32 @@ def test_a_backward_of_more_than_a_dot_is_refused():
         render(plan("cosine"), 64, 64, True, forward_in="gluon", backward_in="gluon")
 
 
-@pytest.mark.parametrize("d_qk", [48, 192, 256])
-def test_heads_that_two_warpgroups_cannot_share_are_refused(d_qk):
-    with pytest.raises(UnsupportedError, match=f"heads of {d_qk}(.|\n)*backend='triton'"):
-        render(plan("causal"), d_qk, 64, True, forward_in="gluon", backward_in="gluon")
-    assert "def forward_kernel" in ac.compile("causal", backend="gluon", plan="parallel").source(d_qk, 64)
+@pytest.mark.parametrize(("name", "d_qk", "why"), [("causal", 48, "heads of 48"), ("key_gain", 256, "sums over them")])
+def test_heads_that_two_warpgroups_cannot_share_are_refused(name, d_qk, why):
+    with pytest.raises(UnsupportedError, match=f"{why}(.|\n)*backend='triton'"):
+        render(plan(name), d_qk, 64, True, forward_in="gluon", backward_in="gluon")
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "group"), [("causal", (192, 128), 1), ("softcap", (160, 136), 4), ("full", (64, 256), 1)]
+)
+def test_the_backward_of_wide_heads_keeps_its_sums_in_registers_and_adds_two_entries_an_instruction(name, dims, group):
+    sized = replace(problem(heads=16, kv_heads=16 // group), d_qk=dims[0], d_v=dims[1])
+    tiling = hopper.tilings("dkdv", sized, H100)[-1 if group > 1 else 0]
+    kernel = backward_compiled(name, tiling, *dims, "bf16", group)["dkdv_kernel"]
+    assert kernel.spills <= 8  # addresses, which do not change in the loop
+    counted = hopper.shared_memory("dkdv", tiling, sized)
+    assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
+    # half of a row's entries in two rows a thread: dQ by both warpgroups; dK by one and dV by the other where shared
+    added = 2 * dims[0] + (sum(dims) if group > 1 else 0)
+    assert kernel.ptx.count(".add.v2.f32") >= added // 4
+
+
+def test_the_widest_heads_fit():
+    (tiling,) = hopper.tilings("dkdv", replace(problem(), d_qk=256, d_v=256), H100)
+    kernel = backward_compiled("causal", tiling, 256, 256, "bf16")["dkdv_kernel"]
+    assert kernel.shared <= H100.smem_per_block
+    assert kernel.spills <= 32  # addresses again
 
 
 def test_bounds_that_read_inputs_by_row_are_found_by_a_kernel_of_their_own():

@@ -13,6 +13,7 @@ from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.shapes import bind
 from attncc.runtime.verify import check, eager
+from attncc.schedule import hopper_backward
 from tests.codegen import machine
 
 OPTIONS = {"DOT": tl.float16, "PRECISION": "ieee", "FAST_MATH": False}
@@ -22,12 +23,13 @@ STRIDED = Shape(1, 2, 2, 100, 140, 96, 64, strided=True)
 
 def schedule(shape, sums=True, rows=128, splits=1):
     tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+    wide = hopper_backward.wide(shape.d_qk, shape.d_v)
     return {
         "forward": {"BLOCK_M": rows, "BLOCK_N": 64, "STAGES": 2, "programs": 3},
         "dkdv": {
-            "BLOCK_M": 128 if shape.d_qk <= 64 else 64,
-            "BLOCK_N": 128,
-            "STAGES": 2,
+            "BLOCK_M": hopper_backward.queries(shape.d_qk, shape.d_v),
+            "BLOCK_N": 64 if wide else 128,
+            "STAGES": 3 if wide and shape.d_qk < 256 else 2,
             "SPLITS": splits,
             "SUM_DQ": sums,
         },
@@ -120,6 +122,22 @@ def test_the_heads_of_a_group_add_up_what_they_have_of_dk_and_dv(name, splits):
     assert not run.failures(run.backward(splits=splits))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("causal", Shape(1, 2, 1, 130, 150, 192, 128), {}),
+        ("causal", Shape(1, 2, 1, 130, 150, 192, 128), {"splits": 2}),
+        ("full", Shape(1, 1, 1, 200, 70, 256, 256), {}),
+        ("softcap", Shape(1, 1, 1, 130, 150, 160, 144, strided=True), {}),
+        ("document", Shape(1, 1, 1, 260, 150, 256, 64), {}),
+        ("causal", Shape(1, 1, 1, 210, 70, 136, 136), {"sums": False}),
+    ],
+)
+def test_wide_heads(name, shape, options):
+    run = Run(name, shape)
+    assert not run.failures(run.backward(**options))
+
+
 def test_three_warpgroups_scan_documents_in_blocks_of_192():
     run = Run("document", Shape(1, 2, 1, 300, 250, 64, 64), rows=192)
     assert not run.failures(run.backward())
@@ -165,6 +183,31 @@ def test_the_model_notices_what_is_left_out(before, after):
         return text.replace(before, after)
 
     run = Run("full", Shape(1, 3, 3, 600, 130, 64, 64), broken)
+    try:
+        noticed = run.failures(run.backward())
+    except machine.MachineError:
+        return
+    assert noticed
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("mbarrier.wait(p_empty.index(consumer), parity ^ 1)", "pass"),
+        ("mbarrier.wait(p_full.index(0), parity)", "pass"),
+        ("mbarrier.wait(finished.index(0), 0)", "pass"),
+        ("do_empty = _barriers(STAGES, 2)", "do_empty = _barriers(STAGES, 1)"),
+        ("fence_async_shared()\n            mbarrier.arrive(p_full", "mbarrier.arrive(p_full"),
+    ],
+)
+def test_the_model_notices_what_is_left_out_of_the_one_for_wide_heads(before, after):
+    shape = Shape(1, 3, 3, 600, 130, 136, 136)
+    assert source("full", 136, 136).count(before) >= 1
+
+    def broken(text):
+        return text.replace(before, after)
+
+    run = Run("full", shape, broken)
     try:
         noticed = run.failures(run.backward())
     except machine.MachineError:

@@ -73,7 +73,7 @@ def test_a_recorded_call_serves_other_tensors():
     assert len(op.engine._routes) == 1
 
 
-BACKWARD_DIMS = ((64, 64), (96, 96), (128, 128), (80, 128), (128, 64))
+BACKWARD_DIMS = ((64, 64), (96, 96), (128, 128), (80, 128), (128, 64), (192, 128), (256, 256), (64, 256))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

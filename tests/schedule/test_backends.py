@@ -29,7 +29,8 @@ def test_what_is_asked_for_is_taken_where_there_is_one():
     assert backends(choose(problem(), H100, backend="triton")) == ("triton", "triton", "triton")
     assert backends(choose(problem(), H100, backend="gluon")) == ("gluon", "gluon", "triton")
     assert backends(choose(problem("fp32"), H100, backend="gluon")) == ("triton", "triton", "triton")
-    assert backends(choose(problem(d_qk=256), H100, backend="gluon")) == ("gluon", "triton", "triton")
+    assert backends(choose(problem(d_qk=256), H100, backend="gluon")) == ("gluon", "gluon", "triton")
+    assert backends(choose(problem(d_qk=48), H100, backend="gluon")) == ("gluon", "triton", "triton")
     assert backends(choose(problem(), device_for("a100"), backend="gluon")) == ("triton", "triton", "triton")
 
 
@@ -39,6 +40,13 @@ def test_the_scheduler_takes_gluon_where_its_file_says_that_it_was_measured():
     assert backends(choose(problem(), MEASURED)) == ("gluon", "gluon", "triton")
     assert "h100.toml" in backend_of("forward", problem(), H100)[1]
     assert "predicted" in backend_of("forward", problem(), MEASURED)[1]
+
+
+def test_the_backward_of_wide_heads_is_measured_for_itself():
+    assert backends(choose(problem(d_qk=256), MEASURED)) == ("gluon", "triton", "triton")
+    assert "dkdv_wide under gluon: not measured" in backend_of("dkdv", problem(d_qk=256), MEASURED)[1]
+    both = replace(H100, gluon=("forward", "dkdv", "dkdv_wide"))
+    assert backends(choose(problem(d_qk=256), both)) == ("gluon", "gluon", "triton")
 
 
 def test_heads_of_a_group_go_to_programs_of_their_own_where_that_is_worth_its_sums():
@@ -79,7 +87,9 @@ def test_reasons():
     assert "registers" in hopper.refusal("dkdv", heavy, H100)
     assert hopper.refusal("dkdv", more, H100) == "because"
     assert hopper.refusal("forward", more, H100) is None
-    assert "registers" in hopper.refusal("dkdv", problem(d_qk=192, d_v=128), H100)
+    assert hopper.refusal("dkdv", problem(d_qk=192, d_v=128), H100) is None
+    sums = replace(problem(d_qk=192), costs=replace(costs, warps=WarpWork(columns=1)))
+    assert "share the queries" in hopper.refusal("dkdv", sums, H100)
     assert "multiple of 8" in hopper.refusal("dkdv", problem(d_qk=100), H100)
 
 
