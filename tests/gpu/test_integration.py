@@ -53,7 +53,7 @@ def test_fullgraph_compile_of_a_block_agrees_with_eager():
 
 @pytest.mark.parametrize("name", ["causal", "alibi", "softcap", "taylor"])
 def test_opcheck(name):
-    op = ac.compile(name)
+    op = ac.compile(name, plan="parallel")
     inputs = {"slopes": torch.randn(2, device="cuda", requires_grad=True)} if name == "alibi" else {}
     q, k, v = tensors(1, 2, 64, 32, dtype=torch.float16, grad=True)
     torch.library.opcheck(op.torch_op(), op.torch_args(q, k, v, **inputs))

