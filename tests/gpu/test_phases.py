@@ -9,8 +9,8 @@ from attncc.runtime.verify import verify_variant
 
 from .test_values import SHAPES, failures
 
-#: the only key of a row is at its row's mean: relu must not have its kink there, for kernels that compute the score again
-#: may find it on either side
+#: the only key of a row is at its row's mean: relu must not have its kink there, for kernels that compute the score
+#: again may find it on either side
 NORMALIZERS = {
     "near_the_mean": lambda score, row: ac.relu(score - row.mean(score) + 0.25),
     "below_the_largest": lambda score, row: ac.relu(score - row.max(score) + 1),
