@@ -112,8 +112,8 @@ class SimilaritySlots:
     @cached_property
     def flowing(self) -> tuple[Dot, ...]:
         """The matmuls whose cotangent is not 0, as it is where the weight is a step function of the score."""
-        if self.plan.has_backward is not None:
-            return self.found.dots
+        if not self.found.dots or self.plan.has_backward is not None:
+            return self.found.dots  # several branches have none but their own dots, and a backward each
         cotangents = {symbol.name: e for symbol, e in self.plan.backward.dsums}
         return tuple(d for d in self.found.dots if cotangents[d.name] != 0)
 
