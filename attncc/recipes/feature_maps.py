@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attncc as ac
-from attncc.recipes.ops import of_features
+from attncc.recipes.ops import linear, of_features
 from attncc.runtime.compile import compile as compile_variant
 from attncc.runtime.linear import LinearOp
 from attncc.runtime.op import AttentionOp
@@ -29,15 +29,20 @@ def dpfp(x: Tensor, nu: int = 1) -> Tensor:
     return torch.cat([halves * halves.roll(i, -1) for i in range(1, nu + 1)], -1)
 
 
-def fast_weights(q: Tensor, k: Tensor, v: Tensor, nu: int = 1, eps: float = 1e-5) -> Tensor:
-    """out (B, H, N, Dv), causal: fast weights with the additive rule, over DPFP features that sum to 1."""
+def fast_weights(q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None = None, nu: int = 1, eps: float = 1e-5) -> Tensor:
+    """out (B, H, N, Dv), causal: fast weights over DPFP features that sum to 1, with the additive rule, or with the
+    delta rule where its rates beta (B, H, N) are given."""
 
     def features(x: Tensor) -> Tensor:
         y = dpfp(x.float(), nu)
         return (y / (y.sum(-1, keepdim=True) + eps)).to(x.dtype)
 
-    out: Tensor = of_features(True, False)(features(q), features(k), v, scale=v.shape[-1] ** -0.5)
-    return out
+    query, key, scale = features(q), features(k), v.shape[-1] ** -0.5
+    if beta is None:
+        out: Tensor = of_features(True, False)(query, key, v, scale=scale)
+        return out
+    written: Tensor = linear("delta_net")(query, key, v, beta=beta, scale=scale)
+    return written
 
 
 def lln(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:

@@ -36,6 +36,26 @@ def test_fast_weights(dtype, tolerance):
     agree(lambda *x: recipes.fast_weights(*x, nu=2), oracle, drawn(), dtype, tolerance)
 
 
+def test_fast_weights_by_the_delta_rule():
+    def features(x):
+        r = torch.cat([x.relu(), (-x).relu()], -1)
+        y = r * r.roll(1, -1)
+        return y / (y.sum(-1, keepdim=True) + 1e-5)
+
+    def oracle(q, k, v, beta):
+        query, key, value = features(q), features(rep(k, 2)), rep(v, 2)
+        state, outs = q.new_zeros(1, 2, 16, 12), []
+        for t in range(N):
+            at = key[:, :, t, :, None]
+            found = (at * state).sum(-2)
+            state = state + beta[:, :, t, None, None] * at * (value[:, :, t] - found)[..., None, :]
+            outs.append((query[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(outs, 2) * 12**-0.5
+
+    beta = torch.sigmoid(draw(1, 2, N, seed=5))
+    agree(recipes.fast_weights, oracle, [*drawn(), beta])
+
+
 def moments(q, k):
     of_q, of_k = q.detach().std(), k.detach().std()
     both = (((of_q * of_k) ** 2 + 0.35487039130661086) / (2 * 0.14855178144710912)).sqrt()
