@@ -20,25 +20,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import sympy
 
-from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, join, level
 from attncc.ir.similarity import kind_of
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, absolute, cumsum, detach, sum_d, to_float
+from attncc.ir.vocabulary import Read, detach, sum_d, to_float
+from attncc.passes.decays import Monomial, T, channel_decay, decay_step, monomial, refuse, token
 from attncc.passes.diagonal import Parts, apart, positions
 from attncc.passes.differentiate import shift_invariant
 from attncc.passes.phases import phases
 from attncc.passes.similarity import Dot, similarity
 from attncc.passes.stream import Online, Running, stream
 
-#: a token, query and key at once, where the mask is causal
-T = sym.KV_IDX
 #: total_i: the row's sum of weights, without G
 TOTAL = sympy.Symbol("total", real=True)
 
@@ -93,38 +91,28 @@ class Linear:
         return TOTAL in self.scale.free_symbols
 
 
-@dataclass(frozen=True)
-class _Monomial:
-    """coefficient (of the program) * row * col * exp(exponent) of a power of a dot product."""
-
-    row: sympy.Expr
-    col: sympy.Expr
-    decay: sympy.Expr
-    late: bool
-
-
 def linearize(graph: VariantGraph) -> Linear:
     """The chunk plan of a graph, or UnsupportedError with the factor that does not split."""
     if graph.branches > 1:
-        _refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
+        refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
     if phases(graph).made:
-        _refuse(graph, "weight", "it reads what another op makes of all queries first")
+        refuse(graph, "weight", "it reads what another op makes of all queries first")
     if graph.value is not None:
-        _refuse(graph, "out", "v is a part of k, whose gradient has both parts")
+        refuse(graph, "out", "v is a part of k, whose gradient has both parts")
     if any(s.expr.has(detach) for s in graph.stages):
-        _refuse(graph, "weight", "a part of it is held constant for the gradient")
+        refuse(graph, "weight", "a part of it is held constant for the gradient")
     found = similarity(graph)
     core = found.core
     for stage in graph.sums_d:
         if kind_of(stage) in ("pair", "band"):
-            _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
+            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
     for stage in graph.sums_d:
         if kind_of(stage) in ("q_term", "k_term") and stage.expr.atoms(Read):
-            _refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
+            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
     causal, itself = _mask(graph)
     online = stream(core)
     if online.passes > 1:
-        _refuse(graph, "weight", f"it takes {online.passes} passes over the keys")
+        refuse(graph, "weight", f"it takes {online.passes} passes over the keys")
     proof = [f"mask = {formula(graph['mask'].expr)}: " + ("a prefix of the keys" if causal else "every key")]
     if online.maxes:
         online = _without_maxima(graph, online)
@@ -135,24 +123,24 @@ def linearize(graph: VariantGraph) -> Linear:
     decays = {(m.decay, m.late) for terms in monomials.values() for m in terms}
     if len(decays) > 1:
         texts = " and ".join(sorted(f"exp({formula(d)})" for d, _ in decays))
-        _refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
+        refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
     decay, late = decays.pop()
     degree = max(sum(n for _, n in power) for power in monomials)
     if degree > 2:
-        _refuse(
+        refuse(
             graph, "weight", f"'{formula(weight)}' has degree {degree} in the score, whose state is Dqk^{degree} x Dv"
         )
     dots = sorted({dot for power in monomials for dot, _ in power}, key=str)
     if len(dots) != 1:
         what = f"the dot products {', '.join(map(str, dots))}, a state each" if dots else "no dot product"
-        _refuse(graph, "weight", f"'{formula(weight)}' has {what}")
+        refuse(graph, "weight", f"'{formula(weight)}' has {what}")
     dot = dots[0]
     left, right = next(((d.left, d.right) for d in found.dots if d.symbol == dot), (sym.Q_VEC, sym.K_VEC))
-    left, right, of_channel, late_channels = _channels(graph, left, right, causal, parts is not None)
+    left, right, of_channel, late_channels = channel_decay(graph, left, right, causal, parts is not None)
     bias, powers = None, None
     if degree == 2:
         if decay + of_channel != 0:
-            _refuse(graph, "weight", f"'{formula(weight)}' has degree 2 in the score, and decays")
+            refuse(graph, "weight", f"'{formula(weight)}' has degree 2 in the score, and decays")
         row, col, powers = _squared(graph, {sum(n for _, n in power): m for power, m in monomials.items()})
         constant = sympy.S.One
     else:
@@ -170,17 +158,17 @@ def linearize(graph: VariantGraph) -> Linear:
         proof.append(f"factors: ({formula(constant * row)}) of the query * ({formula(col)}) of the key")
     step = None
     if decay != 0 and of_channel != 0 and late != late_channels:
-        _refuse(graph, "weight", "one decay is of the token's own step, the other is not")
+        refuse(graph, "weight", "one decay is of the token's own step, the other is not")
     decay, late = decay + of_channel, late or late_channels
     if decay != 0:
-        step = _step(graph, decay)
+        step = decay_step(graph, decay)
         proof.append(f"decay = exp(D[i] - D[j]) with D[t] = {formula(decay)} at t = kv_idx")
         proof.append(f"D[t] - D[t-1] = {formula(step)}: the log of what token t leaves of the state")
     gain, scale = _scale(graph, online, base, causal)
     own = None
     if parts is not None:
         if scale != 1:
-            _refuse(graph, "weight", f"'{formula(scale)}' is of a row sum with a part of the token's own")
+            refuse(graph, "weight", f"'{formula(scale)}' is of a row sum with a part of the token's own")
         own = _own(parts, found.dots, gain, late)
         proof.append(f"of itself a token has the weight {formula(parts.own)}, one value a token")
         if late:
@@ -192,19 +180,8 @@ def linearize(graph: VariantGraph) -> Linear:
     plan = Linear(causal, left, right, constant, row, col, bias, step, gain, scale, (), powers, own, late)
     plain = (left, right, row, col, bias, gain, scale) == (sym.Q_VEC, sym.K_VEC, 1, 1, None, 1, 1)
     if plan.decay == "channel" and not plain:
-        _refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
+        refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
     return replace(plan, proof=(*proof, *_recurrence(plan)))
-
-
-def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
-    shown = {"raw_score": "similarity", "weight": "normalizer", "out": "reduction"}.get(stage, stage)
-    raise UnsupportedError(
-        f"no linear-time form: {reason}",
-        stage=shown,
-        span=graph[stage].span if stage in graph else None,
-        remedy="linear are polynomials of degree 1 or 2 in a dot product, times f(query) * g(key); "
-        "plan='parallel' computes any weight in quadratic time",
-    )
 
 
 def _mask(graph: VariantGraph) -> tuple[bool, bool]:
@@ -218,7 +195,7 @@ def _mask(graph: VariantGraph) -> tuple[bool, bool]:
             return True, True
         if mask in (sympy.Lt(sym.KV_IDX, end), sympy.Gt(end, sym.KV_IDX)):
             return True, False
-    _refuse(graph, "mask", f"'{formula(mask)}' shows neither every key nor the keys up to the query")
+    refuse(graph, "mask", f"'{formula(mask)}' shows neither every key nor the keys up to the query")
 
 
 def _apart(graph: VariantGraph, weight: sympy.Expr, causal: bool, itself: bool) -> tuple[sympy.Expr, Parts | None]:
@@ -227,19 +204,17 @@ def _apart(graph: VariantGraph, weight: sympy.Expr, causal: bool, itself: bool) 
         return weight, None
     parts = apart(weight)
     if not isinstance(parts, Parts):
-        _refuse(
-            graph, "weight", f"the condition '{formula(parts)}' is neither of the token itself nor of all before it"
-        )
+        refuse(graph, "weight", f"the condition '{formula(parts)}' is neither of the token itself nor of all before it")
     return parts.past, parts if itself else Parts(parts.past, sympy.S.Zero)
 
 
 def _own(parts: Parts, dots: tuple[Dot, ...], gain: sympy.Expr, late: bool) -> sympy.Expr:
     """What a token's own value is multiplied by, beside what the sum over the keys has of it."""
-    sums = {dot.symbol: sum_d(_token(dot.left * dot.right, True)) for dot in dots}
+    sums = {dot.symbol: sum_d(token(dot.left * dot.right, True)) for dot in dots}
     sums[sym.QK] = sum_d(sym.Q_VEC * sym.K_VEC)
 
     def at_itself(weight: sympy.Expr) -> sympy.Expr:
-        return _token(weight, True).xreplace(sums)
+        return token(weight, True).xreplace(sums)
 
     return gain * (at_itself(parts.own) - (0 if late else at_itself(parts.past)))
 
@@ -248,7 +223,7 @@ def _without_maxima(graph: VariantGraph, online: Online) -> Online:
     """The same output with every row maximum at 0: they are there for the range of exp alone."""
     if not shift_invariant(online):
         text = formula(graph["weight"].expr)
-        _refuse(graph, "weight", f"'{text}' depends on the row maximum, which is no sum over the keys")
+        refuse(graph, "weight", f"'{text}' depends on the row maximum, which is no sum over the keys")
     nothing = dict.fromkeys(online.max_symbols, sympy.S.Zero)
 
     def settled(r: Running) -> Running:
@@ -272,9 +247,9 @@ def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
 
 def _monomials(
     graph: VariantGraph, weight: sympy.Expr, causal: bool, strict: bool
-) -> dict[tuple[tuple[sympy.Symbol, int], ...], list[_Monomial]]:
+) -> dict[tuple[tuple[sympy.Symbol, int], ...], list[Monomial]]:
     """The weight multiplied out: for each power of dot products the terms that it has."""
-    found: dict[tuple[tuple[sympy.Symbol, int], ...], list[_Monomial]] = defaultdict(list)
+    found: dict[tuple[tuple[sympy.Symbol, int], ...], list[Monomial]] = defaultdict(list)
     for term in sympy.Add.make_args(sympy.expand(weight, log=False, basic=False, power_exp=False)):
         powers: list[tuple[sympy.Symbol, int]] = []
         row, col, exponent = sympy.S.One, sympy.S.One, sympy.S.Zero
@@ -290,92 +265,12 @@ def _monomials(
             elif isinstance(base, sympy.Symbol) and power.is_Integer and power > 0:
                 powers.append((base, int(power)))
             else:
-                _refuse(graph, "weight", f"the factor '{formula(factor)}' depends on query and key together")
-        monomial = _exponent(graph, exponent, row, col, causal, strict)
-        found[tuple(sorted(powers, key=str))].append(monomial)
+                refuse(graph, "weight", f"the factor '{formula(factor)}' depends on query and key together")
+        found[tuple(sorted(powers, key=str))].append(monomial(graph, exponent, row, col, causal, strict))
     return found
 
 
-def _channels(
-    graph: VariantGraph, left: sympy.Expr, right: sympy.Expr, causal: bool, strict: bool
-) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, bool]:
-    """The features without a decay of each channel, D(t) of that decay, 0 if there is none, and whether it is late."""
-    exponents = []
-    features = []
-    for side, vector in ((left, sym.Q_VEC), (right, sym.K_VEC)):
-        found = [
-            f
-            for f in sympy.Mul.make_args(side)
-            if isinstance(f, sympy.exp)
-            and vector not in f.free_symbols
-            and (level(f) in (Level.ROW, Level.COL) or sym.COMPONENT in f.free_symbols)
-        ]
-        exponents.append(sympy.expand(sympy.Add(*(f.args[0] for f in found)), log=False, power_exp=False))
-        features.append(sympy.Mul(*(f for f in sympy.Mul.make_args(side) if f not in found)))
-    of_query, of_key = exponents
-    decay = _token(of_query, causal) if causal else sympy.S.Zero
-    late = strict and _is_late(graph, decay, of_key)
-    decay = -of_key if late else decay
-    if sympy.expand(decay + of_key) != 0:
-        text = formula(sympy.exp(of_query + of_key))
-        _refuse(graph, "raw_score", f"'{text}' is no decay from the key to the query in each channel")
-    for side in features:
-        if side.atoms(Read):
-            _refuse(graph, "raw_score", f"the features '{formula(side)}' read an input")
-    return features[0], features[1], decay, late
-
-
-def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> bool:
-    """Is of_query(t) = D(t - 1), where of_key(t) = -D(t)?"""
-    if T not in of_key.free_symbols:
-        return False
-    return bool(sympy.expand(of_query + of_key + _step(graph, -of_key), log=False, power_exp=False) == 0)
-
-
-def _exponent(
-    graph: VariantGraph, exponent: sympy.Expr, row: sympy.Expr, col: sympy.Expr, causal: bool, strict: bool
-) -> _Monomial:
-    """row * col * exp(exponent) as factors of the row and of the column, and D(t) of a decay exp(D(i) - D(j)), 0 if
-    there is none; late: exp(D(i - 1) - D(j))."""
-    if causal:
-        exponent = exponent.replace(absolute, _distance)
-    parts: dict[Level, sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
-    for term in sympy.Add.make_args(sympy.expand(exponent, log=False, power_exp=False)):
-        parts[level(term)] += term
-    if parts[Level.PAIR] != 0:
-        text = formula(sympy.exp(parts[Level.PAIR]))
-        _refuse(graph, "weight", f"the factor '{text}' depends on query and key together")
-    of_query, of_key = parts[Level.ROW], parts[Level.COL]
-    if strict and _is_late(graph, _token(of_query + parts[Level.PROGRAM], causal), of_key):
-        return _Monomial(_token(row, causal), col, -of_key, True)
-    row *= sympy.exp(parts[Level.PROGRAM])
-    if not causal or of_query == 0 or of_key == 0:
-        row, of_key_factor = _token(row * sympy.exp(of_query), causal), col * sympy.exp(of_key)
-        return _Monomial(row, of_key_factor, sympy.S.Zero, False)
-    decay = _token(of_query, causal)
-    rest = sympy.expand(decay + of_key)
-    if T in rest.free_symbols:
-        return _Monomial(_token(row, causal), col * sympy.exp(rest), decay, False)
-    return _Monomial(_token(row, causal) * sympy.exp(rest), col, decay, False)
-
-
-def _distance(x: sympy.Expr) -> sympy.Expr:
-    """abs of a distance that a causal mask has the sign of."""
-    settled = sympy.expand(x.subs(sym.Q_LEN, sym.KV_LEN))
-    for sign in (1, -1):
-        if settled == sign * (sym.Q_IDX - sym.KV_IDX):
-            return sign * x
-    return absolute(x)
-
-
-def _token(expr: sympy.Expr, causal: bool) -> sympy.Expr:
-    """A query's expression over T, where queries and keys are the same tokens."""
-    if not causal:
-        return expr
-    return sympy.expand(expr.subs({sym.Q_LEN: sym.KV_LEN}).subs({sym.Q_IDX: T}), log=False, power_exp=False)
-
-
-def _factored(graph: VariantGraph, terms: list[_Monomial]) -> tuple[sympy.Expr, sympy.Expr]:
+def _factored(graph: VariantGraph, terms: list[Monomial]) -> tuple[sympy.Expr, sympy.Expr]:
     """A sum of row * col as one product (row's, column's)."""
     if len(terms) == 1:
         return terms[0].row, terms[0].col
@@ -385,11 +280,11 @@ def _factored(graph: VariantGraph, terms: list[_Monomial]) -> tuple[sympy.Expr, 
     if len(rows) == 1:
         return rows.pop(), sympy.Add(*(m.col for m in terms))
     total = sympy.factor(sympy.Add(*(m.row * m.col for m in terms)))
-    _refuse(graph, "weight", f"the factor '{formula(total)}' is no product of a query's and a key's part")
+    refuse(graph, "weight", f"the factor '{formula(total)}' is no product of a query's and a key's part")
 
 
 def _squared(
-    graph: VariantGraph, terms: dict[int, list[_Monomial]]
+    graph: VariantGraph, terms: dict[int, list[Monomial]]
 ) -> tuple[sympy.Expr, sympy.Expr, tuple[sympy.Expr, sympy.Expr, sympy.Expr]]:
     """row, col and (p_0, p_1, p_2): the weight as a polynomial in s = row * col * dot, the same for the whole call."""
     first, col = _factored(graph, terms[1]) if 1 in terms else (sympy.S.One, sympy.S.One)
@@ -402,7 +297,7 @@ def _squared(
             ratio = sympy.powsimp(of_row * of_col / factor)
         if level(ratio) != Level.PROGRAM or ratio.atoms(Read):
             of_first = f", where the part of degree 1 has '{formula(first * col)}'" if 1 in terms else ""
-            _refuse(
+            refuse(
                 graph, "weight", f"the part of degree {degree} has the factor '{formula(of_row * of_col)}'{of_first}"
             )
         found.append(ratio)
@@ -421,27 +316,12 @@ def _program(row: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     return constant, rest
 
 
-def _step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
-    """D(t) - D(t-1). A running sum's own step is the element that it adds at t."""
-    earlier: dict[Any, Any] = {}
-    for node in decay.atoms(cumsum):
-        if not isinstance(node.args[0].index[node.axis], sympy.Symbol):
-            _refuse(graph, "weight", f"'{formula(node)}' is not read at the token itself")
-        earlier[node] = node - node.args[0]
-    bare = {node: sympy.Dummy("sum", real=True) for node in earlier}
-    moved = decay.xreplace(bare).subs(T, T - 1).xreplace({bare[node]: e for node, e in earlier.items()})
-    step = sympy.expand(decay - moved, log=False, power_exp=False)
-    if step.atoms(cumsum):
-        _refuse(graph, "weight", f"the decay exp({formula(decay)}) is not a sum of what each token adds")
-    return step
-
-
 def _base(graph: VariantGraph, online: Online) -> sympy.Expr:
     """What TOTAL is the sum of: the term of a row sum that the output is divided by, else what multiplies v."""
     used = [r for r in online.sums if r.symbol in (online.coefficient * online.scale).free_symbols]
     for running in used:
         if _multiple(online.numerator.term, running.term) is None:
-            _refuse(
+            refuse(
                 graph,
                 "weight",
                 f"row.sum({formula(running.term)}) is no multiple of the sum of '{formula(online.numerator.term)}'",
@@ -468,8 +348,8 @@ def _scale(graph: VariantGraph, online: Online, base: sympy.Expr, causal: bool) 
         else:
             gain *= factor
     if rest.free_symbols - {TOTAL}:
-        _refuse(graph, "weight", f"'{formula(rest)}' has the row sum and other values in one factor")
-    return _token(gain, causal), rest
+        refuse(graph, "weight", f"'{formula(rest)}' has the row sum and other values in one factor")
+    return token(gain, causal), rest
 
 
 def _recurrence(plan: Linear) -> tuple[str, ...]:

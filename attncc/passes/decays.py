@@ -1,0 +1,139 @@
+"""Exponentials in a weight: factors of the row and of the column, and the decay from the key's token to the query's.
+
+exp(f(i) + g(j)) is a factor of each. Where f(t) = -g(t) up to what is no token's, it is a decay exp(D(i) - D(j)); where
+f(t) = -g(t - 1), it is one that does not have the query's own step, exp(D(i - 1) - D(j)): a late read.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import sympy
+
+from attncc.errors import UnsupportedError
+from attncc.ir import symbols as sym
+from attncc.ir.graph import VariantGraph
+from attncc.ir.levels import Level, level
+from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read, absolute, cumsum
+
+#: a token, query and key at once, where the mask is causal
+T = sym.KV_IDX
+
+
+def refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
+    """UnsupportedError with the reason why a stage has no form in linear time."""
+    shown = {"raw_score": "similarity", "weight": "normalizer", "out": "reduction"}.get(stage, stage)
+    raise UnsupportedError(
+        f"no linear-time form: {reason}",
+        stage=shown,
+        span=graph[stage].span if stage in graph else None,
+        remedy="linear are polynomials of degree 1 or 2 in a dot product, times f(query) * g(key); "
+        "plan='parallel' computes any weight in quadratic time",
+    )
+
+
+@dataclass(frozen=True)
+class Monomial:
+    """row * col * exp(D(i) - D(j)), what a power of a dot product is multiplied by: decay is D(t) over `T`, 0 where there is
+    none; late: D(i - 1) in place of D(i)."""
+
+    row: sympy.Expr
+    col: sympy.Expr
+    decay: sympy.Expr
+    late: bool
+
+
+def channel_decay(
+    graph: VariantGraph, left: sympy.Expr, right: sympy.Expr, causal: bool, strict: bool
+) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, bool]:
+    """The features without a decay of each channel, D(t) of that decay, 0 if there is none, and whether it is late."""
+    exponents = []
+    features = []
+    for side, vector in ((left, sym.Q_VEC), (right, sym.K_VEC)):
+        found = [
+            f
+            for f in sympy.Mul.make_args(side)
+            if isinstance(f, sympy.exp)
+            and vector not in f.free_symbols
+            and (level(f) in (Level.ROW, Level.COL) or sym.COMPONENT in f.free_symbols)
+        ]
+        exponents.append(sympy.expand(sympy.Add(*(f.args[0] for f in found)), log=False, power_exp=False))
+        features.append(sympy.Mul(*(f for f in sympy.Mul.make_args(side) if f not in found)))
+    of_query, of_key = exponents
+    decay = token(of_query, causal) if causal else sympy.S.Zero
+    late = strict and _is_late(graph, decay, of_key)
+    decay = -of_key if late else decay
+    if sympy.expand(decay + of_key) != 0:
+        text = formula(sympy.exp(of_query + of_key))
+        refuse(graph, "raw_score", f"'{text}' is no decay from the key to the query in each channel")
+    for side in features:
+        if side.atoms(Read):
+            refuse(graph, "raw_score", f"the features '{formula(side)}' read an input")
+    return features[0], features[1], decay, late
+
+
+def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> bool:
+    """Is of_query(t) = D(t - 1), where of_key(t) = -D(t)?"""
+    if T not in of_key.free_symbols:
+        return False
+    return bool(sympy.expand(of_query + of_key + decay_step(graph, -of_key), log=False, power_exp=False) == 0)
+
+
+def monomial(
+    graph: VariantGraph, exponent: sympy.Expr, row: sympy.Expr, col: sympy.Expr, causal: bool, strict: bool
+) -> Monomial:
+    """row * col * exp(exponent), of the row and of the column; `strict`: keys before the query alone are meant."""
+    if causal:
+        exponent = exponent.replace(absolute, _distance)
+    parts: dict[Level, sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
+    for term in sympy.Add.make_args(sympy.expand(exponent, log=False, power_exp=False)):
+        parts[level(term)] += term
+    if parts[Level.PAIR] != 0:
+        text = formula(sympy.exp(parts[Level.PAIR]))
+        refuse(graph, "weight", f"the factor '{text}' depends on query and key together")
+    of_query, of_key = parts[Level.ROW], parts[Level.COL]
+    if strict and _is_late(graph, token(of_query + parts[Level.PROGRAM], causal), of_key):
+        return Monomial(token(row, causal), col, -of_key, True)
+    row *= sympy.exp(parts[Level.PROGRAM])
+    if not causal or of_query == 0 or of_key == 0:
+        row, of_key_factor = token(row * sympy.exp(of_query), causal), col * sympy.exp(of_key)
+        return Monomial(row, of_key_factor, sympy.S.Zero, False)
+    decay = token(of_query, causal)
+    rest = sympy.expand(decay + of_key)
+    if T in rest.free_symbols:
+        return Monomial(token(row, causal), col * sympy.exp(rest), decay, False)
+    return Monomial(token(row, causal) * sympy.exp(rest), col, decay, False)
+
+
+def _distance(x: sympy.Expr) -> sympy.Expr:
+    """abs of a distance that a causal mask has the sign of."""
+    settled = sympy.expand(x.subs(sym.Q_LEN, sym.KV_LEN))
+    for sign in (1, -1):
+        if settled == sign * (sym.Q_IDX - sym.KV_IDX):
+            return sign * x
+    return absolute(x)
+
+
+def token(expr: sympy.Expr, causal: bool) -> sympy.Expr:
+    """A query's expression over T, where queries and keys are the same tokens."""
+    if not causal:
+        return expr
+    return sympy.expand(expr.subs({sym.Q_LEN: sym.KV_LEN}).subs({sym.Q_IDX: T}), log=False, power_exp=False)
+
+
+def decay_step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
+    """D(t) - D(t-1). A running sum's own step is the element that it adds at t."""
+    earlier: dict[Any, Any] = {}
+    for node in decay.atoms(cumsum):
+        if not isinstance(node.args[0].index[node.axis], sympy.Symbol):
+            refuse(graph, "weight", f"'{formula(node)}' is not read at the token itself")
+        earlier[node] = node - node.args[0]
+    bare = {node: sympy.Dummy("sum", real=True) for node in earlier}
+    moved = decay.xreplace(bare).subs(T, T - 1).xreplace({bare[node]: e for node, e in earlier.items()})
+    step = sympy.expand(decay - moved, log=False, power_exp=False)
+    if step.atoms(cumsum):
+        refuse(graph, "weight", f"the decay exp({formula(decay)}) is not a sum of what each token adds")
+    return step
