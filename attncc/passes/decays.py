@@ -37,8 +37,8 @@ def refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Monomial:
-    """row * col * exp(D(i) - D(j)), what a power of a dot product is multiplied by: decay is D(t) over `T`, 0 where there is
-    none; late: D(i - 1) in place of D(i)."""
+    """What a power of a dot product is multiplied by, row * col * exp(D(i) - D(j)): decay is D(t) over `T`, 0 where there
+    is none; late: D(i - 1) in place of D(i)."""
 
     row: sympy.Expr
     col: sympy.Expr
