@@ -14,7 +14,8 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call. `hkv` and `dv` default to `h` and `d`, `n` to `m`. `tied`: v is part of k, and not passed."""
+    """Sizes of one call. `hkv` and `dv` default to `h` and `d`, `n` to `m`. `tied`: v is part of k, and not passed.
+    `unit_keys`: keys have length 1, as the delta rule needs."""
 
     b: int
     h: int
@@ -25,6 +26,7 @@ class Shape:
     dv: int = 0
     dtype: torch.dtype = torch.bfloat16
     tied: bool = False
+    unit_keys: bool = False
 
     def __post_init__(self) -> None:
         for name, default in (("hkv", self.h), ("n", self.m), ("dv", self.d)):
@@ -44,10 +46,13 @@ class Shape:
             (self.b, self.hkv, self.n, self.d),
             (self.b, self.hkv, self.n, self.dv),
         )
-        return tuple(
-            torch.randn(size, generator=generator, device=device, dtype=self.dtype).requires_grad_()
+        drawn = [
+            torch.randn(size, generator=generator, device=device, dtype=self.dtype)
             for size in sizes[: 2 if self.tied else 3]
-        )
+        ]
+        if self.unit_keys:
+            drawn[1] = torch.nn.functional.normalize(drawn[1].float(), dim=-1).to(self.dtype)
+        return tuple(x.requires_grad_() for x in drawn)
 
     def flops(self, area: int, mode: str) -> int:
         """Floating-point operations of the matmuls over `area` pairs a head: 2 of them forward, 5 backward."""

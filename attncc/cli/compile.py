@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from attncc.codegen.crosscompile import CompiledKernel
     from attncc.ir.graph import VariantGraph
     from attncc.schedule.device import Device
+    from attncc.schedule.problem import Dtype as Precise
 
 
 class Emit(StrEnum):
@@ -148,12 +149,15 @@ def _recurrence(
     """The kernels of a recurrence's forms by chunks and by tokens. Its file has no autograd of its own."""
     from attncc.codegen.crosscompile_linear import cross_compile_linear
     from attncc.codegen.module import load_source
+    from attncc.passes.recur import Delta, recur
     from attncc.runtime.explain_recurrence import schedule_of
     from attncc.runtime.recurrence import RecurrenceOp
 
     source = RecurrenceOp(graph).source(sizes["d_qk"], sizes["d_v"])
     schedule = schedule_of(graph, sizes, dtype.value, device)
-    kernels = cross_compile_linear(load_source(source, graph.name), schedule, device, dtype.value)
+    states: Precise = dtype.value if isinstance(recur(graph), Delta) else "fp32"
+    module = load_source(source, graph.name)
+    kernels = cross_compile_linear(module, schedule, device, dtype.value, states=states)
     written = _write(emit, output, source, kernels)
     tiles = {name: str(schedule.kernels.get(name.removesuffix("_kernel"), "")) for name in kernels}
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +18,10 @@ from attncc.schedule.problem import Dtype, Precision
 
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
-    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR", "KEPT_PTR"),
-    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "FEATURES_PTR"),
+    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR", "LEFT_PTR", "ASKED_PTR", "DK_SUM_PTR"),
+    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "KEPT_PTR", "FEATURES_PTR"),
 )
+_STATES = ("STATES_PTR", "DSTATES_PTR")
 _FLAGS = (
     *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
     *("WANT_STEPS", "WEIGHTED", "PAIRS"),
@@ -31,9 +33,17 @@ _TOKEN = 2048
 
 
 def cross_compile_linear(
-    module: ModuleType, schedule: LinearSchedule, device: Device, dtype: Dtype, precision: Precision = "ieee"
+    module: ModuleType,
+    schedule: LinearSchedule,
+    device: Device,
+    dtype: Dtype,
+    precision: Precision = "ieee",
+    states: Dtype = "fp32",
 ) -> dict[str, CompiledKernel]:
-    """Compile every kernel of a generated module for `device`, with a state coming in; no GPU is needed, nor used."""
+    """Compile every kernel of a generated module for `device`, with a state coming in; no GPU is needed, nor used.
+
+    states: how a module keeps the states of chunks.
+    """
     found = {}
     for name in kernel_names(module):
         kernel = getattr(module, name)
@@ -51,7 +61,9 @@ def cross_compile_linear(
             "SOLVE": solve_precision("ieee", dtype == "fp32", device),
             "FAST_MATH": dtype != "fp32" and device.backend == "cuda",
         }
-        source = ASTSource(kernel, *_arguments(kernel, constants, dtype))
+        source = ASTSource(
+            kernel, *_arguments(kernel, constants, {**dict.fromkeys(_TENSORS, dtype), **dict.fromkeys(_STATES, states)})
+        )
         try:
             result = triton.compile(source, target=gpu_target(device), options=options)
         except Exception as error:
@@ -60,7 +72,7 @@ def cross_compile_linear(
     return found
 
 
-def _arguments(kernel: Any, constants: dict[str, Any], dtype: Dtype) -> tuple[Any, Any, Any]:
+def _arguments(kernel: Any, constants: dict[str, Any], dtypes: Mapping[str, Dtype]) -> tuple[Any, Any, Any]:
     """Types, constants and alignments of a kernel's parameters, as a call with aligned tensors has them."""
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -72,7 +84,7 @@ def _arguments(kernel: Any, constants: dict[str, Any], dtype: Dtype) -> tuple[An
             values[(i,)] = _TOKEN if name.startswith("stride_") else constants[name]
         elif name.endswith("_PTR"):
             tables = ("SEGMENTS_PTR", "SEQUENCES_PTR")
-            signature[name] = "*" + (dtype if name in _TENSORS else "i32" if name in tables else "fp32")
+            signature[name] = "*" + ("i32" if name in tables else dtypes.get(name, "fp32"))
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif name.startswith(("constant", "power_", "read_")):
             signature[name] = "fp32"

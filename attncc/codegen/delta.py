@@ -2,19 +2,20 @@
 
 Within a chunk the tokens' equations are solved (`prepare`), all chunks side by side; from chunk to chunk goes the
 state, and with it is known what each token adds (`carry`). Behind that it is attention in linear time over those
-values, by the kernels of `codegen.linear`, a segment a chunk. Backwards the same: the gradients of the state go from
-chunk to chunk (`carry_back`), those of q and k are the scans of `codegen.linear`, and what passes through the equations
-of a chunk is found for all side by side (`solve_back`).
+values: pairs within a chunk, and the state that it finds (`forward`). Backwards the same: what queries ask of the
+values of their own chunk (`dadded`), the gradient of the state from chunk to chunk (`carry_back`), the gradients of q
+and k that linear attention has (`dq`, `dk`), and what passes through the equations of a chunk (`solve_back`).
+
+The gradient of a decay's step is summed by where a pair lies, before and behind it: a difference of sums over all
+tokens would be what is left of rounding.
 """
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from attncc.codegen.linear import LinearSlots, Role, Tile
 from attncc.codegen.render import environment, tidy
 from attncc.ir.graph import VariantGraph
 from attncc.ir.text import to_text
@@ -22,69 +23,117 @@ from attncc.passes.recur import Delta
 from attncc.version import __version__
 
 
-class DeltaSlots(LinearSlots):
-    """What the templates are filled with."""
+@dataclass(frozen=True)
+class Tile:
+    """A (B, H, L, dim) tensor as a kernel has it. head: which of its heads a program's is; own: contiguous, of ours."""
 
-    notes_products = True
-
-    def __init__(self, graph: VariantGraph, plan: Delta, d_qk: int, d_v: int):
-        super().__init__(graph, plan.linear, d_qk, d_v)
-        #: what the tokens of a chunk erase and write, solved: contiguous, a head of q's each
-        self.erased, self.written = Tile("erased", d_qk, "h"), Tile("written", d_v, "h")
-        #: and what they add to the state, with its gradient
-        self.added, self.dadded = Tile("added", d_v, "h"), Tile("dadded", d_v, "h")
+    name: str
+    dim: int
+    head: str = "h"
+    own: bool = True
 
     @property
-    def decays(self) -> bool:
-        """Does a token leave a part of the state?"""
-        return self.plan.decay != "none"
+    def width(self) -> int:
+        """The power of two, at least what a matmul takes, that holds all columns."""
+        return max(16, 1 << (self.dim - 1).bit_length())
 
     @property
-    def query_row(self) -> bool:
-        """Has a query a factor of its own?"""
-        return self.plan.row != 1
+    def partial(self) -> bool:
+        """Has the tile more columns than the tensor?"""
+        return self.width != self.dim
+
+
+@dataclass(frozen=True)
+class Scan:
+    """sum over the tokens j of the chunk that i sees of (a_i . b_j) s_ij c_j, plus s_i a_i state, with s the decay.
+
+    reverse: i sees what is behind it; asks: whose factor the query's is, that of a_i, of b_j, or the last; state: is
+    there one; own: whose gradient it is, in which the columns of the state are features.
+    """
+
+    name: str
+    doc: str
+    a: Tile
+    b: Tile
+    c: Tile
+    out: Tile
+    asks: Literal["row", "column", "last"]
+    reverse: bool = False
+    state: bool = True
+    own: Tile | None = None
+    product: bool = False
+
+
+class DeltaSlots:
+    """What the templates are filled with, for one plan and its head dimensions."""
+
+    def __init__(self, plan: Delta, d_qk: int, d_v: int):
+        self.decays = plan.linear.decay != "none"
+        #: has a query a factor of its own?
+        self.query_row = plan.linear.row != 1
+        self.q, self.k = Tile("q", d_qk, own=False), Tile("k", d_qk, "h_kv", own=False)
+        self.v, self.out = Tile("v", d_v, "h_kv", own=False), Tile("out", d_v, own=False)
+        self.do, self.dq = Tile("do", d_v, own=False), Tile("dq", d_qk, own=False)
+        self.dk, self.dv = Tile("dk", d_qk, own=False), Tile("dv", d_v, own=False)
+        #: what the tokens of a chunk erase and write, solved; what they add to the state, with its gradient
+        self.erased, self.written = Tile("erased", d_qk), Tile("written", d_v)
+        self.added, self.dadded = Tile("added", d_v), Tile("dadded", d_v)
+        #: what is left of keys where the chunk ends, what queries ask of the state where it begins
+        self.left, self.asked = Tile("left", d_qk), Tile("asked", d_qk)
+        self.dk_sum = Tile("dk_sum", d_qk)
 
     @property
-    def token_rows(self) -> tuple[str, ...]:
-        """The factors of a token's update."""
-        return ("erase", "write", *(["step"] if self.decays else []))
-
-    @cached_property
-    def scans(self) -> dict[str, Role]:
-        """The uses of the scan. In place of v stands what tokens add, of which each head of q has its own."""
-        found = {}
-        for name, role in self.roles().items():
-            tiles = {x: getattr(role, x) for x in "abc"}
-            own = {x: replace(tile, head="h") for x, tile in tiles.items() if tile.name == "v"}
-            found[name] = replace(role, single=True, **own)
-        return found
-
-    @property
-    def step_role(self) -> Role:
-        """Token after token."""
-        role = self.roles(backward=False)["forward"]
-        return replace(role, rows=(*role.rows, "erase", "write"), erase=True)
+    def scans(self) -> dict[str, Scan]:
+        """The uses of the scan."""
+        q, k, do, added = self.q, self.k, self.do, self.added
+        found = (
+            Scan("forward", "out, by chunks of tokens and the state that each finds.", q, k, added, self.out, "row"),
+            Scan(
+                "dadded",
+                "What the queries of a chunk ask of what its tokens add.",
+                *(k, q, do, self.dadded),
+                asks="column",
+                reverse=True,
+                state=False,
+            ),
+            Scan(
+                "dq",
+                "The gradient of q: the forward's sum over k, with dout.added as the weights.",
+                *(do, added, k, self.dq),
+                asks="last",
+                own=q,
+                product=self.query_row,
+            ),
+            Scan(
+                "dk",
+                "The gradient of k as far as its token adds to the state: a sum over the queries behind it.",
+                *(added, do, q, self.dk_sum),
+                asks="column",
+                reverse=True,
+                own=k,
+            ),
+        )
+        return {scan.name: scan for scan in found}
 
 
 def render_delta(graph: VariantGraph, plan: Delta, d_qk: int, d_v: int) -> str:
     """The module's source. Sizes and schedules are arguments of its functions."""
-    slots = DeltaSlots(graph, plan, d_qk, d_v)
-    tiles = slots.tiles()
+    slots = DeltaSlots(plan, d_qk, d_v)
     env = environment()
-    context: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "slots": slots, "plan": plan.linear}
-    context |= {"roles": slots.scans, **tiles}
+    tiles = {tile.name: tile for tile in (slots.q, slots.k, slots.v, slots.do)}
+    context: dict[str, Any] = {"slots": slots, "scans": slots.scans, "tma": False, **tiles}
 
-    def text(template: str, role: Role | None = None) -> str:
-        return str(env.get_template(template).render({**context, "r": role} if role else context))
+    def text(template: str, **more: Any) -> str:
+        return str(env.get_template(template).render({**context, **more}))
 
-    parts = [text("delta_prepare.py.j2"), text("delta_carry.py.j2")]
-    parts += [text("linear_runs.py.j2")] if slots.runs else []
-    parts += [text("linear_scan.py.j2", slots.scans[name]) for name in ("forward", "dq", "dk", "dv")]
-    parts += [text("delta_carry_back.py.j2"), text("delta_solve_back.py.j2")]
-    parts += [text("linear_step.py.j2", slots.step_role), text("delta_host.py.j2")]
-    slots.helpers |= {"_expm1"} if slots.decays else set()
-    parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
-    parts.insert(0, _header(graph, plan, d_qk, d_v))
+    scans = [text("delta_scan.py.j2", s=scan) for scan in slots.scans.values()]
+    parts = [
+        _header(graph, plan, d_qk, d_v),
+        text("helpers.py.j2", helpers={"_expm1"} if slots.decays else set()),
+        *(text(f"delta_{name}.py.j2") for name in ("prepare", "carry")),
+        *scans,
+        *(text(f"delta_{name}.py.j2") for name in ("carry_back", "solve_back", "step", "host")),
+    ]
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 

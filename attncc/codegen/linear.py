@@ -64,8 +64,7 @@ class Role:
     lift: the operands have a feature 1 besides, alpha for a and beta for b; total: the row sums are stored; last: what
     stands in the state's last column; contracted: the sum over features is multiplied by `constant`. Where the sum runs
     backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too. channel: each
-    feature decays on its own, those that are summed over, or those of the result (result_decays). erase: a token takes
-    away what its key finds in the state, before it writes. single: a segment is one chunk, and carries no state on.
+    feature decays on its own, those that are summed over, or those of the result (result_decays).
 
     own: the vector of which the result is the gradient. product: the features' product with it is stored, one value a
     token; steps: so is the gradient of the decay's steps, for which the states between chunks are kept, `kept_size`
@@ -103,8 +102,6 @@ class Role:
     own: Tile | None = None
     channel: bool = False
     result_decays: bool = False
-    erase: bool = False
-    single: bool = False
     epilogue: tuple[str, ...] = ()
 
     @property

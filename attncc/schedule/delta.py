@@ -9,6 +9,10 @@ from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
 #: the equations of a chunk are one tile, whose inverse is made in registers
 CHUNKS = (16, 32, 64)
+#: programs for each multiprocessor that are left where chunks are put together in one
+WAVES = 4
+#: and as many at most
+EACH = 8
 #: columns of v that are multiplied at once where a program has all of them
 COLUMNS = 64
 
@@ -34,38 +38,75 @@ def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None)
             chunk //= 2
     if chunk not in CHUNKS:
         raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, CHUNKS))}")
-    # a segment is one chunk: there is none behind it to fetch ahead
-    kernels = {name: {**meta, "num_stages": 1} for name, meta in linear_schedule(sizes, device, chunk).kernels.items()}
-    warps = 4 if device.is_interpreter else 256 // device.warp_size
-    columns = min(COLUMNS, padded(sizes.d_v))
-    kernels["prepare"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": warps // 2, "num_stages": 1}
+    warps = _warps(sizes.dtype, device)
+    columns = _columns(sizes.dtype, sizes.d_v)
+    kernels = {"step": linear_schedule(sizes, device, chunk).kernels["step"]}
+    kernels["prepare"] = {"CHUNK": chunk, "BLOCK": max(16, columns // 2), "num_warps": warps, "num_stages": 1}
     kernels["carry"] = _carried(sizes, chunk, device, 1)
     kernels["carry_back"] = _carried(sizes, chunk, device, 2)
-    kernels["solve_back"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": warps, "num_stages": 1}
+    wide = _warps(sizes.dtype, device, wide=True)
+    kernels["solve_back"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": wide, "num_stages": 1}
+    kernels |= dict.fromkeys(("forward", "dadded"), _scanned(sizes, sizes.d_qk, sizes.d_v, chunk, device))
+    kernels |= dict.fromkeys(("dq", "dk"), _scanned(sizes, sizes.d_v, sizes.d_qk, chunk, device, own=True))
     return LinearSchedule(chunk, chunk, kernels)
+
+
+def _columns(dtype: Dtype, dim: int) -> int:
+    """Columns that a program multiplies at once. Operands of float32 meet in registers, and take more of them."""
+    return min(COLUMNS if dtype != "fp32" else COLUMNS // 2, padded(dim))
+
+
+def _warps(dtype: Dtype, device: Device, wide: bool = False) -> int:
+    """wide: a program has sums of as many columns as k has features."""
+    if device.is_interpreter:
+        return 4
+    return (256 if wide or dtype == "fp32" else 128) // device.warp_size
 
 
 def _shared(sizes: LinearSizes, chunk: int) -> int:
     """Bytes of a chunk's operands where its gradients are made."""
-    bytes_ = DTYPE_BYTES[sizes.dtype]
-    tiles = chunk * (2 * padded(sizes.d_qk) + 3 * min(COLUMNS, padded(sizes.d_v)) + 2 * chunk)
-    return (tiles + padded(sizes.d_qk) * min(COLUMNS, padded(sizes.d_v))) * bytes_
+    width, columns = padded(sizes.d_qk), _columns(sizes.dtype, sizes.d_v)
+    return (chunk * (2 * width + 3 * columns + 2 * chunk) + width * columns) * DTYPE_BYTES[sizes.dtype]
 
 
 def _carried(sizes: LinearSizes, chunk: int, device: Device, tiles: int) -> dict[str, int]:
     """Columns of the state that a program carries: few enough that all multiprocessors have one."""
-    block = min(64, padded(sizes.d_v))
-    width = padded(sizes.d_qk)
+    block, width = _columns(sizes.dtype, sizes.d_v), padded(sizes.d_qk)
     rows = sizes.sequences * sizes.heads
     while block > 16 and (4 * rows * -(-sizes.d_v // block) < 3 * device.sms or width * block > 128 * 64):
         block //= 2
     while block > 16 and _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
         block //= 2
     stages = 2 if 2 * _stage(sizes.dtype, width, block, chunk, tiles) <= device.smem_per_block else 1
-    warps = 4 if device.is_interpreter else (256 if tiles > 1 else 128) // device.warp_size
+    warps = _warps(sizes.dtype, device, wide=tiles > 1)
     return {"CHUNK": chunk, "BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 
 def _stage(dtype: Dtype, width: int, block: int, chunk: int, tiles: int) -> int:
     """Bytes of one chunk's operands, and of the state as one."""
     return DTYPE_BYTES[dtype] * (chunk * ((1 + tiles) * width + 2 * block) + width * block)
+
+
+def _scanned(
+    sizes: LinearSizes, contracted: int, columns: int, chunk: int, device: Device, own: bool = False
+) -> dict[str, int]:
+    """Columns of a program, and the chunks that it has one after the other, of which the next is fetched ahead.
+
+    own: it also reads that of which it makes the gradient.
+    """
+    width, block = padded(contracted), _columns(sizes.dtype, columns)
+    bytes_ = DTYPE_BYTES[sizes.dtype]
+    pairs = 2 * chunk * chunk * bytes_
+
+    def stage(block: int) -> int:
+        return bytes_ * (chunk * (2 * width + block * (1 + own)) + width * block)
+
+    while block > 16 and stage(block) + pairs > device.smem_per_block:
+        block //= 2
+    programs = sizes.sequences * -(-sizes.length // chunk) * sizes.heads * -(-columns // block)
+    each = 1
+    while each < EACH and programs >= 2 * each * WAVES * device.sms:
+        each *= 2
+    stages = 2 if each > 1 and 2 * stage(block) + pairs <= device.smem_per_block else 1
+    warps = _warps(sizes.dtype, device)
+    return {"CHUNK": chunk, "BLOCK": block, "EACH": each, "num_warps": warps, "num_stages": stages}

@@ -23,6 +23,8 @@ SHAPE = {"b": 2, "h": 16, "d": 128}
 LENGTHS = (8192, 2048, 32768)
 #: where the reference, which has every pair of a head in float64, checks a case
 CHECKED = 4096
+#: and the reference of a recurrence, which goes from token to token
+CHECKED_TOKENS = 1024
 #: one sequence, ever longer: time and memory a token must not grow
 TOKENS = (8192, 32768, 131072, 524288)
 #: RMS(error) / RMS(expected) of two 16-bit kernels against each other
@@ -45,6 +47,17 @@ def channel_gates(shape: Shape, device: str) -> Tensors:
     return {"g": g.to(shape.dtype).transpose(1, 2)}
 
 
+def factors(shape: Shape, device: str) -> Tensors:
+    """How much each token replaces, as sigmoid makes it."""
+    generator = torch.Generator(device).manual_seed(4)
+    return {"beta": torch.sigmoid(torch.randn(shape.b, shape.h, shape.n, generator=generator, device=device))}
+
+
+def gated_factors(shape: Shape, device: str) -> Tensors:
+    """And the log of what it leaves of the state."""
+    return {**factors(shape, device), "g": gates(shape, device)["g"] / 4}
+
+
 def rates(name: str) -> Callable[[Shape, str], Tensors]:
     """The published rates of a variant that decays by head."""
 
@@ -60,6 +73,8 @@ def peers() -> dict[str, Peer]:
     """flash-linear-attention's function of each case, of (B, T, H, D) tensors; none where it is not installed."""
     if find_spec("fla") is None:
         return {}
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
     from fla.ops.lightning_attn import chunk_lightning_attn
     from fla.ops.linear_attn import chunk_linear_attn
@@ -74,6 +89,10 @@ def peers() -> dict[str, Peer]:
         "gla": lambda q, k, v, i: chunk_gla(q, k, v, i["g"].transpose(1, 2))[0],
         "simple_gla": lambda q, k, v, i: chunk_simple_gla(q, k, v, i["g"].transpose(1, 2))[0],
         "lightning": lambda q, k, v, i: chunk_lightning_attn(q, k, v, layer_idx=0, num_layers=24, scale=1.0)[0],
+        "delta_net": lambda q, k, v, i: chunk_delta_rule(q, k, v, i["beta"].transpose(1, 2).to(q.dtype))[0],
+        "gated_delta_net": lambda q, k, v, i: chunk_gated_delta_rule(
+            q, k, v, i["g"].transpose(1, 2), i["beta"].transpose(1, 2).to(q.dtype)
+        )[0],
         "linear_attention": lambda q, k, v, i: chunk_linear_attn(
             features(q), features(k), v, scale=1.0, normalize=True
         )[0],
@@ -88,6 +107,8 @@ CASES = {
         ("gla", channel_gates, ()),
         ("lightning", rates("lightning"), ("rates",)),
         ("linear_attention", lambda shape, device: {}, ()),
+        ("delta_net", factors, ("beta",)),
+        ("gated_delta_net", gated_factors, ("beta", "g")),
     )
 }
 
@@ -118,7 +139,9 @@ def measured(run: Run, results: Any, case: Case, length: int, theirs: Peer | Non
     head = {"case": case.name, **shape.row()}
     try:
         op = ac.compile(case.variant, plan="chunk")
-        errors: dict[str, Any] = {"reference": against_reference(op, case, Shape(m=min(length, CHECKED), **SHAPE))}
+        recurrent = case.variant.graph.recurrent
+        checked = Shape(m=min(length, CHECKED_TOKENS if recurrent else CHECKED), unit_keys=recurrent, **SHAPE)
+        errors: dict[str, Any] = {"reference": against_reference(op, case, checked)}
         q, k, v = seq_first(shape)
         inputs = case.inputs(shape, "cuda")
 
@@ -196,18 +219,19 @@ def by_length(run: Run, results: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def decoding(run: Run, results: Any) -> dict[str, Any]:
+def decoding(run: Run, results: Any, name: str) -> dict[str, Any]:
     """One token a sequence from a state: GB/s of the state, read and written."""
-    op = ac.compile("simple_gla", plan="recurrent")
-    b, h, d = 64, 16, 128
-    q, k, v = (torch.randn(b, h, 1, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    g = -torch.rand(b, h, 1, device="cuda")
-    state = torch.randn(b, h, d, d, device="cuda")
+    op = ac.compile(name, plan="recurrent")
+    shape = Shape(b=64, h=16, m=1, d=128, unit_keys=True)
+    inputs = (gated_factors if name == "gated_delta_net" else gates)(shape, "cuda")
     with torch.no_grad():
-        step = lambda: op(q, k, v, g=g, initial_state=state, output_final_state=True)
+        q, k, v = (x.detach() for x in shape.tensors())
+        state = torch.randn(shape.b, shape.h, shape.d, shape.d, device="cuda")
+        step = lambda: op(q, k, v, **inputs, initial_state=state, output_final_state=True)
         timing = race({"attncc": step})["attncc"]
     gbps = 2 * state.numel() * 4 / timing.ms / 1e6
-    return dict(results.add(case="simple_gla, a step", B=b, Hq=h, Dqk=d, ms=timing.ms, gbps=round(gbps, 1)))
+    sizes = {"B": shape.b, "Hq": shape.h, "Dqk": shape.d}
+    return dict(results.add(case=f"{name}, a step", **sizes, ms=timing.ms, gbps=round(gbps, 1)))
 
 
 def suite(run: Run) -> None:
@@ -233,6 +257,7 @@ def suite(run: Run) -> None:
     if not run.out_of_time(results, "long sequences"):
         grown = [[str(r["N"]), str(r["ns_per_token"]), str(r["bytes_per_token"])] for r in by_length(run, results)]
         run.show("one sequence", ["tokens", "ns a token", "bytes a token"], grown)
-        found = decoding(run, results)
-        run.show("decoding", ["case", "ms", "GB/s"], [[found["case"], f"{found['ms']:.4f}", str(found["gbps"])]])
+        steps = [decoding(run, results, name) for name in ("simple_gla", "gated_delta_net")]
+        lines = [[found["case"], f"{found['ms']:.4f}", str(found["gbps"])] for found in steps]
+        run.show("decoding", ["case", "ms", "GB/s"], lines)
     results.write()
