@@ -21,7 +21,7 @@ from attncc.passes.fold import LN2, exp2, lower_exp, per_ln2
 
 _INLINE = 48
 #: guards of a load that are longer have a name
-_LONG_GUARD = 90
+_LONG_GUARD = 85
 
 
 @dataclass(frozen=True)

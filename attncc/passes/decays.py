@@ -17,7 +17,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, absolute, cumsum
+from attncc.ir.vocabulary import Read, absolute, cumsum, maximum, where
 
 #: a token, query and key at once, where the mask is causal
 T = sym.KV_IDX
@@ -37,8 +37,8 @@ def refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Monomial:
-    """What a power of a dot product is multiplied by, row * col * exp(D(i) - D(j)): decay is D(t) over `T`, 0 where there
-    is none; late: D(i - 1) in place of D(i)."""
+    """What multiplies a power of a dot product, row * col * exp(D(i) - D(j)): decay is D(t) over `T`, 0 where there is
+    none; late: D(i - 1) in place of D(i)."""
 
     row: sympy.Expr
     col: sympy.Expr
@@ -79,7 +79,7 @@ def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> b
     """Is of_query(t) = D(t - 1), where of_key(t) = -D(t)?"""
     if T not in of_key.free_symbols:
         return False
-    return bool(sympy.expand(of_query + of_key + decay_step(graph, -of_key), log=False, power_exp=False) == 0)
+    return bool(sympy.expand(of_query + of_key + _difference(graph, -of_key), log=False, power_exp=False) == 0)
 
 
 def monomial(
@@ -125,6 +125,20 @@ def token(expr: sympy.Expr, causal: bool) -> sympy.Expr:
 
 
 def decay_step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
+    """The log of what token t leaves of the state, D(t) - D(t-1), finite at every token.
+
+    Where D has no value before the first token, as log(t + 1) has none, that one leaves an incoming state as it is.
+    """
+    step = _difference(graph, decay)
+    reads: dict[Any, Any] = {r: sympy.Dummy("read", positive=True) for r in step.atoms(Read)}
+    bare = step.xreplace(reads)
+    if bare.subs(T, 0).has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan, sympy.I):
+        back = {dummy: read for read, dummy in reads.items()}
+        return where(T > 0, bare.subs(T, maximum(T, 1)).xreplace(back), sympy.S.Zero)
+    return step
+
+
+def _difference(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
     """D(t) - D(t-1). A running sum's own step is the element that it adds at t."""
     earlier: dict[Any, Any] = {}
     for node in decay.atoms(cumsum):

@@ -279,8 +279,20 @@ def _factored(graph: VariantGraph, terms: list[Monomial]) -> tuple[sympy.Expr, s
         return sympy.Add(*(m.row for m in terms)), cols.pop()
     if len(rows) == 1:
         return rows.pop(), sympy.Add(*(m.col for m in terms))
-    total = sympy.factor(sympy.Add(*(m.row * m.col for m in terms)))
-    refuse(graph, "weight", f"the factor '{formula(total)}' is no product of a query's and a key's part")
+    query = sympy.Dummy("query", integer=True, nonnegative=True)
+    # a query's place is a token's where the mask is causal
+    place = sym.Q_IDX if any(sym.Q_IDX in m.row.free_symbols for m in terms) else T
+    total = sympy.factor(sympy.Add(*(m.row.subs(place, query) * m.col for m in terms)))
+    row, col = sympy.S.One, sympy.S.One
+    for factor in sympy.Mul.make_args(total):
+        if {query, T} <= factor.free_symbols:
+            shown = formula(total.subs(query, sym.Q_IDX))
+            refuse(graph, "weight", f"the factor '{shown}' is no product of a query's and a key's part")
+        if T in factor.free_symbols:
+            col *= factor
+        else:
+            row *= factor.subs(query, place)
+    return row, col
 
 
 def _squared(
@@ -295,6 +307,7 @@ def _squared(
         if degree in terms:
             of_row, of_col = _factored(graph, terms[degree])
             ratio = sympy.powsimp(of_row * of_col / factor)
+            ratio = ratio if level(ratio) == Level.PROGRAM else sympy.cancel(ratio)
         if level(ratio) != Level.PROGRAM or ratio.atoms(Read):
             of_first = f", where the part of degree 1 has '{formula(first * col)}'" if 1 in terms else ""
             refuse(

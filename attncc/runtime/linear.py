@@ -10,8 +10,11 @@ from torch import Tensor
 
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
+from attncc.ir.symbols import KV_LEN, Q_LEN
+from attncc.ir.text import formula
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
+from attncc.runtime.linear_cut import places
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
@@ -100,13 +103,14 @@ class LinearOp:
         bound = bind(self.graph, q, k, v, scale, inputs)
         bound = bound if self._terms is None else self._terms.join(bound, q, k)
         self._check_state(q, v, initial_state, cu_seqlens)
+        stands = None if cu_seqlens is None else self._places(cu_seqlens, q.shape[2], initial_state is not None)
         if self._square is not None:
             call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)
-            out, last = self._square(bound, q, k, v, *call)
-            out = out if self._own is None else self._own.add(out, bound, q, k, v)
+            out, last = self._square(bound, q, k, v, stands, *call)
+            out = out if self._own is None else self._own.add(out, bound, q, k, v, stands)
             return (out, last) if output_final_state else out
         assert isinstance(self.engine, LinearEngine)
-        names, rows = self.engine.names, self.engine.rows.tokens(bound, q.device)
+        names, rows = self.engine.names, self.engine.rows.tokens(bound, q.device, places=stands)
         key, value, given_rows = k, v, rows
         if self._own is not None and self.linear.late:
             key, value, given_rows = self._own.before(k, v, names, rows, cu_seqlens)
@@ -119,10 +123,27 @@ class LinearOp:
             *(then_backward, [x.requires_grad for x in given_rows], self._key),
         )
         if self._own is not None:
-            out = self._own.add(out, bound, q, k, v)
+            out = self._own.add(out, bound, q, k, v, stands)
             if output_final_state and self.linear.late:
                 last = self._own.behind(last, k, v, names, rows, cu_seqlens)
         return (out, last) if output_final_state else out
+
+    def _places(self, cu_seqlens: Tensor, length: int, with_state: bool) -> Tensor:
+        """Where tokens stand in their own sequences. UnsupportedError where a formula needs more than that."""
+        plan = self.linear
+        of_call = (plan.constant, plan.scale, *(plan.powers or ()))
+        length_read = next((e for e in of_call if {KV_LEN, Q_LEN} & e.free_symbols), None)
+        reason = f"'{formula(length_read)}' reads the length of the sequence" if length_read is not None else None
+        if self._square is not None:
+            rows = self._square.rows
+        else:
+            assert isinstance(self.engine, LinearEngine)
+            rows = self.engine.rows
+        own = None if self._own is None else self._own.of_one_sequence()
+        reason = reason or rows.of_one_sequence(with_state) or own
+        if reason:
+            raise UnsupportedError(f"{reason}, and sequences are packed", remedy="call it for each sequence apart")
+        return places(cu_seqlens, length)
 
     def _chosen(
         self,

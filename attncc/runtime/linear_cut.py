@@ -37,6 +37,13 @@ def cut_evenly(batch: int, length: int, span: int) -> dict[str, Any]:
     }
 
 
+def places(cu_seqlens: Tensor, length: int) -> Tensor:
+    """(length): where each token stands in its own sequence; nothing waits for the device."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    starts = cu_seqlens.long()
+    return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+
+
 def cut_packed(ends: list[int], span: int, device: torch.device) -> dict[str, Any]:
     """Packed sequences: a segment lies within one of them."""
     segments: list[int] = []

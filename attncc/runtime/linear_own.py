@@ -39,16 +39,21 @@ class OwnWeight:
         self._weight = None if own == 0 else TokenRows(core, plan, {"own": own})
         self._key = None if plan.right == sym.K_VEC else closure(plan.right)
 
-    def add(self, out: Tensor, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def add(self, out: Tensor, bound: Bound, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None) -> Tensor:
         """out and each token's own part of it."""
         if self._weight is None:
             return out
         group = q.shape[1] // k.shape[1]
         vectors = {sym.Q_VEC.name: q.float(), sym.K_VEC.name: _heads(k, group).float()}
-        products = self._sums.tokens(bound, q.device, vectors)
+        products = self._sums.tokens(bound, q.device, vectors, places)
         found = {name: x.sum(-1) for name, x in zip(self._names, products, strict=True)}
-        (weight,) = self._weight.tokens(bound, q.device, found)
+        (weight,) = self._weight.tokens(bound, q.device, found, places)
         return (out.float() + weight.unsqueeze(-1) * _heads(v, group).float()).to(out.dtype)
+
+    def of_one_sequence(self) -> str | None:
+        """What it reads that packed sequences do not have each for itself, if anything."""
+        own = None if self._weight is None else self._weight.of_one_sequence(True)
+        return own or self._sums.of_one_sequence(True)
 
     def before(
         self, k: Tensor, v: Tensor, names: tuple[str, ...], rows: list[Tensor], cu_seqlens: Tensor | None

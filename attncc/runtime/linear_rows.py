@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
-from attncc.ir.symbols import COMPONENT, K_VEC, Q_VEC
-from attncc.ir.vocabulary import Read
+from attncc.ir.symbols import COMPONENT, K_VEC, KV_IDX, KV_LEN, Q_VEC
+from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read, cumsum
 from attncc.passes.linearize import TOTAL, Linear
 from attncc.runtime.closures import Function, closure
 from attncc.runtime.shapes import Bound
 
-_AXES = {"b": 0, "h": 1, "h_kv": 1, "q_idx": 2, "kv_idx": 2, "d": 3}
+_AXES = {"b": 0, "h": 1, "h_kv": 1, "q_idx": 2, "kv_idx": 2, "place": 2, "d": 3}
+#: where a token stands in its own sequence: kv_idx, but for an index into a tensor in which sequences are packed
+_PLACE = sympy.Symbol("place", integer=True, nonnegative=True)
 #: factors of queries; the others are of keys
 _OF_QUERIES = ("row", "alpha", "gain")
 
@@ -66,7 +69,8 @@ class TokenRows:
         exprs = row_exprs(plan) if exprs is None else exprs
         self._causal = plan.causal
         self._patterns = {d.name: d.pattern for d in graph.inputs}
-        self._rows = tuple(self._row(name, expr) for name, expr in exprs.items() if expr is not None)
+        self._exprs = {name: expr for name, expr in exprs.items() if expr is not None}
+        self._rows = tuple(self._row(name, expr) for name, expr in self._exprs.items())
         self._constant = closure(plan.constant)
         self._scale, self._slope = closure(plan.scale), closure(sympy.diff(plan.scale, TOTAL) / plan.scale)
         #: the factors that there are, in the order in which they are handed on
@@ -76,12 +80,32 @@ class TokenRows:
         """The factor that is one number for the whole call."""
         return float(self._constant(numbers(bound)))
 
-    def tokens(self, bound: Bound, device: torch.device, known: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+    def tokens(
+        self,
+        bound: Bound,
+        device: torch.device,
+        known: Mapping[str, Tensor] | None = None,
+        places: Tensor | None = None,
+    ) -> list[Tensor]:
         """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given.
 
-        known: what else the formulas name, in the same shapes.
+        known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L).
         """
-        return [self._value(row, bound, device, known or {}) for row in self._rows]
+        return [self._value(row, bound, device, known or {}, places) for row in self._rows]
+
+    def of_one_sequence(self, with_state: bool) -> str | None:
+        """What the factors read that packed sequences do not have each for itself, if anything; `with_state`: states
+        come in."""
+        for name, expr in self._exprs.items():
+            if KV_LEN in expr.free_symbols:
+                return f"'{formula(expr)}' reads the length of the sequence"
+            if expr.atoms(cumsum):
+                return f"'{formula(expr)}' sums along the tokens"
+            others = [i for r in expr.atoms(Read) for i in r.index if KV_IDX in i.free_symbols and i != KV_IDX]
+            # a step of the first token is of what comes in
+            if others and (name != "step" or with_state):
+                return f"'{formula(expr)}' reads what belongs to another token"
+        return None
 
     def weight_and_slope(self, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
         """What a sum of weighted values is multiplied by, and the derivative of its logarithm by the row's total."""
@@ -98,6 +122,10 @@ class TokenRows:
             if view is not None:
                 views[read] = view
         expr = expr.xreplace({read: sympy.Symbol(view.symbol, real=True) for read, view in views.items()})
+        if self._causal:
+            reads: dict[Any, Any] = {read: sympy.Dummy("read") for read in expr.atoms(Read)}
+            back = {dummy: read for read, dummy in reads.items()}
+            expr = expr.xreplace(reads).xreplace({KV_IDX: _PLACE}).xreplace(back)
         used = {s.name for s in expr.free_symbols}
         indices, whole = tuple(sorted(used & set(_AXES))), tuple(sorted(used & set(self._patterns)))
         given = by_channel and expr.is_Symbol
@@ -117,7 +145,9 @@ class TokenRows:
         kept = None if order == sorted(order) else tuple(order)
         return _View(symbol, read.input, kept, missing, "h_kv" in pattern)
 
-    def _value(self, row: _Row, bound: Bound, device: torch.device, known: Mapping[str, Tensor]) -> Tensor:
+    def _value(
+        self, row: _Row, bound: Bound, device: torch.device, known: Mapping[str, Tensor], places: Tensor | None
+    ) -> Tensor:
         sizes = bound.sizes
         shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes[row.side])
         shape = (*shape, sizes["d_qk"]) if row.by_channel else shape
@@ -130,6 +160,7 @@ class TokenRows:
             env[name] = tensor.expand([sizes[d] if d in LOOP_DIMS else -1 for d in self._patterns[name]])
         for name in row.indices:
             index = torch.arange(shape[_AXES[name]], device=device)
+            index = places if name == "place" and places is not None else index
             index = index // (sizes["h"] // sizes["h_kv"]) if name == "h_kv" else index
             env[name] = index.reshape([-1 if axis == _AXES[name] else 1 for axis in range(len(shape))])
         value = row.function(env)

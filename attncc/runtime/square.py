@@ -25,7 +25,7 @@ class SquareCall:
         self.plan = plan
         self.engine = SquareEngine(graph, plan, precision)
         self._key = library.register(f"{graph.digest}:{precision}", self.engine)
-        self._rows = TokenRows(core, plan)
+        self.rows = TokenRows(core, plan)
         assert plan.powers is not None
         self._powers = [closure(p) for p in plan.powers]
         self._scale = closure(plan.scale)
@@ -40,14 +40,15 @@ class SquareCall:
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        places: Tensor | None,
         initial: Tensor | None,
         cu_seqlens: Tensor | None,
         stepwise: bool,
         chunk: int | None,
         want_last: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """out in q's dtype, and the last state or None."""
-        rows = dict(zip(self._rows.names, self._rows.tokens(bound, q.device), strict=True))
+        """out in q's dtype, and the last state or None. places: where tokens of packed sequences stand."""
+        rows = dict(zip(self.rows.names, self.rows.tokens(bound, q.device, places=places), strict=True))
         env = numbers(bound)
         left, right = (self._features(x, side, env) for side, x in enumerate((q, k)))
         if "row" in rows:

@@ -180,6 +180,30 @@ def before(q_idx, kv_idx, q_len, kv_len):
     return kv_idx < q_idx + kv_len - q_len
 
 
+def rank_one(score, h, rate, q_idx, kv_idx):
+    """Four terms, one product."""
+    return score * (1 + rate[h] * kv_idx) * (2 - q_idx)
+
+
+def rank_two(score, h, rate, q_idx, kv_idx):
+    return score * (1 + rate[h] * kv_idx * q_idx)
+
+
+@pytest.mark.parametrize("mask", [ac.causal(align="start"), None], ids=["causal", "every key"])
+def test_a_sum_of_terms_that_is_one_product(mask):
+    plan = linearize(variant("identity", score=rank_one, mask=mask, inputs=HEAD).graph)
+    place = "kv_idx" if mask else "q_idx"
+    found = {formula(e) for e in (plan.constant * plan.row, plan.col)}
+    assert found in (
+        {f"-scale*({place} - 2)", "kv_idx*rate[h] + 1"},
+        {f"scale*({place} - 2)", "-kv_idx*rate[h] - 1"},
+    )
+    with pytest.raises(
+        UnsupportedError, match=r"kv_idx\*q_idx\*rate\[h\] \+ 1.*is no product of a query's and a key's"
+    ):
+        linearize(variant("identity", score=rank_two, mask=mask, inputs=HEAD).graph)
+
+
 OF_ITSELF = {
     # what: (variant, step, late, own)
     "a bonus": (
