@@ -1,27 +1,27 @@
 """How a call in linear time is cut: tokens a chunk and a segment, columns a program; and when it is worth it.
 
-Nothing here is measured yet on a GPU but the resources of the kernels, which are counted when they are cross-compiled.
+What was measured is in `schedules/linear.toml`.
 """
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+from attncc import resources
 from attncc.errors import InputError
 from attncc.schedule.device import Device
 from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
-#: float32 values of a state that a program holds in registers: 32 of each of 256 threads
-STATE = 128 * 64
-#: tokens that a segment has at least, so that its state costs less than they do
-SEGMENT = 256
-#: tokens a chunk where each channel decays on its own: its pairs are formed one after the other
-CHANNEL_CHUNK = 16
-#: programs for each multiprocessor before a sequence is left in one piece
-WAVES = 4
+#: tokens a chunk may have
+CHUNKS = (16, 32, 64, 128)
 #: tokens up to which a sequence is stepped through
 STEPS = 16
+#: shorter segments, and more of them, than measured: what tests set
+SEGMENT: int | None = None
+WAVES: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,53 +46,83 @@ class LinearSchedule:
     kernels: dict[str, dict[str, int]]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of kernels is cut: tokens a chunk, float32 values of the state a program at most, its threads."""
+
+    chunk: int
+    state: int
+    threads: int
+
+
+@cache
+def _measured() -> dict[str, Any]:
+    with (resources.path("schedules") / "linear.toml").open("rb") as file:
+        return tomllib.load(file)
+
+
+def _rule(sizes: LinearSizes, device: Device) -> Rule:
+    newest = device.target.startswith(("sm_9", "sm_10"))
+    kind = "channel" if sizes.by_channel else "fma" if sizes.dtype == "fp32" else "wgmma" if newest else "mma"
+    return Rule(**_measured()[kind])
+
+
 def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _tiling(width: int, columns: int, chunk: int, dtype: Dtype, device: Device) -> dict[str, int]:
-    """The columns of the state that one program has, and its warps: three tiles and the state must fit."""
-    block = min(_padded(columns), max(16, STATE // _padded(width)), 128 if dtype != "fp32" else 64)
+def _tiling(d_a: int, columns: int, chunk: int, sizes: LinearSizes, device: Device) -> dict[str, int]:
+    """The columns of the state that one program has, and its warps: what is multiplied must fit in shared memory."""
+    rule, width = _rule(sizes, device), _padded(d_a)
+    block = min(_padded(columns), max(16, rule.state // width), 128)
+    longer = max(1, chunk // rule.chunk)
+    warps = 4 if device.is_interpreter else min(256, rule.threads * longer) // device.warp_size
+    stages = 2
     if not device.is_interpreter:
-        while block > 16 and _shared(width, block, chunk, dtype) > device.smem_per_block:
+        limit = device.smem_per_block
+        if shared_bytes(width, block, chunk, sizes, stages) > limit:
+            stages = 1
+        while block > 16 and shared_bytes(width, block, chunk, sizes, stages) > limit:
             block //= 2
-    # before Hopper accumulators and operands share a thread's registers
-    large = STATE if device.target in ("sm_90", "sm_100") else STATE // 2
-    threads = 256 if _padded(width) * max(block, chunk) >= large else 128
-    warps = 4 if device.is_interpreter else threads // device.warp_size
-    meta = {"CHUNK": chunk, "BLOCK": block, "num_warps": warps}
-    stages = 2 if _shared(width, block, chunk, dtype, 2) <= device.smem_per_block else 1
-    return {**meta, "num_stages": stages}
+    return {"CHUNK": chunk, "BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 
-def _shared(width: int, block: int, chunk: int, dtype: Dtype, stages: int = 1) -> int:
-    """Bytes of shared memory: the tiles of a chunk for each stage, and the state and the pairs as operands."""
-    bytes_ = DTYPE_BYTES[dtype]
-    tiles = chunk * (2 * _padded(width) + block) * bytes_ * stages
-    return tiles + (_padded(width) * block + chunk * chunk + chunk * _padded(width)) * bytes_
+def shared_bytes(width: int, block: int, chunk: int, sizes: LinearSizes, stages: int) -> int:
+    """An upper bound on a kernel's shared memory: a chunk's tiles for each stage, and operands that are made.
+
+    Two tiles of a chunk are `width` columns wide, those of the values and of the result's own vector `block` columns.
+    Made are the state as an operand and the values as they enter it; rows of factors are rounded up.
+    """
+    tiles = 2 * chunk * (width + block)
+    made = width * block + chunk * block
+    wide = stages * chunk * width * 4 + chunk * width * DTYPE_BYTES[sizes.dtype] if sizes.by_channel else 0
+    rows = stages * chunk * 8 + 1024
+    return (stages * tiles + made) * DTYPE_BYTES[sizes.dtype] + wide + rows
 
 
 def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None) -> LinearSchedule:
     """A schedule that fits the device; `chunk` is the caller's own choice. InputError for one that is no tile."""
+    rule = _rule(sizes, device)
     if sizes.by_channel:
-        if chunk not in (None, CHANNEL_CHUNK):
-            raise InputError(f"chunk_size is {chunk!r}", remedy=f"with a decay a channel it is {CHANNEL_CHUNK}")
-        chunk = CHANNEL_CHUNK
+        if chunk not in (None, rule.chunk):
+            raise InputError(f"chunk_size is {chunk!r}", remedy=f"with a decay a channel it is {rule.chunk}")
+        chunk = rule.chunk
     elif chunk is None:
-        chunk = 64 if sizes.dtype != "fp32" else 32
+        chunk = rule.chunk
         while chunk > 16 and chunk >= 2 * sizes.length:
             chunk //= 2
-    if chunk not in (16, 32, 64, 128):
-        raise InputError(f"chunk_size is {chunk!r}", remedy="one of 16, 32, 64, 128")
-    qk = _tiling(sizes.d_qk, sizes.d_v, chunk, sizes.dtype, device)
-    v = _tiling(sizes.d_v, sizes.d_qk, chunk, sizes.dtype, device)
+    if chunk not in CHUNKS:
+        raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, CHUNKS))}")
+    qk = _tiling(sizes.d_qk, sizes.d_v, chunk, sizes, device)
+    v = _tiling(sizes.d_v, sizes.d_qk, chunk, sizes, device)
     kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dv", "dstates"), qk)
     kernels |= {"dq": v, "dk": v}
     kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 8192 // _padded(sizes.d_qk))), "num_warps": 4}
     chunks = -(-sizes.length // chunk)
     blocks = -(-sizes.d_v // qk["BLOCK"])
-    wanted = -(-WAVES * device.sms // max(1, sizes.sequences * sizes.heads * blocks))
-    segments = max(1, min(wanted, chunks, sizes.length // SEGMENT))
+    waves, segment = WAVES or _measured()["waves"], SEGMENT or _measured()["segment"]
+    wanted = -(-waves * device.sms // max(1, sizes.sequences * sizes.heads * blocks))
+    segments = max(1, min(wanted, chunks, sizes.length // segment))
     return LinearSchedule(chunk, chunk * -(-chunks // segments), kernels)
 
 
