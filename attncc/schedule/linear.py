@@ -48,10 +48,12 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class Rule:
-    """How one kind of kernels is cut: tokens a chunk, float32 values of the state a program at most, its threads."""
+    """How one kind of kernels is cut: tokens a chunk, float32 values of the state a program at most, and one of dq, dk
+    or dv, its threads."""
 
     chunk: int
     state: int
+    gradients: int
     threads: int
 
 
@@ -71,10 +73,10 @@ def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _tiling(d_a: int, columns: int, chunk: int, sizes: LinearSizes, device: Device) -> dict[str, int]:
+def _tiling(d_a: int, columns: int, state: int, chunk: int, sizes: LinearSizes, device: Device) -> dict[str, int]:
     """The columns of the state that one program has, and its warps: what is multiplied must fit in shared memory."""
     rule, width = _rule(sizes, device), _padded(d_a)
-    block = min(_padded(columns), max(16, rule.state // width), 128)
+    block = min(_padded(columns), max(16, state // width), 128)
     longer = max(1, chunk // rule.chunk)
     warps = 4 if device.is_interpreter else min(256, rule.threads * longer) // device.warp_size
     stages = 2
@@ -113,10 +115,11 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
             chunk //= 2
     if chunk not in CHUNKS:
         raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, CHUNKS))}")
-    qk = _tiling(sizes.d_qk, sizes.d_v, chunk, sizes, device)
-    v = _tiling(sizes.d_v, sizes.d_qk, chunk, sizes, device)
-    kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dv", "dstates"), qk)
-    kernels |= {"dq": v, "dk": v}
+    qk = _tiling(sizes.d_qk, sizes.d_v, rule.state, chunk, sizes, device)
+    of_v = _tiling(sizes.d_qk, sizes.d_v, rule.gradients, chunk, sizes, device)
+    of_qk = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, chunk, sizes, device)
+    kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dstates"), qk)
+    kernels |= {"dq": of_qk, "dk": of_qk, "dv": of_v}
     kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 8192 // _padded(sizes.d_qk))), "num_warps": 4}
     chunks = -(-sizes.length // chunk)
     blocks = -(-sizes.d_v // qk["BLOCK"])
