@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +24,7 @@ _TENSORS = (
 _STATES = ("STATES_PTR", "DSTATES_PTR")
 _FLAGS = (
     *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
-    *("WANT_STEPS", "WEIGHTED", "PAIRS"),
+    *("WANT_STEPS", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
 )
 #: what the host launches its small kernels with
 _SMALL = {"BLOCK": 1024, "num_warps": 4}
@@ -39,13 +39,16 @@ def cross_compile_linear(
     dtype: Dtype,
     precision: Precision = "ieee",
     states: Dtype = "fp32",
+    only: Collection[str] | None = None,
 ) -> dict[str, CompiledKernel]:
     """Compile every kernel of a generated module for `device`, with a state coming in; no GPU is needed, nor used.
 
-    states: how a module keeps the states of chunks.
+    states: how a module keeps the states of chunks; only: the kernels of these names.
     """
     found = {}
     for name in kernel_names(module):
+        if only is not None and name not in only:
+            continue
         kernel = getattr(module, name)
         of_host = {**_SMALL, "CHUNK": schedule.chunk if name == "runs_kernel" else 32}
         meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), of_host))

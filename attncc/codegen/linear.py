@@ -29,6 +29,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level
 from attncc.ir.text import to_text
 from attncc.passes.calculus import derivative
+from attncc.passes.diagonal import own_product
 from attncc.passes.fold import lower_exp
 from attncc.passes.linearize import TOTAL, Linear
 from attncc.version import __version__
@@ -443,6 +444,8 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     if plan.total:
         parts.append(text("linear_delta.py.j2"))
     parts.append(text("linear_host.py.j2" if plan.causal else "linear_full_host.py.j2"))
+    if own_product(plan.own) is not None:
+        parts.append(text("linear_own.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
     parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
     parts.insert(0, header(graph, plan, d_qk, d_v))

@@ -17,7 +17,7 @@ from sympy.core.relational import Relational
 from sympy.logic.boolalg import And, Not, Or
 
 from attncc.ir import symbols as sym
-from attncc.ir.vocabulary import where
+from attncc.ir.vocabulary import sum_d, where
 
 #: how far the key is behind the query, where it is before it
 _BEHIND = sympy.Symbol("behind", integer=True, positive=True)
@@ -53,6 +53,21 @@ def apart(weight: sympy.Expr) -> Parts | sympy.Expr:
         )
 
     return Parts(past=at(1), own=at(0))
+
+
+def own_product(own: sympy.Expr | None) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """(factor, weight) where a token's own weight is weight * sum_d(factor * q_vec * k_vec), else None."""
+    sums = set() if own is None else own.atoms(sum_d)
+    if own is None or len(sums) != 1:
+        return None
+    (product,) = sums
+    weight = own.coeff(product)
+    factor = product.args[0] / (sym.Q_VEC * sym.K_VEC)
+    if sympy.expand(own - weight * product) != 0 or {sym.Q_VEC, sym.K_VEC} & (
+        weight.free_symbols | factor.free_symbols
+    ):
+        return None
+    return factor, weight
 
 
 def _settled(condition: sympy.Expr, behind: sympy.Expr) -> sympy.Expr:

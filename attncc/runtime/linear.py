@@ -54,7 +54,6 @@ class LinearOp:
         self.graph, self.linear, self.parallel = graph, linear, parallel
         self.choice: PlanName = plan
         self._terms = terms = TokenTerms(graph)
-        self._own = None if linear.own is None else OwnWeight(terms.core, linear)
         self._square = None if linear.degree == 1 else SquareCall(graph, terms.core, linear, precision)
         self.engine: LinearEngine | SquareEngine
         if self._square is not None:
@@ -62,6 +61,9 @@ class LinearOp:
         else:
             self.engine = LinearEngine(graph, linear, precision)
             self._key = library.register(f"{graph.digest}:{precision}", self.engine)
+        if linear.own is not None:
+            engine = self.engine if isinstance(self.engine, LinearEngine) else None
+            self._own = OwnWeight(terms.core, linear, engine, str(precision))
 
     def __repr__(self) -> str:
         return f"<LinearOp {self.graph.name} {self.graph.digest} plan={self.choice}>"

@@ -86,12 +86,14 @@ class TokenRows:
         device: torch.device,
         known: Mapping[str, Tensor] | None = None,
         places: Tensor | None = None,
+        spread: bool = True,
     ) -> list[Tensor]:
         """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given.
 
-        known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L).
+        known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L);
+        spread: else dimensions of which a factor knows nothing are of size 1.
         """
-        return [self._value(row, bound, device, known or {}, places) for row in self._rows]
+        return [self._value(row, bound, device, known or {}, places, spread) for row in self._rows]
 
     def of_one_sequence(self, with_state: bool) -> str | None:
         """What the factors read that packed sequences do not have each for itself, if anything; `with_state`: states
@@ -146,7 +148,13 @@ class TokenRows:
         return _View(symbol, read.input, kept, missing, "h_kv" in pattern)
 
     def _value(
-        self, row: _Row, bound: Bound, device: torch.device, known: Mapping[str, Tensor], places: Tensor | None
+        self,
+        row: _Row,
+        bound: Bound,
+        device: torch.device,
+        known: Mapping[str, Tensor],
+        places: Tensor | None,
+        spread: bool,
     ) -> Tensor:
         sizes = bound.sizes
         shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes[row.side])
@@ -166,6 +174,8 @@ class TokenRows:
         value = row.function(env)
         if not isinstance(value, Tensor):
             return torch.full(shape, float(value), dtype=torch.float32, device=device)
+        if not spread:
+            return value.float()
         if row.given:  # as large as k: read where it lies
             return value.expand(shape) if value.stride(-1) == 1 else value.expand(shape).contiguous()
         return value.float().expand(shape).contiguous()

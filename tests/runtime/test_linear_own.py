@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import attncc as ac
+from attncc.codegen.crosscompile_linear import cross_compile_linear
+from attncc.codegen.linear import render_linear
+from attncc.codegen.module import load_source
+from attncc.passes.linearize import linearize
 from attncc.schedule import linear as schedule_linear
+from attncc.schedule.device import device_for
+from attncc.schedule.linear import LinearSizes, linear_schedule
 from tests.passes.test_linearize import before, half, past, read_late, with_bonus
 from tests.runtime.test_linear import agree, drawn, with_gradients
 
@@ -21,7 +27,22 @@ def sharp(score, q_idx, kv_idx):
     return ac.where(kv_idx == q_idx, ac.sigmoid(score), 1 + score**2)
 
 
+def fading(q_vec, k_vec, b, h, q_idx, kv_idx, q_len, kv_len, g, w):
+    """A bonus of each token and channel, and one of its place."""
+    i = q_idx + kv_len - q_len
+    own = ac.sum_d(q_vec * k_vec * w[b, kv_idx])
+    past = ac.sum_d(q_vec * k_vec * ac.exp(ac.cumsum(g[b, h, i]) - g[b, h, i] - ac.cumsum(g[b, h, kv_idx])))
+    return ac.where(kv_idx == i, own / (i + 1), past)
+
+
 VARIANTS = {
+    "fading": ac.Variant(
+        name="fading",
+        mask=ac.causal,
+        normalizer="identity",
+        similarity=fading,
+        inputs={"g": ac.Input("b", "h", "kv_idx", "d", grad=True), "w": ac.Input("b", "kv_idx", "d", grad=True)},
+    ),
     "rwkv6": ac.variants.get("rwkv6"),
     "bonus": ac.Variant(name="bonus", mask=ac.causal, normalizer="identity", score=with_bonus, inputs={**GATE, **RATE}),
     "half": ac.Variant(name="half", mask=ac.causal, normalizer="identity", score=half, inputs=RATE),
@@ -50,6 +71,7 @@ def inputs_of(name, length):
     g, rate = -0.5 * torch.rand(1, 2, length, 16, generator=generator), torch.tensor([-0.4, -0.05])
     return {
         "rwkv6": {"g": g, "u": torch.randn(2, 16, generator=generator)},
+        "fading": {"g": g, "w": torch.randn(1, length, 16, generator=generator)},
         "bonus": {"g": g[..., 0].clone(), "rate": rate},
         "before": {"g": g[..., 0].clone()},
         "half": {"rate": rate},
@@ -151,3 +173,13 @@ def test_strong_decay_does_not_overflow():
     own = (q * k * u[:, None]).sum(-1, keepdim=True) * v
     own[:, :, 1:] += (q[:, :, 1:] * k[:, :, :-1]).sum(-1, keepdim=True) * v[:, :, :-1]
     torch.testing.assert_close(out, own, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_the_kernels_of_a_token_itself_compile_and_fit(target):
+    graph, device = VARIANTS["bonus"].graph, device_for(target)
+    module = load_source(render_linear(graph, linearize(graph), 128, 128), f"own_{target}")
+    schedule = linear_schedule(LinearSizes("bf16", 2, 16, 8192, 128, 128), device)
+    found = cross_compile_linear(module, schedule, device, "bf16", only=("own_kernel", "own_backward_kernel"))
+    assert set(found) == {"own_kernel", "own_backward_kernel"}
+    assert not any(kernel.spills for kernel in found.values())
