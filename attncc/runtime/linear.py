@@ -80,6 +80,7 @@ class LinearOp:
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         chunk_size: int | None = None,
+        position: int | None = None,
         plan: PlanName | None = None,
         **inputs: Any,
     ) -> Any:
@@ -90,22 +91,23 @@ class LinearOp:
         of the score one more row, for the feature 1. A weight of degree 2 has both, and Dqk^2 rows before those, for
         the products of two components. It receives and passes on gradients.
         cu_seqlens (sequences + 1,) int: q, k, v are (1, H, total, D), sequences packed one behind the other; each has
-        a state of its own, (sequences, Hq, Dqk, Dv). chunk_size: tokens a chunk, 16, 32, 64 or 128. Outputs besides
-        `out` are those of the quadratic plan. Raises InputError where tensors do not match, UnsupportedError where the
+        a state of its own, (sequences, Hq, Dqk, Dv). chunk_size: tokens a chunk, 16, 32, 64 or 128. position: how many
+        tokens came before, for formulas of positions where a state comes in. Outputs besides `out` are those of the
+        quadratic plan. Raises InputError where tensors do not match, UnsupportedError where the
         plan cannot do what the call asks.
         """
         if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
             q, k, v = autocast(q, k, v)
         names = output_names(outputs, self.graph)
         stateful = initial_state is not None or output_final_state
-        needs_linear = stateful or cu_seqlens is not None
+        needs_linear = stateful or cu_seqlens is not None or bool(position)
         chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
         if chosen == "parallel":
             return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
         bound = bind(self.graph, q, k, v, scale, inputs)
         bound = bound if self._terms is None else self._terms.join(bound, q, k)
         self._check_state(q, v, initial_state, cu_seqlens)
-        stands = None if cu_seqlens is None else self._places(cu_seqlens, q.shape[2], initial_state is not None)
+        stands = self._places(q, cu_seqlens, position, initial_state is not None)
         if self._square is not None:
             call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)
             out, last = self._square(bound, q, k, v, stands, *call)
@@ -130,22 +132,33 @@ class LinearOp:
                 last = self._own.behind(last, k, v, names, rows, cu_seqlens)
         return (out, last) if output_final_state else out
 
-    def _places(self, cu_seqlens: Tensor, length: int, with_state: bool) -> Tensor:
-        """Where tokens stand in their own sequences. UnsupportedError where a formula needs more than that."""
-        plan = self.linear
-        of_call = (plan.constant, plan.scale, *(plan.powers or ()))
-        length_read = next((e for e in of_call if {KV_LEN, Q_LEN} & e.free_symbols), None)
-        reason = f"'{formula(length_read)}' reads the length of the sequence" if length_read is not None else None
-        if self._square is not None:
-            rows = self._square.rows
-        else:
-            assert isinstance(self.engine, LinearEngine)
-            rows = self.engine.rows
-        own = None if self._own is None else self._own.of_one_sequence()
-        reason = reason or rows.of_one_sequence(with_state) or own
-        if reason:
-            raise UnsupportedError(f"{reason}, and sequences are packed", remedy="call it for each sequence apart")
-        return places(cu_seqlens, length)
+    def _places(self, q: Tensor, cu_seqlens: Tensor | None, position: int | None, with_state: bool) -> Tensor | None:
+        """Where tokens stand in their own sequences, None where they count from 0. UnsupportedError where a formula
+        needs more than a call has."""
+        if cu_seqlens is not None and position is not None:
+            raise InputError("position is of one sequence, and sequences are packed", remedy="leave it out")
+        if cu_seqlens is not None or with_state:
+            plan = self.linear
+            if self._square is not None:
+                rows = self._square.rows
+            else:
+                assert isinstance(self.engine, LinearEngine)
+                rows = self.engine.rows
+            of_call = (e for e in (plan.constant, plan.scale, *(plan.powers or ())) if {KV_LEN, Q_LEN} & e.free_symbols)
+            reason = next((f"'{formula(e)}' reads the length of the sequence" for e in of_call), None)
+            placed = position is not None
+            own = None if self._own is None else self._own.beyond(with_state, placed)
+            reason = reason or rows.beyond(with_state, placed) or own
+            if reason and cu_seqlens is not None:
+                raise UnsupportedError(f"{reason}, and sequences are packed", remedy="call it for each sequence apart")
+            if reason:
+                remedy = (
+                    "pass position=, how many tokens came before" if "position" in reason else "pass whole sequences"
+                )
+                raise UnsupportedError(f"{reason}, and a state comes in", remedy=remedy)
+        if cu_seqlens is not None:
+            return places(cu_seqlens, q.shape[2])
+        return None if not position else torch.arange(position, position + q.shape[2], device=q.device)
 
     def _chosen(
         self,

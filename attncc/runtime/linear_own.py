@@ -67,10 +67,10 @@ class OwnWeight:
         (weight,) = self._weight.tokens(bound, q.device, found, places)
         return (out.float() + weight.unsqueeze(-1) * _heads(v, group).float()).to(out.dtype)
 
-    def of_one_sequence(self) -> str | None:
-        """What it reads that packed sequences do not have each for itself, if anything."""
-        own = None if self._weight is None else self._weight.of_one_sequence(True)
-        return own or self._sums.of_one_sequence(True)
+    def beyond(self, with_state: bool, placed: bool) -> str | None:
+        """As `TokenRows.beyond` says of these factors."""
+        own = None if self._weight is None else self._weight.beyond(with_state, placed)
+        return own or self._sums.beyond(with_state, placed)
 
     def before(
         self, k: Tensor, v: Tensor, names: tuple[str, ...], rows: list[Tensor], cu_seqlens: Tensor | None

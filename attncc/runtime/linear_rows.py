@@ -95,18 +95,21 @@ class TokenRows:
         """
         return [self._value(row, bound, device, known or {}, places, spread) for row in self._rows]
 
-    def of_one_sequence(self, with_state: bool) -> str | None:
-        """What the factors read that packed sequences do not have each for itself, if anything; `with_state`: states
-        come in."""
+    def beyond(self, with_state: bool, placed: bool) -> str | None:
+        """What the factors read that a part of a sequence, or one of several that are packed, does not have, if
+        anything. with_state: tokens came before the call; placed: it is known how many."""
         for name, expr in self._exprs.items():
             if KV_LEN in expr.free_symbols:
                 return f"'{formula(expr)}' reads the length of the sequence"
             if expr.atoms(cumsum):
                 return f"'{formula(expr)}' sums along the tokens"
-            others = [i for r in expr.atoms(Read) for i in r.index if KV_IDX in i.free_symbols and i != KV_IDX]
+            reads: dict[Any, Any] = {r: sympy.Dummy("read") for r in expr.atoms(Read)}
+            others = [i for r in reads for i in r.index if KV_IDX in i.free_symbols and i != KV_IDX]
             # a step of the first token is of what comes in
             if others and (name != "step" or with_state):
                 return f"'{formula(expr)}' reads what belongs to another token"
+            if with_state and not placed and KV_IDX in expr.xreplace(reads).free_symbols:
+                return f"'{formula(expr)}' is of the position of a token"
         return None
 
     def weight_and_slope(self, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:

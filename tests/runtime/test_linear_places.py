@@ -75,6 +75,20 @@ def test_packed_sequences_count_their_own_tokens(name):
     agree([packed], [torch.cat(parts, 2).double()], 3e-6)
 
 
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_state_goes_on_at_its_position(name):
+    tensors, inputs = of(name)
+    op = ac.compile(variant(FORMULAS[name]))
+    whole = op(*tensors, **inputs, plan="chunk")
+    state = op(*(x[:, :, :20] for x in tensors), **inputs, output_final_state=True)[1]
+    rest = [x[:, :, 20:] for x in tensors]
+    for plan in ("chunk", "recurrent"):
+        out = op(*rest, **inputs, initial_state=state, position=20, plan=plan)
+        torch.testing.assert_close(out, whole[:, :, 20:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UnsupportedError, match="is of the position of a token, and a state comes in"):
+        op(*rest, **inputs, initial_state=state)
+
+
 def test_what_packed_sequences_have_not_each_is_refused():
     tensors, inputs = of("averaged")
     packed = {"cu_seqlens": torch.tensor([0, 17, 37])}
