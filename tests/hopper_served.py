@@ -8,6 +8,7 @@ NO_FORWARD = {
     "min_p": "Gluon kernels go over the keys once",
     **dict.fromkeys(("lln", "trilinear", "bico", "location", "pooling"), _OTHER),
     **dict.fromkeys(("gaussian_position", "gmm", "linear_attention", "gla", "rwkv6"), _OTHER),
+    **dict.fromkeys(("additive", "l1_distance"), _OTHER),
     "afa": "no tiling fits",
     "differential": "Gluon kernels have one score a pair",
     "mla": "Gluon kernels have one head of v",

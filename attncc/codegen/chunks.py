@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from attncc.schedule.problem import head_chunks
+from attncc.schedule.problem import MAX_CHUNK, head_chunks
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class Chunk:
         return self.real < self.width
 
 
-def chunks(dim: int, branches: int = 1, shared_key: bool = False, value: int | None = None) -> tuple[Chunk, ...]:
+def chunks(
+    dim: int, branches: int = 1, shared_key: bool = False, value: int | None = None, widest: int = MAX_CHUNK
+) -> tuple[Chunk, ...]:
     """The last dimension of q or k as tiles, as the scheduler counts them: those of each branch, one branch after the
-    other. `value`: where the part ends that v is, too; it has tiles of its own."""
+    other. `value`: where the part ends that v is, too; it has tiles of its own. No tile is wider than `widest`."""
     spans = [(branch, dim // branches) for branch in range(branches)]
     if value is not None and value < dim:
         spans = [(0, value), (0, dim - value)]
@@ -39,7 +41,7 @@ def chunks(dim: int, branches: int = 1, shared_key: bool = False, value: int | N
     first = 0
     for branch, own in spans:
         start = 0
-        for piece, width in enumerate(head_chunks(own)):
+        for piece, width in enumerate(head_chunks(own, widest)):
             key = piece if shared_key else len(found)
             real = min(width, own - start)
             end = None if first + start + real == dim else first + start + real

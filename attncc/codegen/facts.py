@@ -11,12 +11,13 @@ from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
 from attncc.passes.counts import pair_costs
 from attncc.passes.differentiate import DP
-from attncc.passes.fold import S
+from attncc.passes.fold import S, lower_exp
 from attncc.passes.stream import Sweep, renamed
 from attncc.schedule.problem import PairCosts, SimilarityWork, WarpWork
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan
+    from attncc.codegen.similarity import SimilaritySlots
 
 #: sweeps that the search for an implicit value takes, for the cost model
 TYPICAL_TURNS = 8
@@ -27,7 +28,8 @@ _PAIR_NAMES = frozenset({S.name, DP.name, "qk"})
 class Facts:
     """`stored`: names of the row statistics that the forward writes; `results`: of all that it returns behind `out`;
     `saved`: of those that the backward reads, if there is one. The costs, `sweeps` and `only_triton` are those of
-    `KernelCosts`; `pairs` is that of `Problem`.
+    `KernelCosts`; `pairs` is that of `Problem`. `component` and `component_backward` are the work of a pair, forward
+    and backward, for each component of a sum over the head dimension that no matmul makes.
     """
 
     stored: tuple[str, ...]
@@ -37,6 +39,8 @@ class Facts:
     forward: PairCosts
     backward: PairCosts
     mask: PairCosts
+    component: PairCosts
+    component_backward: PairCosts
     vectors: int
     rows: int
     distances: bool
@@ -59,7 +63,7 @@ class Facts:
         """The inverse of `to_json`; None for something else."""
         try:
             known = {name: data[name] for name in cls.__dataclass_fields__} if data is not None else {}
-            costs = {name: PairCosts(**known[name]) for name in ("forward", "backward", "mask")}
+            costs = {name: PairCosts(**known[name]) for name in _COSTS}
             names = {name: tuple(known[name]) for name in _NAMES}
             work = {"similarity": SimilarityWork(**known["similarity"]), "warps": WarpWork(**known["warps"])}
             return cls(**{**known, **costs, **names, **work})
@@ -68,6 +72,7 @@ class Facts:
 
 
 _NAMES = ("stored", "results", "saved")
+_COSTS = ("forward", "backward", "mask", "component", "component_backward")
 
 
 def facts_of(plan: Plan) -> Facts:
@@ -78,9 +83,11 @@ def facts_of(plan: Plan) -> Facts:
     forward, backward, mask = _costs(plan)
     slots = SimilaritySlots(plan)
     made_q, made_k = (len(slots.own_accumulators(side)) for side in (QUERY, KEY))
+    looped = bool(plan.similarity.loops)
     wide_q, wide_k = (len(slots.wide_reads(side)) for side in (QUERY, KEY))
     dots = len(plan.similarity.dots) + slots.has_dot
-    similarity = SimilarityWork(dots, slots.plain_dot, made_q, made_k, wide_q, wide_k)
+    similarity = SimilarityWork(dots, slots.plain_dot, made_q, made_k, wide_q, wide_k, looped)
+    component, component_backward = _component_costs(plan, slots) if looped else (PairCosts(), PairCosts())
     return Facts(
         stored=tuple(name for name, _ in plan.stored),
         results=plan.results,
@@ -89,6 +96,8 @@ def facts_of(plan: Plan) -> Facts:
         forward=forward,
         backward=backward,
         mask=mask,
+        component=component,
+        component_backward=component_backward,
         vectors=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL}),
         rows=sum(len(part.backward.pair_rows) + plan.needs_delta for part in plan.parts) if has_backward else 0,
         distances=any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
@@ -120,6 +129,25 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
 def _turns(sweep: Sweep) -> int:
     """How often a sweep goes over the keys."""
     return TYPICAL_TURNS if sweep.root is not None else 1
+
+
+def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, PairCosts]:
+    """The work of a pair for each component of the sums that are a loop: in the forward, in one kernel of the
+    backward."""
+    from attncc.codegen.components import cotangent, slope
+
+    loops = plan.similarity.loops
+    sums = pair_costs([lower_exp(x.summand) for x in loops], frozenset())
+    once = PairCosts(sums.fma + len(loops), sums.sfu, sums.int, sums.loads)
+    turns = 1 + sum(_turns(sweep) for part in plan.parts for sweep in part.online.before)
+    forward = _total([once] * turns)
+    if plan.has_backward is not None:
+        return forward, forward
+    # dq has those of inputs, too, as a rule; each is added along the row, then put in its column
+    names = frozenset(cotangent(x).name for x in loops)
+    gradients = [slope(slots.flowing_loops, sym.Q_VEC), *(g.expr for g in slots.gradients if g.looped)]
+    found = pair_costs([lower_exp(e) for e in gradients if e != 0], names)
+    return forward, _total([once, PairCosts(found.fma + 2 * len(gradients), found.sfu, found.int, found.loads)])
 
 
 def _sweep_costs(plan: Plan, sweep: Sweep) -> PairCosts:

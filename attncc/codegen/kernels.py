@@ -12,6 +12,7 @@ import sympy
 
 from attncc.codegen.bounds import BoundLines, bound_lines, summary_offset
 from attncc.codegen.chunks import Chunk
+from attncc.codegen.components import gradient_slots, loop_slots
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import InputGradient, Plan
@@ -39,7 +40,8 @@ def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
     leaves["q_idx"] = Leaf("q_idx", Level.ROW)
     leaves["kv_idx"] = Leaf("kv_idx", Level.COL)
     for part in plan.parts:
-        for name in ("qk", S.name, *(dot.name for dot in part.similarity.dots)):
+        found = part.similarity
+        for name in ("qk", S.name, *(dot.name for dot in found.dots), *(loop.name for loop in found.loops)):
             leaves[part.own(name)] = Leaf(part.own(name), Level.PAIR)
     return {**leaves, **extra}
 
@@ -85,6 +87,7 @@ def similarity_slots(
         "resident_operands": similarity.operands(resident, qk_chunks, kernel, base),
         "streamed_operands": similarity.operands(streamed, qk_chunks, kernel, base),
         "dots": similarity.dots(qk_chunks, rows_first=resident is QUERY),
+        "loop": loop_slots(similarity.plan, similarity.found.loops, resident is QUERY, kernel, base),
     }
 
 
@@ -92,7 +95,9 @@ def _after_slots(
     similarity: SimilaritySlots, side: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
 ) -> dict[str, Any]:
     """What the kernel that owns a side's gradient accumulates, and what it adds after the loop."""
+    looped = [(g.name, g.expr, g.vector) for g in similarity.looped(side)]
     return {
+        "loop_back": gradient_slots(similarity.plan, similarity.flowing_loops, side is QUERY, looped, kernel, base),
         "accumulators": similarity.accumulators(side, qk_chunks),
         "accumulate": similarity.accumulate(side, qk_chunks),
         "epilogue": similarity.epilogue(side, qk_chunks, kernel, base),
@@ -395,7 +400,7 @@ def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: 
         by_tile=by_tile,
         hopper=hopper,
     )
-    return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"]}
+    return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
 
 
 def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from attncc.passes.fold import Folded, S, fold
 from attncc.passes.phases import phases
 from attncc.passes.reverse import first_at
 from attncc.passes.running import without_running_sums
-from attncc.passes.similarity import Similarity, similarity
+from attncc.passes.similarity import Similarity, loops_by_key, refuse_gradients, similarity
 from attncc.passes.stream import LSE, Online, Sweep, renamed, stream
 from attncc.passes.tiles import TilePlan, tile_plan_of
 
@@ -253,6 +253,7 @@ class Plan:
     @cached_property
     def gradients(self) -> tuple[InputGradient, ...]:
         """One entry a differentiable element read."""
+        refuse_gradients(self.graph)
         found: list[InputGradient] = []
         for i, part in enumerate(self.parts):
             reads = [(r, e, False) for r, e in part.backward.dreads] + [
@@ -274,7 +275,8 @@ class Plan:
     def one_loop(self) -> bool:
         """Can dK/dV visit the tiles of all query heads of a group in one loop? Their bounds must be the same, and
         nothing be summed for each head on its own."""
-        return not self.over_queries.by_head and all(g.kind != "col" for g in self.gradients)
+        by_key = any(g.kind == "col" for g in self.gradients) or loops_by_key(self.graph)
+        return not self.over_queries.by_head and not by_key
 
 
 def _kind(read: Read) -> str:

@@ -18,8 +18,8 @@ def problem_of(
     size = {name: max(n, 1) for name, n in sizes.items()}
     facts = plan.facts
     costs = KernelCosts(
-        facts.forward,
-        facts.backward,
+        facts.forward.plus(facts.component, size["d_qk"]),
+        facts.backward.plus(facts.component_backward, size["d_qk"]),
         facts.mask,
         live=_live(plan, size, scalars),
         vectors=facts.vectors,

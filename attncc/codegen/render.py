@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
+from attncc.codegen.components import WIDEST
 from attncc.codegen.decode import decode_slots
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
@@ -34,7 +35,7 @@ from attncc.ir.levels import Level, level_of_name
 from attncc.ir.text import formula, to_text
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
-from attncc.schedule.problem import Backend, Form
+from attncc.schedule.problem import MAX_CHUNK, Backend, Form
 from attncc.version import __version__
 
 
@@ -74,7 +75,10 @@ def render(
     plan, called = coded(plan)
     graph, hopper, hopper_backward = plan.graph, forward_in == "gluon", backward and backward_in == "gluon"
     d_k = d_qk if d_k is None else d_k
-    qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk, value=graph.value)
+    looped = bool(plan.similarity.loops)
+    tma = tma and not looped  # a component is a column, and loaded by pointers
+    widest = WIDEST if looped and graph.value is None else MAX_CHUNK
+    qk_chunks = chunks(d_qk, graph.branches, shared_key=d_k != d_qk, value=graph.value, widest=widest)
     v_chunks = value_chunks(d_v, values)
     names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     context: dict[str, Any] = {

@@ -15,14 +15,15 @@ from typing import Any
 import sympy
 
 from attncc.codegen.chunks import Chunk
+from attncc.codegen.components import slope
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
-from attncc.ir.levels import Level
+from attncc.ir.levels import Level, level
 from attncc.ir.vocabulary import Read
 from attncc.passes.calculus import derivative
 from attncc.passes.fold import lower_exp
-from attncc.passes.similarity import Dot, Term
+from attncc.passes.similarity import Dot, Loop, Term
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class VectorGradient:
     """The cotangent of an input that a sum over the head dimension reads: `expr` at each component of each row.
 
     kind: "row" or "col" where the input has an entry a query or a key, else "program"; vector: has it an entry a
-    component, too?
+    component, too? looped: it is that of a pair, which a loop over the components has added up.
     """
 
     read: Read
@@ -57,6 +58,7 @@ class VectorGradient:
     side: Side
     kind: str
     number: int
+    looped: bool = False
 
     @property
     def name(self) -> str:
@@ -77,7 +79,7 @@ class SimilaritySlots:
     @property
     def plain_dot(self) -> bool:
         """Is dot(q_vec, k_vec) its one matmul?"""
-        return self.has_dot and not self.found.dots
+        return self.has_dot and not self.found.dots and not self.found.loops
 
     @property
     def has_dot(self) -> bool:
@@ -102,7 +104,7 @@ class SimilaritySlots:
 
     def passes_on(self, side: Side) -> bool:
         """Does the gradient of this side need the side's own tile once more, after the loop?"""
-        after = [self.vector_expr(side), *(g.expr for g in self.gradients if g.side is side)]
+        after = [self.vector_expr(side), *(g.expr for g in self.gradients if g.side is side and not g.looped)]
         return any(side.vector in e.free_symbols for e in after)
 
     def direct(self, side: Side, dot: Dot) -> bool:
@@ -112,10 +114,17 @@ class SimilaritySlots:
     @cached_property
     def flowing(self) -> tuple[Dot, ...]:
         """The matmuls whose cotangent is not 0, as it is where the weight is a step function of the score."""
-        if not self.found.dots or self.plan.has_backward is not None:
-            return self.found.dots  # several branches have none but their own dots, and a backward each
-        cotangents = {symbol.name: e for symbol, e in self.plan.backward.dsums}
-        return tuple(d for d in self.found.dots if cotangents[d.name] != 0)
+        return tuple(d for d in self.found.dots if self._flows(d.name))
+
+    @cached_property
+    def flowing_loops(self) -> tuple[Loop, ...]:
+        """The loops of whose sums that is true."""
+        return tuple(x for x in self.found.loops if self._flows(x.name))
+
+    def _flows(self, name: str) -> bool:
+        if self.plan.has_backward is not None:
+            return True
+        return all(e != 0 for symbol, e in self.plan.backward.dsums if symbol.name == name)
 
     def own_accumulators(self, side: Side) -> tuple[Dot, ...]:
         """The matmuls whose cotangent on this side must be transformed before it is part of the gradient."""
@@ -145,7 +154,18 @@ class SimilaritySlots:
                     along = {s.name for s in read.free_symbols}
                     kind = {"q_idx": "row", "kv_idx": "col"}[side.index] if side.index in along else "program"
                     found.append(VectorGradient(read, expr, side, kind, number + len(found)))
+        reads = set().union(*(x.summand.atoms(Read) for x in self.flowing_loops))
+        for read in sorted((r for r in reads if r.input in wanted), key=str):
+            expr = slope(self.flowing_loops, read)
+            side = KEY if level(read) == Level.COL else QUERY
+            kind = {Level.COL: "col", Level.ROW: "row"}.get(level(read), "program")
+            if expr != 0:
+                found.append(VectorGradient(read, expr, side, kind, number + len(found), looped=True))
         return tuple(found)
+
+    def looped(self, side: Side) -> tuple[VectorGradient, ...]:
+        """The gradients that the loops over components add up beside that of a side."""
+        return tuple(g for g in self.gradients if g.looped and g.side is side)
 
     def leaves(self, side: Side, chunk: Chunk, base: Mapping[str, Leaf]) -> dict[str, Leaf]:
         """What a vector expression of this side may use: [rows, components] in the place of a tile of pairs."""
@@ -215,12 +235,14 @@ class SimilaritySlots:
         return lines
 
     def accumulators(self, side: Side, chunks: tuple[Chunk, ...]) -> list[str]:
-        """Lines that start the accumulators of `accumulate`."""
-        return [
-            f"{accumulator(side, dot)}_{c.index} = tl.zeros([{side.block}, {c.width}], tl.float32)"
-            for dot in self.own_accumulators(side)
-            for c in chunks
-        ]
+        """Lines that start the accumulators of `accumulate`, and those of the loops over components."""
+        zeros = "tl.zeros([{}], tl.float32)"
+        lines = []
+        names = [accumulator(side, dot) for dot in self.own_accumulators(side)]
+        names += [f"{g.name}_sum" for g in self.looped(side) if g.vector]
+        for name in names:
+            lines += [f"{name}_{c.index} = {zeros.format(f'{side.block}, {c.width}')}" for c in chunks]
+        return lines + [f"{g.name}_rows = {zeros.format(side.block)}" for g in self.looped(side) if not g.vector]
 
     def epilogue(self, side: Side, chunks: tuple[Chunk, ...], kernel: Lowering, base: Mapping[str, Leaf]) -> list[str]:
         """Lines after the loop: what the terms and the transformed operands add to the side's gradient, and the
@@ -236,12 +258,15 @@ class SimilaritySlots:
                 lines += [*scope.outer, *scope.body, f"{name} += {text}"]
         for gradient in gradients:
             body: list[str] = []
-            for chunk in chunks:
+            for chunk in chunks if gradient.vector or not gradient.looped else ():
+                if gradient.looped:
+                    body += _gradient_lines(gradient, chunk, f"{gradient.name}_sum_{chunk.index}")
+                    continue
                 scope = self.scope(side, chunk, kernel, base)
                 text = _tile(scope, gradient.expr)
                 body += [*scope.outer, *scope.body, *_gradient_lines(gradient, chunk, text)]
+            body += _gradient_end(gradient)
             lines += [f"if WANT_{gradient.name.upper()}:", *(f"    {line}" for line in body)]
-            lines += [f"    {line}" for line in _gradient_end(gradient)]
         return lines
 
 
@@ -304,6 +329,8 @@ def _gradient_end(gradient: VectorGradient) -> list[str]:
     if gradient.vector:
         return []
     side, at, rows = gradient.side, f"{gradient.name.upper()}_PTR", f"{gradient.name}_rows"
+    if gradient.looped and gradient.kind == "program":
+        rows = f"tl.where({side.index} < {side.length}, {rows}, 0.0)"
     if gradient.kind != "program":
         mask = f"mask={side.index} < {side.length}"
         return [f"tl.store({at} + (b * heads + h) * {side.length} + {side.index}, {rows}, {mask})"]

@@ -24,7 +24,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         )
     graph = coded(plan)[0].graph
     backward = plan.has_backward is None
-    tma = backward and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)
+    tma = backward and not plan.similarity.loops and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)
     hopper_backward = backward and schedule.dkdv.backend == "gluon"
     context: dict[str, Any] = {
         "graph": graph,

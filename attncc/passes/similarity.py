@@ -1,4 +1,5 @@
 """The similarity as kernels compute it: row and column terms become inputs of a core variant, made by a small kernel.
+What no term and no matmul is, is a loop over the components of each tile of pairs.
 
 A term such as sum_d(k_vec**2) is one value a key, however many queries see it. The core variant reads it like any
 input with an entry a key, and differentiates it like one; what then reaches q, k and the vectors that the term read is
@@ -18,15 +19,13 @@ import sympy
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, Stage, VariantGraph
+from attncc.ir.levels import Level, level
 from attncc.ir.similarity import kind_of, sides
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
 
-#: by the kind of a sum
-_REMEDIES = {
-    "pair": "attncc.recipes.pairwise takes scores by any function, made for a block of queries at a time",
-    "band": "multiply by the table before the op, and read the products by q_idx and distance, as transformer_xl does",
-}
+#: the kinds of sums that are a loop
+_LOOPS = ("band", "pair")
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,26 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A sum over the head dimension that a tile of pairs adds up component by component: `symbol` = sum_d(summand)."""
+
+    symbol: sympy.Symbol
+    summand: sympy.Expr
+
+    @property
+    def name(self) -> str:
+        return self.symbol.name
+
+
+@dataclass(frozen=True)
 class Similarity:
-    """What the similarity of a variant is made of. `core` is the variant over qk, dots and inputs alone."""
+    """What the similarity of a variant is made of. `core` is the variant over qk, dots, loops and inputs alone."""
 
     core: VariantGraph
     q_terms: tuple[Term, ...]
     k_terms: tuple[Term, ...]
     dots: tuple[Dot, ...]
+    loops: tuple[Loop, ...] = ()
 
     @property
     def own(self) -> frozenset[str]:
@@ -71,23 +83,16 @@ class Similarity:
 
 
 def similarity(graph: VariantGraph) -> Similarity:
-    """Split a variant into its core and what comes before it. UnsupportedError for sums that no kernel makes yet."""
+    """Split a variant into its core and what comes before it."""
     if not graph.sums_d:
         return Similarity(graph, (), (), ())
-    for stage in graph.sums_d:
-        if kind_of(stage) in _REMEDIES:
-            raise UnsupportedError(
-                f"no kernel makes sum_d({formula(stage.expr)}) yet: a term is no product of the query's and the key's",
-                stage="similarity",
-                span=stage.span,
-                remedy=_REMEDIES[kind_of(stage)],
-            )
     of_keys = [s for s in graph.sums_d if kind_of(s) == "k_term"]
     # terms of the keys are made together: one value for all query heads of a key head, unless one tells them apart
     head = sym.H if any(sym.H in s.expr.free_symbols for s in of_keys) else sym.H_KV
     q_terms = tuple(_term(s, sym.H, sym.Q_IDX) for s in graph.sums_d if kind_of(s) == "q_term")
     k_terms = tuple(_term(s, head, sym.KV_IDX) for s in of_keys)
     dots = tuple(Dot(_symbol(s), *sides(s)[:2]) for s in graph.sums_d if kind_of(s) == "dot")
+    loops = tuple(Loop(_symbol(s), s.expr) for s in graph.sums_d if kind_of(s) in _LOOPS)
     reads = {t.symbol: t.read for t in (*q_terms, *k_terms)}
     raw = graph["raw_score"]
     stages = [
@@ -98,7 +103,33 @@ def similarity(graph: VariantGraph) -> Similarity:
     # beyond the edge 1, by which a formula may divide
     own = [InputDecl(t.name, tuple(map(str, t.read.index)), grad=True, beyond=1) for t in (*q_terms, *k_terms)]
     core = graph.changed(stages=stages, inputs=[*graph.inputs, *own])
-    return Similarity(core, q_terms, k_terms, dots)
+    return Similarity(core, q_terms, k_terms, dots, loops)
+
+
+def refuse_gradients(graph: VariantGraph) -> None:
+    """UnsupportedError for an input whose gradient would need a value for every component of every pair."""
+    for stage, read in _wanted_in_loops(graph):
+        if level(read) == Level.PAIR:
+            raise UnsupportedError(
+                f"no kernel makes the gradient of {formula(read)} inside sum_d({formula(stage.expr)}) yet: it is read "
+                "at a place that hangs on the query and on the key",
+                stage="similarity",
+                span=stage.span,
+                remedy="declare the input without a gradient; or multiply it with q before the op, and read the "
+                "products by q_idx and distance, as transformer_xl does",
+            )
+
+
+def loops_by_key(graph: VariantGraph) -> bool:
+    """Is there an input with a gradient that a loop reads by key?"""
+    return any(level(read) == Level.COL for _, read in _wanted_in_loops(graph))
+
+
+def _wanted_in_loops(graph: VariantGraph) -> list[tuple[Stage, Read]]:
+    """Element reads of inputs with a gradient in sums that are a loop."""
+    wanted = {d.name for d in graph.inputs if d.grad}
+    found = [(s, r) for s in graph.sums_d if kind_of(s) in _LOOPS for r in s.expr.atoms(Read) if r.input in wanted]
+    return sorted(found, key=lambda entry: (entry[0].name, str(entry[1])))
 
 
 def _symbol(stage: Stage) -> sympy.Symbol:

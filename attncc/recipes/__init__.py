@@ -21,6 +21,7 @@ from attncc.recipes.merge import merge
 from attncc.recipes.monotonic import expected_alignment, monotonic
 from attncc.recipes.moving_average import moving_average
 from attncc.recipes.multi_token import multi_token
+from attncc.recipes.neural import neural
 from attncc.recipes.neural_memory import neural_memory
 from attncc.recipes.pairwise import additive, network, pairwise
 from attncc.recipes.pine import pine
@@ -65,6 +66,7 @@ __all__ = [
     "moving_average",
     "multi_token",
     "network",
+    "neural",
     "neural_memory",
     "one_query",
     "pairwise",

@@ -1,8 +1,10 @@
-"""Scores of any function of a query and a key, for those that no kernel makes: additive, networks, relations.
+"""Scores of any function of a query and a key, for those that no formula of sums over the head dimension says, and for
+reading weights with gradients: larger networks, relations.
 
-A block of queries has its scores made by PyTorch, and made again for the backward; softmax and the sum of values are a
-generated kernel. What the function makes for a block is there once: (B, H, block, N, D) numbers for an additive score.
-Wise up to some thousands of keys; a sum over the head dimension of a function of both q and k has no kernel yet.
+What `sum_d` says of q_vec and k_vec together is one kernel, without such blocks: the variants `additive` and
+`l1_distance`, the recipe `neural`. Here a block of queries has its scores made by PyTorch, and made again for the
+backward; softmax and the sum of values are a generated kernel. What the function makes for a block is there once:
+(B, H, block, N, D) numbers for an additive score. Wise up to some thousands of keys.
 
 Sources: Bahdanau et al., arXiv:1409.0473; Luong et al., arXiv:1508.04025; Neural Attention, arXiv:2502.17206.
 """

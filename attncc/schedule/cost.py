@@ -11,13 +11,22 @@ the sweeps in `bench/results`), so that first choices are the tilings that were 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 from typing import Literal
 
 from attncc.schedule import decode_cost, hopper
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
-from attncc.schedule.memory import Tiling, instruction, scores_bytes, shared_memory, tiling, warp_grid
+from attncc.schedule.memory import (
+    LANES_ACROSS,
+    Tiling,
+    instruction,
+    scores_bytes,
+    shared_memory,
+    thread_part,
+    tiling,
+    warp_grid,
+)
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
@@ -182,6 +191,8 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     alu = twice * (work.fma * pairs + rows_work) / device.fma_per_clk_sm
     alu += twice * work.int * pairs / device.int_per_clk_sm
     alu += LOOP_INSTRUCTIONS * ks.num_warps / SCHEDULERS
+    loads, meetings = _components(kernel, ks, tiles, problem, device)
+    alu += loads
     spilled = spilled_registers(kernel, ks, problem, device)
     alu += SPILL_ACCESSES * 4 * spilled * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
     return _TileClocks(
@@ -198,8 +209,24 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
             (1 + sweeps / 2) * _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
         ),
         gaps=(_matmuls(kernel, problem) + sweeps) * MATMUL_GAP
-        + _exchanges(kernel, ks, tiles, problem, device) * EXCHANGE,
+        + (_exchanges(kernel, ks, tiles, problem, device) + meetings) * EXCHANGE,
     )
+
+
+def _components(
+    kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device
+) -> tuple[float, float]:
+    """What a loop over the components of a tile costs beside the pairs' own work: instructions of warps, one a clock,
+    that load a thread's rows and columns or add up a row among four threads, and times that warps wait for each other,
+    where several share a row that is added up."""
+    if not problem.costs.similarity.looped:
+        return 0.0, 0.0
+    op = instruction(kernel, ks, problem, device)
+    rows, cols = thread_part(op, ks, tiles)
+    turns = 1 + problem.costs.sweeps if kernel == "forward" else 2
+    added = kernel in ("dkdv", "dq")
+    instructions = turns * (rows + cols) + added * rows * log2(LANES_ACROSS)
+    return problem.d_qk * instructions * ks.num_warps, problem.d_qk * (added and warp_grid(op, ks, tiles)[2] > 1)
 
 
 def _matmuls(kernel: Kernel, problem: Problem) -> int:

@@ -33,6 +33,8 @@ WIDE_BYTES = 4
 VECTORS = {"forward": 1, "dkdv": 3, "dq": 1, "pair": 3}
 # Without a pipeline, tiles change their layout through a scratch area as wide as this for each warp.
 EXCHANGE_BYTES = 512
+# Threads of a warp that have parts of the same row of a matmul's result.
+LANES_ACROSS = 4
 # Swizzled buffers start at multiples of this.
 ALIGNMENT = 1024
 
@@ -158,6 +160,13 @@ def warp_grid(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[int, 
     blocks = max(tiles.rows // rows_each, 1)
     down = min(workers, blocks)
     return blocks, down, workers // down
+
+
+def thread_part(op: Instruction, ks: KernelSchedule, tiles: Tiling) -> tuple[float, float]:
+    """Rows and columns of the part of a tile that a thread has as the result of a matmul: eight threads of a warp lie
+    below each other, and four side by side."""
+    _, down, across = warp_grid(op, ks, tiles)
+    return tiles.rows / down / 8, tiles.cols / across / LANES_ACROSS
 
 
 def _bytes(tile: Tile, problem: Problem) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, Self, get_args
 
 from attncc.errors import InputError
@@ -58,12 +58,18 @@ class PairCosts:
     int: float = 0.0
     loads: float = 0.0
 
+    def plus(self, other: PairCosts, times: float) -> PairCosts:
+        """These, and so many times the others."""
+        mine, theirs = astuple(self), astuple(other)
+        return PairCosts(*(a + times * b for a, b in zip(mine, theirs, strict=True)))
+
 
 @dataclass(frozen=True)
 class SimilarityWork:
     """What makes a tile of raw scores: `dots` matmuls over the head dimension of q and k, the plain one among them or
     not; `made_q` and `made_k` operands of them are computed from q's and k's tile, and have gradients of their own.
-    `wide_q` and `wide_k` inputs with an entry a component of each query or key come with the tile, as float32."""
+    `wide_q` and `wide_k` inputs with an entry a component of each query or key come with the tile, as float32.
+    `looped`: more is added up component by component, which is part of a pair's work."""
 
     dots: int = 1
     plain_dot: bool = True
@@ -71,6 +77,7 @@ class SimilarityWork:
     made_k: int = 0
     wide_q: int = 0
     wide_k: int = 0
+    looped: bool = False
 
 
 PLAIN_DOT = SimilarityWork()
@@ -273,8 +280,8 @@ class Schedule:
         return cls(origin=data["origin"], pair=pair, **kernels)
 
 
-def head_chunks(dim: int) -> tuple[int, ...]:
-    """A head dimension as powers of two from 16 to 256, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
+def head_chunks(dim: int, widest: int = MAX_CHUNK) -> tuple[int, ...]:
+    """A head dimension as powers of two from 16 to `widest`, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
 
     The last one is padded where that wastes at most a quarter of it: 112 -> (128,), 72 -> (64, 16). InputError below 1.
     """
@@ -282,7 +289,7 @@ def head_chunks(dim: int) -> tuple[int, ...]:
         raise InputError(f"a head dimension is {dim}; it must be at least 1")
     chunks: list[int] = []
     while dim > 0:
-        padded = min(max(MIN_CHUNK, 1 << (dim - 1).bit_length()), MAX_CHUNK)
+        padded = min(max(MIN_CHUNK, 1 << (dim - 1).bit_length()), widest)
         chunks.append(padded if padded - dim <= dim // 4 or dim < MIN_CHUNK else padded // 2)
         dim -= chunks[-1]
     return tuple(chunks)

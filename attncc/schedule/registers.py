@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from attncc.schedule import hopper
 from attncc.schedule.device import Device, loads_boxes
-from attncc.schedule.memory import Tiling, instruction, scores_bytes, tiling, warp_grid
+from attncc.schedule.memory import Tiling, instruction, scores_bytes, thread_part, tiling, warp_grid
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem
 
 # Loop counters, bases, strides, bounds and row statistics.
@@ -50,6 +50,8 @@ SIDE_BY_SIDE = 30
 OUTER_LOOP = 96
 # An input that is read by key alone, or its pointers, beside each streamed tile.
 VECTOR = 24
+# A row or a column of a thread's part of a tile, where a loop loads its components: a pointer, and what is there.
+COMPONENT = 3
 # Where operands pass through registers on their way to a warp's own matmul.
 OPERANDS = 60
 OPERANDS_A_STAGE = 10
@@ -80,6 +82,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     value = problem.d_v if problem.value_of_key else None
     dims = (problem.d_qk, problem.d_v, problem.branches, value)
     boxes = kernel in ("dkdv", "dq") and loads_boxes(device, problem.dtype, *dims)
+    boxes = boxes and not problem.costs.similarity.looped
     work = problem.costs.pair(kernel)
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, BOXES_TEMPORARIES if boxes else TEMPORARIES)
@@ -94,6 +97,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     base, stage = (BOXES[kernel], BOXES_STAGE[kernel]) if boxes else (BASE[kernel], STAGE[kernel])
     wanted = base + stage * max(ks.num_stages - 2, 0) + scores + vectors
     wanted += DISTANCES[kernel] * problem.costs.distances
+    if problem.costs.similarity.looped:
+        wanted += COMPONENT * sum(thread_part(op, ks, tiles))
     if kernel == "dkdv" and problem.group > 1 and problem.costs.nested:
         wanted += OUTER_LOOP
     if op == "wgmma" and across > 1:

@@ -68,6 +68,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         "cosine",
         "taylorshift",
         "squared_distance",
+        "l1_distance",
+        "additive",
         "lln",
         "trilinear",
         "transformer_xl",

@@ -205,6 +205,8 @@ class Pairs:
             self.sums[term.name] = self._sum_d(term.summand)[:, :: 1 if H in term.read.index else self.group, 0]
         for dot in found.dots:
             self.sums[dot.name] = self._sum_d(dot.left * dot.right)
+        for loop in found.loops:
+            self.sums[loop.name] = self._sum_d(loop.summand)
         self.env |= {name: x.detach() for name, x in self.sums.items()}
         graph = found.core
         for stage in ("raw_score", "score"):

@@ -19,6 +19,8 @@ def declared(**inputs: str) -> str:
 
 CAUSAL = f'mask = "kv_idx <= {POSITION}"\n'
 TEXTS = {
+    "additive": '[stages]\nsimilarity = "dot(tanh(k_vec + q_vec), v_a[h])"\n' + declared(v_a="h d grad"),
+    "l1_distance": '[stages]\nsimilarity = "sum_d(abs(q_vec - k_vec)) * -scale"\n',
     "unnormalized_sigmoid": f'[stages]\n{CAUSAL}normalizer = "sigmoid(score)"',
     "elu1": (
         f"[stages]\n{CAUSAL}normalizer = '''\np = relu(score) + exp(minimum(score, 0))\np / (row.sum(p) + 1e-8)'''"

@@ -12,7 +12,7 @@ import attncc as ac
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.verify import verify_variant
 from tests.runtime.test_reference import FORMULAS
-from tests.variants import test_reductions, test_similarity
+from tests.variants import test_pairs, test_reductions, test_similarity
 from tests.variants.formulas import BY_HAND
 
 #: those that tests/variants/test_reductions.py writes out, beside others that ship nowhere
@@ -25,7 +25,7 @@ SHAPES = (
 
 
 def test_every_variant_has_an_oracle_that_is_not_ours():
-    oracles = {*FORMULAS, *test_similarity.BY_HAND, *BY_HAND, *REDUCTIONS}
+    oracles = {*FORMULAS, *test_similarity.BY_HAND, *test_pairs.BY_HAND, *BY_HAND, *REDUCTIONS}
     assert oracles == set(ac.variants.names())
     assert all(f'"{name}"' in Path(test_reductions.__file__).read_text() for name in REDUCTIONS)
 

@@ -64,6 +64,7 @@ def test_inputs_and_defaults():
         "top_theta": {"theta": ("h",), "dense_keys": 64},
         "qk_temperature": {"tau": ("b", "h", "q_idx")},
         "cosine": {"tau": ("h",)},
+        "additive": {"v_a": ("h", "d")},
         "trilinear": dict.fromkeys(("w_q", "w_k", "w_qk"), ("h", "d")),
         "location": {"table": ("h", "kv_idx", "d")},
         "gaussian_position": {"center": ("h",), "spread": ("h",)},

@@ -205,21 +205,3 @@ UNSHIPPED = {
 def test_what_nobody_shipped_is_right(name):
     rows = verify_variant(UNSHIPPED[name], shapes=[Shape(2, 4, 2, 19, 37, 24, 16, strided=True)])
     assert [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok] == []
-
-
-@pytest.mark.parametrize(
-    ("similarity", "remedy"),
-    [
-        (lambda q_vec, k_vec, h, u: ac.sum_d(u[h] * ac.tanh(q_vec + k_vec)), "recipes.pairwise"),
-        (lambda q_vec, q_idx, kv_idx, r: ac.dot(q_vec, r[q_idx - kv_idx]), "as transformer_xl does"),
-    ],
-    ids=["a function of both", "a table of distances"],
-)
-def test_sums_without_a_kernel_are_refused_and_have_a_reference(similarity, remedy):
-    inputs = {"u": VECTOR} if remedy == "recipes.pairwise" else {"r": ac.Input("distance", "d", grad=True)}
-    variant = ac.Variant(similarity=similarity, inputs=inputs, mask=ac.causal)
-    with pytest.raises(ac.UnsupportedError, match=f"no kernel makes sum_d(.|\n)*{remedy}") as refused:
-        ac.compile(variant)
-    assert "test_similarity.py" in str(refused.value)
-    sample = sample_inputs(variant.graph, SHAPES[0], DOUBLE)
-    assert ac.reference(variant, sample.q, sample.k, sample.v, **sample.inputs).isfinite().all()
