@@ -38,13 +38,15 @@ def test_shipped_variants_in_bf16(name):
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
-@pytest.mark.parametrize("name", ["causal", "alibi", "document", "t5_bias", "sink", "cog", "trilinear", "entmax15"])
+@pytest.mark.parametrize(
+    "name", ["causal", "alibi", "document", "t5_bias", "sink", "cog", "trilinear", "entmax15", "additive"]
+)
 def test_other_shapes(name, shape):
     assert not failures(verify_variant(ac.variants.get(name), "cuda", torch.bfloat16, [shape], triton(name)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("name", ["causal", "softcap", "sink", "taylor", "t5_bias"])
+@pytest.mark.parametrize("name", ["causal", "softcap", "sink", "taylor", "t5_bias", "additive"])
 def test_other_dtypes(name, dtype):
     assert not failures(verify_variant(ac.variants.get(name), "cuda", dtype, SHAPES[:2], triton(name)))
 
