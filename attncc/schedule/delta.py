@@ -33,7 +33,8 @@ def solve_precision(precision: str, full: bool, device: Device) -> str:
 def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None) -> LinearSchedule:
     """A schedule that fits the device; `chunk` is the caller's own choice. InputError for one that is no tile."""
     if chunk is None:
-        chunk = 64 if sizes.dtype != "fp32" else 32
+        # the tiles of long heads fill the registers sooner
+        chunk = 64 if sizes.dtype != "fp32" and max(padded(sizes.d_qk), padded(sizes.d_v)) < 256 else 32
         while chunk > 16 and (chunk >= 2 * sizes.length or _shared(sizes, chunk) > device.smem_per_block):
             chunk //= 2
     if chunk not in CHUNKS:
@@ -108,5 +109,6 @@ def _scanned(
     while each < EACH and programs >= 2 * each * WAVES * device.sms:
         each *= 2
     stages = 2 if each > 1 and 2 * stage(block) + pairs <= device.smem_per_block else 1
-    warps = _warps(sizes.dtype, device)
+    # what is not fetched ahead waits in registers
+    warps = _warps(sizes.dtype, device, wide=stages == 1)
     return {"CHUNK": chunk, "BLOCK": block, "EACH": each, "num_warps": warps, "num_stages": stages}
