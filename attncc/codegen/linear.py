@@ -18,7 +18,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import sympy
 
@@ -137,8 +137,6 @@ class LinearSlots:
     d_qk: int
     d_v: int
     helpers: set[str] = field(default_factory=set)
-    #: are the products of q.dq and k.dk what the decay's gradient is made of? They are where a segment is one chunk
-    notes_products: ClassVar[bool] = False
 
     @property
     def extra(self) -> tuple[int, int]:
@@ -307,14 +305,13 @@ class LinearSlots:
             map_ = plan.left if side == "q" else plan.right
             own = self._mapped(Tile("own", self.d_qk, tiles[side].head), map_, vector, Counter(_NAMES), "own")
             decays = plan.decay != "none"
-            product = bool(factor) or (decays and self.notes_products)
-            lines = self._settled(own, map_, vector, factor, product)
+            lines = self._settled(own, map_, vector, factor)
             if side == "q" and plan.constant != 1:
                 lines = ("out = out * constant", *lines)
             found[name] = replace(
                 found[name],
-                product=product,
-                steps=decays and not self.notes_products,
+                product=bool(factor),
+                steps=decays,
                 kept_size=size_v * self.d_qk,
                 settled=factor,
                 scaled_later=plan.constant != 1,
@@ -390,18 +387,15 @@ class LinearSlots:
         lines += [f"out = out * {factor}[:, None]" for factor in factors]
         return tuple(lines)
 
-    def _settled(
-        self, own: Tile, map_: sympy.Expr, vector: sympy.Symbol, factor: str, product: bool
-    ) -> tuple[str, ...]:
+    def _settled(self, own: Tile, map_: sympy.Expr, vector: sympy.Symbol, factor: str) -> tuple[str, ...]:
         """Lines that take the gradient of the features back to the vector, and note their product with it."""
         lines: list[str] = []
-        if product:
+        if factor:
             place = "PRODUCT_PTR + _wide(block) * stride_product + line + t"
             text = own.text if own.lines is not None else "own"
             lines.append("if WANT_PRODUCT:")
             lines += [f"    {line}" for line in own.lines or ()]
             lines.append(f"    tl.store({place}, tl.sum({text} * out, 1), mask=live)")
-        if factor:
             lines.append(f"out = out * {factor}[:, None]")
         if map_ != vector:
             found, text = self._tile(derivative(map_, vector), vector, "own", Counter(_NAMES))
