@@ -53,6 +53,18 @@ VARIANTS = {
             "kappa": ac.Input("h", grad=True),
         },
     ),
+    "gated": ac.Variant(  # a decay beside features, factors of tokens and a denominator
+        name="gated",
+        mask=ac.causal,
+        score=ac.gate("g"),
+        normalizer=weighted,
+        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
+        inputs={
+            "beta": ac.Input("b", "h", "kv_idx", grad=True),
+            "tau": ac.Input("b", "q_idx", grad=True),
+            "kappa": ac.Input("h", grad=True),
+        },
+    ),
 }
 
 
@@ -94,6 +106,12 @@ def inputs_of(name, batch, heads, length, d_qk=16):
         "retention": {"rates": torch.linspace(-0.3, -0.02, heads)},
         "lightning": {"rates": torch.linspace(-0.5, -0.01, heads)},
         "weighted": {"beta": positive, "tau": positive[:, 0].clone(), "kappa": positive[0, :, 0].clone()},
+        "gated": {
+            "g": -0.3 * positive,
+            "beta": positive,
+            "tau": positive[:, 0].clone(),
+            "kappa": positive[0, :, 0].clone(),
+        },
     }.get(name, {})
 
 
