@@ -362,7 +362,10 @@ def apply(name: str, *args: Any) -> Value:
         return Value(cls(lift(args[0]).expr))
     exprs = [number(a) for a in args]
     if any(e.has(V_VEC) for e in exprs):
-        fail(f"{name}(v_vec): the output must be linear in v_vec", "write row.sum(weight * v_vec)")
+        fail(
+            f"{name}(v_vec): the output must be linear in v_vec",
+            "write row.sum(weight * v_vec), or in a recurrence factor * k_vec * v_vec",
+        )
     if name in _BITWISE and not all(e.is_integer for e in exprs):
         fail(f"{name} is for indices and integers", "wrap a number in int(...) or floor(...)")
     result = cls(*exprs)
