@@ -34,6 +34,8 @@ def test_both_forms_are_one_graph():
     shipped = ac.variants.get("gated_delta_net").graph
     assert ac.loads_toml(GATED).graph == shipped
     assert ac.loads_toml(GATED.replace('out = "scale * dot(q_vec, state)"\n', "")).graph == shipped
+    delta = "state + beta[b, h, kv_idx] * k_vec * (v_vec - dot(k_vec, state))"
+    assert ac.loads_toml(text(delta)).graph == ac.variants.get("delta_net").graph
     printed = to_text(shipped)
     assert "update = scan(" in printed
     assert "out    = read(scale*dot(q_vec, state))" in printed

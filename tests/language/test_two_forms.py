@@ -159,6 +159,20 @@ SHIPPED |= {
         f"[stages]\nscore = 'score * exp(cumsum(g[b, h, {POSITION}]) - cumsum(g[b, h, kv_idx]))'\n{CAUSAL}\n"
         'normalizer = \'identity\'\n[inputs]\ng = { index = ["b", "h", "kv_idx"], grad = true }'
     ),
+    "ssd": (
+        "[stages]\nsimilarity = 'dot(q_vec, k_vec)'\nscore = '''\n"
+        f"time = cumsum(dt[b, h, {POSITION}]) - cumsum(dt[b, h, kv_idx])\n"
+        f"score * dt[b, h, kv_idx] * exp(rate[h] * time)'''\n{CAUSAL}\nnormalizer = 'identity'\n"
+        f'[inputs]\ndt = {{ index = ["b", "h", "kv_idx"], grad = true }}\nrate = {H_GRAD}'
+    ),
+    "rwkv6": (
+        f"[stages]\nsimilarity = '''\nposition = {POSITION}\n"
+        "between = cumsum(g[b, h, position]) - g[b, h, position] - cumsum(g[b, h, kv_idx])\n"
+        "own = sum_d(q_vec * k_vec * u[h])\n"
+        f"own if kv_idx == position else sum_d(q_vec * k_vec * exp(between))'''\n{CAUSAL}\nnormalizer = 'score'\n"
+        '[inputs]\ng = { index = ["b", "h", "kv_idx", "d"], grad = true }\n'
+        'u = { index = ["h", "d"], grad = true }'
+    ),
 }
 AWKWARD = [
     (
@@ -226,6 +240,7 @@ def same(python: ac.Variant, text: ac.Variant) -> None:
 
 
 def test_every_shipped_variant_is_here():
+    """Recurrences are in test_recurrence.py."""
     assert SHIPPED.keys() == set(ac.variants.names())
 
 
