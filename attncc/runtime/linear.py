@@ -64,6 +64,7 @@ class LinearOp:
         if linear.own is not None:
             engine = self.engine if isinstance(self.engine, LinearEngine) else None
             self._own = OwnWeight(terms.core, linear, engine, str(precision))
+        self._missing = self._gaps()
 
     def __repr__(self) -> str:
         return f"<LinearOp {self.graph.name} {self.graph.digest} plan={self.choice}>"
@@ -132,23 +133,28 @@ class LinearOp:
                 last = self._own.behind(last, k, v, names, rows, cu_seqlens)
         return (out, last) if output_final_state else out
 
+    def _gaps(self) -> dict[tuple[bool, bool], str | None]:
+        """What formulas read that a packed sequence, or one that goes on, does not have: by whether a state comes in,
+        and whether it is known how many tokens came before. Found once, for calls may be traced."""
+        plan = self.linear
+        if self._square is not None:
+            rows = self._square.rows
+        else:
+            assert isinstance(self.engine, LinearEngine)
+            rows = self.engine.rows
+        of_call = (e for e in (plan.constant, plan.scale, *(plan.powers or ())) if {KV_LEN, Q_LEN} & e.free_symbols)
+        length = next((f"'{formula(e)}' reads the length of the sequence" for e in of_call), None)
+        kinds = [(state, placed) for state in (False, True) for placed in (False, True)]
+        own = {kind: None if self._own is None else self._own.beyond(*kind) for kind in kinds}
+        return {kind: length or rows.beyond(*kind) or own[kind] for kind in kinds}
+
     def _places(self, q: Tensor, cu_seqlens: Tensor | None, position: int | None, with_state: bool) -> Tensor | None:
         """Where tokens stand in their own sequences, None where they count from 0. UnsupportedError where a formula
         needs more than a call has."""
         if cu_seqlens is not None and position is not None:
             raise InputError("position is of one sequence, and sequences are packed", remedy="leave it out")
         if cu_seqlens is not None or with_state:
-            plan = self.linear
-            if self._square is not None:
-                rows = self._square.rows
-            else:
-                assert isinstance(self.engine, LinearEngine)
-                rows = self.engine.rows
-            of_call = (e for e in (plan.constant, plan.scale, *(plan.powers or ())) if {KV_LEN, Q_LEN} & e.free_symbols)
-            reason = next((f"'{formula(e)}' reads the length of the sequence" for e in of_call), None)
-            placed = position is not None
-            own = None if self._own is None else self._own.beyond(with_state, placed)
-            reason = reason or rows.beyond(with_state, placed) or own
+            reason = self._missing[with_state, position is not None]
             if reason and cu_seqlens is not None:
                 raise UnsupportedError(f"{reason}, and sequences are packed", remedy="call it for each sequence apart")
             if reason:

@@ -37,6 +37,7 @@ class RecurrenceOp(LinearOp):
         self.engine: LinearEngine = engine
         self.linear = engine.plan
         self._key = library.register(f"{graph.digest}:{precision}", engine)
+        self._missing = self._gaps()
 
     def __repr__(self) -> str:
         return f"<RecurrenceOp {self.graph.name} {self.graph.digest} plan={self.choice}>"

@@ -166,6 +166,22 @@ def test_decoding_goes_on_where_the_prompt_ended():
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
+def test_torch_compile_sees_one_graph():
+    """With packed sequences and states, whose formulas are looked at beforehand."""
+    tensors, inputs = drawn("rwkv6", length=20)[0], inputs_of("rwkv6", 20)
+    op, packed = ac.compile("rwkv6", plan="chunk"), torch.tensor([0, 7, 20])
+    state = torch.ones(2, 2, 16, 24)
+
+    def call(*x, **named):
+        return op(*x, **named, initial_state=state, cu_seqlens=packed)
+
+    cotangent = torch.randn(1, 2, 20, 24, generator=torch.Generator().manual_seed(3))
+    eager = with_gradients(call, tensors, inputs, cotangent)
+    compiled = with_gradients(torch.compile(call, fullgraph=True, backend="aot_eager"), tensors, inputs, cotangent)
+    for ours, theirs in zip((compiled[0], *compiled[1]), (eager[0], *eager[1]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_strong_decay_does_not_overflow():
     """Each token reads the one before it, undecayed, and itself: older ones are gone."""
     q, k, v = drawn("rwkv6", kv_heads=2, length=35)[0]
