@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from attncc.codegen.offsets import split_distances
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
+from attncc.ir.vocabulary import Read
 from attncc.passes.counts import pair_costs
 from attncc.passes.differentiate import DP
 from attncc.passes.fold import S, lower_exp
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 #: sweeps that the search for an implicit value takes, for the cost model
 TYPICAL_TURNS = 8
+#: integer operations that take as long as a load for each pair from a table of distances: a quarter of a clock, for the
+#: lanes of a warp read about eight rows of it
+GATHER = 16
+#: tiles that a load for each pair keeps: a pointer, twice as wide as a value, and what comes from there
+GATHERED_TILES = 3
 _PAIR_NAMES = frozenset({S.name, DP.name, "qk"})
 
 
@@ -82,8 +88,12 @@ def facts_of(plan: Plan) -> Facts:
     has_backward = plan.has_backward is None
     forward, backward, mask = _costs(plan)
     slots = SimilaritySlots(plan)
-    made_q, made_k = (len(slots.own_accumulators(side)) for side in (QUERY, KEY))
-    looped = bool(plan.similarity.loops)
+    gradients = slots.looped if has_backward else lambda _: ()
+    made_q, made_k = (
+        len(slots.own_accumulators(side)) + sum(g.vector for g in gradients(side)) for side in (QUERY, KEY)
+    )
+    by_pair = {r for x in plan.similarity.loops for r in x.summand.atoms(Read) if level(r) == Level.PAIR}
+    looped = len(plan.similarity.loops) + GATHERED_TILES * len(by_pair)
     wide_q, wide_k = (len(slots.wide_reads(side)) for side in (QUERY, KEY))
     dots = len(plan.similarity.dots) + slots.has_dot
     similarity = SimilarityWork(dots, slots.plain_dot, made_q, made_k, wide_q, wide_k, looped)
@@ -105,7 +115,7 @@ def facts_of(plan: Plan) -> Facts:
         similarity=similarity,
         packs_heads=plan.packs_heads,
         whole_rows=plan.whole_rows,
-        pairs=has_backward and any(g.kind in ("tile", "band") for g in plan.gradients),
+        pairs=has_backward and (bool(slots.bands) or any(g.kind in ("tile", "band") for g in plan.gradients)),
         sweeps=sum(_turns(sweep) for part in plan.parts for sweep in part.online.before),
         only_triton=plan.only_triton,
         warps=_warps(plan, has_backward),
@@ -138,7 +148,7 @@ def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, Pai
 
     loops = plan.similarity.loops
     sums = pair_costs([lower_exp(x.summand) for x in loops], frozenset())
-    once = PairCosts(sums.fma + len(loops), sums.sfu, sums.int, sums.loads)
+    once = _gathered(PairCosts(sums.fma + len(loops), sums.sfu, sums.int, sums.loads))
     turns = 1 + sum(_turns(sweep) for part in plan.parts for sweep in part.online.before)
     forward = _total([once] * turns)
     if plan.has_backward is not None:
@@ -147,7 +157,13 @@ def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, Pai
     names = frozenset(cotangent(x).name for x in loops)
     gradients = [slope(slots.flowing_loops, sym.Q_VEC), *(g.expr for g in slots.gradients if g.looped)]
     found = pair_costs([lower_exp(e) for e in gradients if e != 0], names)
-    return forward, _total([once, PairCosts(found.fma + 2 * len(gradients), found.sfu, found.int, found.loads)])
+    again = _gathered(PairCosts(found.fma + 2 * len(gradients), found.sfu, found.int, found.loads))
+    return forward, _total([once, again])
+
+
+def _gathered(costs: PairCosts) -> PairCosts:
+    """The same with loads as operations: inside a loop over components none is fetched ahead of its tile."""
+    return PairCosts(costs.fma, costs.sfu, costs.int + GATHER * costs.loads)
 
 
 def _sweep_costs(plan: Plan, sweep: Sweep) -> PairCosts:

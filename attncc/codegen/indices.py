@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sympy.printing.str import StrPrinter
@@ -125,9 +125,9 @@ _DIMS = {
 }
 
 
-def nested_reads(plan: Plan) -> bool:
+def nested_reads(gradients: Iterable[InputGradient | VectorGradient]) -> bool:
     """Is an input with a gradient indexed by what is read from another one?"""
-    return any(i.atoms(Read) for g in plan.gradients for i in g.read.index)
+    return any(i.atoms(Read) for g in gradients for i in g.read.index)
 
 
 def collect_lines(plan: Plan, vectors: Sequence[VectorGradient]) -> list[str]:

@@ -16,7 +16,7 @@ from attncc.codegen.components import gradient_slots, loop_slots
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import InputGradient, Plan
-from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots
+from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
@@ -136,6 +136,7 @@ def _pair_slots(
     settle: bool = False,
     by_tile: bool = False,
     hopper: bool = False,
+    factor: Any = None,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
@@ -144,7 +145,8 @@ def _pair_slots(
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
-    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers.
+    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. factor: a
+    function of the query that meets the cotangents in a matmul.
     """
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     leaves = {**base, **LEAVES, SLOPE: Leaf(SLOPE, Level.PAIR)}
@@ -192,6 +194,7 @@ def _pair_slots(
         "bounds": bounds,
         **similarity_slots(similarity, resident, qk_chunks, lowering, base),
         **(_after_slots(similarity, resident, qk_chunks, lowering, base) if in_loop else {}),
+        "operand": similarity.made("operand", factor, QUERY, qk_chunks, lowering, base) if factor is not None else [],
         "outer": lowering.outer,
         "by_head": lowering.by_head,
         "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight))),
@@ -413,18 +416,35 @@ def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[st
     )
 
 
-def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient) -> dict[str, Any]:
-    """Slots of pair_grad.py.j2, for one element read that varies by pair."""
+def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient, factor: Any = None) -> dict[str, Any]:
+    """Slots of pair_grad.py.j2, for one element read that varies by pair; `factor`: what multiplies it, where it has an
+    entry a component."""
     edges = [edge("q_idx", True), edge("kv_idx", True)]
     common = _pair_slots(
-        plan, qk_chunks, True, [gradient], plan.over_keys, "BLOCK_N", edges, "q_idx < q_len", in_loop=False
+        plan,
+        qk_chunks,
+        True,
+        [gradient],
+        plan.over_keys,
+        "BLOCK_N",
+        edges,
+        "q_idx < q_len",
+        in_loop=False,
+        factor=factor,
     )
     return {
         **common,
+        "reads_q": common["reads_q"] or (factor is not None and sym.Q_VEC in factor.free_symbols),
         "gradient": gradient,
         "by_b": sym.B in gradient.read.free_symbols,
         "by_h": bool({sym.H, sym.H_KV} & gradient.read.free_symbols),
     }
+
+
+def table_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], band: VectorGradient) -> dict[str, Any]:
+    """Slots of pair_grad.py.j2, for a table with an entry a component of each distance."""
+    (cotangent,) = (e for s, e in plan.backward.dsums if band.loop is not None and s == band.loop.symbol)
+    return pair_slots(plan, qk_chunks, InputGradient(band.read, cotangent, "band", band.number), band.expr)
 
 
 def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str, Any]:

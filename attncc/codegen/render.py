@@ -24,6 +24,7 @@ from attncc.codegen.kernels import (
     dq_slots,
     pair_slots,
     summary_slots,
+    table_slots,
 )
 from attncc.codegen.names import coded
 from attncc.codegen.plan import Plan
@@ -132,7 +133,7 @@ def render(
         kernels.append(("merge.py.j2", {"f": f}))
     for t in terms:
         helpers |= t["helpers"]
-    host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "saved": (), "pair": {}}
+    host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "bands": (), "saved": (), "pair": {}}
     host |= {
         "packs_heads": f.get("packed", False),
         "nested_reads": False,
@@ -145,11 +146,11 @@ def render(
         kv = hopper_backward_slots(plan, d_qk, d_v) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
         dq = dq_slots(plan, qk_chunks, tma)
         pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
+        pair |= {band.number: table_slots(plan, qk_chunks, band) for band in similarity.bands}
         for slots in (kv, dq, *pair.values()):
             helpers |= slots["helpers"]
-        for g in plan.gradients:
-            if g.number in pair:
-                pair[g.number].update(_kept(plan, g))
+        for p in pair.values():
+            p.update(_kept(plan, p["gradient"]))
         bounds += _bounds(plan, "q", plan.over_queries, kv["bounds"])
         if plan.needs_delta and not hopper_backward:
             kernels.append(("delta.py.j2", {}))
@@ -177,8 +178,9 @@ def render(
             gradients=plan.gradients,
             vector_gradients=similarity.gradients,
             saved=plan.saved,
-            collects=collect_lines(plan, similarity.gradients),
-            nested_reads=nested_reads(plan),
+            bands=similarity.bands,
+            collects=collect_lines(plan, (*similarity.gradients, *similarity.bands)),
+            nested_reads=nested_reads((*plan.gradients, *similarity.gradients, *similarity.bands)),
             cotangents=swept,
             by_row=by_row(plan),
         )

@@ -49,7 +49,8 @@ KEY = Side("k", sym.K_VEC, "kv_idx", "kv_len", "BLOCK_N")
 class VectorGradient:
     """The cotangent of an input that a sum over the head dimension reads: `expr` at each component of each row.
 
-    kind: "row" or "col" where the input has an entry a query or a key, else "program"; vector: has it an entry a
+    kind: "row" or "col" where the input has an entry a query or a key, "band" where it is read by their distance, in
+    which case `expr` is what the sum of `loop` multiplies it by, else "program"; vector: has it an entry a
     component, too? looped: it is that of a pair, which a loop over the components has added up.
     """
 
@@ -59,6 +60,7 @@ class VectorGradient:
     kind: str
     number: int
     looped: bool = False
+    loop: Loop | None = None
 
     @property
     def name(self) -> str:
@@ -155,13 +157,25 @@ class SimilaritySlots:
                     kind = {"q_idx": "row", "kv_idx": "col"}[side.index] if side.index in along else "program"
                     found.append(VectorGradient(read, expr, side, kind, number + len(found)))
         reads = set().union(*(x.summand.atoms(Read) for x in self.flowing_loops))
-        for read in sorted((r for r in reads if r.input in wanted), key=str):
+        for read in sorted((r for r in reads if r.input in wanted and level(r) != Level.PAIR), key=str):
             expr = slope(self.flowing_loops, read)
             side = KEY if level(read) == Level.COL else QUERY
             kind = {Level.COL: "col", Level.ROW: "row"}.get(level(read), "program")
             if expr != 0:
                 found.append(VectorGradient(read, expr, side, kind, number + len(found), looped=True))
         return tuple(found)
+
+    @cached_property
+    def bands(self) -> tuple[VectorGradient, ...]:
+        """One entry a differentiable table of distances, and loop that reads it."""
+        wanted = {d.name for d in self.plan.graph.inputs if d.grad}
+        number = len(self.plan.gradients) + len(self.gradients)
+        found = [x for x in self.flowing_loops if x.table is not None and x.table.input in wanted]
+        return tuple(
+            VectorGradient(x.table, x.factor, QUERY, "band", number + i, loop=x)
+            for i, x in enumerate(found)
+            if x.table is not None
+        )
 
     def looped(self, side: Side) -> tuple[VectorGradient, ...]:
         """The gradients that the loops over components add up beside that of a side."""
@@ -198,12 +212,25 @@ class SimilaritySlots:
         for dot in self.found.dots:
             if self.direct(side, dot):
                 continue
-            for chunk in chunks:
-                scope = self.scope(side, chunk, kernel, base)
-                factor = side.factor(dot)
-                text = _tile(scope, factor)
-                lines += [*scope.outer, *scope.body]
-                lines.append(f"{operand(side, dot)}_{chunk.index} = {_inside(text, side, chunk, factor)}.to(DOT)")
+            lines += self.made(operand(side, dot), side.factor(dot), side, chunks, kernel, base)
+        return lines
+
+    def made(
+        self,
+        name: str,
+        factor: sympy.Expr,
+        side: Side,
+        chunks: tuple[Chunk, ...],
+        kernel: Lowering,
+        base: Mapping[str, Leaf],
+    ) -> list[str]:
+        """Lines that make one operand of a matmul, a function of a side's vectors."""
+        lines: list[str] = []
+        for chunk in chunks:
+            scope = self.scope(side, chunk, kernel, base)
+            text = _tile(scope, factor)
+            lines += [*scope.outer, *scope.body]
+            lines.append(f"{name}_{chunk.index} = {_inside(text, side, chunk, factor)}.to(DOT)")
         return lines
 
     def dots(self, chunks: tuple[Chunk, ...], rows_first: bool) -> list[str]:

@@ -6,7 +6,7 @@ A similarity is an expression with sums over the head dimension. Each is multipl
     q_term_i    sum_d(f(q_vec, inputs of the query))     one value a row
     k_term_i    sum_d(g(k_vec, inputs of the key))       one value a column
     dot_i       sum_d(f(query) * g(key))                 a matmul of what the two sides make of their vectors
-    band_i      sum_d(f(query) * table[distance])        a matmul with the table's rows that a tile needs, then a skew
+    band_i      sum_d(f(query) * table[distance])        a loop over the head dimension that loads an entry a pair
     pair_i      sum_d(anything else)                     a loop over the head dimension
 
 So -sum_d((q_vec - k_vec)**2) is 2*qk - q_term_0 - k_term_0: the textbook's form, at a matmul's price.

@@ -56,10 +56,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Loop:
-    """A sum over the head dimension that a tile of pairs adds up component by component: `symbol` = sum_d(summand)."""
+    """A sum over the head dimension that a tile of pairs adds up component by component: `symbol` = sum_d(summand).
+
+
+    `table`: what is read by distance, where `factor`, a function of the query, multiplies it and no more.
+    """
 
     symbol: sympy.Symbol
     summand: sympy.Expr
+    table: Read | None = None
+    factor: sympy.Expr = sympy.S.One
 
     @property
     def name(self) -> str:
@@ -92,7 +98,7 @@ def similarity(graph: VariantGraph) -> Similarity:
     q_terms = tuple(_term(s, sym.H, sym.Q_IDX) for s in graph.sums_d if kind_of(s) == "q_term")
     k_terms = tuple(_term(s, head, sym.KV_IDX) for s in of_keys)
     dots = tuple(Dot(_symbol(s), *sides(s)[:2]) for s in graph.sums_d if kind_of(s) == "dot")
-    loops = tuple(Loop(_symbol(s), s.expr) for s in graph.sums_d if kind_of(s) in _LOOPS)
+    loops = tuple(_loop(s) for s in graph.sums_d if kind_of(s) in _LOOPS)
     reads = {t.symbol: t.read for t in (*q_terms, *k_terms)}
     raw = graph["raw_score"]
     stages = [
@@ -107,9 +113,11 @@ def similarity(graph: VariantGraph) -> Similarity:
 
 
 def refuse_gradients(graph: VariantGraph) -> None:
-    """UnsupportedError for an input whose gradient would need a value for every component of every pair."""
+    """UnsupportedError for an input whose gradient would need a value for every component of every pair. That of a
+    table of distances that a function of the query multiplies is a matmul."""
     for stage, read in _wanted_in_loops(graph):
-        if level(read) == Level.PAIR:
+        _, of_keys, table = sides(stage)
+        if level(read) == Level.PAIR and (kind_of(stage) != "band" or of_keys != 1 or read != table):
             raise UnsupportedError(
                 f"no kernel makes the gradient of {formula(read)} inside sum_d({formula(stage.expr)}) yet: it is read "
                 "at a place that hangs on the query and on the key",
@@ -130,6 +138,13 @@ def _wanted_in_loops(graph: VariantGraph) -> list[tuple[Stage, Read]]:
     wanted = {d.name for d in graph.inputs if d.grad}
     found = [(s, r) for s in graph.sums_d if kind_of(s) in _LOOPS for r in s.expr.atoms(Read) if r.input in wanted]
     return sorted(found, key=lambda entry: (entry[0].name, str(entry[1])))
+
+
+def _loop(stage: Stage) -> Loop:
+    factor, of_keys, table = sides(stage)
+    if kind_of(stage) == "band" and of_keys == 1 and isinstance(table, Read):
+        return Loop(_symbol(stage), stage.expr, table, factor)
+    return Loop(_symbol(stage), stage.expr)
 
 
 def _symbol(stage: Stage) -> sympy.Symbol:

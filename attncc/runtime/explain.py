@@ -65,7 +65,7 @@ def kernels_of(plan: Plan) -> tuple[Kernel, ...]:
     """The kernels of a variant whose time counts: all that are launched but the reductions around them."""
     if plan.has_backward is not None:
         return ("forward",)
-    return (*KERNELS, "pair") if any(g.kind in ("tile", "band") for g in plan.gradients) else KERNELS
+    return (*KERNELS, "pair") if plan.facts.pairs else KERNELS
 
 
 def facts(

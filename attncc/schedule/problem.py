@@ -69,7 +69,8 @@ class SimilarityWork:
     """What makes a tile of raw scores: `dots` matmuls over the head dimension of q and k, the plain one among them or
     not; `made_q` and `made_k` operands of them are computed from q's and k's tile, and have gradients of their own.
     `wide_q` and `wide_k` inputs with an entry a component of each query or key come with the tile, as float32.
-    `looped`: more is added up component by component, which is part of a pair's work."""
+    `looped`: where more is added up component by component, which is part of a pair's work, the tiles of pairs that are
+    kept for it; inputs of such sums that have a gradient are among the operands."""
 
     dots: int = 1
     plain_dot: bool = True
@@ -77,7 +78,7 @@ class SimilarityWork:
     made_k: int = 0
     wide_q: int = 0
     wide_k: int = 0
-    looped: bool = False
+    looped: int = 0
 
 
 PLAIN_DOT = SimilarityWork()

@@ -87,6 +87,9 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, BOXES_TEMPORARIES if boxes else TEMPORARIES)
     tiles_of_scores = (BOXES_SCORES if boxes else SCORES)[kernel] + BRANCH[kernel] * (problem.branches - 1)
+    if problem.costs.similarity.looped:
+        sums = problem.costs.similarity.looped + min(problem.costs.similarity.dots, 1)
+        tiles_of_scores += (sums - 1) * (1 if kernel == "forward" else 2)  # each has a cotangent, too
     scores = (tiles_of_scores + temporaries) * holders * pairs / threads
     accumulator = tiles.rows * columns / threads
     vectors = (BOXES_VECTOR[kernel] if boxes else VECTOR) * problem.costs.vectors

@@ -20,7 +20,6 @@ from attncc.schedule import KERNELS, KernelSchedule, choose, device_for, shared_
 from attncc.schedule.cost import predict
 
 VECTOR = ac.Input("h", "d", grad=True)
-BAND = ac.Input("h", "distance", "d")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -82,20 +81,23 @@ MANY = ac.Variant(
 )
 
 
-def distances(q, k, r):
-    """A second dot, with a table by distance."""
+def distances(q, k, r, w):
+    """A second dot, with a table by distance, and a bias of the query in it."""
     m, n = q.shape[2], k.shape[2]
     back = (torch.arange(m)[:, None] + n - m - torch.arange(n)).clamp(min=0)
-    dot = q @ both(q, k)[1].squeeze(2).mT + torch.einsum("bhmd,hmnd->bhmn", q, r[:, back])
+    dot = q @ both(q, k)[1].squeeze(2).mT + torch.einsum("bhmd,hmnd->bhmn", q + w[:, None], r[:, back])
     return softmax(dot * q.shape[-1] ** -0.5, causal(m, n))
 
 
+def by_distance(q_vec, k_vec, scale, h, q_idx, kv_idx, q_len, kv_len, r, w):
+    back = ac.maximum(q_idx + kv_len - q_len - kv_idx, 0)
+    return scale * (ac.dot(q_vec, k_vec) + ac.dot(q_vec + w[h], r[h, back]))
+
+
 DISTANCES = ac.Variant(
-    similarity=lambda q_vec, k_vec, scale, h, q_idx, kv_idx, q_len, kv_len, r: (
-        scale * (ac.dot(q_vec, k_vec) + ac.dot(q_vec, r[h, ac.maximum(q_idx + kv_len - q_len - kv_idx, 0)]))
-    ),
+    similarity=by_distance,
     mask=ac.causal,
-    inputs={"r": BAND},
+    inputs={"r": ac.Input("h", "distance", "d", grad=True), "w": VECTOR},
 )
 #: what ships
 BY_HAND = {"additive": additive, "l1_distance": l1_distance}
@@ -106,7 +108,7 @@ CASES = {
     "one query": ("additive", additive, {"v_a": (2, 6)}, (1, 2, 1, 1, 70, 6, 5)),
     "a wide head": ("l1_distance", l1_distance, {}, (1, 1, 1, 3, 4, 72, 8)),
     "many": (MANY, many, {"a": (2, 6), "g": (2, 2, 7, 6), "p": (9, 6), "c": (2,)}, (2, 2, 1, 9, 7, 6, 5)),
-    "distances": (DISTANCES, distances, {"r": (2, 11, 6)}, (1, 2, 1, 7, 11, 6, 5)),
+    "distances": (DISTANCES, distances, {"r": (2, 41, 6), "w": (2, 6)}, (2, 2, 1, 37, 41, 6, 5)),
 }
 
 
@@ -147,6 +149,12 @@ UNSHIPPED = {
         ),
         inputs={"bias": ac.Input("h", "distance", grad=True)},
     ),
+    "tables of distances": ac.Variant(
+        similarity=lambda q_vec, k_vec, h, q_idx, kv_idx, b, r, t: (
+            ac.sum_d(ac.exp(q_vec) * r[h, kv_idx - q_idx + 2]) + ac.dot(k_vec, q_vec + t[kv_idx - q_idx])
+        ),
+        inputs={"r": ac.Input("h", "distance", "d", grad=True), "t": ac.Input("distance", "d")},
+    ),
     "weights without a gradient": ac.Variant(
         similarity=lambda q_vec, k_vec: ac.sum_d(ac.abs(q_vec - k_vec)), normalizer=lambda score, row: ac.sign(score)
     ),
@@ -177,7 +185,9 @@ def test_a_network_of_two_layers():
 def test_a_gradient_of_what_a_loop_reads_by_pair_is_refused():
     inputs = {"r": ac.Input("h", "distance", "d", grad=True)}
     variant = ac.Variant(
-        similarity=lambda q_vec, h, q_idx, kv_idx, r: ac.dot(q_vec, r[h, q_idx - kv_idx]), mask=ac.causal, inputs=inputs
+        similarity=lambda q_vec, h, q_idx, kv_idx, r: ac.sum_d(ac.tanh(q_vec + r[h, q_idx - kv_idx])),
+        mask=ac.causal,
+        inputs=inputs,
     )
     op = ac.compile(variant)
     q = draw(1, 1, 4, 4).float().requires_grad_()
