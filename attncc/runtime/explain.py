@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attncc.codegen.components import slope
 from attncc.codegen.hopper_backward import by_row
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
+from attncc.codegen.similarity import SimilaritySlots
 from attncc.errors import InputError, UnsupportedError
+from attncc.ir import symbols as sym
 from attncc.ir.formulas import stage_texts
 from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
@@ -160,6 +163,9 @@ def _backward(plan: Plan) -> dict[str, Any]:
     for g in plan.gradients:
         expr = plan.parts[g.part].tagged(g.expr)
         gradients.setdefault(f"d{formula(g.read)}", []).append(f"{_SUMMED[g.kind]} of {formula(expr)}")
+    for v in SimilaritySlots(plan).gradients:
+        if v.looped:
+            gradients.setdefault(f"d{formula(v.read)}", []).append(f"{_SUMMED[v.kind]} of {formula(v.expr)}")
     if len(plan.parts) > 1:
         return {"branches": [_part_backward(part) for part in plan.parts], "inputs": gradients}
     return {**_part_backward(plan), "inputs": gradients}
@@ -176,7 +182,19 @@ def _part_backward(part: Plan) -> dict[str, Any]:
         "weight": formula(part.tagged(backward.weight)),
         "dqk": formula(part.tagged(backward.dqk_scale * backward.dqk)),
         "delta": delta if needs_delta else None,
+        "looped": _looped(part),
     }
+
+
+def _looped(part: Plan) -> dict[str, str]:
+    """What sums over the head dimension pass on that are a loop; empty where there are none."""
+    slots = SimilaritySlots(part)
+    loops = slots.flowing_loops
+    if not loops:
+        return {}
+    cotangents = {s: e for s, e in part.backward.dsums if s in {x.symbol for x in loops}}
+    vectors = {"dq_vec": slope(loops, sym.Q_VEC), "dk_vec": slope(loops, sym.K_VEC)}
+    return {f"d{s.name}": formula(e) for s, e in cotangents.items()} | {n: formula(e) for n, e in vectors.items()}
 
 
 _SUMMED = {
@@ -326,11 +344,13 @@ def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
         rows |= {f"delta{tag}": delta} if delta else {}
         rows |= {f"{name} (a sweep of its own)": text for name, text in own["parts"].items()}
         rows |= own["cotangents"]
-        rows |= {
-            f"dqk{tag}": own["dqk"],
-            f"dq_vec{tag}": f"dqk{tag}*k_vec{tag}",
-            f"dk_vec{tag}": f"dqk{tag}*q_vec{tag}",
-        }
+        looped = dict(own["looped"])
+        by_dot = not looped or own["dqk"] != "0"
+        rows |= {f"dqk{tag}": own["dqk"]} if by_dot else {}
+        rows |= {name: text for name, text in looped.items() if not name.endswith("_vec")}
+        for name, text in (("dq_vec", f"dqk{tag}*k_vec{tag}"), ("dk_vec", f"dqk{tag}*q_vec{tag}")):
+            terms = [text] * by_dot + [looped.get(name, "0")]
+            rows[f"{name}{tag}"] = " + ".join(t for t in terms if t != "0") or "0"
     weights = " + ".join(f"weight_{i}" for i in range(len(branches)))
     rows["dv_vec"] = "weight*dout" if len(branches) == 1 else f"({weights})*dout"
     for name, terms in backward["inputs"].items():

@@ -13,7 +13,7 @@ from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.codegen.render import render
-from attncc.runtime.explain import sizes_of
+from attncc.runtime.explain import facts, sizes_of
 from attncc.runtime.samples import Shape
 from attncc.runtime.verify import verify_variant
 from attncc.schedule import KERNELS, KernelSchedule, choose, device_for, shared_memory
@@ -232,3 +232,10 @@ def test_the_cost_model_names_the_unit_and_counts_components():
     # warps that share a row wait for each other at every component of a gradient
     apart, shared = (KernelSchedule(64, 64, w, 2) for w in (4, 8))
     assert predict("dq", apart, problem, device).us < predict("dq", shared, problem, device).us
+
+
+def test_explain_says_what_a_loop_passes_on():
+    found = facts(Plan(MANY.graph), sizes_of(64, d_qk=16), "bf16", device_for("sm_90"))["backward"]
+    assert set(found["looped"]) == {"dpair_0", "dpair_1", "dq_vec", "dk_vec"}
+    assert found["dqk"] != "0"
+    assert "sum over queries of" in found["inputs"]["dg[b, h, kv_idx]"][0]
