@@ -270,6 +270,10 @@ def environment(
     return env
 
 
+#: what makes a name of one's own known to the stages
+_DECLARE = "declare a tensor in inputs, a number in scalars"
+
+
 def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Iterable[str] = ()) -> SpecError:
     """The error for a name that this stage does not see. `callables` are functions that it could have meant."""
     special = {
@@ -289,9 +293,9 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
     if name in special:
         remedy = special[name]
     elif near:
-        remedy = f"did you mean '{near[0]}'?"
+        remedy = f"did you mean '{near[0]}'? Else {_DECLARE}"
     else:
-        remedy = f"it sees: {', '.join(dict.fromkeys(visible))}; declare a tensor in inputs, a number in scalars"
+        remedy = f"it sees: {', '.join(dict.fromkeys(visible))}; {_DECLARE}"
     subject = f"the {stage}" if stage.startswith("output") else f"the {stage} stage"
     return SpecError(f"{subject} does not see the name '{name}'", stage=stage, remedy=remedy)
 

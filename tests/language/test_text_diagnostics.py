@@ -17,6 +17,7 @@ H = '{ index = ["h"] }'
     ("stage", "text", "pointed", "message"),
     [
         ("score", "score + slops[h]", "slops", "does not see the name 'slops'(.|\n)*did you mean 'slopes'"),
+        ("score", "score + foo[h]", "foo", "does not see the name 'foo'(.|\n)*declare a tensor in inputs"),
         ("score", "score * slopes", "score * slopes", r"must be indexed(.|\n)*write slopes\[h\]"),
         ("mask", "q_idx - kv_idx", "q_idx - kv_idx", "expected a boolean, got an index"),
         ("mask", "kv_idx <= q_idx and score > 0", "score", "before any score is known"),
