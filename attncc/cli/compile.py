@@ -11,6 +11,7 @@ from rich.table import Table
 
 from attncc.cli.options import (
     Backend,
+    BackendName,
     Batch,
     Dtype,
     DtypeName,
@@ -91,7 +92,7 @@ def command(
     from attncc.codegen.standalone import standalone
     from attncc.runtime.explain import explained_device, sizes_of
     from attncc.schedule.cache import Cache
-    from attncc.schedule.choose import choose
+    from attncc.schedule.choose import backend_of, choose
 
     if emit is not Emit.triton and output is None:
         raise InputError(f"--emit {emit} needs a file to write to", remedy="add -o kernel.ptx, or the like")
@@ -100,6 +101,8 @@ def command(
     device = explained_device(target)
     sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
     if graph.recurrent:
+        if backend is BackendName.gluon:
+            err.print("all is in Triton: a recurrence has no kernels in Gluon")
         _recurrence(graph, sizes, dtype, device, emit, output, json)
         return
     plan = Plan(graph)
@@ -133,6 +136,10 @@ def command(
         err.print(f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)")
     if plan.has_backward is not None:
         err.print(f"no backward: {plan.has_backward}")
+    for kernel in ("forward", "dkdv") if backend is BackendName.gluon else ():
+        language, reason = backend_of(kernel, problem, device, "gluon")
+        if language == "triton":
+            err.print(f"{kernel} is in Triton: {reason}")
     for path in written:
         out.print(f"wrote {path}")
 

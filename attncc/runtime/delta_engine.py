@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from attncc.codegen.delta import render_delta
-from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.recur import Delta
 from attncc.runtime.engine import dot_options, on_device
-from attncc.runtime.linear_cut import cut_evenly, cut_packed, sequence_lengths
+from attncc.runtime.linear_cut import cut, sequence_lengths
 from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.delta import delta_schedule, solve_precision
@@ -40,21 +39,13 @@ class DeltaEngine(LinearEngine):
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
     ) -> tuple[Any, LinearSchedule, dict[str, Any], dict[str, Any]]:
         """The module, the schedule, the cut into chunks, and the constants of all kernels."""
-        if q.device.type not in ("cuda", "cpu"):
-            raise UnsupportedError(
-                f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
-            )
         device = device_of(q.device)
         ends = None if cu_seqlens is None else sequence_lengths(cu_seqlens, q.shape[0], q.shape[2])
         schedule = delta_schedule(self.sizes(q, v, ends), device, chunk)
-        if ends is None:
-            cut = cut_evenly(q.shape[0], q.shape[2], schedule.span)
-        else:
-            cut = cut_packed(ends, schedule.span, q.device)
         options = dot_options(q.dtype, self.precision(), device)
         options["SOLVE"] = solve_precision(options["PRECISION"], q.dtype == torch.float32, device)
         module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
-        return module, schedule, cut, options
+        return module, schedule, cut(q, ends, schedule.span), options
 
     def backward(
         self,

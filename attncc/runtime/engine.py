@@ -22,7 +22,7 @@ from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.codegen.render import render
-from attncc.errors import InputError, UnsupportedError
+from attncc.errors import InputError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.differentiate import PairCotangents
 from attncc.resources import fingerprint
@@ -211,10 +211,6 @@ class Engine:
     def _prepare(
         self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision, boxed: bool, ordered: bool
     ) -> Prepared:
-        if device.type not in ("cuda", "cpu"):
-            raise UnsupportedError(
-                f"there are no kernels for the device '{device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
-            )
         target = device_of(device)
         problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars)
         schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")

@@ -23,6 +23,16 @@ def sequence_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
     return ends
 
 
+def cut(q: Tensor, ends: list[int] | None, span: int) -> dict[str, Any]:
+    """The tokens of q (B, H, N, D) in segments: packed sequences where `ends` says so, else B of one length."""
+    return cut_evenly(q.shape[0], q.shape[2], span) if ends is None else cut_packed(ends, span, q.device)
+
+
+def cut_sides(q: Tensor, k: Tensor, span: int) -> dict[str, Any]:
+    """Queries and keys in segments each, where every query sees every key."""
+    return {side: cut_evenly(x.shape[0], x.shape[2], span) for side, x in (("q", q), ("k", k))}
+
+
 def cut_evenly(batch: int, length: int, span: int) -> dict[str, Any]:
     """Sequences of one length, in segments of `span` tokens."""
     per_sequence = max(1, -(-length // span))

@@ -19,7 +19,7 @@ from attncc.passes.similarity import similarity
 from attncc.resources import fingerprint
 from attncc.runtime.engine import dot_options, load_module, on_device
 from attncc.runtime.launch import collect, ghost
-from attncc.runtime.linear_cut import cut_evenly, cut_packed, sequence_lengths
+from attncc.runtime.linear_cut import cut, cut_sides, sequence_lengths
 from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import device_of
@@ -94,21 +94,12 @@ class LinearEngine:
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
     ) -> tuple[Any, LinearSchedule, dict[str, Any], dict[str, Any]]:
         """The module, the schedule, the cut, and the constants of all kernels."""
-        if q.device.type not in ("cuda", "cpu"):
-            raise UnsupportedError(
-                f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
-            )
         device = device_of(q.device)
         ends = None if cu_seqlens is None else sequence_lengths(cu_seqlens, q.shape[0], q.shape[2])
         schedule = linear_schedule(self.sizes(q, v, ends), device, chunk)
-        if not self.plan.causal:
-            cut = {side: cut_evenly(x.shape[0], x.shape[2], schedule.span) for side, x in (("q", q), ("k", v))}
-        elif ends is None:
-            cut = cut_evenly(q.shape[0], q.shape[2], schedule.span)
-        else:
-            cut = cut_packed(ends, schedule.span, q.device)
+        segments = cut(q, ends, schedule.span) if self.plan.causal else cut_sides(q, v, schedule.span)
         module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
-        return module, schedule, cut, dot_options(q.dtype, self.precision(), device)
+        return module, schedule, segments, dot_options(q.dtype, self.precision(), device)
 
     def forward(
         self,

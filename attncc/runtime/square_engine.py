@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from attncc.codegen.square import render_square, state_shape
-from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.resources import fingerprint
 from attncc.runtime.engine import dot_options, load_module, on_device
-from attncc.runtime.linear_cut import cut_evenly, cut_packed, sequence_lengths
+from attncc.runtime.linear_cut import cut, cut_evenly, cut_sides, sequence_lengths
 from attncc.runtime.linear_engine import DTYPES
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import device_of
@@ -66,10 +65,6 @@ class SquareEngine:
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
     ) -> tuple[ModuleType, LinearSchedule, Any, dict[str, Any], list[int]]:
         """The module, the schedule, the cut, the constants of all kernels, and where sequences end."""
-        if q.device.type not in ("cuda", "cpu"):
-            raise UnsupportedError(
-                f"there are no kernels for the device '{q.device.type}'", remedy="move q, k, v to 'cuda', or to 'cpu'"
-            )
         device = device_of(q.device)
         batch, heads, length, d_qk = q.shape
         ends = [0, length] if cu_seqlens is None else sequence_lengths(cu_seqlens, batch, length)
@@ -78,16 +73,11 @@ class SquareEngine:
         longest = longest if self.plan.causal else max(length, v.shape[2])
         sizes = LinearSizes(DTYPES[q.dtype], sequences, heads, longest, d_qk, v.shape[3])
         schedule = square_schedule(sizes, device, self.plan.causal, chunk)
-        cut: Any
-        if not self.plan.causal:
-            cut = {side: cut_evenly(x.shape[0], x.shape[2], schedule.span) for side, x in (("q", q), ("k", v))}
-        elif cu_seqlens is None:
-            cut = cut_evenly(batch, length, schedule.span)
-        else:
-            cut = cut_packed(ends, schedule.span, q.device)
+        packed = None if cu_seqlens is None else ends
+        segments = cut(q, packed, schedule.span) if self.plan.causal else cut_sides(q, v, schedule.span)
         module = self.module(d_qk, v.shape[3], device.is_interpreter)
         precision = self._precision or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
-        return module, schedule, cut, dot_options(q.dtype, precision, device), ends
+        return module, schedule, segments, dot_options(q.dtype, precision, device), ends
 
     def forward(
         self,

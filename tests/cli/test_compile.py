@@ -51,3 +51,10 @@ def test_impossible_requests_are_refused(attncc, words, finding):
     result = attncc("compile", "causal", *words)
     assert result.exit_code == 2
     assert finding in result.stderr
+
+
+def test_a_language_that_has_no_kernel_is_said(attncc):
+    result = attncc("compile", "causal", "--target", "a100", "--backend", "gluon", "--head-dim", "32")
+    assert "forward is in Triton: Gluon kernels are for sm_90, and this is sm_80" in result.stderr
+    assert "dkdv is in Triton" in result.stderr
+    assert "in Triton" not in attncc("compile", "causal", "--target", "a100", "--head-dim", "32").stderr
