@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from itertools import pairwise
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from attncc.passes.linearize import linearize
 from attncc.schedule import linear as schedule_linear
 from attncc.schedule.device import device_for
 from attncc.schedule.linear import LinearSizes, crossover, linear_schedule, shared_bytes
+from tests.runtime.sequences import by_sequence
 
 
 def polynomial(score, row):
@@ -244,20 +245,7 @@ def test_states_in_and_out_and_packed_sequences(name, ends, many_segments):
     results = op(*leaves[:3], **named, initial_state=leaves[3], **options)
     got = (*results, *torch.autograd.grad(results, leaves, cotangents))
 
-    leaves = [x.detach().double().requires_grad_() for x in (*tensors, initial, *inputs.values())]
-    q, k, v, first = leaves[:4]
-    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    outs, states = [], []
-    for i, (lo, hi) in enumerate(pairwise(ends)):
-        own = {n: x[:, :, lo:hi] if x.dim() > 2 else x for n, x in zip(inputs, leaves[4:], strict=True)}
-        if lo == hi:
-            states.append(first[i : i + 1])
-            continue
-        out, state = recurrence(name, *(x[:, :, lo:hi] for x in (q, k, v)), own, first[i : i + 1])
-        outs.append(out)
-        states.append(state)
-    results = torch.cat(outs, 2), torch.cat(states)
-    exact = (*results, *torch.autograd.grad(results, leaves, [c.double() for c in cotangents]))
+    exact = by_sequence(partial(recurrence, name), tensors, inputs, initial, ends, cotangents)
     agree(got, exact, 5e-6)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from attncc.schedule import linear as schedule_linear
 from attncc.schedule.device import device_for
 from attncc.schedule.linear import LinearSizes, linear_schedule
 from tests.passes.test_linearize import before, half, past, read_late, with_bonus
+from tests.runtime.sequences import by_sequence
 from tests.runtime.test_linear import agree, drawn, with_gradients
 
 GATE = {"g": ac.Input("b", "h", "kv_idx", grad=True)}
@@ -137,20 +138,7 @@ def test_states_in_and_out_and_packed_sequences(name, ends, many_segments):
     results = ac.compile(VARIANTS[name], plan="chunk")(*leaves[:3], **named, initial_state=leaves[3], **options)
     got = (*results, *torch.autograd.grad(results, leaves, cotangents))
 
-    leaves = [x.detach().double().requires_grad_() for x in (*tensors, initial, *inputs.values())]
-    q, k, v, first = leaves[:4]
-    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
-    outs, states = [], []
-    for i, (lo, hi) in enumerate(pairwise(ends)):
-        own = {n: x[:, :, lo:hi] if x.dim() > 2 else x for n, x in zip(inputs, leaves[4:], strict=True)}
-        if lo == hi:
-            states.append(first[i : i + 1])
-            continue
-        out, state = recurrence(name, *(x[:, :, lo:hi] for x in (q, k, v)), own, first[i : i + 1])
-        outs.append(out)
-        states.append(state)
-    results = torch.cat(outs, 2), torch.cat(states)
-    exact = (*results, *torch.autograd.grad(results, leaves, [c.double() for c in cotangents]))
+    exact = by_sequence(partial(recurrence, name), tensors, inputs, initial, ends, cotangents)
     agree(got, exact, 5e-6)
 
 
