@@ -14,7 +14,7 @@ from attncc.schedule.device import device_of
 from attncc.schedule.problem import Backend
 from bench.case import Case, Shape, Tensors
 from bench.check import against_peer, against_reference
-from bench.ours import brief, schedule_of, tilings
+from bench.ours import brief, limits, schedule_of, tilings
 from bench.peers import Attend, fa4, flex, has_fa4, sdpa, triton
 from bench.record import Results
 from bench.run import Run
@@ -57,18 +57,23 @@ def compare(
     peers: Mapping[str, Builder] | None = None,
     label: Mapping[str, Any] | None = None,
     backend: Backend | None = None,
+    checked: dict[str, float] | None = None,
+    rounds: int = 3,
+    rep_ms: int = 80,
 ) -> list[dict[str, Any]]:
     """Check a case, then time forward and backward of attncc and its peers; one row a mode.
 
     A peer that cannot run the case (unsupported shape, out of memory) gets an "error" entry. Gradients are on in the
     forward too, as in training. Ratios are of TFLOP/s, so they also hold where a peer's shape had to be smaller.
-    `backend`: that of our kernels, else the scheduler's choice.
+    `backend`: that of our kernels, else the scheduler's choice. `checked`: the errors of a check that was made ahead,
+    in another process, of the same call. `rounds` and `rep_ms` are those of `race`.
     """
     head = {"case": case.name, **shape.row(), **(label or {})}
     try:
         op = ac.compile(case.variant, plan="parallel", backend=backend)
-        check = against_reference(op, case, shape)
-        return _timed(results, op, case, shape, standard_peers(case) if peers is None else peers, head, check)
+        check = against_reference(op, case, shape) if checked is None else checked
+        peers = standard_peers(case) if peers is None else peers
+        return _timed(results, op, case, shape, peers, head, check, partial(race, rounds=rounds, rep_ms=rep_ms))
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
         run.fail(results, f"{case.name} {shape}", error, **head)
         return []
@@ -85,6 +90,7 @@ def _timed(
     peers: Mapping[str, Builder],
     head: dict[str, Any],
     check: dict[str, float],
+    race: Callable[[Mapping[str, Callable[[], object]]], dict[str, Timing]],
 ) -> list[dict[str, Any]]:
     operands = shape.tensors()
     inputs = case.inputs(shape, "cuda")
@@ -101,7 +107,7 @@ def _timed(
             outs.pop(name, None)
             broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
     errors = {"reference": check}
-    for name in ("flex", "triton"):
+    for name in ("flex", "two flex", "triton"):
         if name in outs:
             errors[name] = against_peer(outs["attncc"], outs[name], operands, grad, name)
 
@@ -118,6 +124,7 @@ def _timed(
         ratio = {n: round(ours["tflops"] / e["tflops"], 3) for n, e in entries.items()}
         entries |= {name: {"error": error} for name, error in broken.items()}
         ours["schedule"] = tilings(schedule, mode)
+        ours["limits"] = limits(op, mode, *operands, **inputs)
         row = {**head, "mode": mode, "area": area, "attncc": ours, "peers": entries, "ratio": ratio, "check": errors}
         rows.append(results.add(**row))
     return rows

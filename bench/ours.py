@@ -8,6 +8,7 @@ import torch
 
 from attncc.runtime.shapes import bind, value_of
 from attncc.schedule.candidates import candidates
+from attncc.schedule.cost import predict
 from attncc.schedule.device import device_of
 from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
 from bench.case import Tensors
@@ -27,6 +28,27 @@ def schedule_of(op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | Non
 def tilings(schedule: Schedule, mode: str) -> dict[str, Any]:
     """What a result row says of the schedule: its origin, and the tiling of each kernel that `mode` runs."""
     return {"origin": schedule.origin, **{kernel: schedule.of(kernel).to_json() for kernel in USED[mode]}}
+
+
+def limits(
+    op: Any, mode: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None, **inputs: Any
+) -> dict[str, Any]:
+    """What the cost model says of the schedule that a call uses: for each kernel of `mode` the unit that limits it, the
+    milliseconds of the whole kernel, and the share of them that each unit would be busy."""
+    v = value_of(op.graph, k, v)
+    bound = bind(op.graph, q, k, v, None, inputs)
+    problem = op.engine.problem(bound.sizes, q.dtype, bound.scalars)
+    schedule, device = op.engine.prepare(bound, q, k, v).schedule, device_of(q.device)
+    kernels = [kernel for kernel in USED[mode] if kernel == "forward" or op.engine.plan.facts.has_backward]
+    apart = schedule.dkdv.backend == "triton"  # Gluon's dkdv makes dQ, too
+    found: dict[str, Any] = {}
+    for kernel in kernels:
+        if kernel == "dq" and not apart:
+            continue
+        prediction = predict(kernel, schedule.of(kernel), problem, device)
+        shares = {unit: round(us / prediction.us, 2) for unit, us in prediction.terms.items() if us > 0}
+        found[kernel] = {"unit": prediction.limit, "ms": float(f"{prediction.us / 1e3:.4g}"), "busy": shares}
+    return found
 
 
 def brief(tiled: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ NAMES = (
     "sigmoid",
     "shapes",
     "variants",
+    "shelf",
     "decode",
     "compile",
     "host",

@@ -1,17 +1,24 @@
-"""Every shipped variant at S=4096 beside our own causal: what a formula costs over plain causal attention."""
+"""Every shipped variant at S=4096 beside our own causal: what a formula costs over plain causal attention.
+
+All are compiled and checked ahead, side by side; then each is timed alone. A row says how many passes over the keys its
+plan takes, and which unit of the GPU limits each kernel by the cost model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 import attncc as ac
 from attncc.passes.running import running_sums
 from bench import area
+from bench.ahead import NotReadyError, ahead
 from bench.case import Case, Shape, Tensors
+from bench.check import SHORT, against_reference
 from bench.compare import compare, table
 from bench.dense_cases import CAUSAL, DOCUMENT
 from bench.run import Run
@@ -20,6 +27,12 @@ SHAPE = Shape(b=4, h=16, m=4096, d=128)
 PREFIX = 1024
 #: entries of a table whose size no sequence fixes (T5's buckets)
 FREE = 32
+#: what all others stand beside
+OURS = replace(CAUSAL, name="our causal")
+#: those that the suite `linear` times
+IN_LINEAR_TIME = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla", "rwkv6")
+#: of a run's seconds, those that compiling and checking may take
+AHEAD_SHARE = 0.6
 
 #: the mask area of the variants that have it in closed form; that of others is counted
 AREAS: dict[str, Callable[[int, int], int]] = {
@@ -43,7 +56,7 @@ def fitted(variant: ac.Variant, shape: Shape) -> Shape:
 def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
     """Values for every tensor that a shipped variant declares: its default, else the same random ones every time."""
     sizes = {"b": shape.b, "h": shape.h, "h_kv": shape.hkv, "q_idx": shape.m, "kv_idx": shape.n}
-    dims = {**sizes, **({"d": shape.d} if variant.graph.vectors else {})}
+    dims = {**sizes, "distance": shape.n, **({"d": shape.d} if variant.graph.vectors else {})}
     gates = {s.of for s in running_sums(variant.graph)}
     made: Tensors = {}
     for decl in variant.graph.inputs:
@@ -85,19 +98,48 @@ def case(name: str) -> Case:
     )
 
 
+def prepared(name: str) -> dict[str, Any]:
+    """In another process: compile a variant into the caches, and hold it against the reference. What its rows say of
+    that, and how many passes over the keys it takes."""
+    own = OURS if name == OURS.name else case(name)
+    op: Any = ac.compile(own.variant, plan="parallel")
+    shape = fitted(own.variant, SHAPE)
+    # the reference of a similarity that is no product has an element for each pair and each component
+    checked = shape if op.engine.plan.facts.similarity.looped == 0 else replace(shape, m=SHORT, n=SHORT)
+    errors = against_reference(op, replace(own, differentiable=()), checked)
+    if checked is not shape:
+        out = op(*shape.tensors(), **own.inputs(shape, "cuda"))
+        out.backward(torch.randn_like(out))
+    passes = max(part.online.passes for part in op.engine.plan.parts)
+    return {"errors": errors, "more": {"passes": passes, "checked_at": checked.m}}
+
+
 def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("variants")
-    causal = {row["mode"]: row for row in compare(run, results, replace(CAUSAL, name="our causal"), SHAPE, peers={})}
-    shown = list(causal.values())
-    for name in run.take(list(ac.variants.names()), quick=3):
+    names = [OURS.name, *run.take([n for n in ac.variants.names() if n not in IN_LINEAR_TIME], quick=3)]
+    ready = dict(zip(names, ahead(prepared, names, seconds=AHEAD_SHARE * run.budget.seconds), strict=True))
+    results.note("seconds ahead", round(run.budget.elapsed()))
+    causal: dict[str, dict[str, Any]] = {}
+    shown = []
+    for name in names:
         if run.out_of_time(results, name):
             break
-        rows = compare(run, results, case(name), fitted(ac.variants.get(name), SHAPE), peers={})
-        for row in rows if causal else []:
-            own = {key: causal[row["mode"]]["attncc"][key] for key in ("ms", "tflops", "spread")}
-            row["peers"] = {"our causal": own}
-            row["ratio"] = {"our causal": round(row["attncc"]["tflops"] / own["tflops"], 3)}
+        own = OURS if name == OURS.name else case(name)
+        shape = fitted(own.variant, SHAPE)
+        if ready[name].error is not None:
+            run.fail(results, name, NotReadyError(ready[name].error), case=name, **shape.row())
+            continue
+        found = ready[name].value
+        rows = compare(run, results, own, shape, peers={}, checked=found["errors"], rounds=2, rep_ms=40)
+        for row in rows:
+            row |= found["more"]
+            if name == OURS.name:
+                causal[row["mode"]] = row
+            elif causal:
+                theirs = {key: causal[row["mode"]]["attncc"][key] for key in ("ms", "tflops", "spread")}
+                row["peers"] = {OURS.name: theirs}
+                row["ratio"] = {OURS.name: round(row["attncc"]["tflops"] / theirs["tflops"], 3)}
         results.write()
         shown += rows
-    table(run, f"variants, TFLOP/s, {results.meta['gpu']}", shown, sizes=())
+    table(run, f"variants, TFLOP/s, {results.meta['gpu']}", shown, sizes=("passes",))
