@@ -52,6 +52,9 @@ OUTER_LOOP = 96
 VECTOR = 24
 # A row or a column of a thread's part of a tile, where a loop loads its components: a pointer, and what is there.
 COMPONENT = 3
+# Where a loop over components leaves few registers: weights that are an operand of a matmul in a second layout, that of
+# a narrow piece of the values, for warps side by side. In copies of the weights.
+NARROW, NARROW_COPIES = 64, 3
 # Where operands pass through registers on their way to a warp's own matmul.
 OPERANDS = 60
 OPERANDS_A_STAGE = 10
@@ -102,6 +105,9 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     wanted += DISTANCES[kernel] * problem.costs.distances
     if problem.costs.similarity.looped:
         wanted += COMPONENT * sum(thread_part(op, ks, tiles))
+        if kernel == "dkdv" and across > 1:
+            narrow = sum(width < NARROW for width in problem.v_chunks[1:])
+            wanted += NARROW_COPIES * narrow * across * pairs / threads
     if kernel == "dkdv" and problem.group > 1 and problem.costs.nested:
         wanted += OUTER_LOOP
     if op == "wgmma" and across > 1:

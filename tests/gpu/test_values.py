@@ -102,4 +102,7 @@ def test_memory_is_the_outputs_alone():
         before = torch.cuda.memory_allocated()
         out, lse = op(q, k, v, outputs=("out", "lse"))
         torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before == out.numel() * 2 + lse.numel() * 4
+    # Gluon's programs draw their blocks from a counter: 4 bytes, for which PyTorch's allocator takes its least block
+    (prepared,) = op.engine._prepared.values()
+    counter = 512 if prepared.schedule.forward.backend == "gluon" else 0
+    assert torch.cuda.max_memory_allocated() - before == out.numel() * 2 + lse.numel() * 4 + counter

@@ -206,14 +206,19 @@ def test_nothing_has_an_entry_for_each_component_of_each_pair():
 
 
 @pytest.mark.parametrize(
-    ("target", "name", "kernels"),
-    [("sm_80", "additive", ("dkdv",)), ("sm_90", "additive", KERNELS), ("gfx942", "l1_distance", ("dq",))],
+    ("target", "name", "dim", "kernels"),
+    [
+        ("sm_80", "additive", 64, ("dkdv",)),
+        ("sm_90", "additive", 64, KERNELS),
+        ("sm_90", "additive", 96, ("dkdv",)),
+        ("gfx942", "l1_distance", 64, ("dq",)),
+    ],
 )
-def test_the_first_choice_fits_and_keeps_its_registers(target, name, kernels):
+def test_the_first_choice_fits_and_keeps_its_registers(target, name, dim, kernels):
     device, plan = device_for(target), Plan(ac.variants.get(name).graph)
-    problem = problem_of(plan, sizes_of(8192, d_qk=64), "bf16", "ieee", {})
+    problem = problem_of(plan, sizes_of(8192, d_qk=dim), "bf16", "ieee", {})
     schedule = choose(problem, device)
-    module = load_source(render(plan, 64, 64, True), f"pairs_{target}")
+    module = load_source(render(plan, dim, dim, True), f"pairs_{target}")
     only = tuple(f"{kernel}_kernel" for kernel in kernels)
     compiled = cross_compile(module, plan.core, schedule, device, "bf16", only=only)
     for kernel in kernels:
