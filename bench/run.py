@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from attncc.runtime.processes import Done, side_by_side
 from bench.record import RESULTS, Results, environment, slug
 from bench.timing import Budget
+
+#: processes that compile and check ahead of the timing, and the share of a run's seconds that they may take
+WORKERS, AHEAD_SHARE = 14, 0.6
+
+
+class NotReadyError(Exception):
+    """A case that failed, or was not finished, ahead of the timing."""
 
 
 @dataclass
@@ -37,6 +45,18 @@ class Run:
     def take(self, items: list[Any], quick: int) -> list[Any]:
         """`items`, or the first `quick` of them in a quick run."""
         return items[:quick] if self.quick else items
+
+    def ahead(self, function: Callable[[Any], Any], arguments: Sequence[Any]) -> list[Done]:
+        """`function` of each argument, side by side in processes of their own: it compiles and checks what this process
+        then times alone, with every kernel in the caches on disk."""
+        left = self.budget.seconds - self.budget.elapsed()
+
+        def told(at: int, done: Done) -> None:
+            if done.error is not None:
+                what = f"{arguments[at]}: {done.error}\n{done.trace}"
+                self.console.print(what, style="red", markup=False, highlight=False)
+
+        return side_by_side(function, arguments, workers=WORKERS, seconds=AHEAD_SHARE * left, finished=told)
 
     def out_of_time(self, results: Results, remaining: str) -> bool:
         """Whether the budget is spent; then the file says so, with what was left to do."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score, Similarity
@@ -45,6 +47,9 @@ def command(
         typer.Option(help="cpu is Triton's interpreter; default: the GPU, if there is one.", show_default=False),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The first of the shapes only.")] = False,
+    workers: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Processes, each with a SPEC at a time: compiling takes longest.")
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Run a spec's kernels and hold outputs and every gradient against the float64 reference; each case runs twice.
@@ -55,12 +60,11 @@ def command(
     Examples
       attncc verify alibi
       attncc verify spec.toml spec.py:mine --device cpu --dtype fp16
-      attncc verify --all
+      attncc verify --all --jobs 8
     """
     import torch
 
     from attncc import variants
-    from attncc.runtime.verify import shapes_for, verify_variant
 
     where = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype.value if dtype else "fp32" if where == "cpu" else "bf16"
@@ -70,18 +74,40 @@ def command(
         raise UnsupportedError(
             "Triton's interpreter multiplies bf16 matrices wrongly", remedy="use --dtype fp32 or fp16, or a GPU"
         )
-    chosen: list[Variant] = [named(spec) for spec in specs or ()]
-    if all_:
-        chosen += [variants.get(name) for name in (*variants.names(), *variants.recurrences())]
-    if not chosen or score or mask or normalizer:
-        chosen.append(resolve(None, similarity, score, mask, normalizer))
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
-    shapes = shapes_for(where)[: 1 if quick else None]
+    wanted = [*(specs or ()), *((*variants.names(), *variants.recurrences()) if all_ else ())]
+    chosen: list[Variant] = [named(spec) for spec in wanted]
+    inline = None
+    if not chosen or score or mask or normalizer or similarity:
+        inline = resolve(None, similarity, score, mask, normalizer)
+    cases = [Case(spec, where, kind, quick) for spec in wanted]
     results: dict[str, list[Row]] = {}
-    for variant in chosen:
+    failures: dict[str, str] = {}
+
+    def told(what: str) -> None:
         if not json:
-            err.print(f"{variant.name}: {len(shapes)} shapes, {kind} on {where} ...", style="dim")
-        results[variant.name] = verify_variant(variant, where, torch_dtype, shapes)
+            err.print(what, style="dim")
+
+    if workers > 1 and len(cases) > 1:
+        from attncc.runtime.processes import Done, side_by_side
+
+        def finished(at: int, done: Done) -> None:
+            wrong = [f"{row.check.name} at {row.shape}" for row in done.value or () if not row.ok]
+            verdict = done.error or ", ".join(wrong) or "right"
+            told(f"{chosen[at].name}: {escape(verdict)}")
+
+        all_done = side_by_side(verified, cases, workers=workers, finished=finished)
+        for variant, done in zip(chosen, all_done, strict=True):
+            if done.error is None:
+                results[variant.name] = done.value
+            else:
+                failures[variant.name] = done.error
+    else:
+        for variant in chosen:
+            told(f"{variant.name}: {kind} on {where} ...")
+            results[variant.name] = _rows(variant, where, kind, quick)
+    if inline is not None:
+        told(f"{inline.name}: {kind} on {where} ...")
+        results[inline.name] = _rows(inline, where, kind, quick)
     if json:
         print_json([_plain(name, row) for name, rows in results.items() for row in rows])
     else:
@@ -89,8 +115,34 @@ def command(
         wrong = sum(not row.ok for rows in results.values() for row in rows)
         checks = sum(len(rows) for rows in results.values())
         out.print(f"{checks - wrong} of {checks} results are right", style="bold red" if wrong else "bold green")
-    if not all(row.ok for rows in results.values() for row in rows):
+    for name, failure in failures.items():
+        err.print(f"{name}: no results: {escape(failure)}", style="bold red")
+    if failures or not all(row.ok for rows in results.values() for row in rows):
         raise typer.Exit(FAILED)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process verifies: a SPEC, by its name, on a device, in a dtype; `quick`: at the first shape only."""
+
+    spec: str
+    device: str
+    dtype: str
+    quick: bool
+
+
+def verified(case: Case) -> list[Row]:
+    """The results of a case."""
+    return _rows(named(case.spec), case.device, case.dtype, case.quick)
+
+
+def _rows(variant: Variant, device: str, dtype: str, quick: bool) -> list[Row]:
+    import torch
+
+    from attncc.runtime.verify import shapes_for, verify_variant
+
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    return verify_variant(variant, device, kind, shapes_for(device)[: 1 if quick else None])
 
 
 def _plain(name: str, row: Row) -> dict[str, Any]:

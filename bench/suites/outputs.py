@@ -10,17 +10,14 @@ import torch
 
 import attncc as ac
 from attncc.runtime.verify import check, eager
-from bench.ahead import NotReadyError, ahead
 from bench.case import Shape
 from bench.check import CheckFailedError
-from bench.run import Run
+from bench.run import NotReadyError, Run
 from bench.timing import race
 
 SHAPES = (Shape(b=4, h=16, m=4096, d=128), Shape(b=2, h=16, m=8192, d=128))
 #: the length at which results are held against the reference
 SHORT = 1024
-#: of a run's seconds, those that compiling and checking may take
-AHEAD_SHARE = 0.6
 OUTPUTS: dict[str, Any] = {
     "received": ac.outputs.received,
     "recent": ac.outputs.column_mean(-32),
@@ -62,7 +59,7 @@ def suite(run: Run) -> None:
     results = run.results("outputs")
     op = watched()
     names = run.take(list(OUTPUTS), quick=2)
-    ready = dict(zip(names, ahead(prepared, names, seconds=AHEAD_SHARE * run.budget.seconds), strict=True))
+    ready = dict(zip(names, run.ahead(prepared, names), strict=True))
     lines = []
     for shape in run.take(list(SHAPES), quick=1):
         q, k, v = (x.detach() for x in shape.tensors())

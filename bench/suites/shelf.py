@@ -18,7 +18,6 @@ import torch
 import attncc as ac
 from attncc.runtime.verify import check, eager
 from bench import area, plain
-from bench.ahead import NotReadyError, ahead
 from bench.case import Case, Shape, Tensors
 from bench.check import CheckFailedError, against_reference, relative_rms, require
 from bench.compare import MODES, Builder, compare, figures, table
@@ -26,14 +25,12 @@ from bench.dense_cases import CAUSAL, FULL
 from bench.ours import schedule_of, tile, tilings
 from bench.peers import Attend, flex, sdpa
 from bench.record import Results
-from bench.run import Run
+from bench.run import NotReadyError, Run
 from bench.suites import variants
 from bench.suites.decode import copy_rate
 from bench.suites.memory import peak
 from bench.timing import race
 
-#: of a run's seconds, those that compiling and checking may take
-AHEAD_SHARE = 0.6
 #: where all heads are held against the reference: several float64 maps of a head must fit, many times side by side
 CHECKED = 4096
 #: heads of the peer in plain PyTorch, of one sequence
@@ -220,7 +217,7 @@ def suite(run: Run) -> None:
     names = run.take(list(ENTRIES), quick=1)
     caches = run.take(list(CACHES), quick=1)
     pieces = [*(("trained", name) for name in names), *(("decoded", cache) for cache in caches)]
-    ready = ahead(work, pieces, seconds=AHEAD_SHARE * run.budget.seconds)
+    ready = run.ahead(work, pieces)
     results.note("seconds ahead", round(run.budget.elapsed()))
     results.note("copy_tbps", copy_rate())
     shown, lines = [], []

@@ -16,12 +16,11 @@ import torch
 import attncc as ac
 from attncc.passes.running import running_sums
 from bench import area
-from bench.ahead import NotReadyError, ahead
 from bench.case import Case, Shape, Tensors
 from bench.check import SHORT, against_reference
 from bench.compare import compare, table
 from bench.dense_cases import CAUSAL, DOCUMENT
-from bench.run import Run
+from bench.run import NotReadyError, Run
 
 SHAPE = Shape(b=4, h=16, m=4096, d=128)
 PREFIX = 1024
@@ -31,8 +30,6 @@ FREE = 32
 OURS = replace(CAUSAL, name="our causal")
 #: those that the suite `linear` times
 IN_LINEAR_TIME = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla", "rwkv6")
-#: of a run's seconds, those that compiling and checking may take
-AHEAD_SHARE = 0.6
 
 #: the mask area of the variants that have it in closed form; that of others is counted
 AREAS: dict[str, Callable[[int, int], int]] = {
@@ -118,7 +115,7 @@ def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("variants")
     names = [OURS.name, *run.take([n for n in ac.variants.names() if n not in IN_LINEAR_TIME], quick=3)]
-    ready = dict(zip(names, ahead(prepared, names, seconds=AHEAD_SHARE * run.budget.seconds), strict=True))
+    ready = dict(zip(names, run.ahead(prepared, names), strict=True))
     results.note("seconds ahead", round(run.budget.elapsed()))
     causal: dict[str, dict[str, Any]] = {}
     shown = []

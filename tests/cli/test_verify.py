@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -41,6 +42,27 @@ def test_a_wrong_result_is_marked_and_fails(attncc, verified):
     assert "1 of 2 results are right" in result.stdout
     rows = json.loads(attncc("verify", "sink", "--device", "cpu", "--json").stdout)
     assert rows[0]["max_error"] is None
+
+
+def test_several_processes_find_what_one_finds(attncc):
+    words = ("verify", "causal", "relu", "--device", "cpu", "--quick", "--json")
+    alone, beside = attncc(*words), attncc(*words, "--jobs", "2")
+    assert alone.exit_code == beside.exit_code == 0
+    assert json.loads(alone.stdout) == json.loads(beside.stdout)
+
+
+def test_a_process_that_ends_costs_its_spec_alone(attncc, tmp_path, monkeypatch):
+    spec = tmp_path / "ends.py"
+    spec.write_text(
+        "import os\nimport attncc as ac\n"
+        "if os.getpid() != int(os.environ['ASKED']):\n    os._exit(1)\n"
+        "ends = ac.Variant(name='ends')\n"
+    )
+    monkeypatch.setenv("ASKED", str(os.getpid()))
+    result = attncc("verify", f"{spec}:ends", "relu", "--device", "cpu", "--quick", "--jobs", "2")
+    assert result.exit_code == 1
+    assert "relu" in result.stdout
+    assert "ends: no results: its process ended" in result.stderr
 
 
 def test_all_means_all(attncc, verified):
