@@ -131,6 +131,7 @@ def command(
         f"{graph.name} for {device.title} ({device.target}), {dtype}, head dimensions {sizes['d_qk']}/{sizes['d_v']}"
     )
     out.print(_table(kernels, chosen))
+    _warn(kernels)
     if spelled.outputs:
         names = ", ".join(o.name for o in spelled.outputs)
         err.print(f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)")
@@ -175,6 +176,7 @@ def _recurrence(
     dims = f"{sizes['d_qk']}/{sizes['d_v']}"
     out.print(f"{graph.name} for {device.title} ({device.target}), {dtype}, head dimensions {dims}")
     out.print(_table(kernels, tiles))
+    _warn(kernels)
     for path in written:
         out.print(f"wrote {path}")
     if written and emit is Emit.triton:
@@ -197,7 +199,23 @@ def _write(emit: Emit, output: Path | None, source: str, kernels: dict[str, Comp
 
 
 def _usage(kernel: CompiledKernel) -> dict[str, Any]:
-    return {"registers": kernel.registers, "spill_bytes": kernel.spills, "shared_bytes": kernel.shared}
+    faults = [str(fault) for fault in kernel.faults]
+    return {
+        "registers": kernel.registers,
+        "spill_bytes": kernel.spills,
+        "shared_bytes": kernel.shared,
+        "faults": faults,
+    }
+
+
+def _warn(kernels: dict[str, CompiledKernel]) -> None:
+    """Say which kernels the assembler made wrong, and what helps."""
+    wrong = [name for name, kernel in kernels.items() if kernel.faults]
+    for name in wrong:
+        first, *more = kernels[name].faults
+        err.print(f"[red]{name} is wrong machine code[/]: {first}{f', and {len(more)} more' if more else ''}")
+    if wrong:
+        err.print("a fault of the assembler: TRITON_PTXAS_PATH may name the ptxas of a CUDA toolkit from 12.9 on")
 
 
 def _table(kernels: dict[str, CompiledKernel], chosen: dict[str, str]) -> Table:

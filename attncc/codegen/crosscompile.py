@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attncc.codegen.launch import launch_meta
+from attncc.codegen.wgmma import Fault, wgmma_faults
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.schedule import hopper
@@ -42,6 +44,11 @@ class CompiledKernel:
     ptx: str
     binary: bytes
     kind: str  # "ptx" and cubin, or "amdgcn" and hsaco
+
+    @cached_property
+    def faults(self) -> tuple[Fault, ...]:
+        """What the assembler made wrong of the tensor cores' operands."""
+        return wgmma_faults(self.binary) if "wgmma.mma_async" in self.ptx else ()
 
 
 def gpu_target(device: Device) -> GPUTarget:

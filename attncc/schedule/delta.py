@@ -39,10 +39,9 @@ def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None)
             chunk //= 2
     if chunk not in CHUNKS:
         raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, CHUNKS))}")
-    warps = _warps(sizes.dtype, device)
     columns = _columns(sizes.dtype, sizes.d_v)
     kernels = {"step": linear_schedule(sizes, device, chunk).kernels["step"]}
-    kernels["prepare"] = {"CHUNK": chunk, "BLOCK": max(16, columns // 2), "num_warps": warps, "num_stages": 1}
+    kernels["prepare"] = _prepared(sizes, chunk, device)
     kernels["carry"] = _carried(sizes, chunk, device, 1)
     kernels["carry_back"] = _carried(sizes, chunk, device, 2)
     wide = _warps(sizes.dtype, device, wide=True)
@@ -62,6 +61,17 @@ def _warps(dtype: Dtype, device: Device, wide: bool = False) -> int:
     if device.is_interpreter:
         return 4
     return (256 if wide or dtype == "fp32" else 128) // device.warp_size
+
+
+def _prepared(sizes: LinearSizes, chunk: int, device: Device) -> dict[str, int]:
+    """How a chunk's equations are solved: columns that are multiplied at once, and warps.
+
+    At 64 tokens and 16 bits they are multiplied by wgmma. One whose right operand has fewer columns than 64 is what the
+    assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`), and four warps spill.
+    """
+    wide = chunk == 64 and sizes.dtype != "fp32"
+    block = COLUMNS if wide else max(16, _columns(sizes.dtype, sizes.d_v) // 2)
+    return {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device, wide=wide), "num_stages": 1}
 
 
 def _shared(sizes: LinearSizes, chunk: int) -> int:

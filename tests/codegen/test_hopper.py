@@ -117,6 +117,7 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     kernels = backward_compiled(name, tiling, *dims, dtype, group)
     kernel = kernels["dkdv_kernel"]
     assert [k.spills for k in kernels.values()] == [0, 0, 0]
+    assert not kernel.faults
     counted = hopper.shared_memory("dkdv", tiling, sized)
     assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
     assert "cp.reduce.async.bulk.tensor" in kernel.ptx

@@ -69,6 +69,7 @@ def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
         fact, tiling = compiled[f"{kernel}_kernel"], schedule.of(kernel)
         assert fact.shared <= shared_memory(kernel, tiling, problem, device) <= device.smem_per_block
         assert 0 < fact.registers <= device.regs_per_thread_max
+        assert not fact.faults
         allowed = SPILLS_ALLOWED.get((target, dim, kernel), 0)
         assert fact.spills <= allowed, f"{kernel} {tiling} spills {fact.spills} bytes a thread"
         assert fact.binary.startswith(b"\x7fELF")

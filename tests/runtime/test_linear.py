@@ -392,6 +392,7 @@ def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
             model = shared_bytes(dim, meta["BLOCK"], meta["CHUNK"], sizes, meta["num_stages"])
             assert kernel.shared <= model <= device.smem_per_block, kernel
         assert kernel.spills <= (16 if target == "sm_90" else 256), kernel
+        assert not kernel.faults
 
 
 def test_the_model_crosses_over_once():

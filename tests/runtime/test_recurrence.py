@@ -347,3 +347,4 @@ def test_every_kernel_compiles_for_a_gpu(target):
     for kernel in found.values():
         assert kernel.shared <= device.smem_per_block
         assert kernel.spills == 0 or target != "sm_90"
+        assert not kernel.faults

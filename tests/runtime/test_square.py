@@ -186,6 +186,7 @@ def test_every_kernel_compiles_and_fits(target, dim, dtype):
     for kernel in found.values():
         assert kernel.shared <= device.smem_per_block
         assert kernel.spills <= 256, kernel
+        assert not kernel.faults
 
 
 @pytest.mark.parametrize("dim", [16, 32, 64])

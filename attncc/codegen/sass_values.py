@@ -1,0 +1,176 @@
+"""What the registers of a kernel's machine code hold before each instruction, as far as it is known without running it.
+
+Numbers are followed through moves, additions, logic and spills, on all ways. A value that is not known is named by
+where it was made, so that a swap by three exclusive ors is one; in a loop the name stands for that of any turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from attncc.codegen.sass import Instruction, span
+
+_MASK = 0xFFFFFFFF
+#: the table of an exclusive or, in LOP3
+_XOR = 0x3C
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Value:
+    """The exclusive or of numbers that are not known, by where they were made, and of bits."""
+
+    unknown: frozenset[str]
+    bits: int
+
+
+ZERO = Value(frozenset(), 0)
+#: what is known of registers and spilled values; one that is not in it may hold anything
+Known = dict[str, Value]
+
+
+def known_before(code: list[Instruction]) -> dict[int, Known]:
+    """By its place, what is known before each instruction that is reached."""
+    return states_before(code, {}, _learn, _agree)
+
+
+def states_before(
+    code: list[Instruction],
+    start: State,
+    step: Callable[[int, Instruction, State], State],
+    join: Callable[[State, State], State],
+) -> dict[int, State]:
+    """What holds before each instruction that is reached, on all ways to it."""
+    states = {0: start}
+    todo = [0]
+    while todo:
+        i = todo.pop()
+        after = step(i, code[i], states[i])
+        for to in code[i].next:
+            merged = join(states[to], after) if to in states else after
+            if to not in states or states[to] != merged:
+                states[to] = merged
+                todo.append(to)
+    return states
+
+
+def _agree(a: Known, b: Known) -> Known:
+    return {name: value for name, value in a.items() if b.get(name) == value}
+
+
+def _learn(i: int, x: Instruction, known: Known) -> Known:
+    if x.name.startswith("CALL"):
+        return {}
+    after = dict(known)
+    if x.name.startswith("STL") and not x.guard:
+        # what is spilled, by where it is
+        for k, name in enumerate(span(x.operands[1], x.size)):
+            _set(after, f"{x.operands[0]}+{k}", _value(name, known))
+        return after
+    result = _result(x, known)
+    for k, name in enumerate((*x.writes, *_carries(x))):
+        value = result.get(name, Value(frozenset({f"{i}.{k}"}), 0))
+        _set(after, name, value if not x.guard or known.get(name) == value else None)
+    return after
+
+
+def _set(known: Known, name: str, value: Value | None) -> None:
+    if value is None:
+        known.pop(name, None)
+    else:
+        known[name] = value
+
+
+def _carries(x: Instruction) -> tuple[str, ...]:
+    """The predicates that an addition writes."""
+    return tuple(p for p in x.operands[1:3] if re.match(r"U?P\d$", p)) if "IADD3" in x.name else ()
+
+
+def _result(x: Instruction, known: Known) -> Known:
+    """What it writes, as far as that is known."""
+    name, values, to = x.name, x.values, x.writes[:1]
+    inputs = [_value(v, known) for v in values[1:]]
+    found: Known = {}
+    if not to:
+        return found
+    if name.startswith("CS2R") and values[1] == "SRZ":
+        found = dict.fromkeys(x.writes, ZERO)
+    elif name.startswith("LDL"):
+        found = {r: known[f"{values[1]}+{k}"] for k, r in enumerate(x.writes) if f"{values[1]}+{k}" in known}
+    elif name in ("MOV", "UMOV", "R2UR") and inputs[0] is not None:
+        found = {to[0]: inputs[0]}
+    elif name in ("IMAD.MOV.U32", "IMAD.U32") and values[1:3] == ("RZ", "RZ") and inputs[2] is not None:
+        found = {to[0]: inputs[2]}
+    elif name.endswith("IADD3.64"):
+        found = _added_pairs(x, known)
+    elif name.removesuffix(".X") in ("IADD3", "UIADD3", "VIADD"):
+        found = _added(x, inputs, known)
+    elif name == "IMAD.X" and values[1:3] == ("RZ", "RZ"):
+        found = _added(x, inputs[2:], known)
+    elif name.endswith("LOP3.LUT"):
+        found = _looked_up(to[0], int(values[4], 16), inputs[:3])
+    return found
+
+
+def _value(text: str, known: Known) -> Value | None:
+    """A number, a zero, or what a register holds."""
+    negative = text.startswith("-")
+    text = text.removeprefix("-")
+    if text in ("RZ", "URZ"):
+        return ZERO
+    if re.match(r"(0x[0-9a-f]+|\d+)$", text):
+        return Value(frozenset(), (-int(text, 0) if negative else int(text, 0)) & _MASK)
+    held = known.get(text)
+    if held is None or not negative:
+        return held
+    return None if held.unknown else Value(frozenset(), -held.bits & _MASK)
+
+
+def _added(x: Instruction, inputs: list[Value | None], known: Known) -> Known:
+    """A sum. Its carry, where it is not known: an address never leaves its 14 bits, so none but by a step back."""
+    carry = ZERO
+    if x.name.endswith(".X"):
+        carry = known.get([p for p in x.operands if re.match(r"U?P\d$", p)][-1], ZERO)
+    numbers = [v for v in inputs if v is not None and not v.unknown]
+    if len(numbers) < len(inputs):
+        others = [v for v in inputs if v is None or v.unknown]
+        back = any(v.bits >> 31 for v in numbers)
+        found = dict.fromkeys(_carries(x), Value(frozenset(), int(back)))
+        if len(others) == 1 and others[0] is not None and not any(v.bits for v in numbers) and carry == ZERO:
+            found[x.writes[0]] = others[0]
+        return found
+    total = sum(v.bits for v in numbers) + carry.bits
+    return {
+        x.writes[0]: Value(frozenset(), total & _MASK),
+        **dict.fromkeys(_carries(x), Value(frozenset(), total >> 32 & 1)),
+    }
+
+
+def _added_pairs(x: Instruction, known: Known) -> Known:
+    """The upper half of a sum of 64 bits; of the lower, an address, nothing is carried."""
+    upper = []
+    for text in x.values[1:]:
+        register = re.match(r"(U?R)(\d+)$", text)
+        upper.append(known.get(f"{register[1]}{int(register[2]) + 1}") if register else ZERO)
+    if any(v is None or v.unknown for v in upper):
+        return {}
+    return {x.writes[1]: Value(frozenset(), sum(v.bits for v in upper if v is not None) & _MASK)}
+
+
+def _looked_up(to: str, table: int, inputs: list[Value | None]) -> Known:
+    """LOP3: a function of three bits, by its table; an exclusive or is one of unknown values too."""
+    if None in inputs:
+        return {}
+    a, b, c = (v for v in inputs if v is not None)
+    if table == _XOR and c == ZERO:
+        return {to: Value(a.unknown ^ b.unknown, a.bits ^ b.bits)}
+    if a.unknown or b.unknown or c.unknown:
+        return {}
+    found = 0
+    for i in range(8):
+        if table >> i & 1:
+            found |= (a.bits if i & 4 else ~a.bits) & (b.bits if i & 2 else ~b.bits) & (c.bits if i & 1 else ~c.bits)
+    return {to: Value(frozenset(), found & _MASK)}

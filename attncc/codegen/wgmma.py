@@ -1,0 +1,108 @@
+"""Faults in the machine code of kernels for sm_90, whose tensor cores read shared memory through descriptors.
+
+Two faults of ptxas, the assembler, are looked for. Both leave the PTX right and the results wrong.
+
+*A descriptor's upper half.* A wgmma reads an operand in shared memory by a descriptor of 64 bits: its lower half is an
+address, its upper half the swizzle and the stride, constants (PTX ISA, "matrix descriptor format"). The ptxas of CUDA
+12.8 adds the steps along an operand in two halves, and where the address was extended from 32 bits with zeros it may
+take the address in place of the zeros:
+
+    UIADD3   UR4, UP0, UR5, 0x40, URZ
+    UIADD3.X UR5, UR5, -0x7fffffe0, URZ, UP0
+
+All steps but the first are then read elsewhere, or beyond all memory. Those of CUDA 12.9 and later make a zero of
+their own. It was found in delta_net at chunks of 64 tokens, which were wrong on an H100; flash-linear-attention's pull
+request 1262 tells of wrong addresses by the same release. Here: the upper half of a descriptor must be a constant.
+
+*A register in flight.* A wgmma is asynchronous until a wait covers its group. The ptxas of CUDA 12.9 may give an
+operand's registers to others before (fixed in CUDA 13.3, see its release notes; Triton's pull request 11781). Here:
+until the wait nobody writes the registers of an operand, nor reads or writes those of a sum, but the next wgmma of the
+same sum.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from attncc.codegen.sass import Instruction, disassemble
+from attncc.codegen.sass_values import Known, Value, known_before, states_before
+
+_ANY = Value(frozenset({"any"}), 0)
+#: groups in flight that are told apart
+_GROUPS = 8
+#: by the place of a wgmma in flight: the groups that were closed since it began, its own among them
+Flying = dict[int, int]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with an instruction."""
+
+    instruction: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.instruction}: {self.what}"
+
+
+def wgmma_faults(binary: bytes) -> tuple[Fault, ...]:
+    """The faults of a cubin for sm_90; () for one without wgmma."""
+    return faults_of(disassemble(binary))
+
+
+def faults_of(code: list[Instruction]) -> tuple[Fault, ...]:
+    """The faults of a kernel's instructions, in their order."""
+    if not any(x.is_wgmma for x in code):
+        return ()
+    known = known_before(code)
+    nothing: Flying = {}
+    flying = states_before(code, nothing, _fly, _soonest)
+    found: list[Fault] = []
+    for i, x in enumerate(code):
+        if i in known and x.is_wgmma:
+            found += [Fault(str(x), what) for what in _descriptors(x, known[i])]
+        if flying.get(i):
+            found += [Fault(str(x), what) for what in _clashes(code, x, flying[i])]
+    return tuple(found)
+
+
+def _descriptors(x: Instruction, known: Known) -> list[str]:
+    """The upper halves of its descriptors that are no constants: of its right operand, and of a left one in memory."""
+    gdesc = next(re.match(r"gdesc\[UR(\d+)\]", v) for v in x.operands if v.startswith("gdesc"))
+    assert gdesc is not None
+    first = int(gdesc[1])
+    halves = {"right": first + 3} if x.operands[1].startswith("R") else {"left": first + 1, "right": first + 3}
+    return [
+        f"the swizzle and stride of its {side} operand, in UR{register}, are no constant"
+        for side, register in halves.items()
+        if known.get(f"UR{register}", _ANY).unknown
+    ]
+
+
+def _soonest(a: Flying, b: Flying) -> Flying:
+    return {i: min(a.get(i, _GROUPS), b.get(i, _GROUPS)) for i in a.keys() | b.keys()}
+
+
+def _fly(i: int, x: Instruction, flying: Flying) -> Flying:
+    if x.is_wgmma:
+        closes = any(v.startswith("gsb") for v in x.operands)
+        return {k: min(n + closes, _GROUPS) for k, n in {**flying, i: 0}.items()}
+    if x.name.startswith("WARPGROUP.DEPBAR"):
+        left = int(x.operands[-1], 16)
+        return {k: n for k, n in flying.items() if n <= left}
+    return flying
+
+
+def _clashes(code: list[Instruction], x: Instruction, flying: Flying) -> list[str]:
+    """What of wgmmas in flight the instruction touches."""
+    writes, reads = set(x.writes), set(x.reads)
+    found = []
+    for i in flying:
+        other = code[i]
+        sums, operands = set(other.writes), set(other.reads)
+        if writes & operands:
+            found.append(f"writes an operand of the wgmma at {other.address:#06x}, which is in flight")
+        if (reads | (writes if not (x.is_wgmma and writes == sums) else set())) & sums:
+            found.append(f"touches the sum of the wgmma at {other.address:#06x}, which is in flight")
+    return found

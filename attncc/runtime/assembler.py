@@ -1,0 +1,44 @@
+"""Machine code for sm_90 is looked through before it is launched; what one assembler made wrong, another makes again.
+
+The triton package has two: of 3.6 and 3.7 the one for sm_90 is that of CUDA 12.8, which makes some operands of the
+tensor cores wrong (`codegen.wgmma`), the one for sm_100 that of CUDA 12.9 or later, which does not.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import triton
+
+from attncc.codegen.wgmma import wgmma_faults
+
+
+def sound(name: str, ptx: str, image: bytes) -> bytes:
+    """The cubin of a kernel for sm_90, or another of the same PTX where that one has a fault. Warns if both have."""
+    if "wgmma.mma_async" not in ptx:
+        return image
+    faults = wgmma_faults(image)
+    if not faults:
+        return image
+    other = assembled(ptx, triton.knobs.nvidia.ptxas_blackwell.path)
+    if wgmma_faults(other):
+        warnings.warn(
+            f"{name} may be wrong: its machine code has {faults[0]}. TRITON_PTXAS_PATH may name another assembler.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return image
+    return other
+
+
+def assembled(ptx: str, tool: str) -> bytes:
+    """PTX for sm_90 to a cubin, with what Triton itself asks of its assembler."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, image = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [tool, "-lineinfo", "--gpu-name=sm_90a", str(source), "-o", str(image)]
+        subprocess.run(command, check=True, capture_output=True)
+        return image.read_bytes()
