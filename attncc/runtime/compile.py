@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import get_args
 
-from attncc.errors import InputError, UnsupportedError
+from attncc.errors import InputError, SpecError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
@@ -45,6 +45,11 @@ def compile(
     if isinstance(variant, str | Path):
         variant = _named(variant)
     graph = variant.graph if isinstance(variant, Variant) else variant
+    if not isinstance(graph, VariantGraph):
+        raise SpecError(
+            f"compile takes a Variant, the name of one that ships, or a TOML file, and got {type(variant).__name__}",
+            remedy="write ac.Variant(score=...), or ac.from_flex(score_mod=...) for a function of FlexAttention's",
+        )
     if graph.recurrent:
         if schedule is not None or backend == "gluon":
             given = "a schedule" if schedule is not None else "backend='gluon'"

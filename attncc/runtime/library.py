@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attncc.runtime.engine import Engine, Route
+from attncc.runtime.first_order import first_order
 from attncc.runtime.shapes import Bound, bind
 
 _engines: dict[str, Engine] = {}
@@ -183,7 +184,7 @@ class EagerAttention(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Gradients by the derived backward."""
         call: EagerCall = ctx.call

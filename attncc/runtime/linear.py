@@ -19,7 +19,7 @@ from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast
-from attncc.runtime.shapes import bind, output_names
+from attncc.runtime.shapes import bind, check_dimensions, output_names
 from attncc.runtime.square import SquareCall
 from attncc.runtime.square_engine import SquareEngine
 from attncc.schedule.device import device_of
@@ -97,8 +97,8 @@ class LinearOp:
         quadratic plan. Raises InputError where tensors do not match, UnsupportedError where the
         plan cannot do what the call asks.
         """
-        if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
-            q, k, v = autocast(q, k, v)
+        check_dimensions(q, k, v)
+        q, k, v = autocast(q, k, v)
         names = output_names(outputs, self.graph)
         stateful = initial_state is not None or output_final_state
         needs_linear = stateful or cu_seqlens is not None or bool(position)
@@ -207,9 +207,9 @@ class LinearOp:
         """Why a call has no plan but the quadratic one, if that is so."""
         if names != ("out",):
             return f"the output '{next(n for n in names if n != 'out')}' is one of pairs, which a state does not keep"
-        if v.dim() == 4 and k.dim() == 4 and v.shape[1] != k.shape[1]:
+        if v.shape[1] != k.shape[1]:
             return f"{k.shape[1]} heads of k meet {v.shape[1]} of v"
-        if self.linear.causal and q.dim() == 4 and k.dim() == 4 and q.shape[2] != k.shape[2]:
+        if self.linear.causal and q.shape[2] != k.shape[2]:
             return f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens"
         if self._square is not None and max(q.shape[-1], v.shape[-1]) > LARGEST:
             return f"a state of degree 2 for heads larger than {LARGEST} is too large"

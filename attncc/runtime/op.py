@@ -96,8 +96,7 @@ class AttentionOp:
         """
         if v is None or self.graph.value is not None:
             v = value_of(self.graph, k, v).detach()  # its gradient is part of that of k
-        if torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
-            q, k, v = autocast(q, k, v)
+        q, k, v = autocast(q, k, v)
         inputs = self.kernel_inputs(q, k, scale, inputs)
         traced = _is_traced(q, k, v)
         graph = self.engine.graph
@@ -252,7 +251,12 @@ def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]) 
     return any(isinstance(x, Tensor) and x.requires_grad for x in inputs.values())
 
 
-def autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that PyTorch's own attention casts them to under autocast."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+    """The tensors in the dtype that PyTorch's own attention casts them to under autocast; elsewhere as they are."""
+    try:
+        if not torch.is_autocast_enabled("cuda" if q.is_cuda else q.device.type):
+            return q, k, v
+    except (AttributeError, RuntimeError):
+        return q, k, v  # no tensor, or on a device that has no autocast: what checks the call says so
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, k, v)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attncc.ir.outputs import Output
 from attncc.passes.outputs import named
+from attncc.runtime.first_order import first_order
 from attncc.runtime.library import _like as like
 from attncc.runtime.outputs import OutputsEngine
 from attncc.runtime.shapes import Bound, bind
@@ -194,7 +195,7 @@ class EagerOutputs(torch.autograd.Function):
         return (*results, *outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Gradients by the derived backward."""
         engine: OutputsEngine = ctx.engine

@@ -62,7 +62,7 @@ class RecurrenceOp(LinearOp):
                 refusal, remedy="a recurrence has q, k and v of the same tokens, and the output 'out'"
             )
         if plan == "auto":
-            return "recurrent" if q.dim() == 4 and q.shape[2] <= STEPS else "chunk"
+            return "recurrent" if q.shape[2] <= STEPS else "chunk"
         return plan
 
     def explain(self, *args: Any, **options: Any) -> str:

@@ -29,6 +29,15 @@ REFERENCE_DTYPES = KERNEL_DTYPES | {torch.float64}
 #: what a call may ask for, besides the variant's auxiliary outputs
 OUTPUTS = ("out", "lse")
 _INT_DTYPES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
+#: what a call takes besides inputs, and what people look for there, though it belongs in a spec
+_OPTIONS = ("scale", "outputs")
+_ELSEWHERE = {
+    **{stage: f"it is a stage of the variant: ac.Variant({stage}=...)" for stage in ("score", "mask", "normalizer")},
+    **dict.fromkeys(("score_mod", "mask_mod", "block_mask"), "ac.from_flex(score_mod, mask_mod) makes a variant of it"),
+    "attn_mask": "a mask is a formula of the variant; a dense one is an input: ac.compile('dense_bias')",
+    "is_causal": "it is the mask of the variant: ac.Variant(mask=ac.causal)",
+    "enable_gqa": "fewer heads of k and v than of q need no word",
+}
 _DIMENSIONS = {
     "q": "(batch, heads, queries, head dim)",
     "k": "(batch, key/value heads, keys, head dim)",
@@ -121,6 +130,12 @@ def bind(
     if not inputs and not graph.inputs and not graph.scalars:
         return Bound(sizes, scale, {}, {})
     return Bound(sizes, scale, *_bind_inputs(graph, inputs, sizes, device, dtypes))
+
+
+def check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What `bind` asks first, for those who look at sizes before it: InputError unless all have 4 dimensions."""
+    if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
+        _fail_dimensions(q=q, k=k, v=v)
 
 
 def value_of(graph: VariantGraph, k: Tensor, v: Tensor | None) -> Tensor:
@@ -364,9 +379,10 @@ def _fail_vector(decl: InputDecl, value: Tensor, dim: int) -> NoReturn:
 def _fail_unknown(graph: VariantGraph, inputs: Mapping[str, Any]) -> NoReturn:
     known = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
     name = next(n for n in inputs if n not in known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, [*known, *_OPTIONS], n=1)
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
-    raise InputError(f"'{graph.name}' has no input '{name}'", remedy=f"did you mean '{near[0]}'?" if near else takes)
+    remedy = _ELSEWHERE.get(name) or (f"did you mean '{near[0]}'?" if near else takes)
+    raise InputError(f"'{graph.name}' has no input '{name}'", remedy=remedy)
 
 
 def _required(graph: VariantGraph) -> list[str]:

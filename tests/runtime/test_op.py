@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attncc as ac
 from attncc.codegen.crosscompile import cross_compile
-from attncc.errors import InputError, UnsupportedError
+from attncc.errors import InputError, SpecError, UnsupportedError
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.verify import verify_variant
 from attncc.schedule import KernelSchedule, Schedule, device_for
@@ -258,6 +258,32 @@ def test_findings_about_inputs_reach_the_caller():
         ac.compile("causal", backend="cuda")
 
 
+@pytest.mark.parametrize("name", ["causal", "retention", "delta_net"])
+def test_what_is_no_tensor_of_attention_is_said(name):
+    op = ac.compile(name)
+    q, k, v = tensors()
+    beta = {"beta": torch.rand(1, 2, 9)} if name == "delta_net" else {}
+    with pytest.raises(InputError, match="q is of type ndarray, not a tensor"):
+        op(q.numpy(), k, v, **beta)
+    with pytest.raises(InputError, match="v is of type ndarray, not a tensor"):
+        op(q, k, v.numpy(), **beta)
+    with pytest.raises(InputError, match="q has shape .*, expected 4 dimensions"):
+        op(q[0], k, v, **beta)
+
+
+def test_an_option_that_is_none_of_a_call_is_sent_where_it_belongs():
+    q, k, v = tensors()
+    op = ac.compile("causal")
+    with pytest.raises(InputError, match="did you mean 'outputs'"):
+        op(q, k, v, output="lse")
+    with pytest.raises(InputError, match=r"ac\.Variant\(mask=ac\.causal\)"):
+        op(q, k, v, is_causal=True)
+    with pytest.raises(UnsupportedError, match="device 'meta'"):
+        op(*(x.to("meta") for x in (q, k, v)))
+    with pytest.raises(SpecError, match="compile takes a Variant(.|\n)*ac.from_flex"):
+        ac.compile(lambda score: score)
+
+
 def test_a_normalizer_that_does_not_stream_is_refused_before_the_first_call():
     with pytest.raises(UnsupportedError, match="is not the weight times a factor"):
         ac.compile(ac.Variant(reduction=lambda weight, v_vec, row: row.sum(weight**2 * v_vec)))
@@ -336,3 +362,15 @@ def test_the_gradient_of_a_slope_does_not_suffer_from_the_rounding_of_out(output
         lambda *a, **kw: ac.reference("alibi", *a, **kw), q.double(), k.double(), v.double(), dtype=torch.float64
     )
     assert float((got - exact).norm() / exact.norm()) < 2e-5
+
+
+@pytest.mark.parametrize("outputs", ["out", ("out", "entropy")])
+def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(outputs):
+    """The gradient that comes in is constant: what is differentiated twice is what the op has saved."""
+    op = ac.compile(ac.Variant(mask=ac.causal, outputs={"entropy": ac.outputs.entropy}))
+    q, k, v = (torch.randn(1, 1, 8, 16, requires_grad=True) for _ in range(3))
+    result = op(q, k, v, outputs=outputs)
+    loss = result.sum() if outputs == "out" else sum(x.sum() for x in result)
+    (dq,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        dq.square().sum().backward()

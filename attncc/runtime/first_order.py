@@ -1,0 +1,34 @@
+"""A backward that has no backward: gradients of gradients are refused, and never quietly left out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REFUSAL = (
+    b"attncc derives gradients, and no gradients of gradients: a loss that is made of a gradient "
+    b"(create_graph=True) cannot go back through this op. ac.reference(...) can, for small tensors"
+)
+
+
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The backward of an autograd.Function whose gradients raise a RuntimeError where somebody differentiates them.
+
+    PyTorch's `once_differentiable` refuses only where the incoming gradients are themselves to be differentiated. That
+    of `out.sum()` is a constant, but the gradients depend on q, k and v all the same.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # no create_graph
+            return found
+        refuse: Any = torch._C._functions.DelayedError(_REFUSAL, len(found))
+        return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+
+    return once
