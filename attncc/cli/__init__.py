@@ -55,7 +55,19 @@ def main(
     """What `attncc` alone does: show the help."""
 
 
-for _command in (list, show, check, explain, compile, verify, tune, bench, doctor):
+#: each in a line that the help of `attncc` has room for at 80 columns
+_COMMANDS = {
+    list: "The variants that ship, with their formulas.",
+    show: "A spec's formulas, and its mask as a picture.",
+    check: "What is wrong with a spec, or may go wrong.",
+    explain: "What is derived and why, and which tilings.",
+    compile: "Kernels for a GPU, which need not be here.",
+    verify: "Kernels against the float64 reference.",
+    tune: "Measure tilings on this GPU, keep the best.",
+    bench: "Time a spec on this machine's GPU.",
+    doctor: "What this machine can do.",
+}
+for _command, _line in _COMMANDS.items():
     _name = _command.__name__.rpartition(".")[2]
-    app.command(_name, help=help_text(_command.command))(_command.command)
-app.add_typer(cache.app, name="cache")
+    app.command(_name, help=help_text(_command.command), short_help=_line)(_command.command)
+app.add_typer(cache.app, name="cache", short_help="Tuned schedules and sources, kept on disk.")

@@ -95,7 +95,9 @@ def command(
     from attncc.schedule.choose import backend_of, choose
 
     if emit is not Emit.triton and output is None:
-        raise InputError(f"--emit {emit} needs a file to write to", remedy="add -o kernel.ptx, or the like")
+        raise InputError(
+            f"--emit {emit} needs a file to write to", remedy=f"add -o kernel.{emit}: each kernel gets one of that name"
+        )
     spelled = resolve(spec, similarity, score, mask, normalizer).graph
     graph = spelled.core
     device = explained_device(target)
@@ -158,7 +160,7 @@ def _recurrence(
     from attncc.codegen.crosscompile_linear import cross_compile_linear
     from attncc.codegen.module import load_source
     from attncc.passes.recur import Delta, recur
-    from attncc.runtime.explain_recurrence import schedule_of
+    from attncc.runtime.explain_recurrence import schedule_of, tiles_of
     from attncc.runtime.recurrence import RecurrenceOp
 
     source = RecurrenceOp(graph).source(sizes["d_qk"], sizes["d_v"])
@@ -167,7 +169,7 @@ def _recurrence(
     module = load_source(source, graph.name)
     kernels = cross_compile_linear(module, schedule, device, dtype.value, states=states)
     written = _write(emit, output, source, kernels)
-    tiles = {name: str(schedule.kernels.get(name.removesuffix("_kernel"), "")) for name in kernels}
+    tiles = {name: tiles_of(schedule.kernels.get(name.removesuffix("_kernel"), {})) for name in kernels}
     if json:
         found: dict[str, Any] = {"name": graph.name, "target": device.target, "device": device.name}
         found["kernels"] = {name: _usage(kernel) for name, kernel in kernels.items()}

@@ -117,7 +117,8 @@ def figure(
     try:
         drawn.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be written: {error}") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InputError(f"{path} cannot be written: {reason}") from error
 
 
 def mask_and_weights(

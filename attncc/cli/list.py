@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from attncc.cli.options import Json
 from attncc.cli.output import out, print_json
+
+if TYPE_CHECKING:
+    from attncc.catalogue import Mechanism
+
+#: columns from which a table is readable
+WIDE = 140
 
 
 def command(
@@ -34,11 +42,13 @@ def command(
     if json:
         print_json(entries)
         return
-    table = _table("family", "name", "what it is", "formula", "passes", "kernels", "status", "source")
+    if out.console.width < WIDE:
+        _blocks([(e["family"], e["name"], _about(e)) for e in entries])
+        return
+    table = _table("family", "name", "what it is", "formula", "passes", "kernels", "gradients", "source")
     family = ""
     for entry in entries:
-        formulas = "\n".join(f"{stage}: {text}" for stage, text in entry["stages"].items())
-        texts = (entry["title"], formulas, str(entry["passes"]), str(len(entry["kernels"])), _status(entry))
+        texts = (entry["title"], _formulas(entry), str(entry["passes"]), str(len(entry["kernels"])), _gradients(entry))
         shown = "" if entry["family"] == family else entry["family"]
         family = entry["family"]
         table.add_row(shown, Text(entry["name"], style="bold"), *(Text(t) for t in (*texts, entry["cites"])))
@@ -51,13 +61,52 @@ def _mechanisms(json: bool) -> None:
     if json:
         print_json([vars(row) for row in mechanisms()])
         return
+    if out.console.width < WIDE:
+        _blocks([(row.family, row.name, _answer(row)) for row in mechanisms()])
+    else:
+        _mechanism_table(mechanisms())
+    for verdict, meaning in VERDICTS.items():
+        out.print(f"{verdict}: {meaning}", style="dim")
+
+
+def _mechanism_table(rows: Sequence[Mechanism]) -> None:
     table = _table("family", "mechanism", "verdict", "answered by", "note", "paper")
-    for row in mechanisms():
+    for row in rows:
         texts = (row.family, row.name, row.verdict, ", ".join(row.by), row.note, row.paper)
         table.add_row(*(Text(t) for t in texts))
     out.print(table)
-    for verdict, meaning in VERDICTS.items():
-        out.print(f"{verdict}: {meaning}", style="dim")
+
+
+def _blocks(entries: Sequence[tuple[str, str, Text]]) -> None:
+    """For a terminal too narrow for columns: under each family's heading, name and text side by side."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(max_width=28, overflow="fold")
+    table.add_column(overflow="fold")
+    heading = None
+    for family, name, about in entries:
+        if family != heading:
+            table.add_row(Text(family, style="bold underline"))
+        heading = family
+        table.add_row(Padding(Text(name, style="bold"), (0, 0, 0, 2)), about)
+    out.print(table)
+
+
+def _about(entry: dict[str, Any]) -> Text:
+    counts = [(entry["passes"], "pass", "passes"), (len(entry["kernels"]), "kernel", "kernels")]
+    facts = [f"{n} {one if n == 1 else many}" for n, one, many in counts]
+    facts += [_gradients(entry), *([entry["cites"]] if entry["cites"] else [])]
+    formulas = _formulas(entry)
+    return Text.assemble(entry["title"], "\n", formulas, "\n" * bool(formulas), ("; ".join(facts), "dim"))
+
+
+def _answer(row: Mechanism) -> Text:
+    return Text.assemble(
+        f"{row.verdict}: {', '.join(row.by)}", ("".join(f"; {t}" for t in (row.note, row.paper) if t), "dim")
+    )
+
+
+def _formulas(entry: dict[str, Any]) -> str:
+    return "\n".join(f"{stage}: {text}" for stage, text in entry["stages"].items())
 
 
 def _table(*columns: str) -> Table:
@@ -67,6 +116,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _status(entry: dict[str, Any]) -> str:
+def _gradients(entry: dict[str, Any]) -> str:
     gradients = f"d {' '.join(entry['gradients'])}" if entry["gradients"] else "forward only"
     return f"{gradients}, O(N)" if entry["linear"] else gradients

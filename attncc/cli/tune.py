@@ -56,7 +56,8 @@ def command(
     head_dim_v: HeadDimV = None,
     settings: Set = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="How many candidates of each kernel race.", show_default="16, or all")
+        int | None,
+        typer.Option(min=1, help="Candidates of each kernel; default 16, or all within a budget."),
     ] = None,
     backend: Backend = None,
     against: Against = False,

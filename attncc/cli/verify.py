@@ -7,7 +7,6 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score, Similarity
@@ -74,6 +73,8 @@ def command(
         raise UnsupportedError(
             "Triton's interpreter multiplies bf16 matrices wrongly", remedy="use --dtype fp32 or fp16, or a GPU"
         )
+    if all_ and (specs or similarity or score or mask or normalizer):
+        raise InputError("both --all and a spec are given", remedy="--all is every variant that ships, and no other")
     wanted = [*(specs or ()), *((*variants.names(), *variants.recurrences()) if all_ else ())]
     chosen: list[Variant] = [named(spec) for spec in wanted]
     inline = None
@@ -93,7 +94,7 @@ def command(
         def finished(at: int, done: Done) -> None:
             wrong = [f"{row.check.name} at {row.shape}" for row in done.value or () if not row.ok]
             verdict = done.error or ", ".join(wrong) or "right"
-            told(f"{chosen[at].name}: {escape(verdict)}")
+            told(f"{chosen[at].name}: {verdict}")
 
         all_done = side_by_side(verified, cases, workers=workers, finished=finished)
         for variant, done in zip(chosen, all_done, strict=True):
@@ -116,7 +117,7 @@ def command(
         checks = sum(len(rows) for rows in results.values())
         out.print(f"{checks - wrong} of {checks} results are right", style="bold red" if wrong else "bold green")
     for name, failure in failures.items():
-        err.print(f"{name}: no results: {escape(failure)}", style="bold red")
+        err.print(f"{name}: no results: {failure}", style="bold red")
     if failures or not all(row.ok for rows in results.values() for row in rows):
         raise typer.Exit(FAILED)
 
@@ -163,12 +164,17 @@ def _plain(name: str, row: Row) -> dict[str, Any]:
 
 def _table(results: dict[str, list[Row]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("variant", "shape", "result", "largest error", "allowed", "RMS error", "allowed", ""):
-        table.add_column(column, justify="right" if "error" in column or column == "allowed" else "left", no_wrap=True)
+    for column in ("", "variant", "shape", "result", "largest error", "allowed", "RMS error", "allowed"):
+        is_figure = column in ("largest error", "allowed", "RMS error")
+        table.add_column(column, justify="right" if is_figure else "left", no_wrap=column in ("", "result", "allowed"))
     for name, rows in results.items():
+        before = ("", "")
         for row in rows:
             c = row.check
             verdict = "[green]ok[/]" if row.ok else "[red]WRONG[/]" if not c.ok else "[red]NOT REPEATABLE[/]"
             figures = (f"{x:.1e}" for x in (c.max_err, c.max_allowed, c.rms, c.rms_allowed))
-            table.add_row(name, str(row.shape), c.name, *figures, verdict)
+            case = (name, str(row.shape))
+            shown = [now if case != before else "" for now in case]
+            before = case
+            table.add_row(verdict, *shown, c.name, *figures)
     return table

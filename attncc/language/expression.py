@@ -27,6 +27,7 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.BitOr: lambda a, b: a | b,
     ast.RShift: lambda a, b: a >> b,
 }
+_SIGNS: dict[type, str] = {ast.BitXor: "^", ast.LShift: "<<", ast.MatMult: "@"}
 _COMPARE: dict[type, Callable[[Value, Any], Value]] = {
     ast.Lt: lambda a, b: a < b,
     ast.LtE: lambda a, b: a <= b,
@@ -96,6 +97,8 @@ def parse(source: Source, stage: str) -> ast.Module:
         same_line = error.end_lineno in (None, line)
         end = max((error.end_offset or 0) - 1, col + 1) if same_line else col + 1
         remedy = "a stage is one expression, after any number of lines 'name = expression'"
+        if any(sign in source.code for sign in ("&&", "||", "!")):
+            remedy = "conditions are joined by `and`, `or` and `not`"
         raise SpecError(error.msg, stage=stage, span=source.span(line, col, end), remedy=remedy) from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise SpecError(f"the text cannot be parsed: {error}", stage=stage, span=source.whole()) from None
@@ -188,12 +191,15 @@ class _Reader:
             self.refuse(node, f"'{node.id}' is a function", f"write {node.id}(...)")
         if self.stage == "normalizer" and node.id in normalizers.TABLE:
             self.refuse(node, f"the normalizer '{node.id}' stands alone", "write its formula to build on it")
-        raise unknown_name(node.id, self.stage, self.env, [*functions.TABLE, *self.pieces])
+        shipped = normalizers.TABLE if self.stage == "normalizer" else {}
+        raise unknown_name(node.id, self.stage, self.env, [*functions.TABLE, *self.pieces, *shipped])
 
     def _BinOp(self, node: ast.BinOp) -> Any:
         operator = _BINARY.get(type(node.op))
         if operator is None:
-            self.refuse(node, f"the operator {type(node.op).__name__} is not part of the language")
+            sign = _SIGNS.get(type(node.op), type(node.op).__name__)
+            power = "a power is written a ** b" if isinstance(node.op, ast.BitXor) else None
+            self.refuse(node, f"the operator {sign} is not part of the language", power)
         left, right = self.eval(node.left), self.eval(node.right)
         if isinstance(left, Piece) != isinstance(right, Piece) or isinstance(left, outputs.OutputSpec):
             left, right = self._run(left), self._run(right)
@@ -219,16 +225,28 @@ class _Reader:
 
     def _Compare(self, node: ast.Compare) -> Value:
         result: Value | None = None
-        left = self.value(node.left)
+        left = self._compared(node.left)
         for op, comparator in zip(node.ops, node.comparators, strict=True):
             compare = _COMPARE.get(type(op))
             if compare is None:
                 self.refuse(node, f"the comparison {type(op).__name__} is not part of the language")
-            right = self.value(comparator)
+            right = self._compared(comparator)
             term = compare(left, right)
             result, left = term if result is None else result & term, right
         assert result is not None
         return result
+
+    def _compared(self, node: ast.expr) -> Value:
+        """A side of a comparison, in which & and | are nearly always a mistake about what they join."""
+        try:
+            return self.value(node)
+        except SpecError as error:
+            if isinstance(node, ast.BinOp) and error.reason.startswith("expected a boolean"):
+                sign, word = {ast.BitAnd: ("&", "and"), ast.BitOr: ("|", "or")}.get(type(node.op), ("", ""))
+                if sign:
+                    remedy = f"write `{word}`, or put each comparison in parentheses"
+                    self.refuse(node, f"{sign} joins its neighbours before they are compared", remedy)
+            raise
 
     def _IfExp(self, node: ast.IfExp) -> Value:
         return functions.where(self.value(node.test), self.value(node.body), self.value(node.orelse))

@@ -18,6 +18,7 @@ A stage may span lines in a triple-quoted string: any number of lines `name = ex
 from __future__ import annotations
 
 import ast
+import difflib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -66,14 +67,18 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"not valid TOML: {error}", span=_syntax_span(str(error), lines, file)) from None
+        span = _syntax_span(str(error), lines, file)
+        bare = span is not None and re.match(r"\s*[\w.]+\s*=\s*[A-Za-z(]", span.text)
+        remedy = 'a formula is a string: score = "..."' if bare else None
+        raise SpecError(f"not valid TOML: {error}", span=span, remedy=remedy) from None
     for key in data:
         if key not in _TOP:
-            where = "stages" if key in SEES else None
+            near = difflib.get_close_matches(key, _TOP, n=1)
+            remedy = f"did you mean '{near[0]}'?" if near else f"the keys are: {', '.join(_TOP)}"
             raise SpecError(
-                f"unknown key '{key}'",
-                span=_key_span(lines, file, (), key),
-                remedy=f"move it under [{where}]" if where else f"the keys are: {', '.join(_TOP)}",
+                f"unknown {'table' if isinstance(data[key], dict) else 'key'} '{key}'",
+                span=_key_span(lines, file, (), key) or _header_span(lines, file, key),
+                remedy="move it under [stages]" if key in SEES else remedy,
             )
     if "recurrence" in data:
         return _recurrence(data, file, lines)
@@ -81,10 +86,11 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
     sources = {}
     for stage, value in stages.items():
         if stage not in SEES:
+            near = difflib.get_close_matches(stage, SEES, n=1)
             raise SpecError(
                 f"unknown stage '{stage}'",
                 span=_key_span(lines, file, ("stages",), stage),
-                remedy=f"the stages are: {', '.join(SEES)}",
+                remedy=f"did you mean '{near[0]}'?" if near else f"the stages are: {', '.join(SEES)}",
             )
         if not isinstance(value, str):
             raise SpecError(
@@ -249,13 +255,14 @@ def _inputs(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, 
         span = _key_span(lines, file, ("inputs",), name)
         try:
             check_name(name)
-            if not isinstance(entry, dict) or not isinstance(entry.get("index", []), list):
-                raise SpecError(
-                    f"the input '{name}' must be a table", remedy=f'write {name} = {{ index = ["h"], grad = true }}'
-                )
+            written = f'write {name} = {{ index = ["h"], grad = true }}'
+            if not isinstance(entry, dict):
+                raise SpecError(f"the input '{name}' must be a table", remedy=written)
             unknown = sorted(set(entry) - {"index", "dtype", "grad"})
             if unknown:
                 raise SpecError(f"the input '{name}' has no key '{unknown[0]}'", remedy="its keys: index, dtype, grad")
+            if not isinstance(entry.get("index", []), list):
+                raise SpecError(f"the index of '{name}' must be a list of dimensions", remedy=written)
             grad = entry.get("grad", False)
             if not isinstance(grad, bool):
                 raise SpecError(f"the input '{name}': grad is true or false, got {grad!r}")
@@ -301,6 +308,15 @@ def _find_key(lines: list[str], table: tuple[str, ...], key: str) -> tuple[int, 
         names = {table: rf"(['\"]?){re.escape(key)}\1", (): rf"()({dotted})"}.get(section)
         if names and re.match(rf"\s*{names}\s*=", line):
             return number, len(line) - len(line.lstrip())
+    return None
+
+
+def _header_span(lines: list[str], file: str, table: str) -> Span | None:
+    """The place of `[table]`."""
+    for number, line in enumerate(lines, start=1):
+        found = re.match(rf"\s*\[\s*({re.escape(table)})\s*[\].]", line)
+        if found:
+            return Span(file, number, found.start(1), found.end(1), line)
     return None
 
 

@@ -386,7 +386,8 @@ def running_sum(x: Any) -> Value:
     """The running sum of an element read, along the one of its dimensions that counts tokens."""
     expr = number(x)
     if not isinstance(expr, voc.Read):
-        fail(f"cumsum takes an element of an input, and '{formula(expr)}' is none", "write cumsum(g[b, h, kv_idx])")
+        remedy = "compute what each token adds before the call, pass it as an input, and write cumsum(g[b, h, kv_idx])"
+        fail(f"cumsum takes an element of an input, and '{formula(expr)}' is none", remedy)
     if expr.is_integer:
         fail(f"'{formula(expr)}' is an integer; only a float input has a running sum", "declare the input as float")
     along = [i for i in expr.index if i.free_symbols & voc.TOKENS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import re
@@ -237,9 +238,9 @@ def value_of_key(text: Any, branches: int) -> int:
 def named_normalizer(name: str) -> Callable[..., Any]:
     """A shipped normalizer by name."""
     if name not in normalizers.TABLE:
-        raise SpecError(
-            f"no normalizer is called '{name}'", stage="normalizer", remedy=f"shipped: {', '.join(normalizers.TABLE)}"
-        )
+        near = difflib.get_close_matches(name, normalizers.TABLE, n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(normalizers.TABLE)}"
+        raise SpecError(f"no normalizer is called '{name}'", stage="normalizer", remedy=remedy)
     return normalizers.TABLE[name]
 
 

@@ -397,8 +397,6 @@ def _block(ks: KernelSchedule) -> str:
 
 def explained_device(target: str | None) -> Device:
     """The device that a command or method means: `target`, else this machine's GPU, else the H100."""
-    import torch
-
     from attncc.schedule.device import device_for, device_of
 
     if target is not None:
@@ -406,4 +404,6 @@ def explained_device(target: str | None) -> Device:
         if device.is_interpreter:
             raise UnsupportedError("there is nothing to predict for the interpreter", remedy="name a GPU")
         return device
+    import torch  # seconds, and only to look for a GPU
+
     return device_of("cuda") if torch.cuda.is_available() else device_for("h100")

@@ -60,15 +60,21 @@ def recurrence_text(found: Mapping[str, Any]) -> str:
                 f"gradients of {', '.join(found['gradients'])}",
             ],
         ),
-        ("tiles", [f"{kernel}: {_tiles(meta)}" for kernel, meta in found["kernels"].items()]),
+        ("tiles", [f"{kernel}: {tiles_of(meta)}" for kernel, meta in found["kernels"].items()]),
     ]
     texts = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections]
     head = f"{found['name']}  {call}  on {device['title']} ({device['target']})"
     return "\n\n".join([head, *texts])
 
 
-def _tiles(meta: Mapping[str, int]) -> str:
-    return ", ".join(f"{key.lower()} {value}" for key, value in meta.items())
+def tiles_of(meta: Mapping[str, int]) -> str:
+    """A kernel's sizes as text: "chunk 64, block 32, 4 warps, 1 stage"."""
+    counted = {"num_warps": "warp", "num_stages": "stage"}
+    words = (
+        f"{size} {counted[key]}{'s' * (size > 1)}" if key in counted else f"{key.lower()} {size}"
+        for key, size in meta.items()
+    )
+    return ", ".join(words)
 
 
 def explain(

@@ -33,7 +33,7 @@ def gpu() -> torch.device:
     """The GPU to measure on; UnsupportedError if there is none."""
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            "tuning measures on a GPU, and there is none that torch can use",
+            "there is no GPU that torch can use, and times are measured on one",
             remedy="run it on the machine with the GPU; `attncc cache export` carries the result to others",
         )
     return torch.device("cuda", torch.cuda.current_device())

@@ -110,7 +110,8 @@ class Cache:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} cannot be imported: {error}") from error
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise InputError(f"{path} cannot be imported: {reason}") from error
         entries = data.get("entries") if isinstance(data, dict) and data.get("format") == FORMAT else None
         if not isinstance(entries, dict) or not all(_KEY.fullmatch(k) and _is_value(v) for k, v in entries.items()):
             raise InputError(f"{path} is not a file written by `attncc cache export`, or is of another version")

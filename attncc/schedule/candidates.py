@@ -110,5 +110,6 @@ def _too_large(kernel: Kernel, problem: Problem, device: Device) -> ScheduleErro
         kernel=kernel,
         buffer=needed[0].name,
         bytes_over=over,
-        remedy=f"use smaller head dimensions (now {problem.d_qk} and {problem.d_v}) or, for {problem.dtype}, 16 bits",
+        remedy=f"use smaller head dimensions (now {problem.d_qk} and {problem.d_v})"
+        + (" or 16 bits" if problem.dtype == "fp32" else ""),
     )

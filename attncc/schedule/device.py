@@ -7,13 +7,14 @@ import tomllib
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from attncc import resources
 from attncc.errors import AttnccError, UnsupportedError
 from attncc.schedule.problem import MAX_CHUNK, Dtype, Precision, head_chunks
+
+if TYPE_CHECKING:
+    import torch  # seconds to import, and a device that is named needs none of it
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,11 @@ def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int, branches: int
 
 
 def device_for(target_or_name: str) -> Device:
-    """The device of that name ("h100"), or the reference card of that architecture ("sm_90"); else UnsupportedError."""
+    """The device of that name ("h100"), or the reference card of that architecture ("sm_90"); else UnsupportedError.
+
+    Capital letters and small ones are the same.
+    """
+    target_or_name = target_or_name.lower()
     if target_or_name in device_names():
         return load_device(target_or_name)
     if target_or_name == INTERPRETER.target:
@@ -167,6 +172,8 @@ def device_of(device: torch.device | str) -> Device:
     Rates of an unlisted card are those of its architecture's reference card, scaled by the number of SMs.
     A CPU is Triton's interpreter. UnsupportedError for an architecture without a device file or another kind of device.
     """
+    import torch
+
     device = torch.device(device)
     if device.type == "cpu":
         return INTERPRETER
@@ -181,6 +188,8 @@ def device_of(device: torch.device | str) -> Device:
 @cache
 def _device_of_index(index: int) -> Device:
     """The model of the `index`-th GPU of this process, read from its driver once."""
+    import torch
+
     properties = torch.cuda.get_device_properties(index)
     arch = getattr(properties, "gcnArchName", "") if torch.version.hip else ""
     target = arch.split(":")[0] if arch else f"sm_{properties.major}{properties.minor}"

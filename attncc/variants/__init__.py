@@ -86,6 +86,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 #: states from token to token, without pairs of query and key: `Variant(recurrence=...)`
 RECURRENCES = ("delta_net", "gated_delta_net")
+_REMEDY = "`attncc list` shows the {} that ship; a file is spec.toml, or spec.py:name on the command line"
 _NAMES = tuple(name for members in FAMILIES.values() for name in members)
 
 
@@ -109,7 +110,7 @@ def get(name: str) -> Variant:
     known = (*_NAMES, *RECURRENCES)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean '{near[0]}'?" if near else f"shipped: {', '.join(known)}"
+        remedy = f"did you mean '{near[0]}'?" if near else _REMEDY.format(len(known))
         raise SpecError(f"no shipped variant is called '{name}'", remedy=remedy)
     variant = getattr(importlib.import_module(f"attncc.variants.{name}"), name)
     assert isinstance(variant, Variant)

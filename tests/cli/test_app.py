@@ -22,6 +22,37 @@ def test_the_help_of_every_command_has_examples_on_lines_of_their_own(attncc, na
     assert "\b" not in text
 
 
+def test_no_line_about_a_command_is_cut_off(attncc):
+    lines = attncc("--help").stdout.split("Commands:")[1].strip().splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "list",
+        "show",
+        "check",
+        "explain",
+        "compile",
+        "verify",
+        "tune",
+        "bench",
+        "doctor",
+        "cache",
+    ]
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_what_reads_and_predicts_needs_no_torch():
+    """Importing it is most of what such a command would take."""
+    program = """
+import sys
+from typer.testing import CliRunner
+from attncc.cli import app
+for words in ("check alibi", "explain alibi --target H100", "cache list", "show alibi --ir"):
+    result = CliRunner().invoke(app, words.split())
+    assert result.exit_code == 0, result.output
+    assert "torch" not in sys.modules, words
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_version(attncc):
     assert attncc("--version").stdout == f"attncc {__version__}\n"
 

@@ -43,7 +43,7 @@ def test_without_a_gpu_nothing_is_timed(attncc):
         pytest.skip("what is said without a GPU")
     result = attncc("bench", "causal")
     assert result.exit_code == 2
-    assert "there is none that torch can use" in result.stderr
+    assert "no GPU that torch can use" in result.stderr
 
 
 def test_cases_stand_beside_the_machine_and_pytorch(attncc, stick, tmp_path):

@@ -1,8 +1,11 @@
 import builtins
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 
 from attncc import variants
 from attncc.cli.draw import mask_and_weights, picture
@@ -15,6 +18,17 @@ def test_list_names_every_variant_with_its_source(attncc):
     assert all(e["title"] and e["cites"] and e["stages"] for e in entries)
     text = attncc("list").stdout
     assert all(name in text for name in variants.names())
+
+
+@pytest.mark.parametrize("words", [(), ("--mechanisms",)])
+def test_a_narrow_terminal_gets_lines_that_fit_and_lose_nothing(attncc, words, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr("attncc.cli.output._Console.console", Console(width=80, file=shown))
+    assert attncc("list", *words).exit_code == 0
+    assert max(map(len, shown.getvalue().splitlines())) <= 80
+    rows = json.loads(attncc("list", *words, "--json").stdout)
+    found = set(re.findall(r"\S+", shown.getvalue()))
+    assert all(found.issuperset(row["name"].split()) for row in rows)
 
 
 def test_list_names_every_mechanism_with_its_answer(attncc):

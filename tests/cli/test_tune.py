@@ -14,7 +14,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said with
 def test_without_a_gpu_nothing_is_tuned(attncc, own_cache):
     result = attncc("tune", "causal")
     assert result.exit_code == 2
-    assert "there is none that torch can use" in result.stderr
+    assert "no GPU that torch can use" in result.stderr
     assert list(own_cache.iterdir()) == []
 
 

@@ -77,6 +77,7 @@ def test_all_means_all(attncc, verified):
     [
         (("causal", "--device", "cpu", "--dtype", "bf16"), "use --dtype fp32 or fp16"),
         ((), "there is no SPEC"),
+        (("--all", "causal"), "both --all and a spec"),
         (("albi",), "did you mean"),
     ],
 )
