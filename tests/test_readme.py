@@ -74,7 +74,7 @@ def test_the_commands_print_what_the_readme_shows(folder, command, output):
         if torch.cuda.is_available():
             pytest.skip("measures for minutes; tests/runtime/test_tune.py tunes at a small size")
         result = CliRunner().invoke(app, words)
-        assert "there is none that torch can use" in result.stderr
+        assert "no GPU that torch can use" in result.stderr
         return
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output

@@ -108,7 +108,7 @@ def _blocks() -> AttentionOp:
 
 @functools.cache
 def _polynomial(p: int, causal: bool) -> AttentionOp | LinearOp:
-    def line(score, row):  # type: ignore[no-untyped-def]
+    def line(score, row):
         return (1 + score) / row.sum(1 + score)
 
     mask = ac.causal if causal else None

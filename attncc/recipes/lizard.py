@@ -69,7 +69,7 @@ def _features(x: Tensor, maps: Tensor) -> Tensor:
 
 @functools.cache
 def _gated() -> LinearOp:
-    def over_sum(score, row):  # type: ignore[no-untyped-def]
+    def over_sum(score, row):
         return score / ac.maximum(row.sum(score), 1e-6)
 
     variant = ac.Variant(name="lizard_linear", score=ac.gate("g"), mask=ac.causal, normalizer=over_sum)
@@ -80,7 +80,7 @@ def _gated() -> LinearOp:
 
 @functools.cache
 def _window() -> AttentionOp:
-    def with_memory(score, row, b, h, q_idx, memory):  # type: ignore[no-untyped-def]
+    def with_memory(score, row, b, h, q_idx, memory):
         top = ac.maximum(row.max(score), memory[b, h, q_idx])
         p = ac.exp(score - top)
         return p / (row.sum(p) + ac.exp(memory[b, h, q_idx] - top))

@@ -35,7 +35,7 @@ def linear(name: str) -> LinearOp:
 def of_features(causal: bool, divided: bool) -> LinearOp:
     """scale * sum of (q_i . k_j) v_j where q and k are features already, over the sum of the weights if `divided`."""
 
-    def over_sum(score, row):  # type: ignore[no-untyped-def]
+    def over_sum(score, row):
         return score / (row.sum(score) + 1e-8)
 
     name = f"{'causal_' * causal}features{'_over_sum' * divided}"

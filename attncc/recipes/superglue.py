@@ -22,7 +22,7 @@ from attncc.runtime.op import AttentionOp
 _OFFSETS = {"of_row": ac.Input("b", "h", "q_idx", grad=True), "of_column": ac.Input("b", "h", "kv_idx", grad=True)}
 
 
-def _shifted(score, b, h, q_idx, kv_idx, of_row, of_column):  # type: ignore[no-untyped-def]
+def _shifted(score, b, h, q_idx, kv_idx, of_row, of_column):
     """The scores of one step."""
     return score + of_row[b, h, q_idx] + of_column[b, h, kv_idx]
 

@@ -15,12 +15,12 @@ import attncc as ac
 _HEAD = ac.Input("h", grad=True)
 
 
-def decay(h, q_idx, kv_idx, q_len, kv_len, rate):  # type: ignore[no-untyped-def]
+def decay(h, q_idx, kv_idx, q_len, kv_len, rate):
     """What is left of a value after the time between key and query."""
     return ac.exp(-rate[h] * ac.abs(q_idx + kv_len - q_len - kv_idx))
 
 
-def log_likelihood(q_vec, k_vec, scale, h, q_idx, kv_idx, q_len, kv_len, rate, sigma2, eta2, gamma2, nu, tau):  # type: ignore[no-untyped-def]
+def log_likelihood(q_vec, k_vec, scale, h, q_idx, kv_idx, q_len, kv_len, rate, sigma2, eta2, gamma2, nu, tau):
     """Of a key's state, carried to the query's time, being the query's."""
     e = decay(h, q_idx, kv_idx, q_len, kv_len, rate)
     residual = ac.sum_d(q_vec**2) + e**2 * ac.sum_d(k_vec**2) - 2 * e * ac.dot(q_vec, k_vec)

@@ -7,7 +7,7 @@ behind the context, before the op.
 import attncc as ac
 
 
-def arrowhead(segment, b, q_idx, kv_idx, q_len, kv_len):  # type: ignore[no-untyped-def]
+def arrowhead(segment, b, q_idx, kv_idx, q_len, kv_len):
     """The first row of blocks, the first column, and the diagonal."""
     own, other = segment[b, q_idx + kv_len - q_len], segment[b, kv_idx]
     return (own == other) | (own == 0) | (other == 0)

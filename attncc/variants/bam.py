@@ -8,7 +8,7 @@ Inputs: strength, power, skew (H,); they receive gradients. power = 1 and skew =
 import attncc as ac
 
 
-def prior(score, h, q_idx, kv_idx, q_len, kv_len, strength, power, skew):  # type: ignore[no-untyped-def]
+def prior(score, h, q_idx, kv_idx, q_len, kv_len, strength, power, skew):
     """The power as exp(power log x)."""
     away = ac.abs(kv_idx - (q_idx + kv_len - q_len) - (ac.exp(skew[h]) - ac.exp(-skew[h]))) + 1e-5
     return score - ac.exp(strength[h] + power[h] * ac.log(away))

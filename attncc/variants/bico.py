@@ -8,7 +8,7 @@ Inputs: far_q (B, H, M, Dqk) and far_k (B, Hkv, N, Dqk); they receive gradients.
 import attncc as ac
 
 
-def corrected(q_vec, k_vec, scale, b, h, h_kv, q_idx, kv_idx, q_len, kv_len, far_q, far_k):  # type: ignore[no-untyped-def]
+def corrected(q_vec, k_vec, scale, b, h, h_kv, q_idx, kv_idx, q_len, kv_len, far_q, far_k):
     """One of two products, by the sign of the distance."""
     behind = kv_idx <= q_idx + kv_len - q_len
     ahead = ac.dot(far_q[b, h, q_idx], far_k[b, h_kv, kv_idx])

@@ -6,7 +6,7 @@ q and k are the features; op(q, k, v, scale=1.0) has no factor beside their prod
 import attncc as ac
 
 
-def over_bounded_sum(score, row):  # type: ignore[no-untyped-def]
+def over_bounded_sum(score, row):
     """Small sums do not divide."""
     return score / ac.maximum(ac.abs(row.sum(score)), 1)
 

@@ -7,7 +7,7 @@ A vector of zeros has the cosine 0.
 import attncc as ac
 
 
-def cosine_similarity(q_vec, k_vec, h, tau):  # type: ignore[no-untyped-def]
+def cosine_similarity(q_vec, k_vec, h, tau):
     """tau q.k / (|q| |k|)."""
     lengths = ac.maximum(ac.sum_d(q_vec**2), 1e-24) * ac.maximum(ac.sum_d(k_vec**2), 1e-24)
     return tau[h] * ac.dot(q_vec, k_vec) / ac.sqrt(lengths)

@@ -16,7 +16,7 @@ Shared DIFF projects q and k by a common matrix plus one of low rank for each ma
 import attncc as ac
 
 
-def difference(weight, lam, h, row, v_vec):  # type: ignore[no-untyped-def]
+def difference(weight, lam, h, row, v_vec):
     """The first map less lam times the second."""
     return row.sum((weight[0] - lam[h] * weight[1]) * v_vec)
 

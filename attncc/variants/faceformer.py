@@ -7,7 +7,7 @@ import attncc as ac
 from attncc.language.mods import default_slopes
 
 
-def periodic(score, h, q_idx, kv_idx, q_len, kv_len, slopes, period):  # type: ignore[no-untyped-def]
+def periodic(score, h, q_idx, kv_idx, q_len, kv_len, slopes, period):
     """Distances within a period are one."""
     return score - slopes[h] * ((q_idx + kv_len - q_len - kv_idx) // period)
 

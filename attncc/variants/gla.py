@@ -8,7 +8,7 @@ sequence exceeds e^88: plan="parallel" is for short ones.
 import attncc as ac
 
 
-def gated_dot(q_vec, k_vec, scale, b, h, q_idx, kv_idx, q_len, kv_len, g):  # type: ignore[no-untyped-def]
+def gated_dot(q_vec, k_vec, scale, b, h, q_idx, kv_idx, q_len, kv_len, g):
     """The product of each channel, times what is left of it from the key's token to the query's."""
     between = ac.cumsum(g[b, h, q_idx + kv_len - q_len]) - ac.cumsum(g[b, h, kv_idx])
     return scale * ac.sum_d(q_vec * k_vec * ac.exp(between))

@@ -13,7 +13,7 @@ import attncc as ac
 _MIXTURE = ac.Input("b", "q_idx", "component", grad=True)
 
 
-def mixture(b, q_idx, kv_idx, w, mu, sigma):  # type: ignore[no-untyped-def]
+def mixture(b, q_idx, kv_idx, w, mu, sigma):
     """The density of the mixture at a key's position."""
     parts = ((w[b, q_idx, k], mu[b, q_idx, k], sigma[b, q_idx, k]) for k in range(5))
     return sum(a / (math.sqrt(2 * math.pi) * s) * ac.exp(-((kv_idx - m) ** 2) / (2 * s**2)) for a, m, s in parts)

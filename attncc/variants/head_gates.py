@@ -8,12 +8,12 @@ such a gate's own gradient is 0, as it is where routing has chosen other heads.
 import attncc as ac
 
 
-def gated(weight, gate, b, h, q_idx, row, v_vec):  # type: ignore[no-untyped-def]
+def gated(weight, gate, b, h, q_idx, row, v_vec):
     """The row is scaled after its keys are summed."""
     return gate[b, h, q_idx] * row.sum(weight * v_vec)
 
 
-def is_open(gate, b, h, q_idx):  # type: ignore[no-untyped-def]
+def is_open(gate, b, h, q_idx):
     """A closed row sees no key."""
     return gate[b, h, q_idx] != 0
 

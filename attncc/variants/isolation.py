@@ -7,7 +7,7 @@ reference (B, N), 1 for keys of reference images.
 import attncc as ac
 
 
-def isolated(subject, key_subject, reference, b, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+def isolated(subject, key_subject, reference, b, q_idx, kv_idx):
     """Targets of the same subject or the background; references of the same subject."""
     mine, theirs, target = subject[b, q_idx], key_subject[b, kv_idx], reference[b, kv_idx] == 0
     same = mine == theirs

@@ -6,7 +6,7 @@ In linear time: `attncc.compile` gives a LinearOp, with a state in and out. Feat
 import attncc as ac
 
 
-def elu1(x):  # type: ignore[no-untyped-def]
+def elu1(x):
     """elu(x) + 1, always positive."""
     return ac.relu(x) + ac.exp(ac.minimum(0, x))
 

@@ -8,12 +8,12 @@ through the window's edges. Scalar: reach, the window's half; the Gaussian's dev
 import attncc as ac
 
 
-def near(kv_idx, b, h, q_idx, center, reach):  # type: ignore[no-untyped-def]
+def near(kv_idx, b, h, q_idx, center, reach):
     """Keys at most `reach` from the place."""
     return ac.abs(kv_idx - center[b, h, q_idx]) <= reach
 
 
-def fading(weight, v_vec, row, kv_idx, b, h, q_idx, center, reach):  # type: ignore[no-untyped-def]
+def fading(weight, v_vec, row, kv_idx, b, h, q_idx, center, reach):
     """A factor of the numerator alone."""
     return row.sum(weight * ac.exp(-2 * ((kv_idx - center[b, h, q_idx]) / reach) ** 2) * v_vec)
 

@@ -11,7 +11,7 @@ import math
 import attncc as ac
 
 
-def mean_and_bias(q_vec, k_vec, h, q_idx, kv_idx, q_len, kv_len, table):  # type: ignore[no-untyped-def]
+def mean_and_bias(q_vec, k_vec, h, q_idx, kv_idx, q_len, kv_len, table):
     """The product over the row's length."""
     position = q_idx + kv_len - q_len
     return ac.dot(q_vec, k_vec) / ac.maximum(position + 1, 1) + table[h, position - kv_idx]

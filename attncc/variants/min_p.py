@@ -6,7 +6,7 @@ Scalar: least, 0.02 by default; 1 keeps the largest alone.
 import attncc as ac
 
 
-def near_the_largest(score, row, least):  # type: ignore[no-untyped-def]
+def near_the_largest(score, row, least):
     """exp(s) where s >= max s + log(least), over its sum."""
     m = row.max(score)
     p = ac.where(score >= m + ac.log(least), ac.exp(score - m), 0)

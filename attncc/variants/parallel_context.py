@@ -6,7 +6,7 @@ Inputs: segment (B, N) integers, 0 for the prefix; query (B,), the segment of th
 import attncc as ac
 
 
-def apart(segment, query, b, q_idx, kv_idx, q_len, kv_len):  # type: ignore[no-untyped-def]
+def apart(segment, query, b, q_idx, kv_idx, q_len, kv_len):
     """Own segment, prefix, or all."""
     own, other = segment[b, q_idx + kv_len - q_len], segment[b, kv_idx]
     return (own == other) | (other == 0) | (own == query[b])

@@ -6,13 +6,13 @@ Inputs: gate (B, H, N), or with sizes of 1 that broadcast: what each child sends
 import attncc as ac
 
 
-def over_queries(score, col):  # type: ignore[no-untyped-def]
+def over_queries(score, col):
     """Softmax over the queries that see a key."""
     p = ac.exp(score - col.max(score))
     return p / col.sum(p)
 
 
-def gated(weight, v_vec, row, b, h, kv_idx, gate):  # type: ignore[no-untyped-def]
+def gated(weight, v_vec, row, b, h, kv_idx, gate):
     """What a parent receives."""
     return row.sum(weight * gate[b, h, kv_idx] * v_vec)
 

@@ -9,7 +9,7 @@ is the published receptance; no scale. In linear time: a LinearOp, with a state 
 import attncc as ac
 
 
-def receptance(q_vec, k_vec, b, h, q_idx, kv_idx, q_len, kv_len, g, u):  # type: ignore[no-untyped-def]
+def receptance(q_vec, k_vec, b, h, q_idx, kv_idx, q_len, kv_len, g, u):
     """The product of each channel, times its bonus, or times what is left of it."""
     position = q_idx + kv_len - q_len
     between = ac.cumsum(g[b, h, position]) - g[b, h, position] - ac.cumsum(g[b, h, kv_idx])

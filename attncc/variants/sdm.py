@@ -10,7 +10,7 @@ Scalar: bits, the length of addresses.
 import attncc as ac
 
 
-def intersection(score, row, table, bits):  # type: ignore[no-untyped-def]
+def intersection(score, row, table, bits):
     """A look-up for each pair."""
     w = table[ac.floor(bits * (1 - ac.minimum(ac.maximum(score, -1), 1)) / 2)]
     return w / ac.maximum(row.sum(w), 1)

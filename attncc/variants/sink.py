@@ -7,7 +7,7 @@ sliding window of 128 tokens.
 import attncc as ac
 
 
-def softmax_with_sink(score, row, h, sink):  # type: ignore[no-untyped-def]
+def softmax_with_sink(score, row, h, sink):
     """exp(s) / (exp(sink) + sum exp(s))."""
     m = ac.maximum(row.max(score), sink[h])
     p = ac.exp(score - m)

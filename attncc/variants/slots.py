@@ -7,7 +7,7 @@ and then a mean over the keys. Inference and training are one formula; q holds t
 import attncc as ac
 
 
-def competing(score, row, col):  # type: ignore[no-untyped-def]
+def competing(score, row, col):
     """The share of each key that goes to each query, over what the query gets in all."""
     p = ac.exp(score - col.max(score))
     share = p / col.sum(p) + 1e-8

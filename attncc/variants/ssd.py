@@ -10,7 +10,7 @@ the skip D x is the block's. In linear time: a LinearOp, with a state in and out
 import attncc as ac
 
 
-def stepped(score, b, h, q_idx, kv_idx, q_len, kv_len, dt, rate):  # type: ignore[no-untyped-def]
+def stepped(score, b, h, q_idx, kv_idx, q_len, kv_len, dt, rate):
     """The key's step size, and the decay over the time from the key to the query."""
     time = ac.cumsum(dt[b, h, q_idx + kv_len - q_len]) - ac.cumsum(dt[b, h, kv_idx])
     return score * dt[b, h, kv_idx] * ac.exp(rate[h] * time)

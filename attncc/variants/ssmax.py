@@ -6,7 +6,7 @@ Inputs: gain (H,); it receives a gradient.
 import attncc as ac
 
 
-def by_length(score, h, q_idx, q_len, kv_len, gain):  # type: ignore[no-untyped-def]
+def by_length(score, h, q_idx, q_len, kv_len, gain):
     """Attention that does not fade as the context grows."""
     seen = ac.maximum(q_idx + kv_len - q_len + 1, 1)
     return score * gain[h] * ac.log(seen)

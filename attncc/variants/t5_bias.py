@@ -13,7 +13,7 @@ import attncc as ac
 _BINS = (12, 16, 23, 32, 46, 64, 91)
 
 
-def bucket(q_idx, kv_idx, q_len, kv_len):  # type: ignore[no-untyped-def]
+def bucket(q_idx, kv_idx, q_len, kv_len):
     """The row of the table for a pair."""
     ahead = kv_idx - (q_idx + kv_len - q_len)
     distance = ac.abs(ahead)

@@ -7,7 +7,7 @@ A longer row in which no score passes gives 0.
 import attncc as ac
 
 
-def over_threshold(score, row, h, q_idx, q_len, kv_len, theta, dense_keys):  # type: ignore[no-untyped-def]
+def over_threshold(score, row, h, q_idx, q_len, kv_len, theta, dense_keys):
     """exp(s) where s > theta, over its sum."""
     keep = (score > theta[h]) | (q_idx + kv_len - q_len < dense_keys)
     p = ac.where(keep, ac.exp(score - row.max(score)), 0)

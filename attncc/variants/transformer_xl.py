@@ -7,7 +7,7 @@ a matmul before the op: (q + w) @ r.mT. Both receive gradients. RCMHA convolves 
 import attncc as ac
 
 
-def relative(q_vec, k_vec, scale, b, h, q_idx, kv_idx, q_len, kv_len, content, lags):  # type: ignore[no-untyped-def]
+def relative(q_vec, k_vec, scale, b, h, q_idx, kv_idx, q_len, kv_len, content, lags):
     """Content by a matmul, position by a look-up."""
     return scale * (ac.dot(q_vec + content[h], k_vec) + lags[b, h, q_idx, q_idx + kv_len - q_len - kv_idx])
 
