@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +43,9 @@ def main(
     if not (right and same):
         console.print("[red]the demo found a wrong result[/]")
         raise typer.Exit(1)
+    beside = Path(sys.executable).with_name("attncc")
+    program = os.path.relpath(beside) if beside.exists() else f"{Path(sys.executable).name} -m attncc"
+    console.print(f"\nNext: {program} --help, or a formula of your own in a file such as {os.path.relpath(spec)}")
 
 
 if __name__ == "__main__":

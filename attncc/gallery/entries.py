@@ -126,4 +126,4 @@ def spec(name: str) -> str:
     """The lines that define a variant: its file behind the documentation."""
     text = inspect.getsource(sys.modules[f"attncc.variants.{name}"])
     behind = text.splitlines()[ast.parse(text).body[0].end_lineno or 0 :]
-    return "\n".join(behind).replace("", "").strip()
+    return "\n".join(behind).strip()
