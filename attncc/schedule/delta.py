@@ -67,11 +67,11 @@ def _prepared(sizes: LinearSizes, chunk: int, device: Device) -> dict[str, int]:
     """How a chunk's equations are solved: columns that are multiplied at once, and warps.
 
     At 64 tokens and 16 bits they are multiplied by wgmma. One whose right operand has fewer columns than 64 is what the
-    assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`), and four warps spill.
+    assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`).
     """
-    wide = chunk == 64 and sizes.dtype != "fp32"
-    block = COLUMNS if wide else max(16, _columns(sizes.dtype, sizes.d_v) // 2)
-    return {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device, wide=wide), "num_stages": 1}
+    columns = _columns(sizes.dtype, sizes.d_v)
+    block = COLUMNS if chunk == 64 and sizes.dtype != "fp32" else max(16, columns // 2)
+    return {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device), "num_stages": 1}
 
 
 def _shared(sizes: LinearSizes, chunk: int) -> int:
