@@ -79,7 +79,8 @@ def command(
       attncc explain softcap --q-len 1 --kv-len 65536 --heads 32 --kv-heads 8 --roofline roof.svg
     """
     from attncc.codegen.plan import Plan
-    from attncc.runtime.explain import explained_device, facts, sizes_of, text_of
+    from attncc.runtime.explain import explained_device, facts, sizes_of
+    from attncc.runtime.explain_text import text_of
     from attncc.schedule.cache import Cache
 
     graph = resolve(spec, similarity, score, mask, normalizer).graph

@@ -1,10 +1,11 @@
 """What attncc does with a variant, and why: the derived forms, the live tiles, the choice among candidates.
 
-`facts` collects, `explain` writes: the text has nothing that the facts have not.
+`facts` collects, and `explain` has them written: the text has nothing that the facts have not.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,9 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Root
 from attncc.passes.phases import Made
-from attncc.runtime.explain_linear import linear_facts, linear_lines
-from attncc.runtime.explain_outputs import output_facts, output_lines
+from attncc.runtime.explain_linear import linear_facts
+from attncc.runtime.explain_outputs import output_facts
+from attncc.runtime.explain_text import text_of
 from attncc.schedule import decode
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import backend_of, choose, first_choice
@@ -33,6 +35,8 @@ from attncc.schedule.registers import registers
 
 #: candidates of a kernel that are shown
 SHOWN = 5
+#: what else an explanation takes by name
+_OPTIONS = ("q_len", "kv_len", "batch", "heads", "kv_heads", "d_qk", "d_v", "dtype", "target")
 
 
 def sizes_of(
@@ -90,10 +94,13 @@ def facts(
     plan, InputError for a scalar that the variant has not, ScheduleError if no tiling fits the device.
     """
     graph = plan.graph
-    numbers = {**{s.name: s.default for s in graph.scalars}, **(scalars or {})}
-    unknown = sorted(set(numbers) - {s.name for s in graph.scalars})
+    known = {s.name: s.default for s in graph.scalars}
+    numbers = {**known, **(scalars or {})}
+    unknown = sorted(set(numbers) - set(known))
     if unknown:
-        raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'")
+        near = difflib.get_close_matches(unknown[0], [*known, *_OPTIONS], n=1)
+        remedy = f"did you mean '{near[0]}'?" if near else None
+        raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'", remedy=remedy)
     problem = problem_of(plan, sizes, dtype, precision, numbers)
     given = schedule is not None
     schedule = schedule or choose(problem, device, cache, backend)
@@ -271,128 +278,6 @@ def explain(
 ) -> str:
     """The facts as text, for people. Arguments and errors are those of `facts`."""
     return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule, backend))
-
-
-def text_of(found: Mapping[str, Any]) -> str:
-    """Facts as text."""
-    s, device = found["sizes"], found["device"]
-    heads = f"{s['h']}/{s['h_kv']}" if s["h"] != s["h_kv"] else f"{s['h']}"
-    dims = f"{s['d_qk']}/{s['d_v']}" if s["d_qk"] != s["d_v"] else f"{s['d_qk']}"
-    call = f"B={s['b']} H={heads} M={s['q_idx']} N={s['kv_idx']} D={dims} {found['dtype']}"
-    numbers = "".join(f" {name}={value}" for name, value in found["scalars"].items())
-    parts = [
-        f"{found['name']}  {call}{numbers}  on {device['title']} ({device['target']})",
-        _section("formula", [f"{stage:<10} = {text}" for stage, text in found["stages"].items()]),
-        *([_section("made before, by an op of its own", _assigned(found["made"]))] if found["made"] else []),
-        *_sweep_texts(found),
-        _section(f"forward: {_passes(found)} over the keys, because", found["proof"]),
-        _section("merge of two parts of the keys: each accumulator is scaled, then added", _assigned(found["merge"])),
-        _section("backward, derived", _backward_lines(found["backward"])),
-    ]
-    parts.append(_section("in linear time", linear_lines(found["linear"])))
-    if found["outputs"]:
-        parts.append(_section("outputs, where a call asks for them", output_lines(found["outputs"])))
-    origin = {
-        "model": "the cost model's first choice",
-        "tuned": "measured on this machine and cached",
-        "shipped": "measured, and shipped with attncc",
-        "user": "as given",
-    }[found["origin"]]
-    parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
-    if found["dq_apart"] is not None:
-        wanted = "".join(f", or the gradient of {name} is wanted" for name in found["dq_apart"])
-        shared = found["kernels"]["dkdv"]["chosen"].get("splits")
-        free = "dQ, and dK and dV over the heads of a group," if shared else "dQ"
-        parts.append(f"dkdv sums {free} in a free order; dq makes dQ where the order must be fixed{wanted}")
-    parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
-    return "\n\n".join(parts)
-
-
-def _passes(found: Mapping[str, Any]) -> str:
-    count = found["passes"]
-    return "1 pass" if count == 1 else f"the last of {count} passes"
-
-
-def _sweep_texts(found: Mapping[str, Any]) -> list[str]:
-    """The passes before the last one."""
-    texts = []
-    for sweep in found["sweeps"]:
-        title = f"forward: {sweep['pass']} over the keys, because {sweep['reason']}"
-        texts.append(_section(title, [*_assigned(sweep["completes"]), *sweep["proof"]]))
-    return texts
-
-
-def _section(title: str, lines: list[str]) -> str:
-    return "\n".join([title, *(f"  {line}" for line in lines)])
-
-
-def _assigned(values: Mapping[str, str]) -> list[str]:
-    width = max(map(len, values), default=0)
-    return [f"{name:<{width}} = {text}" for name, text in values.items()]
-
-
-def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
-    if "none" in backward:
-        return [f"none: {line}" if i == 0 else line for i, line in enumerate(backward["none"].splitlines())]
-    rows: dict[str, str] = {}
-    branches = backward.get("branches", [backward])
-    for i, own in enumerate(branches):
-        tag = f"_{i}" if len(branches) > 1 else ""
-        rows |= {f"{name} (saved by the forward)": text for name, text in own["saved"].items()}
-        rows |= {f"weight{tag}": own["weight"], "dp": "dot(dout, v_vec)"}
-        delta = own["delta"] and own["delta"].replace("out)", f"share{tag})" if tag else "out)")
-        rows |= {f"delta{tag}": delta} if delta else {}
-        rows |= {f"{name} (a sweep of its own)": text for name, text in own["parts"].items()}
-        rows |= own["cotangents"]
-        looped = dict(own["looped"])
-        by_dot = not looped or own["dqk"] != "0"
-        rows |= {f"dqk{tag}": own["dqk"]} if by_dot else {}
-        rows |= {name: text for name, text in looped.items() if not name.endswith("_vec")}
-        for name, text in (("dq_vec", f"dqk{tag}*k_vec{tag}"), ("dk_vec", f"dqk{tag}*q_vec{tag}")):
-            terms = [text] * by_dot + [looped.get(name, "0")]
-            rows[f"{name}{tag}"] = " + ".join(t for t in terms if t != "0") or "0"
-    weights = " + ".join(f"weight_{i}" for i in range(len(branches)))
-    rows["dv_vec"] = "weight*dout" if len(branches) == 1 else f"({weights})*dout"
-    for name, terms in backward["inputs"].items():
-        rows[name] = ", plus ".join(terms)
-    return _assigned(rows)
-
-
-def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
-    tiles = kernel["tiles"]
-    live = tiles["full"] + tiles["mixed"]
-    chosen = KernelSchedule(**kernel["chosen"])
-    reason = f" ({kernel['why_backend']})" if kernel["why_backend"] else ""
-    written = f"{name}{', in Triton' + reason if reason else ''}"
-    if chosen.backend == "gluon":
-        written = f"{name}, in Gluon{reason}{', with dQ' if name == 'dkdv' else ''}"
-    if chosen.splits and name == "dkdv":
-        written += ", a program for each query head of a group"
-    elif chosen.splits:
-        written += f", the keys in {chosen.splits} parts" if chosen.splits > 1 else ", the heads of a group in one tile"
-    width = max(9, *(len(_block(KernelSchedule(**c["schedule"]))) for c in kernel["candidates"]))
-    lines = [
-        f"{written}: tiles of {chosen.block_m} x {chosen.block_n}, a head: {tiles['full']} full, "
-        f"{tiles['mixed']} mixed, {tiles['empty']} empty ({live / tiles['total']:.0%} visited)",
-        f"    {'block':>{width}} {'warps':>5} {'stages':>6} {'us':>9}  {'limit':<7}{'shared':>8} {'registers':>9}  "
-        "unit times",
-    ]
-    for c in kernel["candidates"]:
-        ks = KernelSchedule(**c["schedule"])
-        mark = "->" if c["chosen"] else "  "
-        units = ", ".join(f"{unit} {us:.0f}" for unit, us in c["terms"].items())
-        lines.append(
-            f" {mark} {_block(ks):>{width}} {ks.num_warps:>5} {ks.num_stages:>6} {c['us']:>9.1f}  {c['limit']:<7}"
-            f"{c['shared_bytes']:>8} {c['registers_estimate']:>9}  {units}"
-        )
-    more = kernel["considered"] - len(kernel["candidates"])
-    return "\n".join([*lines, f"    ... and {more} more"] if more > 0 else lines)
-
-
-def _block(ks: KernelSchedule) -> str:
-    """A tile's sizes, and in how many parts the keys, or the heads of a group, are dealt out."""
-    splits = f", {ks.splits} part{'s' * (ks.splits > 1)}" if ks.splits else ""
-    return f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m} x {ks.block_n}{splits}"
 
 
 def explained_device(target: str | None) -> Device:

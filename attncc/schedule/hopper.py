@@ -66,7 +66,7 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
     if kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v) and problem.costs.warps.columns:
         return "of heads as wide two warpgroups share the queries of a key, and this variant sums over those"
     if not _fitting(kernel, problem, device):
-        return "no tiling fits its registers and shared memory"
+        return "no tiling fits its registers and shared memory in Gluon"
     return None
 
 

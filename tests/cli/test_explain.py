@@ -26,7 +26,7 @@ def test_explain_says_what_is_derived_and_chosen(nothing_shipped, attncc):
     assert "scale*(-delta + dp)*exp(-lse + score)" in text
     assert "dslopes[h]" in text
     assert "NVIDIA H100" in text
-    assert text.count(" -> ") == 3
+    assert text.count("\n-> ") == 3
     assert "the cost model's first choice" in text
 
 
@@ -51,7 +51,7 @@ def test_scalars_shapes_and_gradients_reach_the_answer(attncc):
     assert "H=16/4 M=8192 N=8192 D=96/64 fp16 window=128" in text
     pairs = attncc("explain", "dense_bias", "--target", "h100", "--q-len", "256").stdout
     assert "dbias[b, h, q_idx, kv_idx]" in pairs
-    assert "\npair: tiles of" in pairs
+    assert "\npair\n    tiles of" in pairs
 
 
 def test_the_command_and_the_op_say_the_same(attncc):
@@ -65,10 +65,20 @@ def test_the_op_explains_its_own_schedule_and_refuses_unknown_scalars():
     ks = ac.KernelSchedule(64, 32, 4, 2)
     text = ac.compile("softcap", schedule=ac.Schedule(ks, ks, ks, origin="user")).explain(q_len=512, target="h100")
     assert "the schedule is as given" in text
-    assert len(re.findall(r" -> +64 x 32     4      2", text)) == 3
+    assert len(re.findall(r"\n-> +64x32     4      2", text)) == 3
     assert "in Triton (" not in text
     with pytest.raises(ac.InputError, match="no scalar 'cup'"):
         ac.compile("softcap").explain(target="h100", cup=3.0)
+    with pytest.raises(ac.InputError, match="did you mean 'q_len'"):
+        ac.compile("softcap").explain(target="h100", qlen=512)
+
+
+def test_the_table_of_candidates_fits_a_terminal_of_80(attncc):
+    text = attncc("explain", "alibi", "--target", "h100", "--top", "12").stdout
+    rows = [line for line in text.splitlines() if re.match(r"(->|  ) +(gluon )?\d+x\d+ ", line)]
+    assert len(rows) >= 36
+    assert max(map(len, rows)) <= 80
+    assert all(row.count("*") == 1 for row in rows)
 
 
 def test_a_variant_without_a_backward_says_why(attncc, monkeypatch):
