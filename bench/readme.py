@@ -27,6 +27,16 @@ TITLES = {
 }
 
 
+#: the cost model's units, and the peers of the suite `shelf`
+UNITS = {"tensor": "matmuls", "sfu": "exp, tanh", "alu": "arithmetic", "memory": "memory", "launch": "start"}
+PEERS = {
+    "flex": "FlexAttention",
+    "two flex": "two FlexAttention calls",
+    "cudnn": "cuDNN",
+    "torch.compile": "plain PyTorch, compiled",
+}
+
+
 def results(folder: Path, suite: str) -> dict[str, Any]:
     """The committed results of a suite on the shown card; ValueError for files that must not be published."""
     data = load(folder / SHOWN_GPU / f"{suite}.json")
@@ -141,12 +151,99 @@ def decode_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def variants_table(folder: Path) -> str:
+    """TFLOP/s of every shipped variant, the share of plain causal attention's, and what limits those below it."""
+    data = results(folder, "variants")
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        cases.setdefault(row["case"], {})[row["mode"]] = row
+    lines = [
+        "| TFLOP/s forward / backward | passes | attncc | of plain causal | limited by (busy) |",
+        "|---|---|---|---|---|",
+    ]
+    for case, modes in cases.items():
+        rows = [modes[mode] for mode in ("forward", "backward") if mode in modes]
+        ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
+        ratio = " / ".join(f"{each:.2f}x" for row in rows for each in row["ratio"].values())
+        limits = " / ".join(_limit(row["attncc"]["limits"]) for row in rows)
+        lines.append(f"| `{case}` | {rows[0]['passes']} | **{ours}** | {ratio} | {limits} |")
+    shape = data["rows"][0]
+    size = f"B={shape['B']}, H={shape['Hq']}, S={shape['M']}, D={shape['Dqk']}"
+    lines += ["", f"bf16, {size}, exact mask area; the unit is the cost model's. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
+def _limit(limits: dict[str, Any]) -> str:
+    """The unit that the slowest kernel of a mode waits for, and the share of its time that the unit is busy."""
+    slowest = max(limits.values(), key=lambda kernel: kernel["ms"])
+    return f"{UNITS[slowest['unit']]} {slowest['busy'].get(slowest['unit'], 0):.0%}"
+
+
+def shelf_table(folder: Path) -> str:
+    """What other tools say in several calls, or with whole maps: TFLOP/s and ratios, then TB/s of absorbed MLA."""
+    data = results(folder, "shelf")
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    absorbed = []
+    for row in data["rows"]:
+        if row["mode"] == "decode":
+            absorbed.append(row)
+        else:
+            cases.setdefault(row["case"], {})[row["mode"]] = row
+    lines = ["| | S | D | attncc | beside | TFLOP/s | ratio | bytes |", "|---|---|---|---|---|---|---|---|"]
+    for case, modes in cases.items():
+        rows = [modes[mode] for mode in ("forward", "backward")]
+        ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
+        dims = f"{rows[0]['Dqk']}" if rows[0]["Dv"] == rows[0]["Dqk"] else f"{rows[0]['Dqk']}/{rows[0]['Dv']}"
+        held = rows[0].get("peak_bytes")
+        for name in rows[0]["peers"]:
+            theirs = " / ".join(_entry(row["peers"][name]) for row in rows)
+            ratio = " / ".join(f"{row['ratio'][name]:.1f}x" if name in row["ratio"] else "-" for row in rows)
+            memory = f"{held['attncc'] / 2**20:,.0f} : {held[name] / 2**20:,.0f} MiB" if held and name in held else ""
+            size = f"{rows[0]['M'] // 1024}k"
+            fields = (TITLES.get(case, case), size, dims, f"**{ours}**", PEERS[name], theirs, ratio, memory)
+            lines.append(f"| {' | '.join(fields)} |")
+    lines += ["", "| TB/s of the latent cache | sequences x keys | attncc | FlexAttention | plain PyTorch |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in absorbed:
+        rates = [row["peers"].get(name, {}).get("tbps") for name in ("flex", "torch.compile")]
+        shown = " | ".join("cannot" if rate is None else f"{rate:.2f}" for rate in rates)
+        size = f"{row['B']} x {row['N'] // 1024}k"
+        lines.append(
+            f"| {row['case']}, {row['Hq']} heads, 576/512 | {size} | **{row['attncc']['tbps']:.2f}** | {shown} |"
+        )
+    lines += ["", f"bf16, forward / backward. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
+def outputs_table(folder: Path) -> str:
+    """Milliseconds of the forward alone, and with an auxiliary output."""
+    data = results(folder, "outputs")
+    lengths = sorted({row["M"] for row in data["rows"]})
+    cases: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        cases.setdefault(row["case"], {})[row["M"]] = row
+    columns = " | ".join(f"S={length // 1024}k | more" for length in lengths)
+    lines = [
+        f"| ms, forward alone and with the output | {columns} |",
+        f"|---|{'---|---|' * len(lengths)}",
+    ]
+    for case, by_length in cases.items():
+        rows = [by_length[length] for length in lengths]
+        shown = " | ".join(f"{row['forward_ms']:.2f} -> {row['ms']:.2f} | {row['more']:+.0%}" for row in rows)
+        lines.append(f"| `{case}` | {shown} |")
+    lines += ["", f"Causal, bf16, D={data['rows'][0]['Dqk']}, H={data['rows'][0]['Hq']}. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
 #: what stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`
 TABLES: dict[str, Callable[[Path], str]] = {
     "dense": dense_table,
     "hopper": hopper_table,
     "decode": decode_table,
     "latency": latency_table,
+    "variants": variants_table,
+    "shelf": shelf_table,
+    "outputs": outputs_table,
 }
 
 

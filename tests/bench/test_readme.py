@@ -144,3 +144,62 @@ def test_the_latency_table_shows_seconds_and_microseconds(tmp_path):
     assert "| host time: causal, no_grad | **20 us** | 63 us | 27 us |" in text
     assert "| host time: ALiBi + causal, autograd | **33 us** | 140 us |  |" in text
     assert "`python -m bench host`" in text
+
+
+def limited(unit, ms, busy):
+    return {"unit": unit, "ms": ms, "busy": {unit: busy}}
+
+
+def put(folder, suite, rows):
+    (folder / SHOWN_GPU / f"{suite}.json").write_text(json.dumps({**HEAD, "suite": suite, "rows": rows}))
+
+
+SIZES = {"B": 4, "Hq": 16, "M": 4096, "N": 4096, "Dqk": 128, "Dv": 128}
+
+
+def test_variants_are_shown_with_what_limits_their_slowest_kernel(folder):
+    def of(case, mode, tflops, ratio, **limits):
+        ours = {"tflops": tflops, "limits": limits}
+        return {"case": case, "mode": mode, **SIZES, "attncc": ours, "ratio": ratio, "passes": 1}
+
+    rows = [
+        of("our causal", "forward", 600.0, {}, forward=limited("tensor", 1.0, 0.8)),
+        of("our causal", "backward", 500.0, {}, dkdv=limited("tensor", 2.0, 0.7)),
+        of("softcap", "forward", 510.0, {"our causal": 0.85}, forward=limited("sfu", 1.2, 0.75)),
+        of(
+            "softcap", "backward", 400.0, {"our causal": 0.8}, dkdv=limited("tensor", 2, 0.5), dq=limited("alu", 3, 0.9)
+        ),
+    ]
+    put(folder, "variants", rows)
+    text = readme.variants_table(folder)
+    assert "| `our causal` | 1 | **600 / 500** |  | matmuls 80% / matmuls 70% |" in text
+    assert "| `softcap` | 1 | **510 / 400** | 0.85x / 0.80x | exp, tanh 75% / arithmetic 90% |" in text
+    assert "B=4, H=16, S=4096, D=128" in text
+
+
+def test_the_shelf_is_shown_beside_each_peer_with_its_memory(folder):
+    def of(mode, ours, theirs, **more):
+        entry = {"attncc": {"tflops": ours}, "peers": {"torch.compile": {"tflops": theirs}}}
+        return {"case": "cog", "mode": mode, **SIZES, **entry, "ratio": {"torch.compile": ours / theirs}, **more}
+
+    held = {"heads": 4, "attncc": 2**25, "torch.compile": 2**33}
+    decode = {"case": "absorbed MLA", "mode": "decode", "B": 8, "Hq": 128, "N": 8192, "M": 1, "Dqk": 576, "Dv": 512}
+    decode |= {"attncc": {"tbps": 2.5}, "peers": {"flex": {"error": "x"}, "torch.compile": {"tbps": 0.6}}, "ratio": {}}
+    put(folder, "shelf", [decode, of("forward", 500.0, 50.0, peak_bytes=held), of("backward", 400.0, 100.0)])
+    text = readme.shelf_table(folder)
+    assert (
+        "| cog | 4k | 128 | **500 / 400** | plain PyTorch, compiled | 50 / 100 | 10.0x / 4.0x | 32 : 8,192 MiB |"
+        in text
+    )
+    assert "| absorbed MLA, 128 heads, 576/512 | 8 x 8k | **2.50** | cannot | 0.60 |" in text
+
+
+def test_outputs_are_shown_beside_the_forward_alone(folder):
+    rows = [
+        {"case": "received", **SIZES, "M": length, "forward_ms": 1.0, "ms": ms, "more": ms - 1}
+        for length, ms in ((8192, 1.58), (4096, 1.65))
+    ]
+    put(folder, "outputs", rows)
+    text = readme.outputs_table(folder)
+    assert "| S=4k | more | S=8k | more |" in text
+    assert "| `received` | 1.00 -> 1.65 | +65% | 1.00 -> 1.58 | +58% |" in text
