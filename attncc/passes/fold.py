@@ -42,18 +42,18 @@ class Folded:
     def apply(self, expr: sympy.Basic) -> sympy.Basic:
         """A formula over SCORE in terms of S, with exp as exp2."""
         result = expr.xreplace({sym.SCORE: (LN2 if self.log2 else 1) * self.unit * S})
-        return lower_exp(result)
+        return signed(lower_exp(result), LN2 if self.log2 else sympy.S.One)
 
     def apply_online(self, expr: sympy.Basic, maxima: tuple[sympy.Symbol, ...]) -> sympy.Basic:
         """The same for a formula over running maxima, which the forward keeps in the score's unit."""
         if not self.log2:
-            return lower_exp(expr.xreplace({sym.SCORE: self.unit * S}))
+            return signed(lower_exp(expr.xreplace({sym.SCORE: self.unit * S})))
         units: dict[sympy.Basic, sympy.Basic] = {}
         for m in maxima:
             units[m] = LN2 * m
             new = sympy.Symbol(f"{m.name}_new", real=True)
             units[new] = LN2 * new
-        return lower_exp(expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S}))
+        return signed(lower_exp(expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S})), LN2)
 
     def maximum_of(self, expr: sympy.Expr) -> sympy.Expr:
         """The operand of a running maximum, in the unit the forward keeps it in."""
@@ -112,3 +112,21 @@ def lower_exp(expr: sympy.Basic) -> sympy.Basic:
     if expr.is_Pow and expr.base is sympy.E:
         return exp2(per_ln2(args[1]))
     return expr.func(*args)
+
+
+def signed(expr: sympy.Basic, unit: sympy.Expr = sympy.S.One) -> sympy.Basic:
+    """Every f * sign(x) as f, -f or 0 by comparing x: no multiply, and a tile less that lives.
+    A score is compared in `unit`, which is positive."""
+    if not expr.has(voc.sign):
+        return expr
+    expr = expr.func(*(signed(a, unit) for a in expr.args))
+    signs = [f for f in expr.args if isinstance(f, voc.sign)] if expr.is_Mul else []
+    if len(signs) != 1:
+        return expr
+    rest = sympy.Mul(*(f for f in expr.args if f is not signs[0]))
+    if not rest.free_symbols or rest.is_Add:
+        return expr
+    x = signs[0].args[0]
+    if S in sympy.Mul.make_args(x):
+        x = x / unit  # by which exponents have the same product
+    return voc.where(x > 0, rest, voc.where(x < 0, -rest, sympy.S.Zero))

@@ -10,8 +10,8 @@ import torch
 
 import attncc as ac
 from attncc.ir import symbols as sym
-from attncc.ir.vocabulary import absolute, maximum
-from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, per_ln2
+from attncc.ir.vocabulary import absolute, maximum, sign, where
+from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, per_ln2, signed
 from attncc.passes.similarity import similarity
 from attncc.passes.stream import stream
 from attncc.runtime.evaluate import evaluate
@@ -108,3 +108,24 @@ def test_the_constant_leaves_where_it_can():
     assert per_ln2(LN2 * absolute(X)) == absolute(X)
     assert per_ln2(maximum(LN2 * X, LN2 * Y)) == maximum(X, Y)
     assert lower_exp(X + 1) == X + 1
+
+
+def test_a_sign_times_something_compares_instead():
+    x, p = sympy.Symbol("x", real=True), sympy.Symbol("p", real=True)
+    found = signed(p * exp2(x) * sign(x) + sign(x))
+    assert found == where(x > 0, p * exp2(x), where(x < 0, -p * exp2(x), 0)) + sign(x)
+    compared = signed(p * sign(x))
+    for value in (-1.5, 0.0, 2.0):
+        env = {"x": value, "p": 3.0}
+        assert float(evaluate(compared, env, torch.float64, torch.device("cpu"))) == 3.0 * (value > 0) - 3.0 * (
+            value < 0
+        )
+
+
+def test_the_sign_of_a_score_is_that_of_an_exponents_product():
+    graph = ac.variants.get("cog").graph
+    folded = fold(graph, stream(graph))
+    unit = folded.unit * S
+    assert folded.apply(sign(sym.SCORE) * sympy.exp(sym.SCORE)) == where(
+        unit > 0, exp2(unit), where(unit < 0, -exp2(unit), 0)
+    )
