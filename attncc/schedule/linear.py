@@ -124,7 +124,7 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     chunks = -(-sizes.length // chunk)
     blocks = -(-sizes.d_v // qk["BLOCK"])
     waves, segment = WAVES or _measured()["waves"], SEGMENT or _measured()["segment"]
-    wanted = -(-waves * device.sms // max(1, sizes.sequences * sizes.heads * blocks))
+    wanted = waves * device.sms // max(1, sizes.sequences * sizes.heads * blocks)
     segments = max(1, min(wanted, chunks, sizes.length // segment))
     return LinearSchedule(chunk, chunk * -(-chunks // segments), kernels)
 
