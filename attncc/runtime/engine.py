@@ -306,7 +306,7 @@ class Engine:
         """`forward` of CUDA tensors, kept as the route of calls with this key from the second on: a cache that grows
         by a key a call never brings one. `names`: the inputs that the caller gave, in the order of the key."""
         if key in self._opaque or key not in self._seen:
-            _keep(self._seen, key, None)
+            keep(self._seen, key, None)
             return self.forward(bound, q, k, v, then_backward)
         prepared = self.prepare(bound, q, k, v)
         self.warm(prepared, bound, q, k, v, then_backward and self.plan.facts.has_backward)  # before anything is noted
@@ -318,7 +318,7 @@ class Engine:
         elif not capturing() and not watched():
             # of the caller's tensors only the kind is kept
             own = bound.among({name: ghost(bound.tensors[name]) for name in names})
-            _keep(self._routes, key, Route(recording, own))
+            keep(self._routes, key, Route(recording, own))
         return results
 
     def gradients(
@@ -350,7 +350,7 @@ class Engine:
         if recording is None:
             self._opaque.add(key)
         elif not capturing() and not watched():
-            _keep(self._recordings, key, recording)
+            keep(self._recordings, key, recording)
         return results
 
     def backward(
@@ -389,7 +389,7 @@ def scheduled_sizes(sizes: Mapping[str, int]) -> Mapping[str, int]:
 REMEMBERED = 1024
 
 
-def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+def keep(known: dict[Any, Any], key: Any, value: Any) -> None:
     """Remember how a kind of call is replayed."""
     while len(known) >= REMEMBERED:
         known.pop(next(iter(known)), None)

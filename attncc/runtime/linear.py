@@ -14,11 +14,13 @@ from attncc.ir.symbols import KV_LEN, Q_LEN
 from attncc.ir.text import formula
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
+from attncc.runtime.linear_calls import Kind, LinearCalls
 from attncc.runtime.linear_cut import places
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
-from attncc.runtime.op import AttentionOp, autocast
+from attncc.runtime.op import AttentionOp, autocast, is_traced
+from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import bind, check_dimensions, output_names
 from attncc.runtime.square import SquareCall
 from attncc.runtime.square_engine import SquareEngine
@@ -42,6 +44,8 @@ class LinearOp:
     _terms: TokenTerms | None = None
     _own: OwnWeight | None = None
     _square: SquareCall | None = None
+    #: calls that can be replayed
+    _calls: LinearCalls | None = None
 
     def __init__(
         self,
@@ -65,6 +69,8 @@ class LinearOp:
             engine = self.engine if isinstance(self.engine, LinearEngine) else None
             self._own = OwnWeight(terms.core, linear, engine, str(precision))
         self._missing = self._gaps()
+        if self._own is None and isinstance(self.engine, LinearEngine) and not terms.names:
+            self._calls = LinearCalls(self.engine)
 
     def __repr__(self) -> str:
         return f"<LinearOp {self.graph.name} {self.graph.digest} plan={self.choice}>"
@@ -99,6 +105,9 @@ class LinearOp:
         """
         check_dimensions(q, k, v)
         q, k, v = autocast(q, k, v)
+        given = (scale, initial_state, output_final_state, chunk_size)
+        if self._calls is not None and q.is_cuda and cu_seqlens is None and position is None and not is_traced(q, k, v):
+            return self._eager(q, k, v, plan or self.choice, outputs, *given, inputs)
         names = output_names(outputs, self.graph)
         stateful = initial_state is not None or output_final_state
         needs_linear = stateful or cu_seqlens is not None or bool(position)
@@ -120,8 +129,7 @@ class LinearOp:
         if self._own is not None and self.linear.late:
             key, value, given_rows = self._own.before(k, v, names, rows, cu_seqlens)
         constant = self.engine.rows.constant(bound)
-        given = (q, k, v, initial_state, *rows)
-        then_backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+        then_backward = _wants_gradient(q, k, v, initial_state, *rows)
         stepwise = chosen == "recurrent"
         out, _, last = library.forward_op(
             *(q, key, value, given_rows, constant, initial_state, cu_seqlens, stepwise, chunk_size, output_final_state),
@@ -132,6 +140,41 @@ class LinearOp:
             if output_final_state and self.linear.late:
                 last = self._own.behind(last, k, v, names, rows, cu_seqlens)
         return (out, last) if output_final_state else out
+
+    def _eager(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: PlanName,
+        outputs: str | Sequence[str],
+        scale: float | None,
+        first: Tensor | None,
+        want_last: bool,
+        chunk: int | None,
+        inputs: dict[str, Any],
+    ) -> Any:
+        """A call whose tensors are on a GPU, and not seen by the dispatcher."""
+        assert self._calls is not None
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+        then_backward = _wants_gradient(q, k, v, first, *tensors.values())
+        asked = (plan, outputs if isinstance(outputs, str) else tuple(outputs), want_last, chunk, then_backward)
+        precision = self._calls.engine.precision() if q.dtype == torch.float32 else None
+        key = (key_of(q, k, v, scale, {**inputs, "initial_state": first}), asked, precision)
+        kind = self._calls.known(key)
+        if kind is None:
+            needs_linear = first is not None or want_last
+            chosen = self._chosen(q, k, v, plan, output_names(outputs, self.graph), needs_linear, None)
+            if chosen == "parallel":
+                return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
+            bound = bind(self.graph, q, k, v, scale, inputs)
+            self._check_state(q, v, first, None)
+            self._places(q, None, None, first is not None)
+            constant = self._calls.engine.rows.constant(bound)
+            kind = Kind(bound, constant, chosen == "recurrent", chunk, want_last, then_backward)
+            kind = self._calls.keep(key, kind, tensors)
+        out, last = self._calls(key, kind, q, k, v, first, tensors)
+        return (out, last) if want_last else out
 
     def _gaps(self) -> dict[tuple[bool, bool], str | None]:
         """What formulas read that a packed sequence, or one that goes on, does not have: by whether a state comes in,
@@ -235,3 +278,7 @@ class LinearOp:
     def explain(self, *args: Any, **options: Any) -> str:
         """What `AttentionOp.explain` says, the linear form and its proof among it; the arguments are the same."""
         return self.parallel.explain(*args, **options)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -28,6 +28,11 @@ class TokenTerms:
             for term in terms
         ]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The terms, as inputs of the core are named."""
+        return tuple(name for name, _, _ in self._terms)
+
     def join(self, bound: Bound, q: Tensor, k: Tensor) -> Bound:
         """The call with its terms among the inputs: float32 (B, H, M), and (B, H or Hkv, N)."""
         own: dict[str, Any] = {}

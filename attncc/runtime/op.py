@@ -98,7 +98,7 @@ class AttentionOp:
             v = value_of(self.graph, k, v).detach()  # its gradient is part of that of k
         q, k, v = autocast(q, k, v)
         inputs = self.kernel_inputs(q, k, scale, inputs)
-        traced = _is_traced(q, k, v)
+        traced = is_traced(q, k, v)
         graph = self.engine.graph
         if self.graph.outputs:
             auxiliary, inputs = self._auxiliary(outputs, inputs)
@@ -233,7 +233,7 @@ class AttentionOp:
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
-def _is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
+def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Does somebody look at operators rather than at values? Tensor subclasses, such as fake tensors, never reach a
     kernel by themselves."""
     return (

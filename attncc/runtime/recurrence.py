@@ -14,6 +14,7 @@ from attncc.runtime import linear_library as library
 from attncc.runtime.delta_engine import DeltaEngine
 from attncc.runtime.explain_recurrence import explain
 from attncc.runtime.linear import LinearOp, PlanName
+from attncc.runtime.linear_calls import LinearCalls
 from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.schedule.linear import STEPS
@@ -38,6 +39,7 @@ class RecurrenceOp(LinearOp):
         self.linear = engine.plan
         self._key = library.register(f"{graph.digest}:{precision}", engine)
         self._missing = self._gaps()
+        self._calls = None if self._terms.names else LinearCalls(engine)
 
     def __repr__(self) -> str:
         return f"<RecurrenceOp {self.graph.name} {self.graph.digest} plan={self.choice}>"

@@ -1,0 +1,70 @@
+"""Calls that go past the dispatcher give what those through it give; what is replayed is checked on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attncc as ac
+from attncc.runtime.linear_calls import LinearCalls
+from attncc.runtime.recordings import Recordings
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_recorded(monkeypatch):
+    """A recording is of launches on a GPU."""
+    monkeypatch.setattr(Recordings, "run", lambda self, key, call, tensors: call())
+
+
+def case(name):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
+    inputs = {
+        "linear_attention": {},
+        "simple_gla": {"g": F.logsigmoid(torch.randn(1, 2, 20))},
+    }
+    k = F.normalize(k, dim=-1)
+    return (q, k, v), inputs[name]
+
+
+def results(op, call, tensors, inputs, wanted):
+    """out, the last state, and gradients of both by q, k, v, the first state and the inputs if they are wanted."""
+    q, k, v = (x.clone().requires_grad_() for x in tensors)
+    first = 0.1 * torch.ones(1, 2, *op.engine.state_shape(16, 16))
+    first.requires_grad_()
+    own = {n: x.clone().requires_grad_(wanted) for n, x in inputs.items()}
+    out, last = call(q, k, v, first, own)
+    leaves = [q, k, v, first, *(own.values() if wanted else ())]
+    grads = torch.autograd.grad((out * torch.linspace(0, 1, 16)).sum() + last.square().sum(), leaves)
+    return [out.detach(), last.detach(), *grads]
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("linear_attention", False), ("simple_gla", False), ("simple_gla", True)])
+def test_the_two_ways_agree(name, wanted):
+    op = ac.compile(name, plan="chunk")
+    assert isinstance(op._calls, LinearCalls)
+    tensors, inputs = case(name)
+
+    def eager(q, k, v, first, own):
+        return op._eager(q, k, v, "chunk", "out", None, first, True, 16, own)
+
+    def dispatched(q, k, v, first, own):
+        return op(q, k, v, initial_state=first, output_final_state=True, chunk_size=16, **own)
+
+    expected = results(op, dispatched, tensors, inputs, wanted)
+    for _ in range(2):  # the second call is of a known kind
+        found = results(op, eager, tensors, inputs, wanted)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_call_without_gradients_and_its_errors():
+    op = ac.compile("simple_gla")
+    (q, k, v), inputs = case("simple_gla")
+    for _ in range(2):
+        out = op._eager(q, k, v, "recurrent", "out", None, None, False, None, inputs)
+        assert torch.equal(out, op(q, k, v, plan="recurrent", **inputs))
+    with pytest.raises(ac.InputError, match="initial_state"):
+        op._eager(q, k, v, "chunk", "out", None, torch.zeros(1, 2, 3, 16), False, None, inputs)
+    with pytest.raises(ac.InputError, match="chunk_size"):
+        op._eager(q, k, v, "chunk", "out", None, None, False, 17, inputs)
+    quadratic = op._eager(q, k, v, "parallel", "out", None, None, False, None, inputs)
+    torch.testing.assert_close(quadratic, out, rtol=1e-4, atol=1e-5)
