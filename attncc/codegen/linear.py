@@ -441,6 +441,7 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     if own_product(plan.own) is not None:
         parts.append(text("linear_own.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
+    slots.helpers |= {"_summed"} if channel else set()
     parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
     parts.insert(0, header(graph, plan, d_qk, d_v))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
