@@ -69,7 +69,8 @@ class Role:
 
     own: the vector of which the result is the gradient. product: the features' product with it is stored, one value a
     token; steps: so is the gradient of the decay's steps, for which the states between chunks are kept, `kept_size`
-    values each. The result is multiplied by `settled` at last, and if `scaled_later` by `constant`.
+    values each. The result is multiplied by `settled` at last, and if `scaled_later` by `constant`. inner: what the row
+    totals take from it is found from the result itself, where a program has all of its columns.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Role:
     steps: bool = False
     kept_size: int = 0
     settled: str = ""
+    inner: bool = False
     scaled_later: bool = False
     own: Tile | None = None
     channel: bool = False
@@ -200,6 +202,7 @@ class LinearSlots:
             "alpha": self.plan.bias is not None,
             "beta": self.plan.bias is not None,
             "dtotal": self.plan.total,
+            "slope": self.plan.total and self.plan.bias is None,
             "gain": self.plan.gain != 1,
         }
         return name if known[name] else ""
@@ -217,7 +220,7 @@ class LinearSlots:
         by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
         by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, **common}
         row, col, weight, gain = (self.row(name) for name in ("row", "col", "weight", "gain"))
-        alpha, beta, dtotal = (self.row(name) for name in ("alpha", "beta", "dtotal"))
+        alpha, beta, dtotal, slope = (self.row(name) for name in ("alpha", "beta", "dtotal", "slope"))
         scaled = "" if plan.constant == 1 else f"{row} * constant" if row else "tl.where(live, constant, 0.0)"
         of_query = "scaled" if scaled else row
         q, k, v, do = (tiles[n] for n in ("q", "k", "v", "do"))
@@ -253,9 +256,10 @@ class LinearSlots:
             b=v,
             c=k,
             reverse=False,
-            rows=self.rows(weight, row, col, dtotal),
+            rows=self.rows(weight, row, col, dtotal, slope),
             a_row=weight,
             c_row=col,
+            inner=bool(slope),
             lift=total,
             alpha=dtotal,
             **by_cols,
@@ -315,7 +319,7 @@ class LinearSlots:
                 kept_size=size_v * self.d_qk,
                 settled=factor,
                 scaled_later=plan.constant != 1,
-                own=own if decays or factor or map_ != vector else None,
+                own=own if decays or factor or map_ != vector or (side == "q" and slope) else None,
                 epilogue=lines,
             )
         return found

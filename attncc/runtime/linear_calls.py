@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attncc.runtime.engine import keep
+from attncc.runtime.first_order import first_order
 from attncc.runtime.launch import ghost
 from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.recordings import Recordings
@@ -136,7 +137,7 @@ class EagerLinear(torch.autograd.Function):
         return (out, last) if call.kind.want_last else out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None = None) -> tuple[Any, ...]:
         """Gradients by the derived backward."""
         q, k, v, first, out, total, *rows = ctx.saved_tensors

@@ -87,8 +87,8 @@ class LinearEngine:
         batch, heads, length, d_qk = q.shape
         if ends is not None:
             batch, length = len(ends) - 1, max((b - a for a, b in pairwise(ends)), default=0)
-        by_channel = self.plan.decay == "channel"
-        return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel)
+        by_channel, normalized = self.plan.decay == "channel", self.plan.total and self.plan.bias is None
+        return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel, normalized)
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
@@ -163,7 +163,7 @@ class LinearEngine:
             if wanted is not None:
                 given = dict(named)
                 if total is not None:
-                    given["weight"], given["dtotal"] = module.delta(out, out), total
+                    given["weight"], given["dtotal"], given["slope"] = module.delta(out, out), total, total
                 wants = self._asked(dict(zip(self.names, wanted, strict=True)))
                 module.backward(
                     *(*qkv, given, 1.5, first, out, last, first is not None, wants, cut, schedule.kernels, options)
@@ -200,7 +200,7 @@ class LinearEngine:
             if total is not None:
                 delta = module.delta(out, dout)
                 given["weight"], slope = self.rows.weight_and_slope(total, named.get("gain"))
-                given["dtotal"] = delta * slope
+                given["dtotal"], given["slope"] = delta * slope, slope
             dq, dk, dv, dinitial, of_q, of_k, steps = module.backward(
                 *(q, k, v, given, constant, initial, dout, None if dlast is None else dlast.contiguous()),
                 *(want_initial, self._asked(wants)),

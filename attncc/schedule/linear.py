@@ -19,6 +19,8 @@ from attncc.schedule.problem import DTYPE_BYTES, Dtype
 CHUNKS = (16, 32, 64, 128)
 #: tokens up to which a sequence is stepped through
 STEPS = 16
+#: features that one program can have all of, where it needs them
+WHOLE = 128
 #: shorter segments, and more of them, than measured: what tests set
 SEGMENT: int | None = None
 WAVES: int | None = None
@@ -26,7 +28,8 @@ WAVES: int | None = None
 
 @dataclass(frozen=True)
 class LinearSizes:
-    """A call as its kernels see it. `length` is that of the longest sequence; by_channel: a decay for each feature."""
+    """A call as its kernels see it. `length` is that of the longest sequence; by_channel: a decay for each feature;
+    normalized: weights are divided by a sum of them, whose gradient wants all features of a query in one program."""
 
     dtype: Dtype
     sequences: int
@@ -35,6 +38,7 @@ class LinearSizes:
     d_qk: int
     d_v: int
     by_channel: bool = False
+    normalized: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,14 @@ def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _tiling(d_a: int, columns: int, state: int, chunk: int, sizes: LinearSizes, device: Device) -> dict[str, int]:
-    """The columns of the state that one program has, and its warps: what is multiplied must fit in shared memory."""
+def _tiling(
+    d_a: int, columns: int, state: int, chunk: int, sizes: LinearSizes, device: Device, wider: int = 1
+) -> dict[str, int]:
+    """The columns of the state that one program has, and its warps, `wider` times as many as is the rule: what is
+    multiplied must fit in shared memory."""
     rule, width = _rule(sizes, device), _padded(d_a)
     block = min(_padded(columns), max(16, state // width), 128)
-    longer = max(1, chunk // rule.chunk)
+    longer = max(wider, chunk // rule.chunk)
     warps = 4 if device.is_interpreter else min(256, rule.threads * longer) // device.warp_size
     stages = 2
     if not device.is_interpreter:
@@ -120,6 +127,8 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     of_qk = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, chunk, sizes, device)
     kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dstates"), qk)
     kernels |= {"dq": of_qk, "dk": of_qk, "dv": of_v}
+    if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < _padded(sizes.d_qk) <= WHOLE:
+        kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
     kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 8192 // _padded(sizes.d_qk))), "num_warps": 4}
     chunks = -(-sizes.length // chunk)
     blocks = -(-sizes.d_v // qk["BLOCK"])
