@@ -15,7 +15,7 @@ import attncc as ac
 from bench import area
 from bench.case import Case, Shape, Tensors
 from bench.check import against_reference, relative_rms
-from bench.run import Run
+from bench.run import NotReadyError, Run
 from bench.timing import Timing, race
 
 #: those of peers/README.md, so that figures can be laid beside it
@@ -133,23 +133,54 @@ def seq_first(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def measured(run: Run, results: Any, case: Case, length: int, theirs: Peer | None) -> list[dict[str, Any]]:
-    """Check a case, then time forward and backward beside the peer; one row a mode."""
+def prepared(piece: tuple[str, str]) -> dict[str, Any]:
+    """What a process ahead does for ("attncc" | "fla", case): compile all, and check ours or let the peer tune itself.
+
+    flash-linear-attention keeps on disk what its tuning found, as it does for its users; it may take minutes a case.
+    """
+    kind, name = piece
+    case, shape = CASES[name], Shape(m=LENGTHS[0], **SHAPE)
+    q, k, v = seq_first(shape)
+    inputs = case.inputs(shape, "cuda")
+    errors = {}
+    if kind == "attncc":
+        op = ac.compile(case.variant, plan="chunk")
+        recurrent = case.variant.graph.recurrent
+        checked = Shape(m=CHECKED_TOKENS if recurrent else CHECKED, unit_keys=recurrent, **SHAPE)
+        errors = against_reference(op, case, checked)
+        out = contestant(op, inputs)(q, k, v)
+    else:
+        out = peers()[name](q, k, v, inputs)
+    try:
+        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    except Exception as error:  # a peer may refuse its backward on this machine
+        if kind == "attncc" or "CUDA" in str(error):
+            raise
+    torch.cuda.synchronize()
+    return errors
+
+
+def contestant(op: Any, inputs: Tensors) -> Callable[..., torch.Tensor]:
+    """An op of ours as a function of (B, T, H, D) tensors."""
+
+    def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = op(*(x.transpose(1, 2) for x in (q, k, v)), **inputs)
+        return out.transpose(1, 2)
+
+    return ours
+
+
+def measured(
+    run: Run, results: Any, case: Case, length: int, theirs: Peer | None, errors: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Time forward and backward of a case beside the peer; one row a mode. `errors`: what its check ahead found."""
     shape = Shape(m=length, **SHAPE)
     head = {"case": case.name, **shape.row()}
     try:
         op = ac.compile(case.variant, plan="chunk")
-        recurrent = case.variant.graph.recurrent
-        checked = Shape(m=min(length, CHECKED_TOKENS if recurrent else CHECKED), unit_keys=recurrent, **SHAPE)
-        errors: dict[str, Any] = {"reference": against_reference(op, case, checked)}
         q, k, v = seq_first(shape)
         inputs = case.inputs(shape, "cuda")
-
-        def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = op(*(x.transpose(1, 2) for x in (q, k, v)), **inputs)
-            return out.transpose(1, 2)
-
-        calls = {"attncc": ours}
+        calls = {"attncc": contestant(op, inputs)}
         if theirs is not None:
             calls["fla"] = lambda q, k, v: theirs(q, k, v, inputs)
         outs: dict[str, torch.Tensor] = {}
@@ -161,8 +192,9 @@ def measured(run: Run, results: Any, case: Case, length: int, theirs: Peer | Non
                 if name == "attncc":
                     raise
                 broken[name] = f"{type(error).__name__}: {str(error)[:200]}"
+        check = {"reference": errors}
         if "fla" in outs:
-            errors["fla"] = relative_rms(outs["attncc"].detach(), outs["fla"].detach())
+            check["fla"] = relative_rms(outs["attncc"].detach(), outs["fla"].detach())
         grad = torch.randn_like(outs["attncc"])
         modes = {
             "forward": ({name: partial(calls[name], q, k, v) for name in outs}, 1.0),
@@ -171,9 +203,9 @@ def measured(run: Run, results: Any, case: Case, length: int, theirs: Peer | Non
         rows = []
         for mode, (contestants, passes) in modes.items():
             entries: dict[str, Any] = {}
-            for name, contestant in contestants.items():
+            for name, timed_call in contestants.items():
                 try:  # a peer may refuse its backward on this machine
-                    contestant()
+                    timed_call()
                     entries[name] = None
                 except Exception as error:
                     if name == "attncc":
@@ -184,7 +216,7 @@ def measured(run: Run, results: Any, case: Case, length: int, theirs: Peer | Non
             own = entries.pop("attncc")
             ratio = {name: round(e["ms"] / own["ms"], 3) for name, e in entries.items()}
             row = {**head, "mode": mode, "attncc": own, "peers": entries, "ratio": ratio}
-            rows.append(results.add(**row, broken=broken, check=errors))
+            rows.append(results.add(**row, broken=broken, check=check))
         return rows
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
         run.fail(results, f"{case.name} {shape}", error, **head)
@@ -238,12 +270,25 @@ def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("linear")
     known = peers()
+    names = run.take(list(CASES), quick=2)
+    pieces = [(kind, name) for kind in ("fla", "attncc") for name in names if kind == "attncc" or name in known]
+    ready = dict(zip(pieces, run.ahead(prepared, pieces), strict=True))
+    results.note("seconds ahead", round(run.budget.elapsed()))
+    for name in names:
+        done = ready["attncc", name]
+        if done.error is not None:
+            run.fail(results, name, NotReadyError(done.error), case=name)
+        if name in known and ready["fla", name].error is not None:
+            results.note(f"fla {name}", ready["fla", name].error)
+    sound = [name for name in names if ready["attncc", name].error is None]
+    tuned = {name: peer for name, peer in known.items() if name in names and ready["fla", name].error is None}
     shown = []
     for length in run.take(list(LENGTHS), quick=1):
-        for name in run.take(list(CASES), quick=2):
+        for name in sound:
             if run.out_of_time(results, f"{name} at {length}"):
                 break
-            shown += measured(run, results, CASES[name], length, known.get(name))
+            found = ready["attncc", name].value
+            shown += measured(run, results, CASES[name], length, tuned.get(name), found)
     columns = ["case", "N", "mode", "ms", "GB/s", "fla ms", "/fla"]
     lines = [
         [

@@ -157,6 +157,18 @@ def test_chunks_are_the_quadratic_reference(name, length, chunk, many_segments):
     agree((got[0], *got[1]), (exact[0], *exact[1]), 3e-6)
 
 
+@pytest.mark.parametrize("name", ["linear_attention", "gated"])
+def test_row_totals_where_no_program_has_all_features(name, monkeypatch):
+    monkeypatch.setattr(schedule_linear, "_rule", lambda sizes, device: schedule_linear.Rule(16, 256, 256, 128))
+    tensors, inputs = drawn(name, d_qk=32, d_v=16)
+    op = ac.compile(VARIANTS[name], plan="chunk")
+    cotangent = torch.randn(1, 2, 37, 16, generator=torch.Generator().manual_seed(2))
+    got = with_gradients(op, tensors, inputs, cotangent)
+    double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
+    exact = with_gradients(lambda *a, **i: ac.reference(VARIANTS[name], *a, **i), *double, cotangent)
+    agree((got[0], *got[1]), (exact[0], *exact[1]), 5e-6)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_recurrence_is_the_same(name):
     tensors, inputs = drawn(name, batch=2, strided=True, length=19)
@@ -384,7 +396,7 @@ def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
     variants = {v.name: v for v in (*VARIANTS.values(), *FULL.values())}
     graph, device = variants[name].graph, device_for(target)
     module = load_source(render_linear(graph, linearize(graph), dim, dim), f"linear_{name}_{target}")
-    sizes = LinearSizes(dtype, 2, 16, 8192, dim, dim, name == "gla")
+    sizes = LinearSizes(dtype, 2, 16, 8192, dim, dim, name == "gla", name == "linear_attention")
     schedule = linear_schedule(sizes, device)
     for kernel in cross_compile_linear(module, schedule, device, dtype).values():
         meta = schedule.kernels.get(kernel.name.removesuffix("_kernel"), {})
@@ -394,6 +406,8 @@ def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
         # on an H100 some spills of the gradients cost less than narrower blocks, which form a chunk's pairs more often
         wide = target != "sm_90" or kernel.name in ("dq_kernel", "dk_kernel", "dv_kernel")
         assert kernel.spills <= (320 if wide else 40), kernel
+        if target == "sm_90":  # where the assembler made one wrong, another makes it again at the first call
+            assert not kernel.faults, kernel
         assert not kernel.faults
 
 
