@@ -28,6 +28,8 @@ from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Schedule
 TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: what merges the parts of a row is launched the same way for all schedules
 MERGE = KernelSchedule(1, 1, 4, 1)
+#: Gluon's kernel of dQ, whose stages its text has
+DQ_OF_ROWS = KernelSchedule(2 * hopper.ROWS, hopper.ROWS, 8, 1, "gluon")
 #: kernels that pass over rows once, 32 a program
 _LIGHT = ("delta_kernel", "prepare_kernel", "finish_kernel")
 _ROWS = 16  # strides of real tensors are multiples of 16 elements, and Triton compiles for that
@@ -169,6 +171,8 @@ def _tiling(name: str, schedule: Schedule) -> Any:
         return schedule.dq
     if name == "decode_kernel":
         return schedule.forward
+    if name == "dq_of_rows_kernel":
+        return DQ_OF_ROWS
     if name == "merge_kernel":
         return MERGE
     if name in _LIGHT or name.startswith(("summary_", "bounds_")):
@@ -182,10 +186,10 @@ def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
     of_queries = tensor in ("Q", "DO", "DOUT", "OUT")
     if tiling.backend == "triton":
         return f"tensordesc<{dtype}[1, 1, {tiling.block_m if of_queries else tiling.block_n}, {columns}]>"
-    rows = tiling.block_m if of_queries and kernel != "forward_kernel" else tiling.block_n
-    if tensor in ("DQ", "DK", "DV") or (of_queries and kernel == "forward_kernel"):
+    rows = tiling.block_m if of_queries and kernel == "dkdv_kernel" else tiling.block_n
+    if tensor in ("DQ", "DK", "DV") or (of_queries and kernel != "dkdv_kernel"):
         rows = hopper.ROWS
-    return _box((1, 1, rows, int(columns)), "fp32" if tensor == "DQ" else dtype)
+    return _box((1, 1, rows, int(columns)), "fp32" if (tensor, kernel) == ("DQ", "dkdv_kernel") else dtype)
 
 
 def _box(shape: tuple[int, ...], dtype: Dtype) -> str:

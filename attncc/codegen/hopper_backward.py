@@ -71,7 +71,6 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if is_wide else [])]
     wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
     pointers = [
-        *(["DQ_SUM_PTR"] if is_wide else []),
         "DK_SUM_PTR",
         "DV_SUM_PTR",
         *(f"{g.name.upper()}_PTR" for g in k["gradients"]),

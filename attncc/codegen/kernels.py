@@ -406,13 +406,18 @@ def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: 
     return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
 
 
-def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool) -> dict[str, Any]:
-    """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`."""
-    wanted = [g for g in plan.gradients if g.kind in ("program", "row")]
+def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False) -> dict[str, Any]:
+    """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`.
+
+    hopper: for a kernel in which several groups of warps share a block of queries, and which has dQ alone."""
+    wanted = [] if hopper else [g for g in plan.gradients if g.kind in ("program", "row")]
     edges = [edge("kv_idx", True)]
     inside = "q_idx < q_len"
     return _pair_slots(
-        plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside, settle=True, by_tile=by_tile
+        *(plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside),
+        settle=not hopper,
+        by_tile=by_tile,
+        hopper=hopper,
     )
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from attncc.schedule import hopper_backward
 from attncc.schedule.device import Device
 from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
 
 #: registers of a thread, were all warps of a Gluon kernel given the same number: the loading warp passes its own on
-_EVEN_REGISTERS = {2: 168, 3: 128}
+EVEN_REGISTERS = {2: 168, 3: 128}
 
 
 def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward") -> dict[str, int]:
     """A kernel's schedule in the words of its launch. A Gluon forward has as many programs as `device` has SMs; a Gluon
-    backward sums dQ unless it is told otherwise, and has `splits` programs for the heads of a group."""
+    backward sums dQ unless it is told otherwise, or heads are wide, and `splits` programs have a group's heads."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
         splits = {"splits": schedule.splits} if schedule.splits else {}
         return {**tiles, "num_warps": schedule.num_warps, "num_stages": schedule.num_stages, **splits}
-    options = {"STAGES": schedule.num_stages, "num_warps": 4, "maxnreg": _EVEN_REGISTERS[schedule.num_warps // 4]}
+    options = {"STAGES": schedule.num_stages, "num_warps": 4, "maxnreg": EVEN_REGISTERS[schedule.num_warps // 4]}
     if kernel == "dkdv":
-        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": True}
+        sums = schedule.block_n == hopper_backward.KEYS  # of wide heads, with fewer keys, dQ has a kernel of its own
+        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": sums}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
+
+
+def in_fixed_order(meta: dict[str, int]) -> dict[str, int]:
+    """The words of a Gluon backward whose programs add nothing up among each other."""
+    return {**meta, "SUM_DQ": False, "SPLITS": 1}
 
 
 def schedule_meta(schedule: Schedule, device: Device) -> dict[str, dict[str, int]]:

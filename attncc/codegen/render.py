@@ -15,6 +15,7 @@ from attncc.codegen.decode import decode_slots
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.hopper_backward import by_row, finish_slots, hopper_backward_slots
+from attncc.codegen.hopper_dq import hopper_dq_slots
 from attncc.codegen.indices import collect_lines, input_arguments, nested_reads
 from attncc.codegen.kernels import (
     base_leaves,
@@ -159,16 +160,23 @@ def render(
             helpers |= slots["helpers"]
             kernels.append(("cotangents.py.j2", {"k": slots}))
         if hopper_backward:
-            finish = finish_slots(plan)
-            helpers |= finish["helpers"]
             in_warps |= kv["helpers"]
             backward_template = "hopper_backward_wide.py.j2" if kv["wide"] else "hopper_backward.py.j2"
             parts_of_backward = ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", backward_template)
             kernels += [(template, {"f": kv}) for template in parts_of_backward]
-            kernels.append(("hopper_finish.py.j2", {"f": finish}))
+            if kv["wide"]:
+                last = host["rows_dq"] = hopper_dq_slots(plan, d_qk, d_v)
+                in_warps |= last["helpers"]
+                bounds += _bounds(plan, "dq", plan.over_keys, last["bounds"])
+                kernels.append(("hopper_dq.py.j2", {"f": last}))
+            else:
+                last = finish_slots(plan)
+                kernels.append(("hopper_finish.py.j2", {"f": last}))
+            helpers |= last["helpers"]
         else:
             kernels.append(("dkdv.py.j2", {"k": kv}))
-        kernels.append(("dq.py.j2", {"k": dq}))
+        if not (hopper_backward and kv["wide"]) or by_row(plan):
+            kernels.append(("dq.py.j2", {"k": dq}))
         for p in pair.values():
             kernels.append(("pair_grad.py.j2", {"k": p, "what": formula(p["gradient"].read)}))
         host.update(

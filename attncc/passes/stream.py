@@ -16,6 +16,7 @@ themselves, so that the number of sweeps is the length of the longest chain of r
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import sympy
@@ -151,6 +152,21 @@ def stream(graph: VariantGraph) -> Online:
     passes = f"the last of {len(before) + 1} passes over the keys"
     proof = tuple(line.replace("one pass over the keys", passes) for line in last.proof)
     return replace(last, proof=proof, before=tuple(before))
+
+
+def any_shift_serves(online: Online, stored: Iterable[sympy.Expr]) -> bool:
+    """May the last pass keep a number in its maximum's place that is not the maximum? True where the row's factor and
+    all that is `stored` of it stay what they are when that number moves and the accumulators are rescaled for it."""
+    if len(online.maxes) != 1 or online.before:
+        return False
+    (m,) = online.max_symbols
+    by = sympy.Symbol("by", real=True)
+    moved = {r.symbol: r.symbol * r.rescale.xreplace({renamed(m): m + by}) for r in online.sums}
+    moved[m] = m + by
+    factor = online.coefficient * online.scale
+    rescale = online.numerator.rescale.xreplace({renamed(m): m + by})
+    changes = [factor.xreplace(moved) * rescale - factor, *(e.xreplace(moved) - e for e in stored)]
+    return all(sympy.simplify(sympy.expand_log(change, force=True)) == 0 for change in changes)
 
 
 def _with_ancestors(graph: VariantGraph, rows: set[str]) -> set[str]:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attncc.codegen.facts import Facts
-from attncc.codegen.launch import schedule_meta
+from attncc.codegen.launch import in_fixed_order, schedule_meta
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
@@ -191,9 +191,10 @@ class Engine:
     def free_sums(self) -> frozenset[str]:
         """The gradients whose sums have no fixed order in the backwards prepared so far: programs of Gluon's add to dQ,
         and to dK and dV where several share the heads of a group."""
-        summed = [p.meta["dkdv"] for p in self._prepared.values() if p.meta["dkdv"].get("SUM_DQ")]
-        shared = any(meta["SPLITS"] > 1 for meta in summed)
-        return frozenset(("dq", "dk", "dv") if shared else ("dq",) if summed else ())
+        metas = [p.meta["dkdv"] for p in self._prepared.values()]
+        summed = ("dq",) if any(meta.get("SUM_DQ") for meta in metas) else ()
+        shared = ("dk", "dv") if any(meta.get("SPLITS", 1) > 1 for meta in metas) else ()
+        return frozenset((*summed, *shared))
 
     def prepare(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         """The module, schedule and options for calls like this one."""
@@ -227,8 +228,8 @@ class Engine:
         more = (bound.sizes.get("d_k"), problem.values, backward)
         module = self.module(d_qk, d_v, interpreted, tma, schedule.forward.form, *more)
         meta = _meta(schedule, problem, target)
-        if backward == "gluon":
-            meta["dkdv"]["SUM_DQ"] = not ordered
+        if backward == "gluon" and ordered:
+            meta["dkdv"] = in_fixed_order(meta["dkdv"])
         return Prepared(module, schedule, meta, dot_options(dtype, precision, target), interpreted)
 
     def warm(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:

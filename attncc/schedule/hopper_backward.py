@@ -1,5 +1,5 @@
-"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, or, where heads are wide, one
-for dK and one for dV of the same 64, and queries that stream by."""
+"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, and queries that stream by;
+or, where heads are wide, one for dK and one for dV of the same 64, and a kernel for dQ."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
 #: keys of a warpgroup, and of a program
 ROWS, KEYS = 64, 128
 STAGES = (2, 3)
+#: of the kernel of dQ, most wanted first, and the bytes for its tiles: all of a block's but for its barriers
+DQ_STAGES = ((3, 3), (3, 2), (2, 2), (2, 1))
+DQ_TILE_BYTES = 231424
 #: the widest head of which one warpgroup computes all columns of dQ, for half of the rows
 NARROW = 64
-#: matmuls of a pair: two of the head dimension of v, three of that of q and k
+#: matmuls of a pair: of the head dimension of v, of that of q and k; and the same where dQ has a kernel of its own
 MATMULS_V, MATMULS_QK = 2, 3
+WIDE_MATMULS_V, WIDE_MATMULS_QK = 3, 4
 #: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the exchange of ds
 TURN = 400
 #: clocks of a block of keys: its loads, its first scores, dK and dV
 BLOCK_OVERHEAD = 4000
 #: the share of its peak that the tensor cores reach: measured 540 TFLOP/s where power allows some 790
 TENSOR_EFFICIENCY = 0.7
-#: the same where heads are wide, by count: shared memory is read and written as long as they multiply. Not measured yet
+#: the same where heads are wide: 570 to 660 TFLOP/s were measured
 WIDE_EFFICIENCY = 0.6
 #: bytes of an entry of dQ, or of dK and dV that several programs add up, in its passes through memory: zeroed, read as
 #: float32, written in 16 bits
@@ -44,6 +48,16 @@ def queries(d_qk: int, d_v: int) -> int | None:
     if sum(qk) <= NARROW and len(qk) > 1:
         return None
     return KEYS if sum(qk) <= NARROW else ROWS
+
+
+def dq_stages(d_qk: int, d_v: int) -> tuple[int, int]:
+    """Tiles of 64 keys, and of values, that the kernel of dQ has room for beside 128 queries and their dout."""
+    qk, v = (2 * sum(head_chunks(dim)) for dim in (d_qk, d_v))
+    return next(
+        (keys, values)
+        for keys, values in DQ_STAGES
+        if KEYS * (qk + v) + ROWS * (keys * qk + values * v) <= DQ_TILE_BYTES
+    )
 
 
 def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
@@ -90,18 +104,20 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     work, mask = problem.costs.pair("dkdv"), problem.costs.mask
     share = live.mixed / live.live if live.live else 0.0
     flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
-    tensor = 2 * pairs * (MATMULS_QK * qk + MATMULS_V * v) / flops
+    apart = wide(problem.d_qk, problem.d_v)
+    matmuls = WIDE_MATMULS_QK * qk + WIDE_MATMULS_V * v if apart else MATMULS_QK * qk + MATMULS_V * v
+    tensor = 2 * pairs * matmuls / flops
     sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
     alu = (work.fma + share * mask.fma) * pairs / device.fma_per_clk_sm
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + TURN
-    efficiency = WIDE_EFFICIENCY if wide(problem.d_qk, problem.d_v) else TENSOR_EFFICIENCY
+    efficiency = WIDE_EFFICIENCY if apart else TENSOR_EFFICIENCY
     busy = max(tensor / efficiency, sfu + alu, alone)
     waves = blocks / device.sms
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)
     spread = rounds / waves / device.sms / (device.clock_ghz * 1e3)
-    rows = lines * problem.q_len * (SUM_BYTES * problem.d_qk + 4 * problem.d_v)
+    rows = lines * problem.q_len * ((0 if apart else SUM_BYTES) * problem.d_qk + 4 * problem.d_v)
     launches = LAUNCHES
     if splits > 1:
         rows += problem.batch * problem.kv_heads * problem.kv_len * SUM_BYTES * (problem.d_qk + problem.d_v)

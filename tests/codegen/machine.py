@@ -417,6 +417,10 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return Block(1 / args[0].v)
     if text == "mov.u32 $0, 0;":
         return Block(0)
+    if "@never pmevent" in text:
+        return args[0]
+    if "vote.sync.any.pred moved" in text:
+        return args[0] * args[1]
     raise MachineError(f"assembly that the model does not know: {text}")
 
 

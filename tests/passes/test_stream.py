@@ -10,7 +10,7 @@ import torch
 import attncc as ac
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula
-from attncc.passes.stream import stream
+from attncc.passes.stream import any_shift_serves, stream
 from attncc.runtime.reference import log_denominator, reference
 from attncc.runtime.samples import Shape, sample_inputs
 
@@ -162,3 +162,24 @@ def test_a_reduction_that_is_not_linear_in_the_weight_is_refused():
     squared = ac.Variant(reduction=lambda weight, v_vec, row: row.sum(weight**2 * v_vec))
     with pytest.raises(UnsupportedError, match="is not the weight times a factor"):
         stream(squared.graph)
+
+
+@pytest.mark.parametrize(
+    ("name", "serves"),
+    [("causal", True), ("softmax1", True), ("alibi", True), ("cog", True), ("top_theta", False), ("sigmoid", False)],
+)
+def test_whether_a_number_near_the_maximum_serves_as_well(name, serves):
+    """Not where the maximum itself is stored, nor where there is none."""
+    online = stream(ac.variants.get(name).graph)
+    stored = [] if online.lse is None else [online.lse]
+    if name == "top_theta":
+        stored = list(online.max_symbols)
+    assert any_shift_serves(online, stored) is serves
+
+
+def test_a_row_factor_that_reads_the_maximum_wants_the_maximum():
+    def by_peak(score, row):
+        p = ac.exp(score - row.max(score))
+        return p / row.sum(p) * row.max(score)
+
+    assert not any_shift_serves(of(by_peak), [])

@@ -80,6 +80,15 @@ def test_a_fixed_order_has_a_kernel_for_dq(monkeypatch, mode):
     assert not jobs[2][2]["SUM_DQ"]
 
 
+def test_wide_heads_have_a_kernel_for_dq_and_no_sum_in_a_free_order(monkeypatch):
+    op = ac.compile("sink", plan="parallel", backend="gluon")
+    free, wanted = torch.rand(4), torch.rand(4, requires_grad=True)
+    for sink, last in ((free, "dq_of_rows_kernel"), (wanted, "dq_kernel")):
+        jobs = launched(monkeypatch, op, tensors(512, 256), sink=sink)
+        assert names(jobs) == ["forward_kernel", "prepare_kernel", "dkdv_kernel", last]
+    assert op.engine.free_sums() == frozenset()
+
+
 def test_the_heads_of_a_group_are_dealt_to_programs_where_the_order_of_sums_is_free(monkeypatch):
     grouped = tensors(4096, 128, heads=8, kv_heads=2)
     for deterministic, splits in ((False, 4), (True, 1)):
