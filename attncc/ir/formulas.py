@@ -15,7 +15,7 @@ DEFAULTS = {
     "similarity": "dot(q_vec, k_vec)*scale",
     "score": "score",
     "mask": "True",
-    "normalizer": "exp(-row.max(score) + score)/row.sum(exp(-row.max(score) + score))",
+    "normalizer": "exp(score - row.max(score))/row.sum(exp(score - row.max(score)))",
     "reduction": "row.sum(v_vec*weight)",
 }
 

@@ -24,7 +24,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage
 from attncc.ir.levels import Level, level
-from attncc.ir.text import formula
+from attncc.ir.text import ordered_text
 from attncc.ir.vocabulary import Read, sum_d
 
 #: the kinds of sums, as stages are named
@@ -80,7 +80,7 @@ def separate(expr: sympy.Expr) -> tuple[sympy.Expr, tuple[Stage, ...]]:
     result = visit(_gathered(expr))
     named: dict[sympy.Symbol, sympy.Symbol] = {}
     stages: list[Stage] = []
-    for (kind, term), dummy in sorted(sums.items(), key=lambda item: (KINDS.index(item[0][0]), formula(item[0][1]))):
+    for (kind, term), dummy in sorted(sums.items(), key=lambda x: (KINDS.index(x[0][0]), ordered_text(x[0][1]))):
         if any(isinstance(s, sympy.Dummy) for s in term.free_symbols):
             raise UnsupportedError(
                 "a sum over the head dimension stands inside another one, and is no factor of it",
@@ -146,7 +146,7 @@ def _terms(summand: sympy.Expr) -> Iterable[tuple[str, sympy.Expr, sympy.Expr]]:
     for (kind, coefficient), term in singles.items():
         number, rest = term.as_coeff_Mul()
         found.append((kind, number * coefficient, rest))
-    return sorted((t for t in found if t[2] != 0), key=lambda t: (t[0], formula(t[1]), formula(t[2])))
+    return sorted((t for t in found if t[2] != 0), key=lambda t: (t[0], ordered_text(t[1]), ordered_text(t[2])))
 
 
 def sides(stage: Stage) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -81,16 +82,29 @@ class FormulaPrinter(StrPrinter):
         return "False"
 
 
-_printer = FormulaPrinter({"order": None})
+class ReadablePrinter(FormulaPrinter):
+    """The same with sums as people write them: `score - row.max(score)`, and no minus in front where a plus will do."""
+
+    def _as_ordered_terms(self, expr: Any, order: str | None = None) -> list[Any]:
+        terms: list[Any] = super()._as_ordered_terms(expr, order=order)
+        return sorted(terms, key=lambda term: term.could_extract_minus_sign())
+
+
+_ordered, _readable = FormulaPrinter({"order": None}), ReadablePrinter({"order": None})
+
+
+def ordered_text(expr: Any) -> str:
+    """One expression in sympy's own order, of which digests are made and by which stages are sorted."""
+    return _ordered.doprint(expr)
 
 
 def formula(expr: Any) -> str:
-    """One expression in the words of the text form."""
-    return _printer.doprint(expr)
+    """One expression in the words of the text form, for people."""
+    return _readable.doprint(expr)
 
 
-def _definition(stage: Stage) -> str:
-    body = formula(stage.expr)
+def _definition(stage: Stage, text: Callable[[Any], str]) -> str:
+    body = text(stage.expr)
     if stage.op in ("scan", "read"):
         return f"{stage.op}({body})"
     if stage.op == "sum_d":
@@ -111,21 +125,22 @@ def _each(stage: Stage) -> str:
     return "row" if stage.op else "pair"
 
 
-def output_text(output: Output) -> str:
+def output_text(output: Output, text: Callable[[Any], str] = formula) -> str:
     """An auxiliary output's definition in the words of the text form."""
-    texts = {r.symbol: sympy.Symbol(_reduction(output, r), real=True) for r in output.reductions}
-    return formula(output.expr.xreplace(texts))
+    texts = {r.symbol: sympy.Symbol(_reduction(output, r, text), real=True) for r in output.reductions}
+    return text(output.expr.xreplace(texts))
 
 
-def _reduction(output: Output, reduction: Reduction) -> str:
-    arguments = [] if reduction.op == "count" else [formula(reduction.expr)]
+def _reduction(output: Output, reduction: Reduction, text: Callable[[Any], str]) -> str:
+    arguments = [] if reduction.op == "count" else [text(reduction.expr)]
     if reduction.when is not sympy.true:
-        arguments.append(formula(reduction.when))
+        arguments.append(text(reduction.when))
     return f"{output.domain}.{reduction.op}({', '.join(arguments)})"
 
 
 def to_text(graph: VariantGraph, header: bool = True) -> str:
-    """The whole graph, one definition a line, in topological order."""
+    """The whole graph, one definition a line, in topological order; without the header it is what a digest is of."""
+    text = formula if header else ordered_text
     lines = [f'variant "{graph.name}"  # digest {graph.digest}'] if header else []
     for d in graph.inputs:
         lines.append(f"  input  {d.name}[{', '.join(d.pattern)}] : {d.dtype}{' grad' if d.grad else ''}")
@@ -143,7 +158,7 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
         lines.append(f"  rows   that see no key: {graph.dead_rows}")
     width = max(len(s.name) for s in graph.stages)
     for s in graph.stages:
-        lines.append(f"  {s.name:<{width}} = {_definition(s)}  : {s.type}, a {_each(s)}")
+        lines.append(f"  {s.name:<{width}} = {_definition(s, text)}  : {s.type}, a {_each(s)}")
     for o in graph.outputs:
-        lines.append(f"  output {o.name}[{', '.join(('b', 'h', *o.domain.dims))}] = {output_text(o)}  : {o.type}")
+        lines.append(f"  output {o.name}[{', '.join(('b', 'h', *o.domain.dims))}] = {output_text(o, text)}  : {o.type}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import InputDecl
 from attncc.ir.outputs import LIMIT, Domain, Output, Reduction, cell_symbol
-from attncc.ir.text import formula
+from attncc.ir.text import formula, ordered_text
 from attncc.language import functions as fn
 from attncc.language.combinators import Mask, Piece, ScoreMod, call_by_name
 from attncc.language.reducers import Made, reducers
@@ -224,7 +224,7 @@ def _undefined_at_zero(expr: sympy.Basic) -> bool:
 
 def _canonical(found: list[Reduction], expr: sympy.Expr) -> tuple[tuple[Reduction, ...], sympy.Expr]:
     """Reductions numbered by what they are and not by when the formula mentioned them."""
-    ordered = sorted(found, key=lambda r: (r.op, formula(r.expr), formula(r.when)))
+    ordered = sorted(found, key=lambda r: (r.op, ordered_text(r.expr), ordered_text(r.when)))
     renamed: dict[sympy.Symbol, sympy.Symbol] = {}
     result: list[Reduction] = []
     for r in ordered:

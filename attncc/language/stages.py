@@ -18,7 +18,7 @@ from attncc.ir import vocabulary as voc
 from attncc.ir.graph import InputDecl, ScalarDecl, Stage, VariantGraph, tagged
 from attncc.ir.outputs import Output
 from attncc.ir.similarity import is_vector, separate
-from attncc.ir.text import formula
+from attncc.ir.text import formula, ordered_text
 from attncc.ir.verify import verify
 from attncc.language import functions
 from attncc.language.outputs import build_output
@@ -215,7 +215,7 @@ def _canonical(rows: list[Stage], weight: sympy.Expr) -> tuple[list[Stage], symp
             for s in pending
             if not by_symbol[s].expr.free_symbols & pending
         ]
-        op, expr, symbol = min(ready, key=lambda r: (r[0], formula(r[1])))
+        op, expr, symbol = min(ready, key=lambda r: (r[0], ordered_text(r[1])))
         renamed[symbol] = sym.row_symbol(op, sum(r.op == op for r in ordered))
         ordered.append(Stage(renamed[symbol].name, expr, op))
         pending.remove(symbol)

@@ -23,7 +23,7 @@ def test_explain_says_what_is_derived_and_chosen(nothing_shipped, attncc):
     text = attncc("explain", "alibi", "--target", "h100", "--q-len", "2048").stdout
     assert "exp(row_max_0 - row_max_0_new), free of s" in text
     assert "dqk" in text
-    assert "scale*(-delta + dp)*exp(-lse + score)" in text
+    assert "scale*(dp - delta)*exp(score - lse)" in text
     assert "dslopes[h]" in text
     assert "NVIDIA H100" in text
     assert text.count("\n-> ") == 3

@@ -30,7 +30,7 @@ def test_plain_attention_has_no_stage_of_its_own():
     [
         (
             lambda q_vec, k_vec: -ac.sum_d((q_vec - k_vec) ** 2),
-            "-k_term_0 - q_term_0 + 2*qk",
+            "2*qk - k_term_0 - q_term_0",
             {"q_term_0": "q_vec**2", "k_term_0": "k_vec**2"},
         ),
         (
@@ -50,7 +50,7 @@ def test_plain_attention_has_no_stage_of_its_own():
             "k_term_0 + q_term_0",
             {"q_term_0": "relu(q_vec)**2", "k_term_0": "k_vec"},
         ),
-        (lambda q_idx, kv_idx: q_idx - kv_idx + 0.5, "-kv_idx + q_idx + 0.5", {}),
+        (lambda q_idx, kv_idx: q_idx - kv_idx + 0.5, "q_idx + 0.5 - kv_idx", {}),
     ],
 )
 def test_what_a_similarity_becomes(similarity, raw, sums):
@@ -84,7 +84,7 @@ def test_a_table_by_distance_is_a_band():
         r=ac.Input("h", "dist", "d", grad=True),
         u=VECTOR,
     )
-    assert (raw, sums) == ("band_0 + qk", {"band_0": "(q_vec + u[h])*r[h, -kv_idx + q_idx]"})
+    assert (raw, sums) == ("band_0 + qk", {"band_0": "(q_vec + u[h])*r[h, q_idx - kv_idx]"})
 
 
 def test_a_sum_inside_another_is_a_factor_or_refused():

@@ -69,11 +69,11 @@ def test_the_whole_graph_as_text():
         "  input  slopes[h] : float grad",
         "  input  qk = dot(q_vec, k_vec) : float",
         "  raw_score = qk*scale  : float, a pair",
-        "  score     = raw_score + (kv_idx - kv_len - q_idx + q_len)*slopes[h]  : float, a pair",
+        "  score     = raw_score + (kv_idx + q_len - kv_len - q_idx)*slopes[h]  : float, a pair",
         "  mask      = kv_idx <= kv_len + q_idx - q_len  : bool, a pair",
         "  row_max_0 = row.max(score)  : float, a row",
-        "  row_sum_0 = row.sum(exp(-row_max_0 + score))  : float, a row",
-        "  weight    = exp(-row_max_0 + score)/row_sum_0  : float, a pair",
+        "  row_sum_0 = row.sum(exp(score - row_max_0))  : float, a row",
+        "  weight    = exp(score - row_max_0)/row_sum_0  : float, a pair",
         "  out       = row.sum(v_vec*weight)  : vector, a row",
     ]
 

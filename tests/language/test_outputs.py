@@ -46,7 +46,7 @@ FORMS = {
     "ratio": (
         lambda weight, row, q_idx, kv_idx, gain, h: gain[h] * row.sum(weight, q_idx - kv_idx < 4) / row.sum(weight),
         "gain[h]*row.sum(weight, q_idx - kv_idx < 4)/row.sum(weight)",
-        "where(row.count() > 0, row.sum(weight, -kv_idx + q_idx < 4)*gain[h]/row.sum(weight), 0)",
+        "where(row.count() > 0, row.sum(weight, q_idx - kv_idx < 4)*gain[h]/row.sum(weight), 0)",
     ),
 }
 

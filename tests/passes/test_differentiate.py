@@ -114,7 +114,7 @@ def derived(name):
 def test_softmax_saves_lse_alone():
     backward = derived("causal")
     assert [s.name for s, _ in backward.saved] == ["lse"]
-    assert formula(backward.weight) == "exp(-lse + score)"
+    assert formula(backward.weight) == "exp(score - lse)"
     assert backward.needs_delta
 
 
@@ -155,11 +155,11 @@ def test_a_mere_shift_passes_no_gradient_on():
 
 
 def test_a_gradient_through_statistics_takes_one_sweep_at_most():
-    assert swept("entmax15") == ["-2*relu(-row_root_0 + score/2)", "-2*dp*relu(-row_root_0 + score/2)"]
+    assert swept("entmax15") == ["-2*relu(score/2 - row_root_0)", "-2*dp*relu(score/2 - row_root_0)"]
     assert [formula(e) for _, e in derived("entmax15").cotangents] == [
         "-row_part_1*where(row_part_0 == 0, 0, 1/row_part_0)"
     ]
-    assert swept("below_the_largest") == ["-dp*step(-row_max_0 + score + 1)"]
+    assert swept("below_the_largest") == ["-dp*step(score + 1 - row_max_0)"]
     assert swept("over_the_largest") == []  # its cotangent is delta
 
 

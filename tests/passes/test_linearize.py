@@ -75,7 +75,7 @@ FOUND = {
     ),
     "two gates": (
         variant(two_gates, inputs={**HEAD, **TOKEN}),
-        *("token", "-rate[h] + g[b, h, kv_idx]", "scale", "1", "1", None, "1"),
+        *("token", "g[b, h, kv_idx] - rate[h]", "scale", "1", "1", None, "1"),
     ),
     "degree 0": (variant(polynomial), "none", None, "scale", "1", "1", ("1", "1"), "1/total"),
     "weighted": (
@@ -224,7 +224,7 @@ OF_ITSELF = {
             lambda score, q_idx, kv_idx: ac.where(kv_idx == q_idx, ac.sigmoid(score), score),
             mask=ac.causal(align="start"),
         ),
-        *(None, False, "-scale*dot(k_vec, q_vec) + sigmoid(scale*dot(k_vec, q_vec))"),
+        *(None, False, "sigmoid(scale*dot(k_vec, q_vec)) - scale*dot(k_vec, q_vec)"),
     ),
 }
 
@@ -308,7 +308,7 @@ REFUSED = {
         "the part of degree 0 has the factor 'kappa[h]'",
     ),
     "a square of the distance": (variant(far), "the factor 'exp(0.2*kv_idx*q_idx)'"),
-    "a fraction": (variant(fraction), "the factor '1/(-kv_idx + q_idx + 1)'"),
+    "a fraction": (variant(fraction), "the factor '1/(q_idx + 1 - kv_idx)'"),
     "two decays": (variant(two_decays, inputs=HEAD), "decay differently"),
     "another sum": (variant(clamped), "row.sum(abs(score)) is no multiple"),
     "a window": (variant("identity", mask=ac.causal & ac.sliding_window(8)), "shows neither every key nor"),
