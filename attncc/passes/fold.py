@@ -42,18 +42,18 @@ class Folded:
     def apply(self, expr: sympy.Basic) -> sympy.Basic:
         """A formula over SCORE in terms of S, with exp as exp2."""
         result = expr.xreplace({sym.SCORE: (LN2 if self.log2 else 1) * self.unit * S})
-        return signed(lower_exp(result), LN2 if self.log2 else sympy.S.One)
+        return nested(signed(lower_exp(result), LN2 if self.log2 else sympy.S.One))
 
     def apply_online(self, expr: sympy.Basic, maxima: tuple[sympy.Symbol, ...]) -> sympy.Basic:
         """The same for a formula over running maxima, which the forward keeps in the score's unit."""
         if not self.log2:
-            return signed(lower_exp(expr.xreplace({sym.SCORE: self.unit * S})))
+            return nested(signed(lower_exp(expr.xreplace({sym.SCORE: self.unit * S}))))
         units: dict[sympy.Basic, sympy.Basic] = {}
         for m in maxima:
             units[m] = LN2 * m
             new = sympy.Symbol(f"{m.name}_new", real=True)
             units[new] = LN2 * new
-        return signed(lower_exp(expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S})), LN2)
+        return nested(signed(lower_exp(expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S})), LN2))
 
     def maximum_of(self, expr: sympy.Expr) -> sympy.Expr:
         """The operand of a running maximum, in the unit the forward keeps it in."""
@@ -130,3 +130,12 @@ def signed(expr: sympy.Basic, unit: sympy.Expr = sympy.S.One) -> sympy.Basic:
     if S in sympy.Mul.make_args(x):
         x = x / unit  # by which exponents have the same product
     return voc.where(x > 0, rest, voc.where(x < 0, -rest, sympy.S.Zero))
+
+
+def nested(expr: sympy.Basic) -> sympy.Basic:
+    """Every polynomial of the score as c0 + s * (c1 + s * (c2 + ...)): a fused multiply-add a degree."""
+    if S not in expr.free_symbols or not expr.args:
+        return expr
+    if expr.is_Add and expr.is_polynomial(S) and sympy.degree(expr, S) > 1:
+        return sympy.horner(expr, wrt=S)
+    return expr.func(*(nested(a) for a in expr.args))

@@ -11,7 +11,7 @@ import torch
 import attncc as ac
 from attncc.ir import symbols as sym
 from attncc.ir.vocabulary import absolute, maximum, sign, where
-from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, per_ln2, signed
+from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, nested, per_ln2, signed
 from attncc.passes.similarity import similarity
 from attncc.passes.stream import stream
 from attncc.runtime.evaluate import evaluate
@@ -129,3 +129,10 @@ def test_the_sign_of_a_score_is_that_of_an_exponents_product():
     assert folded.apply(sign(sym.SCORE) * sympy.exp(sym.SCORE)) == where(
         unit > 0, exp2(unit), where(unit < 0, -exp2(unit), 0)
     )
+
+
+def test_a_polynomial_of_the_score_is_nested():
+    a, b = sympy.symbols("a b", positive=True)
+    found = nested(exp2(a) * (1 + a * S + b * S**2 / 2))
+    assert found == exp2(a) * (1 + S * (a + b * S / 2))
+    assert nested(1 + a * S) == 1 + a * S
