@@ -9,10 +9,6 @@ from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
 #: the equations of a chunk are one tile, whose inverse is made in registers
 CHUNKS = (16, 32, 64)
-#: programs for each multiprocessor that are left where chunks are put together in one
-WAVES = 4
-#: and as many at most
-EACH = 8
 #: columns of v that are multiplied at once where a program has all of them
 COLUMNS = 64
 
@@ -44,8 +40,8 @@ def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None)
     kernels["prepare"] = _prepared(sizes, chunk, device)
     kernels["carry"] = _carried(sizes, chunk, device, 1)
     kernels["carry_back"] = _carried(sizes, chunk, device, 2)
-    wide = _warps(sizes.dtype, device, wide=True)
-    kernels["solve_back"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": wide, "num_stages": 1}
+    warps = _warps(sizes.dtype, device, wide=padded(sizes.d_qk) > 128)
+    kernels["solve_back"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": warps, "num_stages": 1}
     kernels |= dict.fromkeys(("forward", "dadded"), _scanned(sizes, sizes.d_qk, sizes.d_v, chunk, device))
     kernels |= dict.fromkeys(("dq", "dk"), _scanned(sizes, sizes.d_v, sizes.d_qk, chunk, device, own=True))
     return LinearSchedule(chunk, chunk, kernels)
@@ -88,8 +84,10 @@ def _carried(sizes: LinearSizes, chunk: int, device: Device, tiles: int) -> dict
         block //= 2
     while block > 16 and _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
         block //= 2
-    stages = 2 if 2 * _stage(sizes.dtype, width, block, chunk, tiles) <= device.smem_per_block else 1
-    warps = _warps(sizes.dtype, device, wide=tiles > 1)
+    stages = 3
+    while stages > 1 and stages * _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
+        stages -= 1
+    warps = _warps(sizes.dtype, device, wide=tiles > 1 and width > 128)
     return {"CHUNK": chunk, "BLOCK": block, "num_warps": warps, "num_stages": stages}
 
 
@@ -101,24 +99,17 @@ def _stage(dtype: Dtype, width: int, block: int, chunk: int, tiles: int) -> int:
 def _scanned(
     sizes: LinearSizes, contracted: int, columns: int, chunk: int, device: Device, own: bool = False
 ) -> dict[str, int]:
-    """Columns of a program, and the chunks that it has one after the other, of which the next is fetched ahead.
+    """Columns of a program, which has one chunk: to fetch the next meanwhile was slower.
 
     own: it also reads that of which it makes the gradient.
     """
     width, block = padded(contracted), _columns(sizes.dtype, columns)
     bytes_ = DTYPE_BYTES[sizes.dtype]
-    pairs = 2 * chunk * chunk * bytes_
 
-    def stage(block: int) -> int:
-        return bytes_ * (chunk * (2 * width + block * (1 + own)) + width * block)
+    def shared(block: int) -> int:
+        return bytes_ * (chunk * (2 * width + block * (1 + own) + 2 * chunk) + width * block)
 
-    while block > 16 and stage(block) + pairs > device.smem_per_block:
+    while block > 16 and shared(block) > device.smem_per_block:
         block //= 2
-    programs = sizes.sequences * -(-sizes.length // chunk) * sizes.heads * -(-columns // block)
-    each = 1
-    while each < EACH and programs >= 2 * each * WAVES * device.sms:
-        each *= 2
-    stages = 2 if each > 1 and 2 * stage(block) + pairs <= device.smem_per_block else 1
-    # what is not fetched ahead waits in registers
-    warps = _warps(sizes.dtype, device, wide=stages == 1)
-    return {"CHUNK": chunk, "BLOCK": block, "EACH": each, "num_warps": warps, "num_stages": stages}
+    warps = _warps(sizes.dtype, device, wide=width > 128)
+    return {"CHUNK": chunk, "BLOCK": block, "num_warps": warps, "num_stages": 1}
