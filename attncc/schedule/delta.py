@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from attncc.errors import InputError
 from attncc.schedule.device import Device
 from attncc.schedule.linear import LinearSchedule, LinearSizes, linear_schedule
@@ -26,6 +28,7 @@ def solve_precision(precision: str, full: bool, device: Device) -> str:
     return precision if full or device.is_interpreter or device.backend != "cuda" else "tf32"
 
 
+@lru_cache(maxsize=256)  # every call asks
 def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None) -> LinearSchedule:
     """A schedule that fits the device; `chunk` is the caller's own choice. InputError for one that is no tile."""
     if chunk is None:
