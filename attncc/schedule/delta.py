@@ -87,7 +87,7 @@ def _carried(sizes: LinearSizes, chunk: int, device: Device, tiles: int) -> dict
         block //= 2
     while block > 16 and _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
         block //= 2
-    stages = 3
+    stages = 3 if sizes.dtype != "fp32" else 2
     while stages > 1 and stages * _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
         stages -= 1
     warps = _warps(sizes.dtype, device, wide=tiles > 1 and width > 128)
