@@ -206,13 +206,20 @@ class Engine:
         found = self._prepared.get(key)
         if found is None:
             with self._lock:
-                found = self._prepared[key] = self._prepare(bound, q.dtype, q.device, precision, boxed, ordered)
+                target = device_of(q.device)
+                found = self._prepared[key] = self.prepare_for(target, bound, q.dtype, precision, boxed, ordered)
         return found
 
-    def _prepare(
-        self, bound: Bound, dtype: torch.dtype, device: torch.device, precision: Precision, boxed: bool, ordered: bool
+    def prepare_for(
+        self,
+        target: Device,
+        bound: Bound,
+        dtype: torch.dtype,
+        precision: Precision = "ieee",
+        boxed: bool = True,
+        ordered: bool = False,
     ) -> Prepared:
-        target = device_of(device)
+        """`prepare` for a device that need not be there. `boxed`: descriptors can address q, k and v."""
         problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars)
         schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")
         if "gluon" in (schedule.forward.backend, schedule.dkdv.backend) and not boxed:
@@ -220,7 +227,7 @@ class Engine:
                 "the given schedule has a Gluon kernel, which cannot copy these tensors",
                 remedy="align q, k, v and their strides to 16 bytes, or give a schedule for Triton",
             )
-        interpreted = device.type == "cpu"
+        interpreted = target.is_interpreter
         d_qk, d_v = bound.sizes["d_qk"], bound.sizes["d_v"]
         boxes = loads_boxes(target, problem.dtype, d_qk, d_v, self.graph.branches, self.graph.value)
         tma = boxed and self.plan.facts.has_backward and boxes
@@ -240,19 +247,19 @@ class Engine:
             if kind in self._warmed:
                 return
             self._warmed.add(kind)
+        collect(lambda: self.host_code(prepared, bound, q, k, v, backward), q.get_device())
+
+    def host_code(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
+        """Run the module's host code on ghosts of a call's tensors, for what notes its launches; see `collect`."""
         ghosts = [ghost(x) for x in (q, k, v)]
         inputs = [*map(ghost, bound.tensors.values()), *bound.scalars.values(), bound.scale]
         module, meta, options = prepared.module, prepared.meta, prepared.options
-
-        def run() -> None:
-            out, *rows = module.forward(*ghosts, *inputs, meta, options)
-            if backward:
-                results = dict(zip(self.plan.facts.results, rows, strict=True))
-                saved = tuple(results[name] for name in self.plan.facts.saved)
-                wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
-                module.backward(*ghosts, *inputs, out, saved, out, None, wanted, meta, options)
-
-        collect(run, q.get_device())
+        out, *rows = module.forward(*ghosts, *inputs, meta, options)
+        if backward:
+            results = dict(zip(self.plan.facts.results, rows, strict=True))
+            saved = tuple(results[name] for name in self.plan.facts.saved)
+            wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
+            module.backward(*ghosts, *inputs, out, saved, out, None, wanted, meta, options)
 
     def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False) -> tuple[Tensor, ...]:
         """out, then the plan's results in their order. `then_backward`: compile the backward meanwhile."""

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 from attncc.runtime.arguments import Cells, addresses_of
 from attncc.runtime.binaries import Binaries, pool
-from attncc.runtime.compiler import Binary, bypasses, current_target
+from attncc.runtime.compiler import Binary, Compiled, bypasses, current_target
 from attncc.runtime.cuda import Function
 from attncc.runtime.interpreter import compiling
 from attncc.runtime.specialize import Signature, signature
@@ -45,10 +46,25 @@ class Tape(Protocol):
         """Take note of a launch that was made."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One launch that host code asked for and that was not made: what is compiled for it."""
+
+    launcher: Launcher
+    kernel: Any
+    arguments: Sequence[Any]
+    meta: Mapping[str, Any]
+
+    def finish(self, target: GPUTarget) -> Compiled | None:
+        """Its binary for a target, from the cache or compiled now; None where Triton's own launcher compiles it."""
+        special = signature(self.kernel, self.arguments, self.meta) if bypasses(self.kernel) else None
+        return None if special is None else self.launcher.binaries.begin(self.kernel, special, target).result()
+
+
 class Trace(threading.local):
     """What this thread does with launches besides making them: `jobs` collects them instead, `tape` notes them."""
 
-    jobs: list[tuple[Launcher, Any, Sequence[Any], Mapping[str, Any]]] | None = None
+    jobs: list[Job] | None = None
     tape: Tape | None = None
 
 
@@ -70,7 +86,7 @@ class Launcher:
     """The `_launch` of one compiled module; its kernels by specialization and device."""
 
     def __init__(self, digest: str, cache: Cache):
-        self._binaries = Binaries(digest, cache)
+        self.binaries = Binaries(digest, cache)
         self._functions: dict[tuple[int, int], Function] = {}
         self._warming: dict[int, list[Future[None]]] = {}
 
@@ -79,7 +95,7 @@ class Launcher:
         if not grid:
             return
         if trace.jobs is not None:
-            trace.jobs.append((self, kernel, arguments, dict(meta)))
+            trace.jobs.append(Job(self, kernel, arguments, dict(meta)))
             return
         device = torch.cuda.current_device()
         special = signature(kernel, arguments, meta) if bypasses(kernel) and not watched() else None
@@ -90,7 +106,7 @@ class Launcher:
                 compiled = kernel[(grid,)](*arguments, **meta)
             call = Call(compiled, grid, _all(kernel, arguments, meta))
         else:
-            found = self._binaries.begin(kernel, special, current_target(device)).result()
+            found = self.binaries.begin(kernel, special, current_target(device)).result()
             if isinstance(found, Binary):
                 function = self._function(found, device)
                 call = Call(function, grid, *_runtime(special, arguments), found.boxes)
@@ -107,7 +123,7 @@ class Launcher:
         """Start to compile what such a launch needs, unless it is there."""
         special = signature(kernel, arguments, meta) if bypasses(kernel) else None
         if special is not None:
-            self._binaries.begin(kernel, special, current_target(device))
+            self.binaries.begin(kernel, special, current_target(device))
         else:
             future = pool().submit(_warm_up, kernel, arguments, meta, device)
             self._warming.setdefault(id(kernel), []).append(future)
@@ -151,13 +167,17 @@ def ghost(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def collect(run: Callable[[], object], device: int) -> None:
-    """Run host code for its launches alone, and start to compile each of its kernels."""
+def launches(run: Callable[[], object]) -> list[Job]:
+    """Run host code for its launches alone."""
     trace.jobs = []
     try:
         run()
-        jobs = trace.jobs
+        return trace.jobs
     finally:
         trace.jobs = None
-    for launcher, kernel, arguments, meta in jobs:
-        launcher.begin(kernel, arguments, meta, device)
+
+
+def collect(run: Callable[[], object], device: int) -> None:
+    """Run host code for its launches alone, and start to compile each of its kernels."""
+    for job in launches(run):
+        job.launcher.begin(job.kernel, job.arguments, job.meta, device)

@@ -22,6 +22,7 @@ NAMES = (
     "determinism",
     "linear",
     "sweep",
+    "regret",
     "hopper",
 )
 

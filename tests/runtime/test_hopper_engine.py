@@ -28,7 +28,7 @@ def tensors(length=256, d=64, heads=4, kv_heads=2):
 
 def prepared(op, qkv, boxed=True, **inputs):
     bound = bind(op.engine.graph, *qkv, None, inputs)
-    return bound, op.engine._prepare(bound, torch.bfloat16, torch.device("cuda", 0), "ieee", boxed, op.engine.ordered())
+    return bound, op.engine.prepare_for(MEASURED, bound, torch.bfloat16, boxed=boxed, ordered=op.engine.ordered())
 
 
 def launched(monkeypatch, op, qkv, **inputs):
