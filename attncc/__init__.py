@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from attncc.collector import held
 from attncc.errors import AttnccError, InputError, ScheduleError, SpecError, UnsupportedError
 from attncc.language import outputs
 from attncc.language.functions import absolute as abs
@@ -85,7 +86,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'attncc' has no attribute '{name}'")
     module, attribute = _LAZY[name]
-    loaded = importlib.import_module(module)
+    with held():
+        loaded = importlib.import_module(module)
     globals()[name] = loaded if attribute is None else getattr(loaded, attribute)
     return globals()[name]
 

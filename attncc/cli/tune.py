@@ -31,6 +31,9 @@ from attncc.cli.options import (
 )
 from attncc.cli.output import err, out
 
+#: the exit code of a command that Ctrl-C ended, as shells have it
+INTERRUPTED = 130
+
 if TYPE_CHECKING:
     from attncc.runtime.race import Progress as Standing
     from attncc.runtime.race import Result
@@ -73,6 +76,7 @@ def command(
       attncc tune causal alibi --shapes "B1 H32/8 M1 N65536, B4 H16 M8192" --budget 5m --against
       attncc tune spec.toml --q-len 4096 --head-dim 64 --limit 40
     """
+    from attncc.runtime.binaries import drop_waiting
     from attncc.runtime.tune import gpu
 
     given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
@@ -80,9 +84,14 @@ def command(
     seconds = written.seconds(budget) if budget else float("inf")
     limit = 16 if limit is None and budget is None else limit
     where, start = gpu(), time.monotonic()
-    for number, job in enumerate(found):
-        share = (seconds - (time.monotonic() - start)) / (len(found) - number)
-        _tune(job, dtype, where, limit, share, against, backend.value if backend is not None else None)
+    try:
+        for number, job in enumerate(found):
+            share = (seconds - (time.monotonic() - start)) / (len(found) - number)
+            _tune(job, dtype, where, limit, share, against, backend.value if backend is not None else None)
+    except KeyboardInterrupt:
+        drop_waiting()
+        err.print("stopped: every result so far is in the cache, and the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _tune(

@@ -31,6 +31,12 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, thread_name_prefix="attncc-compile")
 
 
+def drop_waiting() -> None:
+    """Forget what waits to be compiled, so that a process that is told to stop ends soon."""
+    pool().shutdown(wait=False, cancel_futures=True)
+    pool.cache_clear()
+
+
 class Binaries:
     """The binaries of one generated module, by kernel and specialization. `digest` names the module's text."""
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
+from attncc.collector import held
 from attncc.errors import InputError, SpecError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.passes.linearize import Linear, linearize
-from attncc.runtime.linear import LinearOp, PlanName
 from attncc.runtime.op import AttentionOp
-from attncc.runtime.recurrence import RecurrenceOp
+from attncc.schedule.linear import PlanName
 from attncc.schedule.problem import Backend, Precision, Schedule
+
+if TYPE_CHECKING:
+    from attncc.runtime.linear import LinearOp
+    from attncc.runtime.recurrence import RecurrenceOp
 
 
 def compile(
@@ -54,10 +58,17 @@ def compile(
         if schedule is not None or backend == "gluon":
             given = "a schedule" if schedule is not None else "backend='gluon'"
             raise UnsupportedError(f"{given} is of pairs, and '{graph.name}' is a recurrence", remedy="leave it out")
+        from attncc.runtime.recurrence import RecurrenceOp  # most variants need neither: imported where one does
+
         return RecurrenceOp(graph, plan, precision)
-    parallel = AttentionOp(graph, schedule, precision, backend, deterministic)
-    linear = _linear(graph, plan) if schedule is None else None
-    return parallel if linear is None else LinearOp(graph, linear, parallel, plan, precision)
+    with held():
+        parallel = AttentionOp(graph, schedule, precision, backend, deterministic)
+        linear = _linear(graph, plan) if schedule is None else None
+    if linear is None:
+        return parallel
+    from attncc.runtime.linear import LinearOp
+
+    return LinearOp(graph, linear, parallel, plan, precision)
 
 
 def _linear(graph: VariantGraph, plan: PlanName) -> Linear | None:

@@ -21,7 +21,7 @@ from attncc.codegen.launch import in_fixed_order, schedule_meta
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
-from attncc.codegen.render import render
+from attncc.collector import held
 from attncc.errors import InputError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.differentiate import PairCotangents
@@ -151,6 +151,8 @@ class Engine:
         found = self.cache.get(name)
         if found is not None and isinstance(found.get("text"), str):
             return str(found["text"])
+        from attncc.codegen.render import render  # what lies on disk needs no generator
+
         text = render(self.plan, d_qk, d_v, self.plan.facts.has_backward, tma, form, d_k, values, backward)
         self.cache.put(name, {"kind": "source", "what": self.graph.name, "text": text})
         return text
@@ -207,7 +209,9 @@ class Engine:
         if found is None:
             with self._lock:
                 target = device_of(q.device)
-                found = self._prepared[key] = self.prepare_for(target, bound, q.dtype, precision, boxed, ordered)
+                with held():
+                    found = self.prepare_for(target, bound, q.dtype, precision, boxed, ordered)
+                self._prepared[key] = found
         return found
 
     def prepare_for(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -25,11 +25,9 @@ from attncc.runtime.shapes import bind, check_dimensions, output_names
 from attncc.runtime.square import SquareCall
 from attncc.runtime.square_engine import SquareEngine
 from attncc.schedule.device import device_of
-from attncc.schedule.linear import LinearSizes, choose_plan
+from attncc.schedule.linear import LinearSizes, PlanName, choose_plan
 from attncc.schedule.problem import Precision
 from attncc.schedule.square import LARGEST, choose_square
-
-PlanName = Literal["auto", "parallel", "chunk", "recurrent"]
 
 
 class LinearOp:

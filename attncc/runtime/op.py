@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from attncc.passes.phases import phases
 from attncc.passes.running import running_sums, without_running_sums
 from attncc.runtime import library
 from attncc.runtime.engine import Engine
-from attncc.runtime.explain import explain, explained_device, sizes_of
 from attncc.runtime.made import Maker
-from attncc.runtime.outputs_call import OutputsCall
-from attncc.runtime.reference import no_lse_of_branches
 from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
     auxiliary_names,
@@ -32,6 +29,9 @@ from attncc.runtime.shapes import (
 )
 from attncc.schedule.cache import Cache
 from attncc.schedule.problem import Backend, Dtype, Precision, Schedule
+
+if TYPE_CHECKING:
+    from attncc.runtime.outputs_call import OutputsCall
 
 
 class AttentionOp:
@@ -148,6 +148,8 @@ class AttentionOp:
         if not names:
             return None, read_inputs(self.graph, self.engine.graph, inputs)
         if names not in self._calls:
+            from attncc.runtime.outputs_call import OutputsCall
+
             self._calls[names] = OutputsCall(self._plain, names, self.engine, self._token)
         call = self._calls[names]
         return call, read_inputs(self.graph, call.graph, inputs)
@@ -158,6 +160,8 @@ class AttentionOp:
             if name == "out":
                 picked.append(results[0])
             elif self.graph.branches > 1:
+                from attncc.runtime.reference import no_lse_of_branches
+
                 raise no_lse_of_branches(self.graph)
             elif name in self._stored:
                 picked.append(results[1 + self._stored.index(name)])
@@ -178,6 +182,8 @@ class AttentionOp:
 
         Without a GPU: the portable form, which any other runs.
         """
+        from attncc.runtime.explain import sizes_of  # what only explains is imported where it is asked to
+
         sizes = sizes_of(d_qk=d_qk, d_v=d_v, graph=self.graph)
         return self.engine.source_here(sizes["d_qk"], sizes["d_v"])
 
@@ -199,6 +205,8 @@ class AttentionOp:
         `target` is a device or architecture ("h100", "sm_90"); None is this machine's GPU, else the H100. `scalars` are
         the variant's own; others have their defaults. Raises UnsupportedError for an unknown target.
         """
+        from attncc.runtime.explain import explain, explained_device, sizes_of
+
         sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v, self.graph)
         device, precision = explained_device(target), self.engine.precision()
         cache, schedule, backend = Cache(), self._schedule, self._backend

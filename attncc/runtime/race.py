@@ -30,8 +30,15 @@ class TrialError(Exception):
     """A candidate that cannot win: it is wrong, or it does not run. The text says which."""
 
 
+class LostDeviceError(Exception):
+    """A candidate after which this process can use the GPU no more: it read or wrote what is not its own."""
+
+    candidate: tuple[Kernel, KernelSchedule] | None = None
+
+
 class Stick(Protocol):
-    """What candidates are measured with. Both methods raise TrialError for a candidate that may not win."""
+    """What candidates are measured with. `check` and `time` raise TrialError for a candidate that may not win, and
+    LostDeviceError for one after which no other can be measured."""
 
     def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
         """Start to compile what these need, side by side."""
@@ -115,7 +122,7 @@ def race(
 
     From the first success on, the best schedule so far is in `cache` after every trial, with all trials: a race that
     is cut off loses nothing, and goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is
-    right.
+    right, or if a candidate took the GPU with it: that one is kept as failed, and the next race goes on behind it.
     """
     start, kernels = clock(), tuple(kernels)
     entries = order(problem, device, kernels, limit, backend)
@@ -133,6 +140,14 @@ def race(
     def each() -> float:
         return sum(spent) / len(spent) if spent else FIRST_GUESS
 
+    def keep() -> None:
+        """Write down all trials: those so far, and those of an earlier race that this one has not come to."""
+        if any(t.us is not None for t in trials):  # what never won is not what calls should use
+            seen = {(t.kernel, t.schedule) for t in trials}
+            later = [t for entry, t in known.items() if entry not in seen]
+            value = {"kind": "schedule", "schedule": best.to_json(), "what": what, "sizes": sizes}
+            cache.put(key, {**value, "trials": [t.to_json() for t in (*trials, *later)]})
+
     for number, (kernel, ks) in enumerate(entries):
         trial = known.get((kernel, ks))
         resumed += trial is not None
@@ -140,22 +155,31 @@ def race(
             began = clock()
             if number >= len(kernels) and began - start + each() > seconds:
                 break
-            if (kernel, ks) not in checked:
-                room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
-                ahead = [e for e in entries[number:] if e not in known and e not in checked]
-                first = len(kernels) if number < len(kernels) else BATCH  # the first results come soon
-                checked |= _checked(stick, ahead[: min(first, room, BATCH)], best, apart)
-            asked = _asked(best, kernel, ks, apart)
-            trial = _timed(stick, kernel, asked, checked[kernel, ks], _fastest(trials, kernel))
+            try:
+                if (kernel, ks) not in checked:
+                    room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
+                    ahead = [e for e in entries[number:] if e not in known and e not in checked]
+                    first = len(kernels) if number < len(kernels) else BATCH  # the first results come soon
+                    checked |= _checked(stick, ahead[: min(first, room, BATCH)], best, apart)
+                asked = _asked(best, kernel, ks, apart)
+                trial = _timed(stick, kernel, asked, checked[kernel, ks], _fastest(trials, kernel))
+            except LostDeviceError as error:
+                culprit, tiling = error.candidate or (kernel, ks)
+                trials.append(Trial(culprit, tiling, None, str(error)))
+                keep()
+                raise ScheduleError(
+                    f"the {culprit} kernel with {tiling} took the GPU with it: {error}",
+                    kernel=culprit,
+                    remedy="it is kept as one that fails; the same command goes on behind it",
+                ) from error
             spent.append(clock() - began)
         trials.append(trial)
         if trial.us is not None and trial is _fastest(trials, kernel):
             best = _with(best, kernel, ks, "tuned")
-        winners = {k: t for k in kernels if (t := _fastest(trials, k)) is not None}
-        if winners:  # what never won is not what calls should use
-            value = {"kind": "schedule", "schedule": best.to_json(), "what": what, "sizes": sizes}
-            cache.put(key, {**value, "trials": [t.to_json() for t in trials]})
+        if (kernel, ks) not in known:
+            keep()
         if progress is not None:
+            winners = {k: t for k in kernels if (t := _fastest(trials, k)) is not None}
             rest = sum(e not in known for e in entries[number + 1 :]) * each()
             left = min(rest, max(seconds - (clock() - start), 0.0))
             progress(Progress(len(trials), len(entries), trial, winners, left))
@@ -175,7 +199,8 @@ def order(
     limit: int | None = None,
     backend: Backend | None = None,
 ) -> list[tuple[Kernel, KernelSchedule]]:
-    """Candidates of all kernels in the order in which they race: the model's first choices, then in turn.
+    """Candidates of all kernels in the order in which they race: the model's first choices, then in turn. Where Gluon's
+    dkdv is the first choice, which makes dQ, too, those of dq come last: they matter only beside one of Triton's.
 
     Within a kernel by predicted time. But what the model gets wrong about a tile it gets wrong about all its warps and
     stages, so that each candidate moves back for those of its tile before it: a tenth of the search sees most tiles.
@@ -186,8 +211,11 @@ def order(
         ]
         for kernel in kernels
     }
+    late = {"dq"} if lanes.get("dkdv", [])[:1] and lanes["dkdv"][0].backend == "gluon" else set()
     longest = max((len(lane) for lane in lanes.values()), default=0)
-    return [(kernel, lanes[kernel][i]) for i in range(longest) for kernel in kernels if i < len(lanes[kernel])]
+    turns = [(i, kernel) for i in range(longest) for kernel in kernels if i < len(lanes[kernel])]
+    turns.sort(key=lambda turn: turn[0] > 0 and turn[1] in late)
+    return [(kernel, lanes[kernel][i]) for i, kernel in turns]
 
 
 def _spread(found: Sequence[tuple[KernelSchedule, Prediction]], first: KernelSchedule) -> list[KernelSchedule]:
@@ -232,6 +260,9 @@ def _checked(
             found[entry] = ""
         except TrialError as error:
             found[entry] = str(error)
+        except LostDeviceError as error:
+            error.candidate = entry
+            raise
     return found
 
 

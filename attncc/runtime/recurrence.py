@@ -13,11 +13,11 @@ from attncc.passes.recur import Delta, recur
 from attncc.runtime import linear_library as library
 from attncc.runtime.delta_engine import DeltaEngine
 from attncc.runtime.explain_recurrence import explain
-from attncc.runtime.linear import LinearOp, PlanName
+from attncc.runtime.linear import LinearOp
 from attncc.runtime.linear_calls import LinearCalls
 from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.linear_terms import TokenTerms
-from attncc.schedule.linear import STEPS
+from attncc.schedule.linear import STEPS, PlanName
 from attncc.schedule.problem import Precision
 
 

@@ -15,7 +15,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.runtime import yardstick
 from attncc.runtime.op import AttentionOp
-from attncc.runtime.race import TrialError
+from attncc.runtime.race import LostDeviceError, TrialError
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import bind, value_of
 from attncc.runtime.verify import Exam
@@ -145,13 +145,26 @@ def median_us(call: Callable[[], Any], rep_ms: int = MEASURED_MS) -> float:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Out of registers, out of shared memory, a compiler's refusal: the candidate does not win."""
+    """Out of registers, out of shared memory, a compiler's refusal: the candidate does not win. What leaves the GPU
+    unusable is a LostDeviceError."""
     try:
         yield
     except TrialError:
         raise
     except Exception as error:
-        raise TrialError(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise (TrialError(what) if _answers() else LostDeviceError(what)) from error
+
+
+def _answers() -> bool:
+    """Does the GPU still do what this process asks? After an illegal access it does not."""
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def sliced(shape: Shape) -> Shape:

@@ -25,13 +25,14 @@ from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.passes.cotangents import differentiable_outputs
-from attncc.runtime.linear import LinearOp, PlanName
+from attncc.runtime.linear import LinearOp
 from attncc.runtime.op import AttentionOp
 from attncc.runtime.recurrence import RecurrenceOp
 from attncc.runtime.reference import evaluated, graph_of, largest_score, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import value_of
 from attncc.runtime.verify_outputs import compared
+from attncc.schedule.linear import PlanName
 
 __all__ = ["Check", "Exam", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
 

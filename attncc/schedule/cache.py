@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import filelock
 import platformdirs
 
 from attncc.errors import AttnccWarning, InputError
 from attncc.version import __version__
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT = "attncc-cache-1"
 KINDS = ("schedule", "facts", "source", "kernel")
@@ -74,12 +76,14 @@ class Cache:
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Store `value`, a JSON object whose "kind" is one of KINDS. The last of several writers wins, none is torn."""
+        from filelock import Timeout
+
         text = _encode(key, value)
         path = self._path(key)
         try:
             with self._locked():
                 _write(path, text)
-        except (OSError, filelock.Timeout) as error:
+        except (OSError, Timeout) as error:
             self._unwritten[key] = self._copy(value)
             self._warn_once(
                 str(self.directory),
@@ -140,9 +144,11 @@ class Cache:
         """The files that are named like entries; what else lies in the folder is not ours."""
         return (path for path in self.directory.glob("*.json") if _KEY.fullmatch(path.stem))
 
-    def _locked(self) -> filelock.BaseFileLock:
+    def _locked(self) -> BaseFileLock:
+        from filelock import FileLock  # what only reads needs no lock, and no import
+
         self.directory.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(self.directory / ".lock", timeout=LOCK_SECONDS)
+        return FileLock(self.directory / ".lock", timeout=LOCK_SECONDS)
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:

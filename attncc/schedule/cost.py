@@ -11,6 +11,7 @@ the sweeps in `bench/results`), so that first choices are the tilings that were 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log2
 from typing import Literal
 
@@ -137,6 +138,7 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
 
 
+@lru_cache(maxsize=128)
 def ranked(
     kernel: Kernel, problem: Problem, device: Device, backend: Backend | None = "triton"
 ) -> tuple[tuple[KernelSchedule, Prediction], ...]:
@@ -145,6 +147,7 @@ def ranked(
 
     Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
     On warp groups, whose matmuls run beside the spills, it can: there they count as `SPILL_RISK` times as slow.
+    Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from attncc import resources
 from attncc.errors import InputError
 from attncc.schedule.device import Device
 from attncc.schedule.problem import DTYPE_BYTES, Dtype
+
+#: how a variant that is linear in time is computed, and "auto"
+PlanName = Literal["auto", "parallel", "chunk", "recurrent"]
 
 #: tokens a chunk may have
 CHUNKS = (16, 32, 64, 128)

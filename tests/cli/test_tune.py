@@ -78,6 +78,24 @@ def test_a_budget_ends_a_race_and_says_what_is_left(attncc, stick):
     assert "candidates were left when the time was up" in result.stdout
 
 
+def test_a_race_that_is_interrupted_says_what_is_kept(attncc, stick, monkeypatch):
+    words = ("tune", "causal", "--q-len", "512", "--head-dim", "96", "--limit", "4")
+    measured = []
+
+    def time(self, kernel, schedule, best_us):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(kernel)
+        return 10.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stick, "time", time)
+        result = attncc(*words)
+    assert result.exit_code == 130
+    assert "every result so far is in the cache" in result.stderr
+    assert "5 of 12 results were there" in attncc(*words).stdout
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -191,7 +191,7 @@ def test_the_host_code_runs_for_its_launches_alone():
     def run():
         inputs = [doc for _ in op.graph.inputs]
         module.forward(q, k, k, *inputs, *(0 for _ in op.graph.scalars), 1.0, meta, options)
-        launched.extend(job[1].__name__ for job in launch.trace.jobs)
+        launched.extend(job.kernel.__name__ for job in launch.trace.jobs)
         launch.trace.jobs.clear()
 
     collect(run, 0)

@@ -8,7 +8,7 @@ import attncc as ac
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.runtime.explain import sizes_of
-from attncc.runtime.race import Trial, TrialError, order, race
+from attncc.runtime.race import LostDeviceError, Trial, TrialError, order, race
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import choose, first_choice, schedule_key
 from attncc.schedule.cost import ranked
@@ -110,6 +110,15 @@ def test_most_of_the_gain_comes_in_the_first_tenth(problem):
     assert sum(lost_tenth) < 0.4 * sum(lost_first)
 
 
+def test_where_dkdv_makes_dq_tilings_of_dq_come_last():
+    sizes = sizes_of(8192, d_qk=128)
+    problem = problem_of(Plan(ac.variants.get("causal").graph), sizes, "bf16", "ieee", {})
+    entries = order(problem, DEVICE, KERNELS, limit=8)
+    assert entries[1][1].backend == "gluon"
+    dq = [i for i, (kernel, _) in enumerate(entries) if kernel == "dq"]
+    assert dq == [2, *range(len(entries) - 7, len(entries))]
+
+
 def test_both_languages_race_unless_one_is_asked_for(problem):
     def languages(backend):
         return {(kernel, ks.backend) for kernel, ks in order(problem, DEVICE, KERNELS, backend=backend)}
@@ -183,6 +192,35 @@ def test_progress_tells_what_is_best_and_how_long_it_takes(problem):
     assert [s.best["forward"].us for s in seen] == [103.0, 103.0, 101.0, 100.0]
     assert seen[-1].seconds_left == 0
     assert seen[0].seconds_left > seen[2].seconds_left > 0
+
+
+@pytest.mark.parametrize("where", ["check", "time"])
+def test_a_candidate_that_takes_the_gpu_with_it_is_known_from_then_on(problem, where, monkeypatch):
+    stick, cache = Stick(problem), Cache()
+    culprit = stick.lanes["forward"][4]
+    before = getattr(Stick, where)
+
+    def lost(self, kernel, schedule, *rest):
+        if schedule.of(kernel) == culprit:
+            raise LostDeviceError("an illegal memory access")
+        return before(self, kernel, schedule, *rest)
+
+    monkeypatch.setattr(Stick, where, lost)
+    with pytest.raises(ac.ScheduleError, match="the forward kernel with .* took the GPU with it: an illegal"):
+        run(problem, stick, FORWARD, cache, limit=8)
+    again = run(problem, stick, FORWARD, Cache(), limit=8)
+    failed = {t.schedule: t.failure for t in again.trials if t.us is None}
+    assert failed == {culprit: "an illegal memory access"}
+    assert len(again.trials) == 8
+
+
+def test_results_that_a_later_race_has_not_come_to_are_kept(problem):
+    run(problem, Stick(problem), FORWARD, limit=6)
+    later = Stick(problem)
+    other = [ks for ks in later.lanes["forward"] if ks.backend == "triton"]
+    run(problem, later, FORWARD, limit=2, backend="triton")
+    kept = Cache().get(schedule_key(problem, DEVICE))["trials"]
+    assert len(kept) == 6 + len([ks for ks in other[:2] if ks in later.lanes["forward"][6:]])
 
 
 def test_what_calls_use_now_races_too(problem):
