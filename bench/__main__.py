@@ -102,16 +102,21 @@ def readme(
 @app.command()
 def regret(
     files: Annotated[
-        list[Path] | None, typer.Argument(help="Files of the sweep suite; default: all committed.")
+        list[Path] | None,
+        typer.Argument(help="Files of the regret or the sweep suite; default: those of regret that are committed."),
     ] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write each table beside its file, as regret.md.")] = False,
 ) -> None:
-    """Show what the cost model's first choices lose against the best tilings that a sweep measured; needs no GPU."""
-    from bench.regret import COLUMNS, lines, regrets, summary
+    """Show what the cost model's first choices lose against the best that was measured; needs no GPU."""
+    from bench.regret import COLUMNS, lines, markdown, regrets, summary
 
-    found = [each for path in files or sorted(RESULTS.glob("*/sweep-*.json")) for each in regrets(path)]
-    Run().show("first choices beside the best that was measured", list(COLUMNS), lines(found))
-    typer.echo("~: not measured itself; the next of the model's order that was")
-    typer.echo(summary(found))
+    for path in files or sorted(RESULTS.glob("*/regret.json")):
+        found = list(regrets(path))
+        Run().show("first choices beside the best that was measured", list(COLUMNS), lines(found))
+        typer.echo("~: not measured itself; the next of the model's order that was")
+        typer.echo(summary(found))
+        if write:
+            path.with_suffix(".md").write_text(markdown(path, found))
 
 
 @app.command()

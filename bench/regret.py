@@ -1,14 +1,16 @@
-"""What the cost model's first choices lose: its ranking beside the tilings that a sweep measured. Needs no GPU.
+"""What the cost model's first choices lose: its ranking beside what was measured. Needs no GPU.
 
-To fit the model again after a template or a compiler has changed: `python -m bench sweep` on a GPU, for the cells that
-matter; then change the constants at the top of attncc/schedule/cost.py and registers.py until this table is low.
+Two kinds of files: those of the regret suite, whole directions of an op with both backends in the race, and those of
+the sweep suite, single kernels of the Triton backend with every tiling. To fit the model again after a template or a
+compiler has changed: measure; then change the constants at the top of attncc/schedule/cost.py, registers.py, hopper.py
+and hopper_backward.py until this table is low.
 """
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,31 +19,31 @@ import torch
 
 import attncc as ac
 from attncc.errors import UnsupportedError
-from attncc.schedule import Device, KernelSchedule, Problem, device_names, load_device, ranked
+from attncc.schedule import Device, KernelSchedule, Problem, Schedule, device_names, load_device, ranked
+from attncc.schedule.choose import choose
+from bench.case import Shape
 from bench.record import load
+from bench.regret_cells import Cell, first_choices, problem_of
 from bench.suites.sweep import CASES
 
-COLUMNS = ("cell", "kernel", "first choice", "us", "best", "us", "regret")
+COLUMNS = ("cell", "what", "first choice", "us", "best", "us", "regret")
 FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
 class Regret:
-    """One kernel of one cell. `first` is the model's choice; `us` the time of `timed`, the first of its order that was
-    measured, which is `first` itself if `measured`."""
+    """One direction, or one kernel, of one cell. `first` is the model's choice, `us` its time; where it was not
+    measured itself, that of the next of the model's order that was. `used_us`: the time of what calls use, which may be
+    a shipped schedule, where that is known."""
 
     cell: str
-    kernel: str
-    first: KernelSchedule
-    timed: KernelSchedule
+    what: str
+    first: str
+    measured: bool
     us: float
-    best: KernelSchedule
+    best: str
     best_us: float
-
-    @property
-    def measured(self) -> bool:
-        """Whether the first choice itself was measured."""
-        return self.first == self.timed
+    used_us: float | None = None
 
     @property
     def share(self) -> float:
@@ -57,8 +59,103 @@ def card(gpu: str) -> Device:
     raise UnsupportedError(f"no device file lists {gpu!r}")
 
 
+def regrets(path: Path) -> Iterator[Regret]:
+    """One entry a row of a file of either suite, but for rows that failed."""
+    data = load(path)
+    device = card(data["gpu"])
+    of_row = of_direction if data["suite"] == "regret" else of_kernel
+    for row in data["rows"]:
+        if "error" not in row:
+            yield of_row(row, device)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The times of one row of the regret suite, by tiling: directions that one kernel makes, and the two kernels of a
+    backward apart, with what is launched beside those."""
+
+    whole: Mapping[KernelSchedule, float]
+    parts: Mapping[str, Mapping[KernelSchedule, float]]
+    beside: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Measured:
+        """The times in a result row."""
+        data = row["measured"]
+
+        def listed(entries: list[dict[str, Any]]) -> dict[KernelSchedule, float]:
+            return {KernelSchedule.from_json({k: v for k, v in e.items() if k != "us"}): e["us"] for e in entries}
+
+        return cls(listed(data["whole"]), {p: listed(data[p]) for p in ("dkdv", "dq")}, data.get("beside_us", 0.0))
+
+    def best(self) -> tuple[str, float]:
+        """The fastest of all, and its time."""
+        found = [(str(ks), us) for ks, us in self.whole.items()]
+        if all(self.parts.values()):
+            pair = [min(times, key=times.__getitem__) for times in self.parts.values()]
+            us = sum(times[ks] for times, ks in zip(self.parts.values(), pair, strict=True)) + self.beside
+            found.append((" | ".join(map(str, pair)), us))
+        return min(found, key=lambda entry: entry[1])
+
+    def time(self, schedule: Schedule, mode: str, problem: Problem, device: Device) -> tuple[float, bool]:
+        """The time of a direction with a schedule, or, where that was not measured, with the nearest one in the model's
+        order behind it; and whether it was."""
+        kernel = schedule.forward if mode == "forward" else schedule.dkdv
+        if mode == "forward" or kernel.backend == "gluon":
+            name: Any = "forward" if mode == "forward" else "dkdv"
+            order = [ks for ks, _ in ranked(name, problem, device, kernel.backend)]
+            found, was = _nearest(kernel, order, self.whole)
+            return self.whole[found], was
+        us, all_were = self.beside, True
+        for part in ("dkdv", "dq"):
+            own: Any = part
+            order = [ks for ks, _ in ranked(own, problem, device)]
+            found, was = _nearest(schedule.of(own), order, self.parts[part])
+            us, all_were = us + self.parts[part][found], all_were and was
+        return us, all_were
+
+
+def _nearest(
+    wanted: KernelSchedule, order: Sequence[KernelSchedule], times: Mapping[KernelSchedule, float]
+) -> tuple[KernelSchedule, bool]:
+    """`wanted`, or the first behind it in `order` that has a time, else the first of all; and if it is `wanted`."""
+    if wanted in times:
+        return wanted, True
+    start = order.index(wanted) if wanted in order else 0
+    found = next((ks for ks in (*order[start:], *order) if ks in times), None)
+    if found is None:
+        raise ValueError(f"neither {wanted} nor any other of its order was measured")
+    return found, False
+
+
+def of_direction(row: dict[str, Any], device: Device) -> Regret:
+    """A row of the regret suite, with the choices of the model as it is now."""
+    sizes = {"b": row["B"], "h": row["Hq"], "hkv": row["Hkv"], "m": row["M"], "n": row["N"]}
+    shape = Shape(**sizes, d=row["Dqk"], dv=row["Dv"], dtype=getattr(torch, row["dtype"]))
+    cell = Cell(row["case"], shape, row["mode"])
+    problem, times = problem_of(cell), Measured.of(row)
+    first = first_choices(problem, device)
+    us, measured = times.time(first, cell.mode, problem, device)
+    used, _ = times.time(choose(problem, device), cell.mode, problem, device)
+    best, best_us = times.best()
+    whole = cell.mode == "forward" or first.dkdv.backend == "gluon"
+    name = str(first.forward if cell.mode == "forward" else first.dkdv) if whole else f"{first.dkdv} | {first.dq}"
+    return Regret(str(cell), cell.mode, name, measured, us, best, best_us, used)
+
+
+def of_kernel(row: dict[str, Any], device: Device) -> Regret:
+    """A row of the sweep suite; ValueError where no candidate was measured."""
+    times = {KernelSchedule(*(entry[name] for name in FIELDS)): entry["us"] for entry in row["measured"]}
+    order = [ks for ks, _ in ranked(row["kernel"], problem(row), device)]
+    timed, measured = _nearest(order[0], order, times)
+    best = min(times, key=times.__getitem__)
+    group = f" G={row['Hq'] // row['Hkv']}" * (row["Hq"] != row["Hkv"])
+    cell = f"{row['case']} D={row['Dqk']} S={row['N']}{group}"
+    return Regret(cell, row["kernel"], str(order[0]), measured, times[timed], str(best), times[best])
+
+
 def problem(row: dict[str, Any]) -> Problem:
-    """The scheduler's problem of a result row."""
+    """The scheduler's problem of a row of the sweep suite."""
     names = {"b": "B", "h": "Hq", "h_kv": "Hkv", "q_idx": "M", "kv_idx": "N", "d_qk": "Dqk", "d_v": "Dv"}
     sizes = {name: row[column] for name, column in names.items()}
     engine: Any = ac.compile(CASES[row["case"]].variant).engine
@@ -66,32 +163,17 @@ def problem(row: dict[str, Any]) -> Problem:
     return found
 
 
-def regrets(path: Path) -> Iterator[Regret]:
-    """One entry a row of a sweep's file, but for rows that failed; ValueError where no candidate was measured."""
-    data = load(path)
-    device = card(data["gpu"])
-    for row in data["rows"]:
-        if "error" in row:
-            continue
-        times = {KernelSchedule(*(entry[name] for name in FIELDS)): entry["us"] for entry in row["measured"]}
-        order = [ks for ks, _ in ranked(row["kernel"], problem(row), device)]
-        timed = next((ks for ks in order if ks in times), None)
-        if timed is None:
-            raise ValueError(f"{path}: of the candidates of {row['case']}, {row['kernel']}, none was measured")
-        best = min(times, key=times.__getitem__)
-        group = f" G={row['Hq'] // row['Hkv']}" * (row["Hq"] != row["Hkv"])
-        cell = f"{row['case']} D={row['Dqk']} S={row['N']}{group}"
-        yield Regret(cell, row["kernel"], order[0], timed, times[timed], best, times[best])
+def summary(found: Sequence[Regret]) -> str:
+    """Median, 95th percentile and worst of the regrets; then those of what calls use, where it is known."""
+    text = f"{len(found)} first choices: {_spread(each.share for each in found)}"
+    used = [each.used_us / each.best_us - 1 for each in found if each.used_us is not None]
+    return f"{text}\nwith the shipped schedules: {_spread(used)}" if used else text
 
 
-def summary(found: Iterable[Regret]) -> str:
-    """Median, 95th percentile and worst of the regrets."""
-    shares = sorted(each.share for each in found)
-    high = shares[min(int(0.95 * len(shares)), len(shares) - 1)]
-    return (
-        f"{len(shares)} first choices: median regret {statistics.median(shares):.1%}, "
-        f"95th percentile {high:.1%}, worst {shares[-1]:.1%}"
-    )
+def _spread(shares: Iterable[float]) -> str:
+    ordered = sorted(shares)
+    high = ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
+    return f"median regret {statistics.median(ordered):.1%}, 95th percentile {high:.1%}, worst {ordered[-1]:.1%}"
 
 
 def lines(found: Iterable[Regret]) -> list[list[str]]:
@@ -99,12 +181,25 @@ def lines(found: Iterable[Regret]) -> list[list[str]]:
     return [
         [
             each.cell,
-            each.kernel,
-            str(each.first),
-            f"{'' if each.measured else '~'}{each.us:.0f}",
-            str(each.best),
-            f"{each.best_us:.0f}",
+            each.what,
+            each.first,
+            f"{'' if each.measured else '~'}{each.us:.1f}",
+            each.best,
+            f"{each.best_us:.1f}",
             f"{each.share:.1%}",
         ]
         for each in found
     ]
+
+
+def markdown(path: Path, found: Sequence[Regret]) -> str:
+    """The table as a page of its own, with where its figures come from."""
+    data = load(path)
+    head = (
+        f"# First choices of the scheduler beside the best of their candidates\n\n{summary(found)}\n\n"
+        f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, {data['date'][:10]}, commit "
+        f"{(data['commit'] or 'unknown')[:12]}: `{data['command']}`; this page: `python -m bench regret --write`. "
+        "Microseconds of all kernels of a direction. `~`: not measured itself; the next of the model's order.\n"
+    )
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found)]
+    return head + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '+') for cell in row)} |" for row in rows) + "\n"

@@ -1,0 +1,97 @@
+"""The regret table without a GPU: which cells and candidates race, and what is made of their times."""
+
+from dataclasses import replace
+
+import pytest
+
+from attncc.schedule import KernelSchedule, load_device
+from bench.regret import Measured, Regret, markdown, of_direction, summary
+from bench.regret_cells import Trial, cells, plan
+
+DEVICE = load_device("h100")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The plans of one shape, forward and backward."""
+    return [plan(cell, DEVICE) for cell in cells()[:2]]
+
+
+def test_there_are_cells_enough_of_every_kind():
+    found = cells()
+    assert len(set(found)) == len(found) >= 60
+    assert len({cell.variant for cell in found}) >= 12
+    assert {64, 96, 128, 192, 256} <= {cell.shape.d for cell in found}
+    assert {512, 16384} <= {cell.shape.m for cell in found}
+    assert any(cell.shape.m == 1 for cell in found)
+    assert any(cell.shape.group > 1 and cell.mode == "backward" for cell in found)
+    assert any(cell.shape.m != cell.shape.n for cell in found if cell.mode == "backward")
+
+
+def test_candidates_of_both_languages_race_and_the_first_choices_do(planned):
+    forward, backward = planned
+    tilings = [trial.schedule.forward for trial in forward.trials]
+    assert {ks.backend for ks in tilings} == {"triton", "gluon"}
+    assert {forward.model.forward, forward.used.forward} <= set(tilings)
+    assert len(set(tilings)) == len(tilings)
+    assert any(trial.whole for trial in backward.trials)
+    parts = {trial.schedule.dkdv for trial in backward.trials}, {trial.schedule.dq for trial in backward.trials}
+    assert backward.model.dkdv in parts[0]
+    assert backward.model.dq in parts[1]
+
+
+def test_trials_of_the_same_kernels_compile_once(planned):
+    forward, backward = planned
+    first, second = (replace(forward.model, dq=KernelSchedule(16, n, 4, 2)) for n in (16, 32))
+    assert Trial(first, "forward").kernels == Trial(second, "forward").kernels
+    gluon = next(trial for trial in backward.trials if trial.whole)
+    assert Trial(replace(gluon.schedule, dq=first.dq), "backward").kernels == gluon.kernels
+    triton = next(trial for trial in backward.trials if not trial.whole)
+    assert Trial(replace(triton.schedule, dq=first.dq), "backward").kernels != triton.kernels
+
+
+def row(plan, **times):
+    measured = {"whole": [], "dkdv": [], "dq": [], "beside_us": 5.0}
+    for kernel, entries in times.items():
+        measured[kernel] = [{**ks.to_json(), "us": us} for ks, us in entries]
+    return {"case": plan.cell.variant, **plan.cell.shape.row(), "mode": plan.cell.mode, "measured": measured}
+
+
+def test_a_forward_is_held_against_the_fastest(planned):
+    forward, _ = planned
+    others = [t.schedule.forward for t in forward.trials if t.schedule.forward != forward.model.forward]
+    found = of_direction(row(forward, whole=[(forward.model.forward, 110.0), (others[0], 100.0)]), DEVICE)
+    assert (found.us, found.best, found.best_us, found.measured) == (110.0, str(others[0]), 100.0, True)
+    assert found.share == pytest.approx(0.1)
+    unmeasured = of_direction(row(forward, whole=[(others[0], 100.0)]), DEVICE)
+    assert not unmeasured.measured
+
+
+def test_a_backward_is_one_kernel_or_two_and_what_is_beside(planned):
+    _, backward = planned
+    dkdv, dq, fast = backward.model.dkdv, backward.model.dq, KernelSchedule(128, 32, 8, 2)
+    gluon = next(trial.schedule.dkdv for trial in backward.trials if trial.whole)
+    assert dkdv.backend == "triton"  # at 512 tokens the model takes it
+    parts = {"dkdv": [(dkdv, 50.0)], "dq": [(dq, 40.0), (fast, 30.0)]}
+    found = of_direction(row(backward, whole=[(gluon, 90.0)], **parts), DEVICE)
+    assert (found.us, found.best_us) == (95.0, 85.0)
+    assert found.best == f"{dkdv} | {fast}"
+    assert of_direction(row(backward, whole=[(gluon, 80.0)], **parts), DEVICE).best == str(gluon)
+
+
+def test_times_survive_json(planned):
+    ks = KernelSchedule(16, 64, 4, 4, splits=7)
+    measured = Measured.of(row(planned[0], whole=[(ks, 12.5)]))
+    assert measured.best() == (str(ks), 12.5)
+
+
+def test_the_page_says_how_much_is_lost_and_where_figures_come_from(tmp_path):
+    found = [Regret(f"cell {i}", "backward", "a | b", i > 0, 100.0 + i, "b", 100.0, 100.0) for i in range(20)]
+    assert summary(found).startswith("20 first choices: median regret 9.5%, 95th percentile 19.0%, worst 19.0%")
+    assert "with the shipped schedules: median regret 0.0%" in summary(found)
+    path = tmp_path / "regret.json"
+    head = '"gpu": "G", "torch": "2", "triton": "3", "date": "2026-11-22T10", "commit": null, "command": "c"'
+    path.write_text(f'{{{head}, "rows": []}}')
+    text = markdown(path, found)
+    assert "| cell 0 | backward | a + b | ~100.0 | b | 100.0 | 0.0% |" in text
+    assert "G, torch 2, triton 3, 2026-11-22, commit unknown: `c`" in text
