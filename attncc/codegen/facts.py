@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import sympy
+
 from attncc.codegen.offsets import split_distances
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
@@ -125,15 +127,32 @@ def facts_of(plan: Plan) -> Facts:
 def _warps(plan: Plan, has_backward: bool) -> WarpWork:
     from attncc.codegen.forward import vanishes
     from attncc.codegen.hopper_backward import no_backward
-    from attncc.codegen.kernels import split_slope
+    from attncc.codegen.kernels import base_leaves, split_slope
+    from attncc.codegen.lower import Leaf, Lowering
 
-    def one_slope(part: Plan) -> bool:
+    def slope_of(part: Plan) -> Any:
         raw = {sym.RAW_SCORE: part.core["raw_score"].expr}
-        return split_slope(part.folded.apply(part.backward.dqk.xreplace(raw))) is not None
+        found = split_slope(part.folded.apply(part.backward.dqk.xreplace(raw)))
+        return None if found is None else found[0]
 
-    slope = has_backward and all(map(one_slope, plan.parts))
-    columns = sum(g.kind == "col" for g in plan.gradients) if has_backward else 0
-    return WarpWork(all(map(vanishes, plan.parts)), slope, columns, no_backward(plan) if has_backward else "")
+    def by_row(part: Plan, slope: Any) -> bool:
+        """Has the slope a factor that is a row's, besides those that make it a multiple of the weight?"""
+        leaves = base_leaves(part, {name: Leaf(name, Level.ROW) for name in part.saved_names})
+        own = set(sympy.Mul.make_args(part.folded.apply(part.backward.weight)))
+        factors = sympy.Mul.make_args(slope)
+        beside = [f for f in factors if f not in own] if own <= set(factors) else factors
+        return any(Lowering(part.core, leaves).level_of(f) == Level.ROW for f in beside)
+
+    slopes = [slope_of(part) for part in plan.parts] if has_backward else [None]
+    return WarpWork(
+        vanishes=all(map(vanishes, plan.parts)),
+        slope=None not in slopes,
+        slope_by_row=any(by_row(part, x) for part, x in zip(plan.parts, slopes, strict=True) if x is not None)
+        if has_backward
+        else False,
+        columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
+        no_backward=no_backward(plan) if has_backward else "",
+    )
 
 
 def _turns(sweep: Sweep) -> int:

@@ -62,10 +62,14 @@ OVERLAP = 4.5
 # Programs run each at its own pace, and one's matmuls beside another's arithmetic. Warps of one program meet at a
 # barrier in every tile: four more of them fill as many gaps as this share of another program.
 LOCKSTEP = 0.85
+# How much longer a tile of dK and dV takes than by its work, where warp groups lie side by side along the head
+# dimension: 1.3 to 1.7 was measured, with heads of 256 and 128.
+SIDE_BY_SIDE = 1.45
 # Times that a spilled register is stored or loaded in a tile. Most live through the loop and are not used there.
 SPILL_ACCESSES = 0.15
 # What a tiling that spills must gain over one that does not, before a formula that nobody has timed is given it.
-SPILL_RISK = 1.25
+# dK and dV have so many registers at work that the estimate is some 30 above what ptxas needs: there none was lost.
+SPILL_RISK = {"forward": 1.25, "dkdv": 1.0, "dq": 1.25, "pair": 1.25}
 MATMULS = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}
 SCHEDULERS = 4
 # What shared memory leaves free is cache: a tiling that takes all of it loses this share of its speed.
@@ -125,6 +129,8 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     start = (PROGRAM_LATENCY + LOOP_LATENCY * loops) * ceil(waves) / resident / clocks_per_us
     launch = device.launch_us + start
     busy = (in_turn**OVERLAP + clocks.memory**OVERLAP) ** (1 / OVERLAP)
+    if kernel == "dkdv" and _side_by_side(kernel, ks, problem, device):
+        busy *= SIDE_BY_SIDE
     taken = shared_memory(kernel, ks, problem, device) / device.smem_per_block
     us = spread(busy + waiting) * (1 + CACHE_SHARE * taken) + launch
     terms = {
@@ -146,7 +152,7 @@ def ranked(
     `candidates`.
 
     Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
-    On warp groups, whose matmuls run beside the spills, it can: there they count as `SPILL_RISK` times as slow.
+    On warp groups, whose matmuls run beside the spills, it can: there they count as `SPILL_RISK` says.
     Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
@@ -155,7 +161,7 @@ def ranked(
         ks, prediction = entry
         if not spilled_registers(kernel, ks, problem, device):
             return False, prediction.us
-        return instruction(kernel, ks, problem, device) != "wgmma", SPILL_RISK * prediction.us
+        return instruction(kernel, ks, problem, device) != "wgmma", SPILL_RISK[kernel] * prediction.us
 
     return tuple(sorted(found, key=order))
 
@@ -279,6 +285,12 @@ def _repeated(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Proble
     group of a row computes all of it, and only the second matmul is divided among them."""
     op = instruction(kernel, ks, problem, device)
     return warp_grid(op, ks, tiles)[2] if op == "wgmma" and tiles.chained else 1
+
+
+def _side_by_side(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+    """Do several warp groups have the same rows?"""
+    op = instruction(kernel, ks, problem, device)
+    return op == "wgmma" and warp_grid(op, ks, tiling(kernel, ks, problem))[2] > 1
 
 
 def _idle_rows(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Problem, device: Device) -> float:

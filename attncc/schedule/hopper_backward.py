@@ -89,7 +89,8 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     costs = problem.costs
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     held = max(qk, v) if wide(problem.d_qk, problem.d_v) else qk + v
-    early = 0.0 if ks.block_m > ROWS else 0.5
+    # in long tiles weights wait for ds, too: with a slope that takes a row's factor, as taylor's, they spilled
+    early = 0.5 * problem.costs.warps.slope_by_row if ks.block_m > ROWS else 0.5
     tiles = 2 + early + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 
