@@ -195,11 +195,14 @@ def lines(found: Iterable[Regret]) -> list[list[str]]:
 def markdown(path: Path, found: Sequence[Regret]) -> str:
     """The table as a page of its own, with where its figures come from."""
     data = load(path)
+    then = [row["us"] / row["best_us"] - 1 for row in data["rows"] if "best_us" in row]
+    fitted = f"with the model as it was when they were measured: {_spread(then)}\n" if then else ""
     head = (
-        f"# First choices of the scheduler beside the best of their candidates\n\n{summary(found)}\n\n"
+        f"# First choices of the scheduler beside the best of their candidates\n\n{summary(found)}\n{fitted}\n"
         f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, {data['date'][:10]}, commit "
         f"{(data['commit'] or 'unknown')[:12]}: `{data['command']}`; this page: `python -m bench regret --write`. "
-        "Microseconds of all kernels of a direction. `~`: not measured itself; the next of the model's order.\n"
+        "All of Gluon's candidates raced, and Triton's in the model's order to a depth. Microseconds of all kernels of "
+        "a direction. `~`: not measured itself; the next of the model's order that was.\n"
     )
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found)]
     return head + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '+') for cell in row)} |" for row in rows) + "\n"
