@@ -203,6 +203,7 @@ def markdown(path: Path, found: Sequence[Regret]) -> str:
         f"{(data['commit'] or 'unknown')[:12]}: `{data['command']}`; this page: `python -m bench regret --write`. "
         "All of Gluon's candidates raced, and Triton's in the model's order to a depth. Microseconds of all kernels of "
         "a direction. `~`: not measured itself; the next of the model's order that was.\n"
+        + (f"\n{data['note']}\n" if "note" in data else "")
     )
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found)]
     return head + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '+') for cell in row)} |" for row in rows) + "\n"
