@@ -137,7 +137,7 @@ def _segment_lines(
         return f"tl.{over_rows}({result}, 0)"
 
     lo, hi = text(segment.live.lo, "min"), text(segment.live.hi, "max")
-    lines.append(f"live_begin{tag} = tl.maximum({lo}, 0) // {block}")
+    lines.append(f"live_begin{tag} = " + ("0" if lo == "0" else f"tl.maximum({lo}, 0) // {block}"))
     lines.append(f"live_end{tag} = tl.maximum((tl.maximum({hi}, -1) + {block}) // {block}, live_begin{tag})")
     if segment.may is not sympy.true:
         lines.append(f"live_end{tag} = tl.where({text(segment.may, 'max')}, live_end{tag}, live_begin{tag})")
@@ -145,7 +145,7 @@ def _segment_lines(
         lines += [f"full_begin{tag} = live_end{tag}", f"full_end{tag} = live_end{tag}"]
         return lines
     lo, hi = text(segment.full.lo, "max"), text(segment.full.hi, "min")
-    lines.append(f"full_begin{tag} = (tl.maximum({lo}, 0) + {block} - 1) // {block}")
+    lines.append(f"full_begin{tag} = " + ("0" if lo == "0" else f"(tl.maximum({lo}, 0) + {block} - 1) // {block}"))
     lines.append(f"full_end{tag} = tl.maximum({hi} + 1, 0) // {block}")
     if segment.must is not sympy.true:
         lines.append(f"full_end{tag} = tl.where({text(segment.must, 'min')}, full_end{tag}, full_begin{tag})")

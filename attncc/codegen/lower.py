@@ -237,7 +237,7 @@ class Lowering:
         if type(expr) in _CALLS:
             call = _CALLS[type(expr)]
             self._helper(call)
-            return f"{call}({self._operand(expr.args[0], level, type_of(expr) == 'float')})"
+            return f"{call}({_unwrap(self._operand(expr.args[0], level, type_of(expr) == 'float'))})"
         method = getattr(self, f"_{type(expr).__name__}", None)
         if method is None:
             raise UnsupportedError(f"the Triton backend has no form for {type(expr).__name__}")
@@ -313,16 +313,16 @@ class Lowering:
             value = float(power)
             operand = self._operand(base, level, True)
             if value == 0.5:
-                return f"tl.sqrt({operand})"
+                return f"tl.sqrt({_unwrap(operand)})"
             if value == -0.5:
-                return f"tl.rsqrt({operand})"
+                return f"tl.rsqrt({_unwrap(operand)})"
             if value == -1:
                 return f"(1.0 / {operand})"
             if value.is_integer() and 2 <= abs(value) <= 8:
                 name = operand if operand.isidentifier() else self._hoist_own(base, level)
                 product = " * ".join([name] * int(abs(value)))
                 return f"({product})" if value > 0 else f"(1.0 / ({product}))"
-        log2 = f"tl.log2({self._operand(base, level, True)})"
+        log2 = f"tl.log2({_unwrap(self._operand(base, level, True))})"
         return f"tl.exp2({_wrap(self._operand(power, level, True))} * {log2})"
 
     def _hoist_own(self, expr: Any, level: Level) -> str:
@@ -331,14 +331,14 @@ class Lowering:
 
     def _tanh(self, expr: Any, level: Level) -> str:
         self.helpers.add("_tanh")
-        return f"_tanh({self._operand(expr.args[0], level, True)}, FAST_MATH)"
+        return f"_tanh({_unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
 
     def _sigmoid(self, expr: Any, level: Level) -> str:
         power = per_ln2(lower_exp(sympy.expand(-expr.args[0])))
         # two elements of a tile share one division; a row's may be a thread's only one
         name = "_logistic_of_pairs" if self.level_of(power) == Level.PAIR else "_logistic"
         self.helpers.add(name)
-        return f"{name}({self._operand(power, level, True)}, FAST_MATH)"
+        return f"{name}({_unwrap(self._operand(power, level, True))}, FAST_MATH)"
 
     def _silu(self, expr: Any, level: Level) -> str:
         x = expr.args[0]
@@ -348,7 +348,7 @@ class Lowering:
         return f"({self._operand(a, level, True)} * {self._operand(b, level, True)})"
 
     def _relu(self, expr: Any, level: Level) -> str:
-        return f"tl.maximum({self._operand(expr.args[0], level, True)}, 0.0)"
+        return f"tl.maximum({_unwrap(self._operand(expr.args[0], level, True))}, 0.0)"
 
     def _step(self, expr: Any, level: Level) -> str:
         return f"tl.where({self._operand(expr.args[0], level, True)} > 0.0, 1.0, 0.0)"
@@ -356,7 +356,7 @@ class Lowering:
     def _maximum(self, expr: Any, level: Level) -> str:
         is_float = type_of(expr) == "float"
         a, b = (self._operand(x, level, is_float) for x in expr.args)
-        return f"tl.{type(expr).__name__}({a}, {b})"
+        return f"tl.{type(expr).__name__}({_unwrap(a)}, {_unwrap(b)})"
 
     _minimum = _maximum
 
@@ -364,13 +364,13 @@ class Lowering:
         is_float = type_of(expr) == "float"
         condition = self._operand(expr.args[0], level, False)
         a, b = (self._operand(x, level, is_float) for x in expr.args[1:])
-        return f"tl.where({condition}, {a}, {b})"
+        return f"tl.where({_unwrap(condition)}, {_unwrap(a)}, {_unwrap(b)})"
 
     def _detach(self, expr: Any, level: Level) -> str:
         return self._operand(expr.args[0], level, type_of(expr) == "float")
 
     def _floor(self, expr: Any, level: Level) -> str:
-        return f"tl.floor({self._operand(expr.args[0], level, True)}).to(tl.int32)"
+        return f"tl.floor({_unwrap(self._operand(expr.args[0], level, True))}).to(tl.int32)"
 
     def _to_int(self, expr: Any, level: Level) -> str:
         return f"{_wrap(self._operand(expr.args[0], level, False))}.to(tl.int32)"
@@ -510,7 +510,7 @@ def _wrap(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Without parentheses around the whole, for the right side of an assignment."""
+    """Without parentheses around the whole, for the right side of an assignment or an argument."""
     return text[1:-1] if text.startswith("(") and _balanced(text) else text
 
 

@@ -201,7 +201,8 @@ def render(
     kernels = scans + kernels
     parts = [_header(users, d_qk, d_v, context["tma"]), _render("helpers.py.j2", context, helpers=helpers)]
     if hopper or hopper_backward:
-        parts += [_render(f"gluon_{name}.py.j2", context) for name in ("compat", "helpers")]
+        parts[0] += "\n" + _render("gluon_compat.py.j2", context)  # its imports belong to the others
+        parts.append(_render("gluon_helpers.py.j2", context))
         parts.append(in_gluon(_render("helpers.py.j2", context, helpers=in_warps)))
     parts += [_render(template, context, **slots) for template, slots in kernels]
     parts.append(_render("host.py.j2", context, bounds=bounds, **host))
