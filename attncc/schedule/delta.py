@@ -11,7 +11,7 @@ from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
 #: the equations of a chunk are one tile, whose inverse is made in registers
 CHUNKS = (16, 32, 64)
-#: columns of v that are multiplied at once where a program has all of them
+#: columns that a program multiplies at once; twice as many where pairs that another one would form again cost more
 COLUMNS = 64
 
 
@@ -45,14 +45,17 @@ def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None)
     kernels["carry_back"] = _carried(sizes, chunk, device, 2)
     warps = _warps(sizes.dtype, device, wide=padded(sizes.d_qk) > 128)
     kernels["solve_back"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": warps, "num_stages": 1}
-    kernels |= dict.fromkeys(("forward", "dadded"), _scanned(sizes, sizes.d_qk, sizes.d_v, chunk, device))
-    kernels |= dict.fromkeys(("dq", "dk"), _scanned(sizes, sizes.d_v, sizes.d_qk, chunk, device, own=True))
+    kernels["forward"] = _scanned(sizes, sizes.d_qk, sizes.d_v, chunk, device)
+    kernels["dadded"] = _scanned(sizes, sizes.d_qk, sizes.d_v, chunk, device, twice=True)
+    kernels["dq"] = _scanned(sizes, sizes.d_v, sizes.d_qk, chunk, device, own=True, twice=True)
+    kernels["dk"] = _scanned(sizes, sizes.d_v, sizes.d_qk, chunk, device, own=True)
     return LinearSchedule(chunk, chunk, kernels)
 
 
-def _columns(dtype: Dtype, dim: int) -> int:
+def _columns(dtype: Dtype, dim: int, twice: bool = False) -> int:
     """Columns that a program multiplies at once. Operands of float32 meet in registers, and take more of them."""
-    return min(COLUMNS if dtype != "fp32" else COLUMNS // 2, padded(dim))
+    most = COLUMNS // 2 if dtype == "fp32" else 2 * COLUMNS if twice else COLUMNS
+    return min(most, padded(dim))
 
 
 def _warps(dtype: Dtype, device: Device, wide: bool = False) -> int:
@@ -68,8 +71,9 @@ def _prepared(sizes: LinearSizes, chunk: int, device: Device) -> dict[str, int]:
     At 64 tokens and 16 bits they are multiplied by wgmma. One whose right operand has fewer columns than 64 is what the
     assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`).
     """
-    columns = _columns(sizes.dtype, sizes.d_v)
-    block = COLUMNS if chunk == 64 and sizes.dtype != "fp32" else max(16, columns // 2)
+    block = max(16, _columns(sizes.dtype, sizes.d_v) // 2)
+    if chunk == 64 and sizes.dtype != "fp32":
+        block = max(COLUMNS, _columns(sizes.dtype, sizes.d_v, twice=True))
     return {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device), "num_stages": 1}
 
 
@@ -100,13 +104,21 @@ def _stage(dtype: Dtype, width: int, block: int, chunk: int, tiles: int) -> int:
 
 
 def _scanned(
-    sizes: LinearSizes, contracted: int, columns: int, chunk: int, device: Device, own: bool = False
+    sizes: LinearSizes,
+    contracted: int,
+    columns: int,
+    chunk: int,
+    device: Device,
+    own: bool = False,
+    twice: bool = False,
 ) -> dict[str, int]:
     """Columns of a program, which has one chunk: to fetch the next meanwhile was slower.
 
-    own: it also reads that of which it makes the gradient.
+    own: it also reads that of which it makes the gradient. twice: as many columns again, in chunks of 64 tokens of at
+    most 128 features.
     """
-    width, block = padded(contracted), _columns(sizes.dtype, columns)
+    width = padded(contracted)
+    block = _columns(sizes.dtype, columns, twice and chunk == 64 and max(width, padded(columns)) <= 128)
     bytes_ = DTYPE_BYTES[sizes.dtype]
 
     def shared(block: int) -> int:

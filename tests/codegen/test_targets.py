@@ -120,6 +120,7 @@ def test_split_keys_are_read_16_bytes_at_a_time_without_spills(target, q_len):
     allowed = 8 if (target, q_len) == ("gfx942", 16) else 0
     assert [compiled[name].spills <= limit for name, limit in zip(only, (allowed, 0), strict=True)] == [True, True]
     assert compiled["decode_kernel"].shared <= shared_memory("forward", schedule.forward, problem, device)
+    assert not any(kernel.faults for kernel in compiled.values())
     if device.backend == "cuda":
         copies = compiled["decode_kernel"].ptx.count("cp.async.cg.shared.global")
         assert copies > 0

@@ -346,6 +346,7 @@ def test_every_kernel_compiles_for_a_gpu(target):
     }
     for kernel in found.values():
         assert kernel.shared <= device.smem_per_block
-        # solve_back at 4 warps took 321 us on an H100, spills and all, and 407 at 8
-        assert kernel.spills <= (40 if kernel.name == "solve_back_kernel" else 0) or target != "sm_90"
+        # on an H100, spills and all: solve_back 321 us at 4 warps, 407 at 8; dq 192 us at 128 columns, 221 at 64
+        allowed = {"solve_back_kernel": 40, "dq_kernel": 16}.get(kernel.name, 0)
+        assert kernel.spills <= allowed or target != "sm_90"
         assert not kernel.faults
