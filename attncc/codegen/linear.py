@@ -104,7 +104,6 @@ class Role:
     scaled_later: bool = False
     own: Tile | None = None
     channel: bool = False
-    result_decays: bool = False
     epilogue: tuple[str, ...] = ()
 
     @property
@@ -325,38 +324,32 @@ class LinearSlots:
         return found
 
     def channel_roles(self) -> dict[str, Role]:
-        """The same where each channel decays on its own."""
+        """The same where each channel decays on its own: what is summed over features has the decay in its operands,
+        `asked` and `left`, and what results in features goes by halves of a chunk."""
         tiles, plan = self.tiles(), self.plan
         size_q, size_v = self.state_shape
-        common: dict[str, Any] = {
-            "decay": True,
-            "channel": True,
-            "rows": ("step",),
-            "state_size": size_q * size_v,
-            "row_size": size_v,
-        }
+        asked, left = Tile("asked", self.d_qk, "h"), Tile("left", self.d_qk, "h")
+        made = {"q": asked, "k": left}
+        common: dict[str, Any] = {"decay": True, "state_size": size_q * size_v, "row_size": size_v}
         by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
-        by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, "result_decays": True, **common}
-        scaled = "constant" if plan.constant != 1 else ""
-        contracted = plan.constant != 1
+        by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, "channel": True, "rows": ("step",), **common}
+        scaled = plan.constant != 1
         found = {}
         for name, kept in self.roles().items():
-            reverse, states = kept.reverse, name in ("states", "dstates")
-            found[name] = Role(
-                name=name,
-                doc=kept.doc,
-                out=kept.out,
-                a=kept.a,
-                b=kept.b,
-                c=kept.c,
-                reverse=reverse,
-                contracted=contracted and not reverse and not states,
-                scaled=scaled if reverse else "",
-                steps=name in ("dq", "dk"),
-                kept_size=size_v * self.d_qk,
-                own=Tile("own", self.d_qk, tiles[name[1]].head) if name in ("dq", "dk") else None,
-                **(by_cols if name in ("dq", "dk") else by_rows),
-            )
+            alike: dict[str, Any] = {"name": name, "doc": kept.doc, "out": kept.out, "reverse": kept.reverse}
+            if name in ("dq", "dk"):
+                found[name] = Role(
+                    **{**alike, "a": kept.a, "b": kept.b, "c": kept.c, **by_cols},
+                    contracted=scaled and name == "dq",
+                    scaled="constant" if scaled and name == "dk" else "",
+                    steps=True,
+                    kept_size=size_v * self.d_qk,
+                    own=Tile("own", self.d_qk, tiles[name[1]].head),
+                )
+                continue
+            rows = ("through",) if name in ("states", "dstates") else ("pair", "through")
+            own = {"a": made.get(kept.a.name, kept.a), "b": made.get(kept.b.name, kept.b), "c": kept.c}
+            found[name] = Role(**{**alike, **own, **by_rows}, rows=rows)
         return found
 
     def full_roles(self) -> dict[str, Role]:
@@ -407,10 +400,11 @@ class LinearSlots:
         return tuple(lines)
 
 
-def _stepwise(roles: dict[str, Role], features: dict[str, Tile]) -> Role:
-    """The forward token after token, which maps each token itself."""
-    forward = roles["forward"]
-    return replace(forward, a=features.get("q", forward.a), b=features.get("k", forward.b))
+def _stepwise(slots: LinearSlots, forward: Role, features: dict[str, Tile]) -> Role:
+    """The forward token after token, which maps each token itself, and lets it decay."""
+    tiles = {**slots.tiles(), **features}
+    channel = slots.plan.decay == "channel"
+    return replace(forward, a=tiles["q"], b=tiles["k"], channel=channel, rows=("step",) if channel else forward.rows)
 
 
 def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
@@ -418,10 +412,10 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     slots = LinearSlots(graph, plan, d_qk, d_v)
     channel = plan.decay == "channel"
     roles = slots.channel_roles() if channel else slots.roles() if plan.causal else slots.full_roles()
-    states, scan = (
-        f"linear_{'channel_' if channel else ''}states.py.j2",
-        f"linear_{'channel' if channel else 'scan'}.py.j2",
-    )
+    states = f"linear_{'channel_' if channel else ''}states.py.j2"
+    scans = dict.fromkeys(("forward", "dq", "dk", "dv"), "linear_scan.py.j2")
+    if channel:
+        scans = {name: f"linear_channel{'' if name in ('dq', 'dk') else '_carry'}.py.j2" for name in scans}
     env = environment()
     sizes: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "channel": channel}
     context = {**sizes, "slots": slots, "plan": plan, "roles": roles, "runs": slots.runs}
@@ -430,12 +424,13 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
         return str(env.get_template(template).render({**context, "r": roles[role]} if role else context))
 
     context["mapped"] = features = slots.features()
-    roles["step"] = _stepwise(roles, features)
+    roles["step"] = _stepwise(slots, roles["forward"], features)
     maps = [str(env.get_template("linear_features.py.j2").render({**context, "x": x})) for x in features.values()]
     parts = [*maps, text("linear_runs.py.j2")] if context["runs"] else maps
+    parts += [text("linear_channel_prepare.py.j2", "step")] if channel else []
     parts += [text(states, name) for name in ("states", "dstates")]
     if plan.causal:
-        parts += [text("linear_link.py.j2"), *(text(scan, name) for name in ("forward", "dq", "dk", "dv"))]
+        parts += [text("linear_link.py.j2"), *(text(scan, name) for name, scan in scans.items())]
         parts.append(text("linear_step.py.j2", "step"))
     else:
         parts += [text("linear_apply.py.j2", name) for name in ("forward", "dq", "dk", "dv")]

@@ -22,6 +22,8 @@ PlanName = Literal["auto", "parallel", "chunk", "recurrent"]
 CHUNKS = (16, 32, 64, 128)
 #: tokens up to which a sequence is stepped through
 STEPS = 16
+#: tokens a chunk of the gradients by features, where each channel decays
+HALVES = 16
 #: features that one program can have all of, where it needs them
 WHOLE = 128
 #: shorter segments, and more of them, than measured: what tests set
@@ -72,7 +74,7 @@ def _measured() -> dict[str, Any]:
 
 def _rule(sizes: LinearSizes, device: Device) -> Rule:
     newest = device.target.startswith(("sm_9", "sm_10"))
-    kind = "channel" if sizes.by_channel else "fma" if sizes.dtype == "fp32" else "wgmma" if newest else "mma"
+    kind = "fma" if sizes.dtype == "fp32" else "channel" if sizes.by_channel else "wgmma" if newest else "mma"
     return Rule(**_measured()[kind])
 
 
@@ -107,29 +109,35 @@ def shared_bytes(width: int, block: int, chunk: int, sizes: LinearSizes, stages:
     """
     tiles = 2 * chunk * (width + block)
     made = width * block + chunk * block
-    wide = stages * chunk * width * 4 + chunk * width * DTYPE_BYTES[sizes.dtype] if sizes.by_channel else 0
+    each = DTYPE_BYTES[sizes.dtype]
+    decays = (
+        0  # a decay a channel: the steps of the gradients' short chunks, else the pairs of a long one and its decay
+    )
+    if sizes.by_channel:
+        decays = stages * chunk * chunk * each + stages * width * 4
+        decays += (4 * stages + each) * chunk * width if chunk <= HALVES else 0
     rows = stages * chunk * 8 + 1024
-    return (stages * tiles + made) * DTYPE_BYTES[sizes.dtype] + wide + rows
+    return (stages * tiles + made) * each + decays + rows
 
 
 def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None) -> LinearSchedule:
     """A schedule that fits the device; `chunk` is the caller's own choice. InputError for one that is no tile."""
     rule = _rule(sizes, device)
-    if sizes.by_channel:
-        if chunk not in (None, rule.chunk):
-            raise InputError(f"chunk_size is {chunk!r}", remedy=f"with a decay a channel it is {rule.chunk}")
-        chunk = rule.chunk
-    elif chunk is None:
+    if chunk is None:
         chunk = rule.chunk
         while chunk > 16 and chunk >= 2 * sizes.length:
             chunk //= 2
-    if chunk not in CHUNKS:
-        raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, CHUNKS))}")
+    known = CHUNKS[:-1] if sizes.by_channel else CHUNKS
+    if chunk not in known:
+        raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, known))}")
     qk = _tiling(sizes.d_qk, sizes.d_v, rule.state, chunk, sizes, device)
     of_v = _tiling(sizes.d_qk, sizes.d_v, rule.gradients, chunk, sizes, device)
     of_qk = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, chunk, sizes, device)
     kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dstates"), qk)
     kernels |= {"dq": of_qk, "dk": of_qk, "dv": of_v}
+    if sizes.by_channel:  # a chunk's gradients by features are formed half by half, in registers
+        halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device)
+        kernels |= {"prepare": {"CHUNK": chunk, "num_warps": qk["num_warps"]}, "dq": halves, "dk": halves}
     if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < _padded(sizes.d_qk) <= WHOLE:
         kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
     kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 8192 // _padded(sizes.d_qk))), "num_warps": 4}
