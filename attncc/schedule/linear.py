@@ -73,9 +73,14 @@ def _measured() -> dict[str, Any]:
 
 
 def _rule(sizes: LinearSizes, device: Device) -> Rule:
-    newest = device.target.startswith(("sm_9", "sm_10"))
+    newest = _has_wgmma(device)
     kind = "fma" if sizes.dtype == "fp32" else "channel" if sizes.by_channel else "wgmma" if newest else "mma"
     return Rule(**_measured()[kind])
+
+
+def _has_wgmma(device: Device) -> bool:
+    """Do tensor cores read operands from shared memory by themselves?"""
+    return device.target.startswith(("sm_9", "sm_10"))
 
 
 def _padded(dim: int) -> int:
@@ -136,7 +141,8 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dstates"), qk)
     kernels |= {"dq": of_qk, "dk": of_qk, "dv": of_v}
     if sizes.by_channel:  # a chunk's gradients by features are formed half by half, in registers
-        halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device)
+        wider = 1 if _has_wgmma(device) else 2  # elsewhere twice as many registers would not be enough
+        halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device, wider)
         kernels |= {"prepare": {"CHUNK": chunk, "num_warps": qk["num_warps"]}, "dq": halves, "dk": halves}
     if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < _padded(sizes.d_qk) <= WHOLE:
         kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
