@@ -102,7 +102,9 @@ class LinearCalls:
         # inputs are part of the call's key; what PyTorch made of them is not
         made = () if call.names is not None else tensors
         laid = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in made)
-        return self._forwards.run((call.key, laid), run, given)
+        names = call.names
+        defaults = [] if names is None else [x for name, x in kind.bound.tensors.items() if name not in names]
+        return self._forwards.run((call.key, laid), run, given, defaults)
 
     def backward(
         self, call: Call, given: tuple[Any, ...], rows: list[Tensor], wanted: list[bool], want_first: bool

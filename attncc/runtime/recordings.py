@@ -22,8 +22,11 @@ class Recordings:
         self._known: dict[Any, Recording | None] = {}
         self._seen: dict[Any, None] = {}  # came once: a cache that grows by a key a call never brings one again
 
-    def run(self, key: Any, call: Callable[[], tuple[Any, ...]], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """The results of `call`, which depends on these CUDA tensors alone, and on what `key` says."""
+    def run(
+        self, key: Any, call: Callable[[], tuple[Any, ...]], tensors: Sequence[Tensor], defaults: Sequence[Tensor] = ()
+    ) -> tuple[Any, ...]:
+        """The results of `call`, which depends on these CUDA tensors alone, and on what `key` says. `defaults`: tensors
+        that are the same in all calls with this key."""
         if key not in self._seen:
             keep(self._seen, key, None)  # its kernels start to compile, which is nothing to note
             return call()
@@ -32,7 +35,7 @@ class Recordings:
             return found.play(tensors)
         if key in self._known:
             return call()
-        results, recording = record(call, tensors, [])
+        results, recording = record(call, tensors, defaults)
         if not capturing() and not watched():
             keep(self._known, key, _OPAQUE if recording is None else recording)
         return results

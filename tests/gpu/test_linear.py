@@ -131,6 +131,16 @@ def test_a_state_carries_a_sequence_on(name):
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-3, atol=1e-3)
 
 
+def test_default_rates_are_replayed():
+    op, plain = ac.compile("retention", plan="chunk"), ac.compile("retention", plan="chunk")
+    plain._calls = None
+    for seed in range(4):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        q, k, v = (torch.randn(1, 4, 300, 64, generator=generator, device="cuda").bfloat16() for _ in range(3))
+        assert torch.equal(op(q, k, v), plain(q, k, v))
+    assert any(op._calls._forwards._known.values())  # there is a recording
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["constants", "learned"])
 @pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "gla", "gated_delta_net"])
 def test_a_replay_is_the_call(name, learned):

@@ -12,7 +12,7 @@ from attncc.runtime.recordings import Recordings
 @pytest.fixture(autouse=True)
 def nothing_is_recorded(monkeypatch):
     """A recording is of launches on a GPU."""
-    monkeypatch.setattr(Recordings, "run", lambda self, key, call, tensors: call())
+    monkeypatch.setattr(Recordings, "run", lambda self, key, call, tensors, defaults=(): call())
 
 
 def case(name):
