@@ -97,7 +97,8 @@ def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
         stage={"update": "state"}.get(stage, stage),
         span=graph[stage].span,
         remedy="a recurrence is decay * (state - erase * k_vec * dot(k_vec, state)) + write * k_vec * v_vec, with "
-        "factors of the token, and reads factor * dot(q_vec, state); ac.reference computes any",
+        "factors of the token (inputs: a key's norm is taken before the call), and reads factor * dot(q_vec, state); "
+        "ac.reference computes any",
     )
 
 
