@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 import torch
 
 import attncc as ac
+from attncc.ir import symbols as sym
+from attncc.ir.vocabulary import Read
 from attncc.runtime.verify import Kind, check, eager
 from bench.case import Case, Shape, Tensors
 
@@ -64,9 +67,16 @@ def gradients(
     )
 
 
-def slice_inputs(variant: Any, inputs: Tensors, b: int, heads: slice, kv_head: int) -> Tensors:
-    """The inputs that one (batch, key/value head) slice of a call reads, cut by the declared index patterns."""
-    cuts = {"b": slice(b, b + 1), "h": heads, "h_kv": slice(kv_head, kv_head + 1)}
+def numbers_heads(variant: Any) -> bool:
+    """Does a formula compute with the number of a head, and not only look something up by it?"""
+    exprs = [s.expr for s in variant.graph.stages]
+    bare = [e.xreplace({read: sympy.Dummy() for read in e.atoms(Read)}) for e in exprs]
+    return any(e.free_symbols & {sym.H, sym.H_KV} for e in bare)
+
+
+def slice_inputs(variant: Any, inputs: Tensors, b: int, heads: slice, kv_heads: slice) -> Tensors:
+    """The inputs that a slice of one batch and some heads of a call reads, cut by the declared index patterns."""
+    cuts = {"b": slice(b, b + 1), "h": heads, "h_kv": kv_heads}
     patterns = {decl.name: decl.pattern for decl in variant.graph.inputs}
     sliced = {}
     for name, tensor in inputs.items():
@@ -94,11 +104,14 @@ def against_reference(op: Any, case: Case, shape: Shape, device: str = "cuda") -
 def _slice_errors(op: Any, case: Case, shape: Shape, device: str, differentiable: tuple[str, ...]) -> dict[str, float]:
     """Hold the last (batch, key/value head) slice of a call against the reference of that slice.
 
+    Of a formula that tells heads apart by their number: the first two key/value heads, whose numbers are those there.
+
     The cotangent is zero outside the slice: an input that all heads or batches share gets its gradient from it alone.
     """
-    b, kv_head = shape.b - 1, shape.hkv - 1
-    heads = slice(kv_head * shape.group, (kv_head + 1) * shape.group)
-    one, kv = slice(b, b + 1), slice(kv_head, kv_head + 1)
+    b = shape.b - 1
+    kv = slice(0, 2) if numbers_heads(case.variant) else slice(shape.hkv - 1, shape.hkv)
+    heads = slice(kv.start * shape.group, kv.stop * shape.group)
+    one = slice(b, b + 1)
     operands = shape.tensors(device, seed=1)
     names = OPERANDS[: len(operands)]
     inputs = case.inputs(shape, device)
@@ -115,10 +128,10 @@ def _slice_errors(op: Any, case: Case, shape: Shape, device: str, differentiable
     parts = {
         "out": out.detach()[one, heads],
         **{name: got[name][one, heads if name == "dq" else kv] for name in names},
-        **{f"d{n}": part for n, part in slice_inputs(case.variant, shared, b, heads, kv_head).items()},
+        **{f"d{n}": part for n, part in slice_inputs(case.variant, shared, b, heads, kv).items()},
     }
 
-    own = slice_inputs(case.variant, inputs, b, heads, kv_head)
+    own = slice_inputs(case.variant, inputs, b, heads, kv)
 
     def dense(attend: Callable[..., Any], wide: bool) -> Tensors:
         """The slice through a quadratic implementation, in float64 or in the dtypes of the call."""

@@ -57,7 +57,7 @@ def checked(op: Any, case: Case, wanted: Shape, device: str = "cuda") -> float:
     out, again = (op(q, k, v, **inputs) for _ in range(2))
     if not torch.equal(out, again):
         raise CheckFailedError("the same call gave other bits")
-    own = slice_inputs(case.variant, inputs, b, heads, kv_head)
+    own = slice_inputs(case.variant, inputs, b, heads, slice(kv_head, None))
     sliced = q[one, heads], k[one, kv], v[one, kv]
     wide = {name: t.double() if t.is_floating_point() else t for name, t in own.items()}
     exact = ac.reference(case.variant, *(t.double() for t in sliced), **wide)

@@ -6,6 +6,7 @@ plan takes, and which unit of the GPU limits each kernel by the cost model.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ import attncc as ac
 from attncc.passes.running import running_sums
 from bench import area
 from bench.case import Case, Shape, Tensors
-from bench.check import SHORT, against_reference
+from bench.check import against_reference
 from bench.compare import compare, table
 from bench.dense_cases import CAUSAL, DOCUMENT
 from bench.run import NotReadyError, Run
@@ -28,6 +29,8 @@ PREFIX = 1024
 FREE = 32
 #: what all others stand beside
 OURS = replace(CAUSAL, name="our causal")
+#: the length at which a loop over components is checked: its reference has an element for each pair and component
+LOOPED = 384
 #: those that the suite `linear` times
 IN_LINEAR_TIME = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla", "rwkv6")
 
@@ -98,11 +101,12 @@ def case(name: str) -> Case:
 def prepared(name: str) -> dict[str, Any]:
     """In another process: compile a variant into the caches, and hold it against the reference. What its rows say of
     that, and how many passes over the keys it takes."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what the variant before this one left: processes share the GPU's memory
     own = OURS if name == OURS.name else case(name)
     op: Any = ac.compile(own.variant, plan="parallel")
     shape = fitted(own.variant, SHAPE)
-    # the reference of a similarity that is no product has an element for each pair and each component
-    checked = shape if op.engine.plan.facts.similarity.looped == 0 else replace(shape, m=SHORT, n=SHORT)
+    checked = shape if op.engine.plan.facts.similarity.looped == 0 else replace(shape, m=LOOPED, n=LOOPED)
     errors = against_reference(op, replace(own, differentiable=()), checked)
     if checked is not shape:
         out = op(*shape.tensors(), **own.inputs(shape, "cuda"))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import attncc as ac
 from attncc.runtime.verify import eager
 from bench import area
 from bench.case import Case, Shape
-from bench.check import CheckFailedError, against_reference, relative_rms, require, slice_inputs
+from bench.check import CheckFailedError, against_reference, numbers_heads, relative_rms, require, slice_inputs
 from bench.dense_cases import ALIBI, DENSE
 from bench.suites import variants
 
@@ -35,10 +36,20 @@ def test_inputs_are_cut_by_their_patterns():
         "doc": torch.arange(3)[:, None].expand(3, 10),
         "bias": torch.arange(3 * 8 * 100.0).view(3, 8, 10, 10)[:1],  # the batch dimension is broadcast
     }
-    cut = slice_inputs(variant, inputs, 2, slice(4, 6), 2)
+    cut = slice_inputs(variant, inputs, 2, slice(4, 6), slice(2, 3))
     assert cut["slopes"].tolist() == [4, 5]
     assert cut["doc"].tolist() == [[2] * 10]
     assert torch.equal(cut["bias"], inputs["bias"][:, 4:6])
+
+
+def test_a_formula_that_numbers_heads_is_checked_at_the_first_ones():
+    assert numbers_heads(ac.variants.get("split_heads"))
+    assert not numbers_heads(ac.variants.get("alibi"))
+    own = variants.case("split_heads")
+    shape = Shape(b=2, h=4, hkv=2, m=40, d=16, dtype=torch.float32)
+    doc = {"doc": (torch.arange(40) // 9).expand(2, 40).to(torch.int32)}
+    found = against_reference(ac.compile(own.variant), replace(own, inputs=lambda *_: dict(doc)), shape, "cpu")
+    assert found["out"] < 1e-5
 
 
 def test_flops_of_equal_head_dimensions():
