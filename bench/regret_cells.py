@@ -21,7 +21,7 @@ from bench.suites import variants
 Mode = Literal["forward", "backward"]
 #: how many of Triton's candidates race, in the model's order: where Gluon's are in the race, where they are not, and
 #: where the keys are split
-BESIDE_GLUON, ALONE, SPLITTING = 4, 16, 18
+BESIDE_GLUON, ALONE, SPLITTING = 6, 64, 64
 
 #: variant, heads / key heads, (head dimension of q and k, of v), then (batch, queries, keys) of each shape
 _DRAWN: tuple[tuple[str, int, int, int, int, tuple[tuple[int, int, int], ...]], ...] = (
