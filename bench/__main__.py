@@ -121,19 +121,23 @@ def regret(
 
 @app.command()
 def tuned(
-    sweep: Annotated[Path, typer.Argument(help="The sweep suite's JSON file.")],
+    sweep: Annotated[Path, typer.Argument(help="The JSON file of the sweep or the regret suite.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="E.g. schedules/tuned/h100/causal.json.")],
     any_variant: Annotated[
         bool, typer.Option(help="Let the rows match every formula, not the swept one only.")
     ] = False,
     any_shape: Annotated[bool, typer.Option(help="Let the rows match every length and group.")] = False,
 ) -> None:
-    """Write a sweep's best schedules as a table that attncc ships."""
+    """Write a sweep's best schedules, or those that correct the model's in a regret file, as a table that attncc
+    ships."""
     from bench.record import load
-    from bench.tuned import table, text
+    from bench.tuned import corrections, table, text
 
+    data = load(sweep)
+    regret = data["suite"] == "regret"
+    rows = corrections(data) if regret else table(data, any_variant=any_variant, any_shape=any_shape)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text(table(load(sweep), any_variant=any_variant, any_shape=any_shape)))
+    output.write_text(text(rows))
 
 
 if __name__ == "__main__":

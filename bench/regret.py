@@ -90,11 +90,19 @@ class Measured:
 
     def best(self) -> tuple[str, float]:
         """The fastest of all, and its time."""
-        found = [(str(ks), us) for ks, us in self.whole.items()]
+        kernels, us = self._best()
+        return " | ".join(map(str, kernels)), us
+
+    def best_kernels(self) -> tuple[KernelSchedule, ...]:
+        """The tiling of the fastest kernel that makes all, or those of dkdv and dq."""
+        return self._best()[0]
+
+    def _best(self) -> tuple[tuple[KernelSchedule, ...], float]:
+        found: list[tuple[tuple[KernelSchedule, ...], float]] = [((ks,), us) for ks, us in self.whole.items()]
         if all(self.parts.values()):
-            pair = [min(times, key=times.__getitem__) for times in self.parts.values()]
+            pair = tuple(min(times, key=times.__getitem__) for times in self.parts.values())
             us = sum(times[ks] for times, ks in zip(self.parts.values(), pair, strict=True)) + self.beside
-            found.append((" | ".join(map(str, pair)), us))
+            found.append((pair, us))
         return min(found, key=lambda entry: entry[1])
 
     def time(self, schedule: Schedule, mode: str, problem: Problem, device: Device) -> tuple[float, bool]:
@@ -128,11 +136,16 @@ def _nearest(
     return found, False
 
 
-def of_direction(row: dict[str, Any], device: Device) -> Regret:
-    """A row of the regret suite, with the choices of the model as it is now."""
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell of a row of the regret suite."""
     sizes = {"b": row["B"], "h": row["Hq"], "hkv": row["Hkv"], "m": row["M"], "n": row["N"]}
     shape = Shape(**sizes, d=row["Dqk"], dv=row["Dv"], dtype=getattr(torch, row["dtype"]))
-    cell = Cell(row["case"], shape, row["mode"])
+    return Cell(row["case"], shape, row["mode"])
+
+
+def of_direction(row: dict[str, Any], device: Device) -> Regret:
+    """A row of the regret suite, with the choices of the model as it is now."""
+    cell = cell_of(row)
     problem, times = problem_of(cell), Measured.of(row)
     first = first_choices(problem, device)
     us, measured = times.time(first, cell.mode, problem, device)

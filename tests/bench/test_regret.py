@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from attncc.schedule import KernelSchedule, load_device
+from attncc.schedule.choose import read_table
 from bench.regret import Measured, Regret, markdown, of_direction, summary
 from bench.regret_cells import Trial, cells, plan
+from bench.tuned import corrections, text
 
 DEVICE = load_device("h100")
 
@@ -83,6 +85,24 @@ def test_times_survive_json(planned):
     ks = KernelSchedule(16, 64, 4, 4, splits=7)
     measured = Measured.of(row(planned[0], whole=[(ks, 12.5)]))
     assert measured.best() == (str(ks), 12.5)
+
+
+def test_where_the_model_loses_the_best_becomes_a_shipped_row(planned, tmp_path):
+    forward, backward = planned
+    fast = next(t.schedule.forward for t in forward.trials if t.schedule.forward != forward.model.forward)
+    pair = {
+        "dkdv": [(backward.model.dkdv, 50.0)],
+        "dq": [(KernelSchedule(128, 32, 8, 2), 30.0), (backward.model.dq, 40.0)],
+    }
+    rows = [row(forward, whole=[(forward.model.forward, 110.0), (fast, 100.0)]), row(backward, **pair)]
+    path = tmp_path / "table.json"
+    path.write_text(text(corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows})))
+    (found,) = read_table(path)
+    assert found["match"]["kv_bucket"] == 512
+    assert found["schedule"]["forward"] == fast.to_json()
+    assert found["schedule"]["dq"]["block_n"] == 32
+    assert corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows}, least=0.2) == []
+    assert corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows[:1]}) == []
 
 
 def test_the_page_says_how_much_is_lost_and_where_figures_come_from(tmp_path):
