@@ -49,7 +49,10 @@ def flex() -> Attend:
 
 BUILDERS = {"attncc": attncc, "flex": flex}
 #: what a program that uses the contestant has imported anyway
-IMPORTS = {"attncc": ("triton", "attncc"), "flex": ("triton", "torch.nn.attention.flex_attention")}
+IMPORTS = {
+    "attncc": ("triton", "attncc", "attncc.runtime.compile"),
+    "flex": ("triton", "torch.nn.attention.flex_attention", "torch._dynamo"),
+}
 
 
 def main(name: str) -> None:

@@ -90,17 +90,15 @@ def test_times_survive_json(planned):
 def test_where_the_model_loses_the_best_becomes_a_shipped_row(planned, tmp_path):
     forward, backward = planned
     fast = next(t.schedule.forward for t in forward.trials if t.schedule.forward != forward.model.forward)
-    pair = {
-        "dkdv": [(backward.model.dkdv, 50.0)],
-        "dq": [(KernelSchedule(128, 32, 8, 2), 30.0), (backward.model.dq, 40.0)],
-    }
+    short = KernelSchedule(128, 32, 8, 2)
+    pair = {"dkdv": [(backward.model.dkdv, 50.0)], "dq": [(short, 30.0), (backward.model.dq, 40.0)]}
     rows = [row(forward, whole=[(forward.model.forward, 110.0), (fast, 100.0)]), row(backward, **pair)]
     path = tmp_path / "table.json"
     path.write_text(text(corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows})))
     (found,) = read_table(path)
     assert found["match"]["kv_bucket"] == 512
     assert found["schedule"]["forward"] == fast.to_json()
-    assert found["schedule"]["dq"]["block_n"] == 32
+    assert found["schedule"]["dq"] == short.to_json()
     assert corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows}, least=0.2) == []
     assert corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows[:1]}) == []
 

@@ -267,3 +267,8 @@ def test_threads_that_replay_one_recording_keep_their_tensors_apart(kernel, tmp_
         list(threads.map(lambda t: recording.play([t, dout]), outs))
     assert sorted(ctypes.c_uint64.from_buffer_copy(a).value for a, _ in seen) == sorted(t.data_ptr() for t in outs)
     assert all(a == b for a, b in seen)
+
+
+def test_a_tape_needs_nothing_of_dynamo():
+    """PyTorch wraps a mode's dispatch in a guard that imports all of Dynamo when it is first called, or lets it be."""
+    assert not hasattr(replay._Tape.__torch_dispatch__, "__wrapped__")
