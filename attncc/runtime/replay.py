@@ -150,8 +150,8 @@ class _Tape(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: a tape is on while a call runs, never while one is traced, and PyTorch's guard against that imports all of
-        Dynamo at the first operator, 0.6 s of the first backward."""
+        """No: a tape is on while a call runs, never while one is traced, and PyTorch's guard against that imports all
+        of Dynamo at the first operator, 0.6 s of the first backward."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
