@@ -29,6 +29,7 @@ from attncc.schedule.cache import Cache
 from attncc.schedule.choose import backend_of, choose, first_choice
 from attncc.schedule.cost import Prediction, predict, ranked
 from attncc.schedule.device import Device
+from attncc.schedule.hopper_backward import wide
 from attncc.schedule.memory import shared_memory
 from attncc.schedule.problem import KERNELS, Backend, Dtype, Kernel, KernelSchedule, Precision, Problem, Schedule
 from attncc.schedule.registers import registers
@@ -126,6 +127,7 @@ def facts(
             for kernel in kernels_of(plan)
         },
         "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
+        "dq_of_rows": schedule.dkdv.backend == "gluon" and wide(sizes["d_qk"], sizes["d_v"]),
     }
 
 

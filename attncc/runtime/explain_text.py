@@ -37,10 +37,16 @@ def text_of(found: Mapping[str, Any]) -> str:
     }[found["origin"]]
     parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
     if found["dq_apart"] is not None:
-        wanted = "".join(f", or the gradient of {name} is wanted" for name in found["dq_apart"])
         shared = found["kernels"]["dkdv"]["chosen"].get("splits")
-        free = "dQ, and dK and dV over the heads of a group," if shared else "dQ"
-        parts.append(f"dkdv sums {free} in a free order; dq makes dQ where the order must be fixed{wanted}")
+        if found["dq_of_rows"]:
+            free = "; dkdv sums dK and dV over the heads of a group in a free order" if shared else ""
+            wanted = " and ".join(found["dq_apart"])
+            wanted = f"; dq makes it where gradients of {wanted} are wanted" if wanted else ""
+            parts.append(f"of heads as wide a second kernel in Gluon makes dQ{wanted}{free}")
+        else:
+            wanted = "".join(f", or the gradient of {name} is wanted" for name in found["dq_apart"])
+            free = "dQ, and dK and dV over the heads of a group," if shared else "dQ"
+            parts.append(f"dkdv sums {free} in a free order; dq makes dQ where the order must be fixed{wanted}")
     parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
     return "\n\n".join(parts)
 

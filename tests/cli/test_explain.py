@@ -149,3 +149,15 @@ def test_a_roofline_is_drawn_and_told(attncc, tmp_path):
     again = attncc(*words, "--kv-heads", "8", "--roofline", str(tmp_path / "no" / "roof.svg"))
     assert again.exit_code == 2
     assert "cannot be written" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("dim", "said"),
+    [
+        ("128", "dkdv sums dQ in a free order; dq makes dQ where the order must be fixed, or the gradient of sink"),
+        ("256", "a second kernel in Gluon makes dQ; dq makes it where gradients of sink are wanted"),
+    ],
+)
+def test_which_kernel_makes_dq(nothing_shipped, attncc, dim, said):
+    text = attncc("explain", "sink", "--target", "h100", "--q-len", "4096", "--head-dim", dim).stdout
+    assert said in " ".join(text.split())
