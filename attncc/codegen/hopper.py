@@ -18,9 +18,9 @@ from attncc.schedule import hopper
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
-#: columns of an accumulator from which on to rescale it in a branch pays: at 256 the H100 takes a tenth less time for
-#: all, at 128 it makes no difference
-_WIDE_OUTPUT = 192
+#: columns of an accumulator from which on to rescale it in a branch pays, and the same where a score is q k as it is:
+#: at 256 the H100 takes a tenth less time for all of a tile, at 128 up to a twentieth; ALiBi took a fiftieth more there
+_WIDE_OUTPUT, _WIDE_OF_PLAIN = 192, 128
 
 
 def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
     """Is the accumulator so wide beside a tile's weights that it is worth a branch to rescale it, and may it be?"""
-    wide = sum(c.width for c in chunks(d_v)) >= _WIDE_OUTPUT
+    plain = _is_light(plan, f) and f["score"] == "qk"
+    wide = sum(c.width for c in chunks(d_v)) >= (_WIDE_OF_PLAIN if plain else _WIDE_OUTPUT)
     return wide and f["vanishes"] and bool(f["sums"]) and any_shift_serves(plan.online, [e for _, e in plan.stored])
 
 
