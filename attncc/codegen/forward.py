@@ -58,12 +58,23 @@ class _Terms:
     scaled: Any
     #: what the score adds to all keys of a row in a tile, where that joins the row's maximum; `score` is without it
     row_part: Any = sympy.S.Zero
+    #: may what a maximum is taken of be hidden where that is not the score?
+    by_peak: bool = False
 
     @property
     def vanishes(self) -> bool:
         """Where everything is exp2(score - m), a hidden score of -inf does all that a mask must do."""
         s = sympy.Symbol(self.part.own(S.name), real=True)
         return all(_vanishes(t, s) for t in self.terms) and all(o == self.scaled for o in self.operands)
+
+    @property
+    def peak(self) -> Any:
+        """What the one maximum is of, if that is not the score and does the same at -inf; else None."""
+        if not self.by_peak or len(self.operands) != 1 or self.operands[0] == self.scaled:
+            return None
+        (peak,) = self.operands
+        stand_in = sympy.Dummy("peak", real=True)
+        return peak if all(_ends(t.xreplace({peak: stand_in}), stand_in) for t in self.terms) else None
 
 
 def _terms(part: Plan, step: Sweep | Online) -> _Terms:
@@ -86,7 +97,7 @@ def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
     """The same with distances taken apart by tile, and with `row_part` split off where that is enough."""
     score = split_distances(t.score)
     if not t.vanishes:
-        return replace(t, score=score)
+        return replace(t, score=score, by_peak=True)
     shared = [e for e in sympy.Add.make_args(score) if lowering.level_of(e) in (Level.PROGRAM, Level.ROW)]
     row_part = sympy.Add(*shared)
     if row_part == 0:
@@ -158,6 +169,12 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
     score = lowering.tile(t.score)
     shown = visible_lines(lowering, part.graph["mask"].expr, [edge("kv_idx", True)], visible) if fresh else []
     score_lines = take(lowering)
+    peak_lines: list[str] = []
+    peak, hidden = t.peak, own("s") if t.vanishes else None
+    if peak is not None:
+        hidden = own("shown")
+        lowering.assign(hidden, peak, Level.PAIR)
+        peak_lines = take(lowering)
     max_lines, places = [], []
     if t.row_part != 0:
         offset = lowering.emit(t.row_part, Level.ROW)
@@ -170,7 +187,7 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         if t.row_part != 0:
             factor += f" + {lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True))}"
         max_lines += take(lowering)
-        if not t.vanishes:
+        if hidden is None:
             name = own(f"shown_{number}")
             max_lines += [f"{name} = {text}", "if phase == 0:"]
             max_lines.append(f'    {name} = tl.where({visible}, {text}, float("-inf"))')
@@ -187,7 +204,7 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
             names[term] = own(f"term_{k - 1}" if k else lead)
             lowering.assign(names[term], term, Level.PAIR)
             weight_lines += take(lowering)
-    hide = [] if t.vanishes else [f"{n} = tl.where({visible}, {n}, 0.0)" for n in names.values()]
+    hide = [] if hidden is not None else [f"{n} = tl.where({visible}, {n}, 0.0)" for n in names.values()]
     factor_names: dict[Any, str] = {}
     rescale_lines = []
     for rescale in t.rescales:
@@ -216,7 +233,9 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         "score_lines": score_lines,
         "visible": visible,
         "show": shown,
-        "vanishes": t.vanishes,
+        "vanishes": hidden is not None,
+        "hidden": hidden,
+        "peak_lines": peak_lines,
         "max_lines": max_lines,
         "weight_lines": weight_lines,
         "hide": hide,
@@ -385,6 +404,14 @@ def _alive(part: Plan, step: Sweep | Online) -> str | None:
 def vanishes(part: Plan) -> bool:
     """Is a score of -inf all that hides a pair from the last pass?"""
     return _terms(part, part.online).vanishes
+
+
+def _ends(term: Any, peak: sympy.Symbol) -> bool:
+    """Is the term 0 where `peak` is -inf, whatever else a tile holds?"""
+    if isinstance(term, voc.where):
+        return all(_ends(e, peak) for e in term.args[1:])
+    number, rest = term.as_coeff_Mul()
+    return number == 0 or _vanishes(rest, peak)
 
 
 def _vanishes(term: Any, s: sympy.Symbol) -> bool:

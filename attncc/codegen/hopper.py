@@ -39,8 +39,8 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     if f["count_seen"]:
         state.append(("seen", "tl.zeros([ROWS], tl.int32, layout=BY_ROW)"))
     names = [name for name, _ in state]
-    weigh = [*f["score_lines"], f"s = {f['score']}", *f["visible"], *f["max_lines"], *f["weight_lines"], *f["hide"]]
-    weigh += [*f["rescale_lines"], *f["sum_lines"]]
+    weigh = [*f["score_lines"], f"s = {f['score']}", *f["peak_lines"], *f["visible"], *f["max_lines"]]
+    weigh += [*f["weight_lines"], *f["hide"], *f["rescale_lines"], *f["sum_lines"]]
     taken = [n for n in free_names(weigh) if n not in (*names, "qk", "phase")]
     bounds = f["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]

@@ -185,6 +185,15 @@ def test_the_widest_heads_fit(name):
     assert max(k.spills for k in kernels.values()) <= 72  # addresses, which do not change in the loop
 
 
+def test_a_score_that_is_weighed_by_its_size_has_one_copy_of_its_stages():
+    """Where the maximum is of |score|, that of a hidden pair is -inf, and its sign is one of 0."""
+    text = source("cog")
+    assert 'shown = gl.where(visible, shown, float("-inf"))' in text
+    assert "phase: gl.constexpr" not in text
+    assert compiled("cog", KernelSchedule(128, 64, 8, 2, "gluon")).spills == 0
+    assert "phase: gl.constexpr" in source("sigmoid")
+
+
 def test_accumulators_that_are_wide_are_rescaled_behind_a_branch():
     text = source("causal", 256, 256)
     assert "acc_0 = _rescaled_256(acc_0, " in text
