@@ -36,7 +36,15 @@ def test_the_other_assembler_makes_it_again(wrong):
     assert wgmma_faults(image) == ()
 
 
-def test_it_is_said_where_both_are_wrong(wrong, monkeypatch):
+def test_the_same_assembler_is_asked_to_optimize_nothing(wrong, monkeypatch):
+    real = assembler.assembled
+    monkeypatch.setattr(assembler, "assembled", lambda *args: real(*args) if args[2] else wrong.binary)
+    with pytest.warns(RuntimeWarning, match=r"prepare_kernel is not optimized, and slow.*TRITON_PTXAS_PATH"):
+        image = sound("prepare_kernel", wrong.ptx, wrong.binary)
+    assert wgmma_faults(image) == ()
+
+
+def test_it_is_said_where_all_are_wrong(wrong, monkeypatch):
     monkeypatch.setattr(assembler, "wgmma_faults", lambda image: (Fault("0x0040: HGMMA", "something"),))
     with pytest.warns(RuntimeWarning, match=r"prepare_kernel may be wrong.*0x0040.*TRITON_PTXAS_PATH"):
         assert sound("prepare_kernel", wrong.ptx, wrong.binary) == wrong.binary
