@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 
+from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import chunks
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.plan import Plan
@@ -19,7 +20,7 @@ from attncc.schedule import hopper
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
 #: columns of an accumulator from which on to rescale it in a branch pays, and the same where a score is q k as it is:
-#: at 256 the H100 takes a tenth less time for all of a tile, at 128 up to a twentieth; ALiBi took a fiftieth more there
+#: at 256 an H200 takes a tenth less time for all of a tile, at 128 up to a twentieth; ALiBi took a fiftieth more there
 _WIDE_OUTPUT, _WIDE_OF_PLAIN = 192, 128
 
 
@@ -58,10 +59,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         arguments=arguments,
         loads=[n for n in arguments if n in loads],
         attends=[n for n in arguments if n in attends],
-        tiles=[in_gluon(line) for line in bounds.setup],
-        mixed=[in_gluon(line) for line in bounds.mixed],
-        full=[in_gluon(line) for line in bounds.full],
-        scan=bounds.scan,
+        **tile_slots(bounds),
         final=in_gluon(f["final"].removesuffix("[:, None]")) if f["final"] else None,
         final_by_row=by_row,
         out_in_q=hopper.out_in_q(d_qk, d_v),
@@ -115,6 +113,16 @@ def kernel_arguments(plan: Plan, pointers: list[str], scan: bool, common: tuple[
         for i, _ in enumerate(d.pattern):
             names += [f"stride_{d.name}_{i}", f"size_{d.name}_{i}"]
     return [*names, *(s.name for s in plan.graph.scalars), *common]
+
+
+def tile_slots(bounds: BoundLines) -> dict[str, Any]:
+    """The slots of the tiles that a program goes through: how they are found, in Gluon, by every one of its warps."""
+    return {
+        "tiles": [in_gluon(line) for line in bounds.setup],
+        "mixed": [in_gluon(line) for line in bounds.mixed],
+        "full": [in_gluon(line) for line in bounds.full],
+        "scan": bounds.scan,
+    }
 
 
 def translated(value: Any) -> Any:

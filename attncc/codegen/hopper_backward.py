@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from attncc.codegen.chunks import Chunk, chunks
-from attncc.codegen.hopper import kernel_arguments, refuse, translated
+from attncc.codegen.hopper import kernel_arguments, refuse, tile_slots, translated
 from attncc.codegen.kernels import base_leaves, dkdv_slots, saw_a_key
 from attncc.codegen.lower import Lowering
 from attncc.codegen.plan import Plan
-from attncc.codegen.statements import free_names, in_gluon
+from attncc.codegen.statements import free_names
 from attncc.errors import UnsupportedError
 from attncc.schedule.hopper_backward import NARROW, queries, wide
 
@@ -89,10 +89,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         wanted=wanted,
         loads=[n for n in arguments if n in loads],
         grads=[n for n in arguments if n in grads or n in pointers],
-        tiles=[in_gluon(line) for line in bounds.setup],
-        mixed=[in_gluon(line) for line in bounds.mixed],
-        full=[in_gluon(line) for line in bounds.full],
-        scan=bounds.scan,
+        **tile_slots(bounds),
         wants_q_idx=wants_q_idx,
         alive=saw_a_key(plan),
         wide=is_wide,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from attncc.codegen.chunks import chunks
-from attncc.codegen.hopper import kernel_arguments, translated
+from attncc.codegen.hopper import kernel_arguments, tile_slots, translated
 from attncc.codegen.kernels import dq_slots
 from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.plan import Plan
-from attncc.codegen.statements import free_names, in_gluon
+from attncc.codegen.statements import free_names
 from attncc.schedule import hopper_backward
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
@@ -38,10 +38,7 @@ def hopper_dq_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     slots.update(
         loads=[n for n in arguments if n in loads],
         attends=[n for n in arguments if n in attends],
-        tiles=[in_gluon(line) for line in bounds.setup],
-        mixed=[in_gluon(line) for line in bounds.mixed],
-        full=[in_gluon(line) for line in bounds.full],
-        scan=bounds.scan,
+        **tile_slots(bounds),
         taken=taken,
         block_n=hopper_backward.ROWS,
         stages=hopper_backward.dq_stages(d_qk, d_v),

@@ -115,10 +115,8 @@ def shared_bytes(width: int, block: int, chunk: int, sizes: LinearSizes, stages:
     tiles = 2 * chunk * (width + block)
     made = width * block + chunk * block
     each = DTYPE_BYTES[sizes.dtype]
-    decays = (
-        0  # a decay a channel: the steps of the gradients' short chunks, else the pairs of a long one and its decay
-    )
-    if sizes.by_channel:
+    decays = 0
+    if sizes.by_channel:  # the pairs of a long chunk and its decay; the steps of the gradients' short ones
         decays = stages * chunk * chunk * each + stages * width * 4
         decays += (4 * stages + each) * chunk * width if chunk <= HALVES else 0
     rows = stages * chunk * 8 + 1024

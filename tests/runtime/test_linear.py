@@ -30,12 +30,19 @@ def weighted(score, row, b, h, q_idx, kv_idx, beta, tau, kappa):
     return kappa[h] * p / ac.maximum(ac.abs(row.sum(p)), 0.5)
 
 
+#: features on both sides, factors of tokens and heads, and a denominator
+OF_FACTORS = {
+    "normalizer": weighted,
+    "similarity": lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
+    "inputs": {
+        "beta": ac.Input("b", "h", "kv_idx", grad=True),
+        "tau": ac.Input("b", "q_idx", grad=True),
+        "kappa": ac.Input("h", grad=True),
+    },
+}
 SHIPPED = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
 VARIANTS = {
-    **{
-        name: ac.variants.get(name)
-        for name in ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
-    },
+    **{name: ac.variants.get(name) for name in SHIPPED},
     "unit": ac.Variant(
         name="unit",
         mask=ac.causal,
@@ -46,25 +53,13 @@ VARIANTS = {
     "weighted": ac.Variant(
         name="weighted",
         mask=ac.causal,
-        normalizer=weighted,
-        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
-        inputs={
-            "beta": ac.Input("b", "h", "kv_idx", grad=True),
-            "tau": ac.Input("b", "q_idx", grad=True),
-            "kappa": ac.Input("h", grad=True),
-        },
+        **OF_FACTORS,
     ),
     "gated": ac.Variant(  # a decay beside features, factors of tokens and a denominator
         name="gated",
         mask=ac.causal,
         score=ac.gate("g"),
-        normalizer=weighted,
-        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
-        inputs={
-            "beta": ac.Input("b", "h", "kv_idx", grad=True),
-            "tau": ac.Input("b", "q_idx", grad=True),
-            "kappa": ac.Input("h", grad=True),
-        },
+        **OF_FACTORS,
     ),
 }
 
@@ -79,13 +74,7 @@ FULL = {
     "polynomial": ac.Variant(name="full_polynomial", normalizer=polynomial),
     "weighted": ac.Variant(
         name="full_weighted",
-        normalizer=weighted,
-        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
-        inputs={
-            "beta": ac.Input("b", "h", "kv_idx", grad=True),
-            "tau": ac.Input("b", "q_idx", grad=True),
-            "kappa": ac.Input("h", grad=True),
-        },
+        **OF_FACTORS,
     ),
 }
 
