@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ from attncc.codegen.delta import render_delta
 from attncc.codegen.module import load_source
 from attncc.errors import InputError, UnsupportedError
 from attncc.passes.recur import recur
+from attncc.runtime import delta_engine
 from attncc.runtime.verify import Shape, verify_variant
 from attncc.schedule.delta import delta_schedule
 from attncc.schedule.device import device_for
@@ -164,6 +166,34 @@ def test_chunks_are_the_recurrence(name, length, chunk):
     got = with_gradients(ours, tensors, inputs, initial, cotangents)
     double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
     exact = with_gradients(lambda q, k, v, s, i: by_hand(name, q, k, v, i, s), *double, initial.double(), cotangents)
+    agree(got, exact, 4e-6)
+
+
+@pytest.mark.parametrize("blocks", [{"dq": 32, "dk": 16}, {"dq": 16, "dk": 32}])
+def test_kernels_have_blocks_of_their_own_widths(blocks, monkeypatch):
+    """As they have on a GPU: each block of features has a share of a step's gradient, whichever kernel made it."""
+
+    def chosen(*args):
+        schedule = delta_schedule(*args)
+        tiles = schedule.kernels
+        return replace(
+            schedule, kernels=tiles | {name: tiles[name] | {"BLOCK": block} for name, block in blocks.items()}
+        )
+
+    monkeypatch.setattr(delta_engine, "delta_schedule", chosen)
+    tensors, inputs = drawn("gated_delta_net", length=20, d_qk=32)
+    initial, dlast = drawn_state(1, (2, 32, 24))
+    cotangents = torch.randn(1, 2, 20, 24, generator=torch.Generator().manual_seed(2)), dlast
+    op = ac.compile("gated_delta_net", plan="chunk")
+
+    def ours(q, k, v, state, named):
+        return op(q, k, v, **named, initial_state=state, output_final_state=True, chunk_size=16)
+
+    got = with_gradients(ours, tensors, inputs, initial, cotangents)
+    double = [x.double() for x in tensors], {n: x.double() for n, x in inputs.items()}
+    exact = with_gradients(
+        lambda q, k, v, s, i: by_hand("gated_delta_net", q, k, v, i, s), *double, initial.double(), cotangents
+    )
     agree(got, exact, 4e-6)
 
 
