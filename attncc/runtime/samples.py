@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attncc.ir.graph import HEAD_DIM, InputDecl, VariantGraph
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import Read, cumsum
 from attncc.passes.running import running_sums
 
 #: the size that a free dimension gets
@@ -73,7 +74,8 @@ def sample_inputs(
 
     q, k, v are normal. An input with a default has it; another float input is normal, or within [0.5, 1.5] where the
     formula divides by it, takes its logarithm or a root of it; what is summed along the tokens is a little below 0, as
-    the logs of gates are; vectors over the head dimension are about as long as 1;
+    the logs of gates are, or above 0 where exponents have the sum times what is below; vectors over the head dimension
+    are about as long as 1;
     a recurrence, whose state should neither grow nor vanish, has keys of length 1, factors of tokens between 0 and 1,
     and exponents a little below 0;
     integers along the sequence are sorted ids, as documents
@@ -118,6 +120,7 @@ def sample_inputs(
         dense = {"q_idx", "kv_idx"} <= set(decl.pattern)
         kind = torch.int32 if decl.dtype == "int" else dtype if dense else torch.promote_types(dtype, torch.float32)
         inputs[decl.name] = value.to(device, kind)
+    inputs |= {name: -inputs[name] for name in _times_negative(graph, inputs)}
     for scalar in graph.scalars:
         third = max(shape.kv_len // 3, 1)
         inputs[scalar.name] = third if scalar.is_int and scalar.default > shape.kv_len else scalar.default
@@ -143,6 +146,19 @@ def _exponents(graph: VariantGraph) -> set[str]:
     if not graph.recurrent:
         return set()
     return {r.input for s in graph.stages for e in s.expr.atoms(sympy.exp) for r in e.args[0].atoms(Read)}
+
+
+def _times_negative(graph: VariantGraph, inputs: dict[str, Any]) -> set[str]:
+    """The inputs whose running sums an exponent has times an input that is below 0: they would grow, not decay."""
+    found: set[str] = set()
+    for stage in graph.stages:
+        products = {m for power in stage.expr.atoms(sympy.exp) for m in power.args[0].atoms(sympy.Mul)}
+        for product in products:
+            sums = {s.args[0].input for s in product.atoms(cumsum)}
+            factors = [inputs[f.input].mean().sign().item() for f in product.args if isinstance(f, Read)]
+            if math.prod(factors) < 0:
+                found |= sums
+    return found
 
 
 def _positive(graph: VariantGraph) -> set[str]:

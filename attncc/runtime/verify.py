@@ -1,9 +1,9 @@
 """Is a kernel right? Two rules, both of which must hold, against the float64 reference and plain PyTorch in one dtype.
 
-1. No element is further from the reference than plain PyTorch in the same dtype is, times 2 (gradients: times 3), plus
-   what rounding the exact result would cost. For gradients also what rounding an exponent to float32 would: a backward
-   kernel computes the weights again, each from its score and a stored statistic of its row that is as large as scores
-   are, where plain PyTorch keeps the weights themselves.
+1. No element is further from the reference than plain PyTorch in the same dtype (or tf32) is, times 2 (gradients:
+   times 3), plus what rounding the exact result would cost. For gradients also what rounding an exponent to float32
+   would: a backward kernel computes the weights again, each from its score and a stored statistic of its row that is as
+   large as scores are, where plain PyTorch keeps the weights themselves.
 2. RMS(error) / RMS(reference) is at most 5e-3 in 16 bits and tf32, 1e-5 in float32.
 """
 
@@ -31,6 +31,7 @@ from attncc.runtime.recurrence import RecurrenceOp
 from attncc.runtime.reference import evaluated, graph_of, largest_score, log_denominator, reference
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import value_of
+from attncc.runtime.tf32 import Tf32Matmuls
 from attncc.runtime.verify_outputs import compared
 from attncc.schedule.linear import PlanName
 
@@ -231,7 +232,7 @@ class Exam:
         self.graph, self.shape, self.dtype, self.tf32 = graph, shape, dtype, tf32
         self.sample = sample_inputs(graph, shape, dtype, device, seed)
         self._exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(self.sample), *self._asked)
-        with _matmuls_in(tf32):
+        with _matmuls_in(False), Tf32Matmuls() if tf32 else contextlib.nullcontext():
             self._plain = _results(lambda *a, **k: eager(variant, *a, **k), self.sample, *self._asked)
         self._score = 0.0
         if not graph.recurrent:
@@ -255,8 +256,8 @@ class Exam:
 
 @contextlib.contextmanager
 def _matmuls_in(tf32: bool) -> Iterator[None]:
-    """Plain PyTorch and an op that was told nothing else multiply float32 in tf32, or as IEEE says: not as the process
-    happens to be set, for then plain PyTorch would be no measure of the other."""
+    """An op that was told nothing else multiplies float32 in tf32, or as IEEE says; so does plain PyTorch, in as far as
+    cuBLAS does: not as the process happens to be set, for then one would be no measure of the other."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:

@@ -7,6 +7,7 @@ import torch
 
 import attncc as ac
 from attncc.runtime.reference import reference
+from attncc.runtime.tf32 import Tf32Matmuls, cut
 from attncc.runtime.verify import Shape, check, eager, sample_inputs, shapes_for, verify_variant
 
 REFERENCE = torch.linspace(-2, 2, 101, dtype=torch.float64)
@@ -222,3 +223,24 @@ def test_cotangents_are_the_same_in_float64():
     rows = verify_variant(variant, "cpu", torch.bfloat16, [shape], op)
     errors = {row.check.name: row.check.max_err for row in rows}
     assert 0 < errors["dgain"] < 1e-5
+
+
+def test_what_is_summed_decays_where_a_negative_rate_meets_it():
+    """ssd's steps times its rates below 0 are exponents: growth would soon be past every float16."""
+    shape = Shape(1, 4, 2, 391, 391, 16, 16)
+    of_steps = sample_inputs(ac.variants.get("ssd").graph, shape, torch.float16).inputs
+    assert of_steps["rate"].max() < 0 < of_steps["dt"].mean()
+    assert sample_inputs(ac.variants.get("gla").graph, shape, torch.float16).inputs["g"].mean() < 0
+
+
+def test_plain_pytorch_in_tf32_at_any_length():
+    """cuBLAS takes float32 where rows are not aligned, and would be no measure of a kernel that takes tf32."""
+    a, b = (torch.randn(2, *size, requires_grad=True) for size in ((40, 50), (50, 7)))
+    with Tf32Matmuls():
+        product = a @ b
+        da, _ = torch.autograd.grad(product.square().sum(), (a, b))
+    read = [cut(x.detach()).double() for x in (a, b, 2 * product)]
+    torch.testing.assert_close(product.double(), read[0] @ read[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(da.double(), read[2] @ read[1].mT, atol=1e-4, rtol=0)
+    assert (product - a @ b).abs().max() > 1e-3
+    assert cut(torch.tensor([1.0, -0.1, torch.inf])).tolist() == [1.0, -0.0999755859375, torch.inf]
