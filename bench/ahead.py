@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from typing import Any
@@ -13,54 +14,57 @@ from attncc.codegen.crosscompile import gpu_target
 from attncc.runtime.launch import launches
 from attncc.runtime.op import AttentionOp
 from attncc.schedule import Device
-from bench.regret_cells import Cell, Mode, Plan, Trial, bound_of, op_of, plan
+from bench.regret_cells import REACHES, Cell, Mode, Plan, Trial, bound_of, op_of, plan
 
 
 class Ahead:
-    """A pool of processes that plans cells and compiles their candidates, the first cells first."""
+    """A pool of processes that plans cells and compiles their candidates: the first round of all cells, then the next.
+    A cell whose plan fails raises here what went wrong."""
 
     def __init__(self, cells: Sequence[Cell], device: Device, workers: int):
-        self._device = device
         self._pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_without_gpu)
-        self._plans = {cell: self._pool.submit(plan, cell, device) for cell in cells}
+        plans = [future.result() for future in [self._pool.submit(plan, cell, device) for cell in cells]]
         self._jobs: dict[Any, Future[str | None]] = {}
-        self._waiting: dict[Cell, list[Future[str | None]]] = {}
+        self._waiting: list[tuple[Plan, int, list[Future[str | None]]]] = []
+        for number in range(len(REACHES)):
+            for found in plans:
+                if found.rounds[number]:
+                    self._waiting.append((found, number, self._begin(found, number, device)))
 
     @property
     def compiled(self) -> tuple[int, int]:
-        """How many candidates are compiled, of how many that were asked for so far."""
+        """How many candidates are compiled, of how many."""
         return sum(job.done() for job in self._jobs.values()), len(self._jobs)
 
-    def ready(self, budget: float) -> Iterator[Plan]:
-        """The plans of all cells, each when its candidates are compiled; for at most `budget` more seconds at a time
-        nothing is ready. A cell whose plan fails raises here what went wrong."""
-        left = list(self._plans)
-        while left:
-            for cell in left:
-                if cell not in self._waiting and self._plans[cell].done():
-                    self._waiting[cell] = self._begin(self._plans[cell].result())
-            done = next((c for c in left if c in self._waiting and all(job.done() for job in self._waiting[c])), None)
-            if done is not None:
-                left.remove(done)
-                yield self._plans[done].result()
+    def ready(self, seconds: float) -> Iterator[tuple[Plan, int]]:
+        """Cells with the number of a round of theirs, each when its candidates are compiled, rounds of a cell in order;
+        ends where nothing is ready after `seconds` in all."""
+        end = time.monotonic() + seconds
+        while self._waiting:
+            now = [(p, number) for p, number, jobs in self._waiting if all(job.done() for job in jobs)]
+            earlier = {p.cell: number for p, number, _ in reversed(self._waiting)}
+            chosen = next((entry for entry in now if earlier[entry[0].cell] == entry[1]), None)
+            if chosen is None:
+                left = end - time.monotonic()
+                unfinished = [job for _, _, jobs in self._waiting for job in jobs if not job.done()]
+                if left <= 0 or not wait(unfinished, timeout=left, return_when="FIRST_COMPLETED").done:
+                    return
                 continue
-            awaited: list[Future[Any]] = [*self._waiting.get(left[0], [self._plans[left[0]]])]
-            unfinished = [future for future in awaited if not future.done()]
-            if unfinished and not wait(unfinished, timeout=budget, return_when="FIRST_COMPLETED").done:
-                raise TimeoutError("nothing was compiled in the time left")
+            self._waiting = [entry for entry in self._waiting if entry[:2] != chosen]
+            yield chosen
 
     def close(self) -> None:
         """Drop what has not begun."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, found: Plan) -> list[Future[str | None]]:
-        """Compile the candidates of a cell that no other cell shares."""
+    def _begin(self, found: Plan, number: int, device: Device) -> list[Future[str | None]]:
+        """Compile the candidates of a round that no other cell shares."""
         jobs = []
-        for trial in found.trials:
+        for trial in found.rounds[number]:
             for direction, kernels in trial.kernels.items():
                 key = (found.cell.family, direction, kernels)
                 if key not in self._jobs:
-                    self._jobs[key] = self._pool.submit(compile_trial, found.cell, trial, direction, self._device)
+                    self._jobs[key] = self._pool.submit(compile_trial, found.cell, trial, direction, device)
                 jobs.append(self._jobs[key])
         return jobs
 

@@ -214,9 +214,24 @@ def markdown(path: Path, found: Sequence[Regret]) -> str:
         f"# First choices of the scheduler beside the best of their candidates\n\n{summary(found)}\n{fitted}\n"
         f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, {data['date'][:10]}, commit "
         f"{(data['commit'] or 'unknown')[:12]}: `{data['command']}`; this page: `python -m bench regret --write`. "
-        "All of Gluon's candidates raced, and Triton's in the model's order to a depth. Microseconds of all kernels of "
-        "a direction. `~`: not measured itself; the next of the model's order that was.\n"
+        f"{_searched(data['rows'])} Microseconds of all kernels of a direction. "
+        "`~`: not measured itself; the next of the model's order that was.\n"
         + (f"\n{data['note']}\n" if "note" in data else "")
     )
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found)]
     return head + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '+') for cell in row)} |" for row in rows) + "\n"
+
+
+def _searched(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How far the search went."""
+    reaches = [row["reach"] for row in rows if "reach" in row]
+    if not reaches:  # of before the rounds
+        return "All of Gluon's candidates raced, and Triton's in the model's order to a depth."
+    whole = reaches.count(None)
+    if whole == len(reaches):
+        return "All candidates raced."
+    least = min(reach for reach in reaches if reach is not None)
+    return (
+        f"All candidates raced in {whole} of {len(reaches)} cells; in the others all of Gluon's, and all that the "
+        f"model predicts to take up to {least:g} times what its first choice takes, or more."
+    )

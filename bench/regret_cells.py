@@ -3,9 +3,10 @@ and the candidates of each that the scheduler itself weighs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -15,13 +16,14 @@ from attncc.runtime.engine import scheduled_sizes
 from attncc.runtime.shapes import Bound, bind
 from attncc.schedule import Device, KernelSchedule, Problem, Schedule, ranked
 from attncc.schedule.choose import choose, first_choice
+from attncc.schedule.problem import Kernel
 from bench.case import Case, Shape
 from bench.suites import variants
 
 Mode = Literal["forward", "backward"]
-#: how many of Triton's candidates race, in the model's order: where Gluon's are in the race, where they are not, and
-#: where the keys are split
-BESIDE_GLUON, ALONE, SPLITTING = 6, 64, 64
+#: Candidates race in rounds: first those that the model predicts to take up to so many times what its first choice
+#: takes, with all of Gluon's, then those up to the next bound, and with the last bound all.
+REACHES = (1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, math.inf)
 
 #: variant, heads / key heads, (head dimension of q and k, of v), then (batch, queries, keys) of each shape
 _DRAWN: tuple[tuple[str, int, int, int, int, tuple[tuple[int, int, int], ...]], ...] = (
@@ -112,15 +114,18 @@ class Trial:
 
 @dataclass(frozen=True)
 class Plan:
-    """A cell with what races in it. `model`: the cost model's own first choices; `used`: what a call gets, which may be
-    a shipped schedule. `trials` are of all candidates, the model's order first; `left_out` counts Triton's candidates
-    beyond them."""
+    """A cell with all candidates that race in it, round by round of REACHES. `model`: the cost model's own first
+    choices; `used`: what a call gets, which may be a shipped schedule."""
 
     cell: Cell
     model: Schedule
     used: Schedule
-    trials: tuple[Trial, ...]
-    left_out: int
+    rounds: tuple[tuple[Trial, ...], ...]
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Those of all rounds."""
+        return tuple(trial for trials in self.rounds for trial in trials)
 
 
 @cache
@@ -173,31 +178,39 @@ def first_choices(problem: Problem, device: Device) -> Schedule:
 
 
 def plan(cell: Cell, device: Device) -> Plan:
-    """The candidates of a cell: all of Gluon's, and Triton's in the model's order up to a depth."""
+    """All candidates of a cell that the scheduler weighs, those first that it predicts to be fast."""
     problem = problem_of(cell)
     model, used = first_choices(problem, device), choose(problem, device)
+    rounds: list[list[Trial]] = [[] for _ in REACHES]
+
+    def note(ratio: float, **tilings: KernelSchedule) -> None:
+        schedule = replace(model, origin="user", **tilings)  # type: ignore[arg-type]
+        rounds[next(i for i, reach in enumerate(REACHES) if ratio <= reach)].append(Trial(schedule, cell.mode))
+
     if cell.mode == "forward":
-        order = [ks for ks, _ in ranked("forward", problem, device, None)]
-        kept, left_out = _kept(order, {model.forward, used.forward})
-        trials = [replace(model, forward=ks, origin="user") for ks in kept]
+        times = dict(_predicted("forward", problem, device))
+        for ks, us in times.items():
+            early = ks.backend == "gluon" or ks == used.forward
+            note(1.0 if early else us / times[model.forward], forward=ks)
     else:
-        kept, left_out = _kept([ks for ks, _ in ranked("dkdv", problem, device, None)], {model.dkdv, used.dkdv})
-        trials = [replace(model, dkdv=ks, origin="user") for ks in kept if ks.backend == "gluon"]
-        dkdv = [ks for ks in kept if ks.backend == "triton"]
-        dq, more = _kept([ks for ks, _ in ranked("dq", problem, device)], {model.dq, used.dq}, len(dkdv))
-        left_out += more
-        for i in range(max(len(dkdv), len(dq))):
-            trials.append(replace(model, dkdv=dkdv[i % len(dkdv)], dq=dq[i % len(dq)], origin="user"))
-    return Plan(cell, model, used, tuple(Trial(s, cell.mode) for s in trials), left_out)
+        dkdv, dq = (_predicted(kernel, problem, device) for kernel in ("dkdv", "dq"))
+        triton = [entry for entry in dkdv if entry[0].backend == "triton"]
+        first = dict(dkdv)[model.dkdv] + (dict(dq)[model.dq] if model.dkdv.backend == "triton" else 0.0)
+        for ks, _ in dkdv:
+            if ks.backend == "gluon":
+                note(1.0, dkdv=ks)
+        for i in range(max(len(triton), len(dq))):
+            pair = triton[i % len(triton)], dq[i % len(dq)]
+            # a kernel is told by the fastest backward that it could be part of
+            beside = (dq[0][1], triton[0][1]) if triton and dq else (0.0, 0.0)
+            early = used.dkdv == pair[0][0] or used.dq == pair[1][0]
+            own = [us + b for (_, us), b, new in zip(pair, beside, (i < len(triton), i < len(dq)), strict=True) if new]
+            note(1.0 if early else min(own) / first, dkdv=pair[0][0], dq=pair[1][0])
+    return Plan(cell, model, used, tuple(map(tuple, rounds)))
 
 
-def _kept(
-    order: list[KernelSchedule], always: Iterable[KernelSchedule], depth: int | None = None
-) -> tuple[list[KernelSchedule], int]:
-    """The candidates that race, in order, and how many do not."""
-    gluon = [ks for ks in order if ks.backend == "gluon"]
-    triton = [ks for ks in order if ks.backend == "triton"]
-    if depth is None:
-        depth = BESIDE_GLUON if gluon else SPLITTING if any(ks.splits for ks in triton) else ALONE
-    rest = [ks for i, ks in enumerate(triton) if i < depth or ks in always]
-    return gluon + rest, len(triton) - len(rest)
+def _predicted(kernel: Kernel, problem: Problem, device: Device) -> list[tuple[KernelSchedule, float]]:
+    """Every candidate of a kernel in the model's order, with its predicted microseconds. One that the model ranks lower
+    than its time, as those that spill, counts as slow as what it stands behind."""
+    ordered = ranked(kernel, problem, device, None)
+    return list(zip((ks for ks, _ in ordered), accumulate((found.us for _, found in ordered), max), strict=True))

@@ -1,10 +1,10 @@
 """What the scheduler's first choices cost against the best of their candidates, forward and backward, both backends.
 
-Cells are shipped variants at shapes of all kinds (bench/regret_cells.py). Where Gluon serves, all of its candidates
-race beside the best predicted of Triton's; elsewhere Triton's do, to a depth. Processes without a GPU compile them;
-each is held against the first choice's values, then timed alone by a profiler; the fastest and first choices then race
-in turns, so that heat and clocks fall on all alike. `python -m bench regret` shows the table, with the choices of the
-model as it is now.
+Cells are shipped variants at shapes of all kinds (bench/regret_cells.py). All candidates race, in rounds over all
+cells, those first that the model predicts to be fast; a time budget cuts the last rounds off, and each row says how far
+its own went. Processes without a GPU compile the candidates; each is held against the first choice's values, then timed
+alone by a profiler; the fastest and first choices then race in turns, so that heat and clocks fall on all alike.
+`python -m bench regret` shows the table, with the choices of the model as it is now.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attncc.schedule.device import device_of
 from bench.ahead import Ahead
 from bench.case import Tensors
 from bench.check import PEER_TOLERANCE, CheckFailedError, gradients, require
-from bench.regret_cells import Cell, Plan, Trial, cells, op_of
+from bench.regret_cells import REACHES, Cell, Plan, Trial, cells, op_of
 from bench.run import Run
 
 #: calls of a first look; rounds of the race of the fastest, and calls of each in a round
@@ -120,30 +120,70 @@ class Times:
         return {"whole": listed(self.whole), **{part: listed(self.parts[part]) for part in PARTS}, **beside}
 
 
-def measure(plan: Plan) -> tuple[Times, dict[str, str]]:
-    """Time the candidates of one cell. Returns the times, and why candidates have none."""
-    bench = Bench(plan.cell)
-    mode = plan.cell.mode
-    times, failed = Times({}, {part: {} for part in PARTS}, []), {}
-    first = Trial(plan.model, mode)
-    expected = {name: t.float() for name, t in bench.call(plan.model)().items()}
-    for trial in (first, Trial(plan.used, mode), *plan.trials):
-        if _known(times, trial):
-            continue
-        try:
-            call = bench.call(trial.schedule)
-            _agree(call(), expected)
-            times.note(trial, device_us(call, LOOKS))
-        except (CheckFailedError, RuntimeError, ac.AttnccError) as error:
-            failed[_name(trial)] = f"{type(error).__name__}: {error}"[:300]
-    again = _contenders(times, plan)
-    taken: dict[Trial, list[dict[str, float]]] = {trial: [] for trial in again}
-    for _ in range(ROUNDS):
-        for trial in again:
-            taken[trial].append(device_us(bench.call(trial.schedule), CALLS))
-    for trial, rounds in taken.items():
-        times.note(trial, {name: statistics.median(us[name] for us in rounds) for name in rounds[0]})
-    return times, failed
+class Standing:
+    """How the race of one cell stands."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.first, self.used = Trial(plan.model, plan.cell.mode), Trial(plan.used, plan.cell.mode)
+        self.times, self.failed = Times({}, {part: {} for part in PARTS}, []), dict[str, str]()
+        self.rounds = 0
+
+    def race(self, number: int) -> None:
+        """Time the candidates of a round; then the fastest of all so far again, where this round brought one."""
+        bench, times = Bench(self.plan.cell), self.times
+        expected = {name: t.float() for name, t in bench.call(self.plan.model)().items()}
+        before = set() if not number else {trial.kernels[trial.mode] for trial in self.contenders()}
+        for trial in (self.first, self.used, *self.plan.rounds[number]):
+            if _known(times, trial) or _name(trial) in self.failed:
+                continue
+            try:
+                call = bench.call(trial.schedule)
+                _agree(call(), expected)
+                times.note(trial, device_us(call, LOOKS))
+            except (CheckFailedError, RuntimeError, ac.AttnccError) as error:
+                self.failed[_name(trial)] = f"{type(error).__name__}: {error}"[:300]
+        self.rounds = number + 1
+        again = self.contenders()
+        if {trial.kernels[trial.mode] for trial in again} <= before:
+            return
+        taken: dict[Trial, list[dict[str, float]]] = {trial: [] for trial in again}
+        for _ in range(ROUNDS):
+            for trial in again:
+                taken[trial].append(device_us(bench.call(trial.schedule), CALLS))
+        for trial, rounds in taken.items():
+            times.note(trial, {name: statistics.median(us[name] for us in rounds) for name in rounds[0]})
+
+    def contenders(self) -> list[Trial]:
+        """The first choices, and what was nearly as fast as the best."""
+        plan, times, mode = self.plan, self.times, self.plan.cell.mode
+        rivals = [trial for trials in plan.rounds[: self.rounds] for trial in trials]
+        rivals = [trial for trial in rivals if trial.whole and _known(times, trial)]
+        if all(times.parts.values()):
+            dkdv, dq = (min(times.parts[part], key=times.parts[part].__getitem__) for part in PARTS)
+            rivals.append(Trial(replace(plan.model, dkdv=dkdv, dq=dq, origin="user"), mode))
+        best = min((times.of(trial) for trial in rivals), default=0.0)
+        rivals = sorted((trial for trial in rivals if times.of(trial) <= CLOSE * best), key=times.of)
+        distinct = {trial.kernels[mode]: trial for trial in (self.first, self.used, *rivals[:CONTENDERS])}
+        return [trial for trial in distinct.values() if _known(times, trial)]
+
+    def row(self) -> dict[str, Any]:
+        """The row of the result file. `reach`: every candidate raced that the model predicts to take up to so many
+        times what its first choice takes; null where all did. `left_out`: the pieces of work beyond."""
+        plan, times = self.plan, self.times
+        left = sum(map(len, plan.rounds[self.rounds :]))
+        return {
+            "digest": op_of(plan.cell.variant).graph.digest,
+            "model": {kernel: plan.model.of(kernel).to_json() for kernel in ("forward", "dkdv", "dq")},
+            "used": {kernel: plan.used.of(kernel).to_json() for kernel in ("forward", "dkdv", "dq")},
+            "origin": plan.used.origin,
+            "us": round(times.of(self.first), 2),
+            "best_us": round(min(times.of(trial) for trial in self.contenders()), 2),
+            "measured": times.row(),
+            "failed": self.failed,
+            "reach": REACHES[self.rounds - 1] if left else None,
+            "left_out": left,
+        }
 
 
 def _known(times: Times, trial: Trial) -> bool:
@@ -168,66 +208,56 @@ def _agree(actual: Tensors, expected: Tensors) -> None:
     require(errors, PEER_TOLERANCE, "the first choice")
 
 
-def _contenders(times: Times, plan: Plan) -> list[Trial]:
-    """The first choices, and what was nearly as fast as the best."""
-    mode = plan.cell.mode
-    close = [Trial(plan.model, mode), Trial(plan.used, mode)]
-    rivals = [trial for trial in plan.trials if trial.whole and _known(times, trial)]
-    if all(times.parts.values()):
-        dkdv, dq = (min(times.parts[part], key=times.parts[part].__getitem__) for part in PARTS)
-        rivals.append(Trial(replace(plan.model, dkdv=dkdv, dq=dq, origin="user"), mode))
-    best = min(times.of(trial) for trial in rivals)
-    rivals = [trial for trial in rivals if times.of(trial) <= CLOSE * best]
-    close += sorted(rivals, key=times.of)[:CONTENDERS]
-    distinct = {trial.kernels[mode]: trial for trial in close if _known(times, trial)}
-    return list(distinct.values())
-
-
 def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("regret")
     wanted = run.options.get("variant")
     chosen = [cell for cell in cells() if wanted is None or cell.variant in wanted]
-    device = device_of("cuda")
-    ahead = Ahead(run.take(chosen, quick=4), device, run.options["workers"])
-    lines: list[list[str]] = []
+    ahead = Ahead(run.take(chosen, quick=4), device_of("cuda"), run.options["workers"])
+    standings: dict[Cell, Standing] = {}
+    rows: dict[Cell, dict[str, Any]] = {}
     try:
-        for plan in ahead.ready(max(run.budget.seconds - run.budget.elapsed(), 1.0)):
-            if run.out_of_time(results, str(plan.cell)):
+        for plan, number in ahead.ready(max(run.budget.seconds - run.budget.elapsed(), 1.0)):
+            if run.out_of_time(results, f"round {number + 1} of {plan.cell}"):
                 break
-            lines += _row(run, results, plan, ahead)
+            if "error" in rows.get(plan.cell, ()):
+                continue
+            _go_on(run, results, rows, standings.setdefault(plan.cell, Standing(plan)), number)
+            print("{:6.1f} s, {} of {} compiled".format(run.budget.elapsed(), *ahead.compiled))
+            torch.cuda.synchronize()  # raises where a candidate took the GPU with it: no other can be timed
     finally:
         ahead.close()
-    columns = ["cell", "direction", "first choice", "us", "best us", "regret", "timed", "left out"]
+    columns = ["cell", "direction", "first choice", "us", "best us", "regret", "timed", "reach"]
+    lines = [_line(standings[cell], row) for cell, row in rows.items() if "error" not in row]
     run.show(f"regret, {results.meta['gpu']}", columns, lines)
 
 
-def _row(run: Run, results: Any, plan: Plan, ahead: Ahead) -> list[list[str]]:
-    """Measure one cell and write its row. Returns the table's line, none where it failed."""
-    cell = plan.cell
+def _go_on(run: Run, results: Any, rows: dict[Cell, dict[str, Any]], standing: Standing, number: int) -> None:
+    """A round of one cell; its row is written anew, and keeps what earlier rounds found if this one fails."""
+    cell = standing.plan.cell
     head = {"case": cell.variant, **cell.shape.row(), "mode": cell.mode}
+    before = rows.get(cell)
     try:
-        times, failed = measure(plan)
-        rivals = [t for t in (Trial(plan.model, cell.mode), *_contenders(times, plan)) if _known(times, t)]
-        first, best = times.of(Trial(plan.model, cell.mode)), min(times.of(trial) for trial in rivals)
+        standing.race(number)
+        found = {**head, **standing.row()}
     except Exception as error:
-        run.fail(results, f"{cell} {cell.mode}", error, **head)
-        return []
-    results.add(
-        **head,
-        digest=op_of(cell.variant).graph.digest,
-        model={kernel: plan.model.of(kernel).to_json() for kernel in ("forward", "dkdv", "dq")},
-        used={kernel: plan.used.of(kernel).to_json() for kernel in ("forward", "dkdv", "dq")},
-        origin=plan.used.origin,
-        us=round(first, 2),
-        best_us=round(best, 2),
-        measured=times.row(),
-        failed=failed,
-        left_out=plan.left_out,
-    )
+        what = f"{type(error).__name__}: {error}"
+        found = {**head, "error": what} if before is None else {**before, "stopped": what}
+        run.failures.append(f"regret: {cell} {cell.mode}: {error}")
+    if before is None:
+        rows[cell] = results.add(**found)
+    else:
+        before.update(found)
+        results.write()
+    said = [str(cell), cell.mode, found["error"]] if "error" in found else _line(standing, found)
+    print(*said, sep="  ", end="; ")
+
+
+def _line(standing: Standing, row: dict[str, Any]) -> list[str]:
+    """The table's line of a cell with its row."""
+    times = standing.times
     timed = len(times.whole) + sum(map(len, times.parts.values()))
-    share = f"{first / best - 1:.1%}"
-    compiled = "{} of {} compiled".format(*ahead.compiled)
-    print(f"{run.budget.elapsed():6.1f} s  {cell} {cell.mode}: {first:.1f} us, best {best:.1f}, {share}; {compiled}")
-    name = _name(Trial(plan.model, cell.mode))
-    return [[str(cell), cell.mode, name, f"{first:.1f}", f"{best:.1f}", share, str(timed), str(plan.left_out)]]
+    reach = "all" if row["reach"] is None else f"{row['reach']:g}x"
+    name, share = _name(standing.first), f"{row['us'] / row['best_us'] - 1:.1%}"
+    cell = standing.plan.cell
+    return [str(cell), cell.mode, name, f"{row['us']:.1f}", f"{row['best_us']:.1f}", share, str(timed), reach]

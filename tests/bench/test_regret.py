@@ -1,13 +1,17 @@
 """The regret table without a GPU: which cells and candidates race, and what is made of their times."""
 
+import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from attncc.schedule import KernelSchedule, load_device
+from attncc.schedule import KernelSchedule, load_device, ranked
 from attncc.schedule.choose import read_table
+from bench import ahead
 from bench.regret import Measured, Regret, markdown, of_direction, summary
-from bench.regret_cells import Trial, cells, plan
+from bench.regret_cells import REACHES, Trial, cells, first_choices, plan, problem_of
+from bench.suites import regret
 from bench.tuned import corrections, text
 
 DEVICE = load_device("h100")
@@ -40,6 +44,84 @@ def test_candidates_of_both_languages_race_and_the_first_choices_do(planned):
     parts = {trial.schedule.dkdv for trial in backward.trials}, {trial.schedule.dq for trial in backward.trials}
     assert backward.model.dkdv in parts[0]
     assert backward.model.dq in parts[1]
+
+
+def test_every_candidate_races_once_and_the_promising_first(planned):
+    forward, backward = planned
+    problem = problem_of(forward.cell)
+    tilings = [trial.schedule.forward for trial in forward.trials]
+    assert sorted(map(str, tilings)) == sorted(str(ks) for ks, _ in ranked("forward", problem, DEVICE, None))
+    dkdv, dq = ({trial.schedule.of(part) for trial in backward.trials} for part in ("dkdv", "dq"))
+    assert dkdv >= {ks for ks, _ in ranked("dkdv", problem, DEVICE, None)}
+    assert dq >= {ks for ks, _ in ranked("dq", problem, DEVICE)}
+    first = dict(ranked("forward", problem, DEVICE, None))
+    for number, trials in enumerate(forward.rounds):
+        ratios = [first[t.schedule.forward].us / first[forward.model.forward].us for t in trials]
+        slow = [r for r, t in zip(ratios, trials, strict=True) if t.schedule.forward.backend == "triton"]
+        assert all(ratio <= REACHES[number] for ratio in slow)
+    assert len(forward.rounds[0]) < len(tilings) // 2
+
+
+def test_rounds_of_a_cell_come_in_order_and_end_with_the_time(planned):
+    from concurrent.futures import Future
+
+    def job(finished):
+        future = Future()
+        if finished:
+            future.set_result(None)
+        return future
+
+    found = object.__new__(ahead.Ahead)
+    one, two = planned
+    found._waiting = [(one, 0, [job(False)]), (two, 0, [job(True)]), (one, 1, [job(True)]), (two, 1, [])]
+    assert list(found.ready(0.0)) == [(two, 0), (two, 1)]
+
+
+class Bench:
+    """Stands for the GPU: every candidate gives the same values."""
+
+    def __init__(self, cell):
+        pass
+
+    def call(self, schedule):
+        def run():
+            Bench.now = schedule
+            return {"out": torch.ones(4)}
+
+        return run
+
+
+def test_later_rounds_go_on_where_the_first_stopped(planned, monkeypatch):
+    forward, _ = planned
+    fast = forward.rounds[-1][0].schedule.forward
+    timed = []
+
+    def device_us(call, calls):
+        call()
+        timed.append(Bench.now.forward)
+        us = 50.0 if Bench.now.forward == fast else 100.0 if Bench.now.forward.backend == "gluon" else 200.0
+        return {"all": us, "dkdv": 0.0, "dq": 0.0}
+
+    monkeypatch.setattr(regret, "Bench", Bench)
+    monkeypatch.setattr(regret, "device_us", device_us)
+    standing = regret.Standing(forward)
+    standing.race(0)
+    row = standing.row()
+    assert row["reach"] == REACHES[0]
+    assert row["left_out"] == len(forward.trials) - len(forward.rounds[0])
+    for number in range(1, len(REACHES)):
+        timed.clear()
+        standing.race(number)
+        if number < len(REACHES) - 1:  # nothing of it comes near the best: no second race
+            assert len(timed) == len(forward.rounds[number])
+    row = standing.row()
+    assert (row["reach"], row["left_out"], row["best_us"]) == (None, 0, 50.0)
+    assert len(row["measured"]["whole"]) == len(forward.trials)
+
+
+def test_first_choices_are_of_the_model_alone(planned):
+    forward, _ = planned
+    assert first_choices(problem_of(forward.cell), DEVICE) == forward.model
 
 
 def test_trials_of_the_same_kernels_compile_once(planned):
@@ -113,3 +195,20 @@ def test_the_page_says_how_much_is_lost_and_where_figures_come_from(tmp_path):
     text = markdown(path, found)
     assert "| cell 0 | backward | a + b | ~100.0 | b | 100.0 | 0.0% |" in text
     assert "G, torch 2, triton 3, 2026-11-22, commit unknown: `c`" in text
+
+
+@pytest.mark.parametrize(
+    ("reaches", "said"),
+    [
+        ([None, None], "All candidates raced. Microseconds"),
+        (
+            [None, 2.0, 1.75],
+            "raced in 1 of 3 cells; in the others all of Gluon's, and all that the model predicts",
+        ),
+    ],
+)
+def test_the_page_says_how_far_the_search_went(tmp_path, reaches, said):
+    path = tmp_path / "regret.json"
+    head = '"gpu": "G", "torch": "2", "triton": "3", "date": "2026-11-22T10", "commit": null, "command": "c"'
+    path.write_text(f'{{{head}, "rows": {json.dumps([{"reach": reach} for reach in reaches])}}}')
+    assert said in markdown(path, [Regret("cell", "forward", "a", True, 1.0, "a", 1.0)])
