@@ -123,7 +123,8 @@ def _tune(
             left = f"{standing.seconds_left:.0f} s left"
             bar.update(task, completed=standing.done, total=standing.total, description=f"best: {best}", left=left)
             mark = " <- best" if standing.best.get(last.kernel) is last else ""
-            bar.console.print(f"{last.kernel:<8} {last.schedule}: {time_of}{mark}", markup=False)
+            count = f"{standing.done:>{len(str(standing.total))}}/{standing.total}"
+            bar.console.print(f"{count}  {last.kernel:<8} {last.schedule}: {time_of}{mark}; {left}", markup=False)
 
         what = f"{graph.name} {shape} {dtype} on {device.title}"
         result = race(
@@ -144,6 +145,8 @@ def _tune(
         out.print(f"{result.resumed} of {len(result.trials)} results were there from an earlier race")
     if result.unmeasured:
         out.print(f"{result.unmeasured} candidates were left when the time was up; the same command goes on with them")
+    if track.cramped:
+        out.print("the reference has no room at this size: it was asked on a slice, and here candidates were compared")
     if against:
         out.print(_beside(result, track.against("dkdv" in kernels)))
 
@@ -162,10 +165,8 @@ def _results(result: Result, kernels: tuple[Any, ...]) -> Table:
 
 def _beside(result: Result, peers: Mapping[str, tuple[float | None, float | None]]) -> Table:
     """Forward and backward of this variant, and of PyTorch's attention at the same sizes."""
-    forward, backward = result.best("forward"), [result.best(k) for k in ("dkdv", "dq")]
-    # a trial of a backward kernel times the whole backward
-    ours = min((t.us for t in backward if t is not None and t.us is not None), default=None)
-    rows = {"attncc": (forward.us if forward else None, ours), **peers}
+    forward = result.best("forward")
+    rows = {"attncc": (forward.us if forward else None, result.backward_us), **peers}
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("")
     for column in ("forward us", "backward us"):

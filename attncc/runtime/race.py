@@ -8,15 +8,16 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from attncc.errors import ScheduleError
+from attncc.runtime.trial import Beside, Trial, fastest, with_tiling
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import choose, first_choice, schedule_key, sizes_of
 from attncc.schedule.cost import Prediction, ranked
 from attncc.schedule.device import Device
-from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Origin, Problem, Schedule
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem, Schedule
 
 #: candidates that are compiled side by side; while one is timed, nothing compiles
 BATCH = 12
@@ -51,41 +52,25 @@ class Stick(Protocol):
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One candidate of one kernel: its time in microseconds, or None and why there is none."""
-
-    kernel: Kernel
-    schedule: KernelSchedule
-    us: float | None
-    failure: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """A plain dict for the cache."""
-        return {"kernel": self.kernel, "schedule": self.schedule.to_json(), "us": self.us, "failure": self.failure}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Trial:
-        """The inverse of `to_json`; ValueError if `data` is something else."""
-        if not isinstance(data, dict) or set(data) != {"kernel", "schedule", "us", "failure"}:
-            raise ValueError(f"a trial has exactly the fields kernel, schedule, us, failure; got {data!r}")
-        if not isinstance(data["us"], int | float | None):
-            raise ValueError(f"the time of a trial is a number; got {data['us']!r}")
-        return cls(data["kernel"], KernelSchedule.from_json(data["schedule"]), data["us"], str(data["failure"]))
-
-
-@dataclass(frozen=True)
 class Result:
-    """The schedule that won, all trials in order, how many of them were on disk already, and how many candidates the
-    budget left unmeasured."""
+    """The schedule that won, all trials in order and what stood beside them, how many of them were on disk already, and
+    how many candidates the budget left unmeasured."""
 
     schedule: Schedule
     trials: tuple[Trial, ...]
+    beside: Beside
     resumed: int
     unmeasured: int = 0
 
     def best(self, kernel: Kernel) -> Trial | None:
         """The fastest right candidate of a kernel."""
-        return _fastest(self.trials, kernel)
+        return fastest(self.trials, kernel)
+
+    @property
+    def backward_us(self) -> float | None:
+        """The time of the fastest backward."""
+        found = self.beside.backward(self.trials)
+        return None if found is None else found[0]
 
     def first(self, kernel: Kernel) -> Trial:
         """The cost model's first choice."""
@@ -126,12 +111,10 @@ def race(
     """
     start, kernels = clock(), tuple(kernels)
     entries = order(problem, device, kernels, limit, backend)
+    beside = _beside(entries[: len(kernels)], choose(problem, device, backend=backend), problem, device)
     entries = _with_incumbent(entries, choose(problem, device, cache, backend), kernels)
-    key, sizes = schedule_key(problem, device), sizes_of(problem)
-    known = _known(cache.get(key), sizes)
-    best = choose(problem, device, backend=backend)
-    # Gluon's dkdv makes dQ, too: beside it no tiling of dq tells anything
-    apart = next((ks for kernel, ks in entries if kernel == "dkdv" and ks.backend == "triton"), best.dkdv)
+    key, head = schedule_key(problem, device), {"sizes": sizes_of(problem), "beside": beside.to_json()}
+    known = _known(cache.get(key), head)
     trials: list[Trial] = []
     spent: list[float] = []  # seconds of each trial that was measured now
     resumed = 0
@@ -141,12 +124,16 @@ def race(
         return sum(spent) / len(spent) if spent else FIRST_GUESS
 
     def keep() -> None:
-        """Write down all trials: those so far, and those of an earlier race that this one has not come to."""
+        """Write down the trials so far beside those that lie there, of an earlier race or of one that runs now."""
+        own = {(t.kernel, t.schedule): t for t in trials}
+
+        def merged(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
+            every = [*trials, *(t for entry, t in _known(stored, head).items() if entry not in own)]
+            value = {"kind": "schedule", "schedule": beside.best(every).to_json(), "what": what, **head}
+            return {**value, "trials": [t.to_json() for t in every]}
+
         if any(t.us is not None for t in trials):  # what never won is not what calls should use
-            seen = {(t.kernel, t.schedule) for t in trials}
-            later = [t for entry, t in known.items() if entry not in seen]
-            value = {"kind": "schedule", "schedule": best.to_json(), "what": what, "sizes": sizes}
-            cache.put(key, {**value, "trials": [t.to_json() for t in (*trials, *later)]})
+            cache.update(key, merged)
 
     for number, (kernel, ks) in enumerate(entries):
         trial = known.get((kernel, ks))
@@ -160,9 +147,8 @@ def race(
                     room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
                     ahead = [e for e in entries[number:] if e not in known and e not in checked]
                     first = len(kernels) if number < len(kernels) else BATCH  # the first results come soon
-                    checked |= _checked(stick, ahead[: min(first, room, BATCH)], best, apart)
-                asked = _asked(best, kernel, ks, apart)
-                trial = _timed(stick, kernel, asked, checked[kernel, ks], _fastest(trials, kernel))
+                    checked |= _checked(stick, ahead[: min(first, room, BATCH)], beside)
+                trial = _timed(stick, kernel, beside.asked(kernel, ks), checked[kernel, ks], fastest(trials, kernel))
             except LostDeviceError as error:
                 culprit, tiling = error.candidate or (kernel, ks)
                 trials.append(Trial(culprit, tiling, None, str(error)))
@@ -174,22 +160,34 @@ def race(
                 ) from error
             spent.append(clock() - began)
         trials.append(trial)
-        if trial.us is not None and trial is _fastest(trials, kernel):
-            best = _with(best, kernel, ks, "tuned")
         if (kernel, ks) not in known:
             keep()
         if progress is not None:
-            winners = {k: t for k in kernels if (t := _fastest(trials, k)) is not None}
+            winners = {k: t for k in kernels if (t := fastest(trials, k)) is not None}
             rest = sum(e not in known for e in entries[number + 1 :]) * each()
             left = min(rest, max(seconds - (clock() - start), 0.0))
             progress(Progress(len(trials), len(entries), trial, winners, left))
+    _require(kernels, trials, beside)
+    return Result(beside.best(trials), tuple(trials), beside, resumed, len(entries) - len(trials))
+
+
+def _require(kernels: Sequence[Kernel], trials: Sequence[Trial], beside: Beside) -> None:
+    """ScheduleError for what has no candidate that is right. A backward in one kernel needs no dq."""
+    whole = beside.backward(trials) is not None
     for kernel in kernels:
-        if _fastest(trials, kernel) is None:
+        if fastest(trials, kernel) is None and not (whole and kernel in ("dkdv", "dq")):
             failures = {t.failure for t in trials if t.kernel == kernel}
             raise ScheduleError(
                 f"no candidate of the {kernel} kernel won: {'; '.join(sorted(failures))}", kernel=kernel
             )
-    return Result(best, tuple(trials), resumed, len(entries) - len(trials))
+
+
+def _beside(first: Sequence[tuple[Kernel, KernelSchedule]], base: Schedule, problem: Problem, device: Device) -> Beside:
+    """The model's first choices as what candidates are measured beside; of kernels that do not race, what calls use."""
+    for kernel, ks in first:
+        base = with_tiling(base, kernel, ks, "model")
+    apart = base.dkdv if base.dkdv.backend == "triton" else first_choice("dkdv", problem, device, "triton")
+    return Beside(base, apart)
 
 
 def order(
@@ -242,16 +240,11 @@ def _tile(ks: KernelSchedule) -> tuple[str, int, int]:
     return ks.backend, ks.block_m, ks.block_n
 
 
-def _fastest(trials: Iterable[Trial], kernel: Kernel) -> Trial | None:
-    timed = [t for t in trials if t.kernel == kernel and t.us is not None]
-    return min(timed, key=lambda t: cast(float, t.us), default=None)
-
-
 def _checked(
-    stick: Stick, batch: Sequence[tuple[Kernel, KernelSchedule]], best: Schedule, apart: KernelSchedule
+    stick: Stick, batch: Sequence[tuple[Kernel, KernelSchedule]], beside: Beside
 ) -> dict[tuple[Kernel, KernelSchedule], str]:
     """Compile a batch side by side, then hold each against the reference: why it may not win, or nothing."""
-    trials = [(kernel, _asked(best, kernel, ks, apart)) for kernel, ks in batch]
+    trials = [(kernel, beside.asked(kernel, ks)) for kernel, ks in batch]
     stick.begin(trials)
     found = {}
     for entry, trial in zip(batch, trials, strict=True):
@@ -266,32 +259,20 @@ def _checked(
     return found
 
 
-def _timed(stick: Stick, kernel: Kernel, asked: Schedule, wrong: str, fastest: Trial | None) -> Trial:
+def _timed(stick: Stick, kernel: Kernel, asked: Schedule, wrong: str, best: Trial | None) -> Trial:
     ks = asked.of(kernel)
     if wrong:
         return Trial(kernel, ks, None, wrong)
-    best_us = fastest.us if fastest is not None and fastest.us is not None else float("inf")
+    best_us = best.us if best is not None and best.us is not None else float("inf")
     try:
         return Trial(kernel, ks, stick.time(kernel, asked, best_us))
     except TrialError as error:
         return Trial(kernel, ks, None, str(error))
 
 
-def _asked(best: Schedule, kernel: Kernel, ks: KernelSchedule, apart: KernelSchedule) -> Schedule:
-    """The best schedule so far with one kernel's tiling to be measured; `apart` is a dkdv that leaves dQ to dq."""
-    beside = _with(best, "dkdv", apart, "user") if kernel == "dq" and best.dkdv.backend == "gluon" else best
-    return _with(beside, kernel, ks, "user")
-
-
-def _with(schedule: Schedule, kernel: Kernel, ks: KernelSchedule, origin: Origin) -> Schedule:
-    """The schedule with one kernel's tiling replaced."""
-    changes: dict[str, Any] = {kernel: ks, "origin": origin}
-    return replace(schedule, **changes)
-
-
-def _known(value: Mapping[str, Any] | None, sizes: dict[str, int]) -> dict[tuple[Kernel, KernelSchedule], Trial]:
-    """The trials of an earlier race at the very same sizes."""
-    if value is None or value.get("sizes") != sizes:
+def _known(value: Mapping[str, Any] | None, head: Mapping[str, Any]) -> dict[tuple[Kernel, KernelSchedule], Trial]:
+    """The trials of an earlier race at the very same sizes, beside the same tilings."""
+    if value is None or any(value.get(name) != wanted for name, wanted in head.items()):
         return {}
     try:
         trials = [Trial.from_json(entry) for entry in value.get("trials", [])]

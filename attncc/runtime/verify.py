@@ -35,7 +35,19 @@ from attncc.runtime.tf32 import Tf32Matmuls
 from attncc.runtime.verify_outputs import compared
 from attncc.schedule.linear import PlanName
 
-__all__ = ["Check", "Exam", "Row", "Sample", "Shape", "check", "eager", "sample_inputs", "shapes_for", "verify_variant"]
+__all__ = [
+    "Check",
+    "Exam",
+    "Kind",
+    "Row",
+    "Sample",
+    "Shape",
+    "check",
+    "eager",
+    "sample_inputs",
+    "shapes_for",
+    "verify_variant",
+]
 
 Kind = Literal["forward", "gradient"]
 _FACTOR: dict[str, float] = {"forward": 2.0, "gradient": 3.0}

@@ -12,7 +12,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -76,14 +77,23 @@ class Cache:
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Store `value`, a JSON object whose "kind" is one of KINDS. The last of several writers wins, none is torn."""
+        self._store(key, lambda: value)
+
+    def update(self, key: str, change: Callable[[dict[str, Any] | None], Mapping[str, Any]]) -> None:
+        """Store what `change` makes of the value under `key`, or of None where there is none. No writer comes between
+        that value and the new one."""
+        self._store(key, lambda: change(self.get(key)))
+
+    def _store(self, key: str, make: Callable[[], Mapping[str, Any]]) -> None:
         from filelock import Timeout
 
-        text = _encode(key, value)
         path = self._path(key)
         try:
             with self._locked():
-                _write(path, text)
+                _write(path, _encode(key, make()))
         except (OSError, Timeout) as error:
+            value = make()
+            _encode(key, value)  # what cannot be stored is refused all the same
             self._unwritten[key] = self._copy(value)
             self._warn_once(
                 str(self.directory),
@@ -92,6 +102,24 @@ class Cache:
             )
         else:
             self._unwritten.pop(key, None)
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """While no other process holds the lock of this name in this folder; waits as long as it takes. Where the
+        folder cannot be written, nobody is waited for."""
+        from filelock import FileLock
+
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            held = FileLock(self.directory / f".{name}.lock")
+            held.acquire()
+        except OSError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            held.release()
 
     def list(self) -> tuple[Entry, ...]:
         """Every readable entry on disk, the newest first."""

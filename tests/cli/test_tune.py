@@ -22,6 +22,7 @@ class Stick:
     """Every candidate takes as long as its tile is high; those of `wrong` rows may not win."""
 
     wrong = 0
+    cramped = False
 
     def __init__(self, graph, shape, dtype, where, scalars):
         self.scalars = scalars

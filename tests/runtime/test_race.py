@@ -8,7 +8,8 @@ import attncc as ac
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.runtime.explain import sizes_of
-from attncc.runtime.race import LostDeviceError, Trial, TrialError, order, race
+from attncc.runtime.race import LostDeviceError, TrialError, order, race
+from attncc.runtime.trial import Trial
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import choose, first_choice, schedule_key
 from attncc.schedule.cost import ranked
@@ -138,6 +139,74 @@ def test_a_tiling_of_dq_is_measured_beside_a_dkdv_that_leaves_dq_to_it(problem):
 
     result = run(problem, Backwards(problem))
     assert result.schedule.forward.backend == result.schedule.dkdv.backend == "gluon"
+
+
+class Sums(Stick):
+    """A backward takes what its dkdv and its dq take, each of which differs by candidate; Gluon's takes `gluon`."""
+
+    gluon = 1000.0
+
+    def cost(self, kernel, ks):
+        lane = [each for each in self.lanes[kernel] if each.backend == ks.backend]
+        return 100.0 - 7 * lane.index(ks) if lane.index(ks) < 3 else 200.0
+
+    def time(self, kernel, schedule, best_us):
+        super().time(kernel, schedule, best_us)
+        if kernel == "forward":
+            return 50.0
+        if schedule.dkdv.backend == "gluon":
+            return self.gluon
+        return sum(self.cost(part, schedule.of(part)) for part in ("dkdv", "dq"))
+
+
+@pytest.mark.parametrize(("gluon", "backend"), [(1000.0, "triton"), (175.0, "triton"), (171.0, "gluon")])
+def test_a_kernel_of_the_backward_wins_by_its_own_time_not_by_that_of_the_other(problem, gluon, backend):
+    """The third tiling of each is the best, and a worse dkdv beside a better dq looks no better than it is."""
+    stick = Sums(problem)
+    stick.gluon = gluon
+    result = run(problem, stick)
+    assert result.schedule.dkdv.backend == backend
+    assert result.backward_us == min(gluon, 2 * (100.0 - 14))
+    if backend == "triton":
+        lanes = ([ks for ks in stick.lanes[part] if ks.backend == "triton"] for part in ("dkdv", "dq"))
+        assert (result.schedule.dkdv, result.schedule.dq) == tuple(lane[2] for lane in lanes)
+    assert choose(problem, DEVICE, Cache()) == result.schedule
+
+
+def test_a_backward_in_one_kernel_needs_no_dq(problem):
+    class Refused(Stick):
+        def check(self, kernel, schedule):
+            super().check(kernel, schedule)
+            if kernel == "dq":
+                raise TrialError("OutOfResources: registers")
+
+    result = run(problem, Refused(problem), limit=4)
+    assert result.best("dq") is None
+    assert result.schedule.dkdv == result.best("dkdv").schedule
+
+
+def test_two_races_at_one_cache_keep_the_results_of_both(problem):
+    """The other runs while this one is at its third result; each knows a candidate that the other never saw."""
+    one, two, cache = Stick(problem, wins=9), Stick(problem, wins=4), Cache()
+
+    def meanwhile(standing):
+        if standing.done == 3:
+            run(problem, two, FORWARD, Cache(), limit=5)
+
+    run(problem, one, FORWARD, cache, limit=4, progress=meanwhile)
+    kept = Cache().get(schedule_key(problem, DEVICE))["trials"]
+    assert len(kept) == 5
+    assert choose(problem, DEVICE, Cache()).forward == two.lanes["forward"][4]
+
+
+def test_results_beside_other_tilings_are_not_compared(problem, monkeypatch):
+    """As after an update that changed the model's first choices."""
+    stick, cache = Stick(problem), Cache()
+    run(problem, stick, cache=cache, limit=2)
+    key = schedule_key(problem, DEVICE)
+    other = {**cache.get(key)["beside"], "dq": ac.KernelSchedule(16, 16, 4, 2).to_json()}
+    cache.put(key, {**cache.get(key), "beside": other})
+    assert run(problem, stick, cache=cache, limit=2).resumed == 0
 
 
 def test_an_interrupted_race_loses_nothing_and_goes_on(problem):
