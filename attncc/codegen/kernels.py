@@ -140,8 +140,9 @@ def _pair_slots(
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
-    settle: the kernel has whole rows, so that the sums that depend on delta can be had for the exact one. The stored
-    delta is that of a rounded output, and where a cotangent is a small sum of large terms, that shows.
+    settle: the kernel has whole rows, so that sums that depend on delta can be had for the exact one, those of terms
+    of the similarity, too. The stored delta is that of a rounded output, and where a cotangent is a small sum of large
+    terms, that shows.
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
@@ -161,7 +162,7 @@ def _pair_slots(
         for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
     settle = settle and len(plan.parts) == 1
-    settled = [g for g in own[0] if not g.row_only and not g.own and g.expr.has(DELTA)] if settle else []
+    settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle else []
     for gradient in settled:
         slope = _over_raw(plan, gradient.expr.diff(DELTA))
         computed[0].dreads.append(slope.xreplace(computed[0].inlined))

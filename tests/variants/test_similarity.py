@@ -205,3 +205,14 @@ UNSHIPPED = {
 def test_what_nobody_shipped_is_right(name):
     rows = verify_variant(UNSHIPPED[name], shapes=[Shape(2, 4, 2, 19, 37, 24, 16, strided=True)])
     assert [f"{r.shape} {r.check} repeatable={r.repeatable}" for r in rows if not r.ok] == []
+
+
+def test_what_softmax_cancels_has_no_gradient_in_16_bits():
+    """w_q . q moves a whole row of scores. The stored delta is that of a rounded output, and would leave 3e-3 here."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 32, generator=generator).half() for n in (50, 70, 70))
+    w = {name: (0.2 * torch.randn(2, 32, generator=generator)).requires_grad_() for name in ("w_q", "w_k", "w_qk")}
+    out = ac.compile("trilinear")(q, k, v, **w)
+    dw_q, dw_k, _ = torch.autograd.grad(out, w.values(), torch.randn(out.shape, generator=generator).half())
+    assert dw_q.abs().max() < 1e-4
+    assert dw_k.abs().max() > 0.1
