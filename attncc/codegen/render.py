@@ -43,16 +43,10 @@ from attncc.version import __version__
 
 @functools.cache
 def environment() -> Any:
-    """The templates of both backends, a jinja2.Environment. An undefined slot is an error, never an empty string."""
-    import jinja2  # here: a process that finds its sources in the cache renders nothing
+    """The templates of both backends, a jinja2.Environment."""
+    from attncc.codegen.templates import environment_of  # a process that finds its sources in the cache needs no Jinja
 
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([str(path("templates") / backend) for backend in get_args(Backend)]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    return environment_of([path("templates") / backend for backend in get_args(Backend)])
 
 
 def render(

@@ -7,20 +7,18 @@ where it was made, so that a swap by three exclusive ors is one; in a loop the n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from attncc.codegen.sass import Instruction, span
 
 _MASK = 0xFFFFFFFF
 #: the table of an exclusive or, in LOP3
 _XOR = 0x3C
-State = TypeVar("State")
+State = TypeVar("State", bound=dict[Any, Any])
 
 
-@dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """The exclusive or of numbers that are not known, by where they were made, and of bits."""
 
     unknown: frozenset[str]
@@ -32,49 +30,70 @@ ZERO = Value(frozenset(), 0)
 Known = dict[str, Value]
 
 
-def known_before(code: list[Instruction]) -> dict[int, Known]:
-    """By its place, what is known before each instruction that is reached."""
-    return states_before(code, {}, _learn, _agree)
+def known_before(code: list[Instruction]) -> Iterator[tuple[int, Known]]:
+    """What is known before each instruction that is reached, as `states_before` gives it."""
+    return states_before(code, _learn, _agree)
 
 
 def states_before(
-    code: list[Instruction],
-    start: State,
-    step: Callable[[int, Instruction, State], State],
-    join: Callable[[State, State], State],
-) -> dict[int, State]:
-    """What holds before each instruction that is reached, on all ways to it."""
-    states = {0: start}
+    code: list[Instruction], step: Callable[[int, Instruction, State], None], join: Callable[[State, State], State]
+) -> Iterator[tuple[int, State]]:
+    """Place by place what holds before each instruction that is reached, on all ways to it, beginning with nothing.
+
+    `step` changes a state to what holds behind an instruction: a state that is given here is the caller's until the
+    next. Only where ways begin or meet are states kept: kernels have thousands of instructions in a hundred such runs.
+    """
+    starts = _starts(code)
+    states: dict[int, Any] = {0: {}}
     todo = [0]
     while todo:
-        i = todo.pop()
-        after = step(i, code[i], states[i])
+        first = todo.pop()
+        state = states[first].copy()
+        for i in _run(code, first, starts):
+            step(i, code[i], state)
         for to in code[i].next:
-            merged = join(states[to], after) if to in states else after
+            merged = join(states[to], state) if to in states else state.copy()
             if to not in states or states[to] != merged:
                 states[to] = merged
                 todo.append(to)
-    return states
+    for first in sorted(states):
+        state = states[first].copy()
+        for i in _run(code, first, starts):
+            yield i, state
+            step(i, code[i], state)
+
+
+def _starts(code: list[Instruction]) -> set[int]:
+    """Where a run of instructions that follow each other begins."""
+    jumps = (to for i, x in enumerate(code) if x.next != (i + 1,) for to in (*x.next, i + 1))
+    return {0, *jumps}
+
+
+def _run(code: list[Instruction], first: int, starts: set[int]) -> Iterator[int]:
+    """The places from one start up to the next."""
+    yield first
+    for i in range(first + 1, len(code)):
+        if i in starts:
+            return
+        yield i
 
 
 def _agree(a: Known, b: Known) -> Known:
     return {name: value for name, value in a.items() if b.get(name) == value}
 
 
-def _learn(i: int, x: Instruction, known: Known) -> Known:
+def _learn(i: int, x: Instruction, known: Known) -> None:
     if x.name.startswith("CALL"):
-        return {}
-    after = dict(known)
-    if x.name.startswith("STL") and not x.guard:
+        known.clear()
+    elif x.name.startswith("STL") and not x.guard:
         # what is spilled, by where it is
-        for k, name in enumerate(span(x.operands[1], x.size)):
-            _set(after, f"{x.operands[0]}+{k}", _value(name, known))
-        return after
-    result = _result(x, known)
-    for k, name in enumerate((*x.writes, *_carries(x))):
-        value = result.get(name, Value(frozenset({f"{i}.{k}"}), 0))
-        _set(after, name, value if not x.guard or known.get(name) == value else None)
-    return after
+        for k, value in enumerate([_value(name, known) for name in span(x.operands[1], x.size)]):
+            _set(known, f"{x.operands[0]}+{k}", value)
+    elif written := (*x.writes, *_carries(x)):
+        result = _result(x, known)
+        for k, name in enumerate(written):
+            value = result.get(name, Value(frozenset({f"{i}.{k}"}), 0))
+            _set(known, name, value if not x.guard or known.get(name) == value else None)
 
 
 def _set(known: Known, name: str, value: Value | None) -> None:

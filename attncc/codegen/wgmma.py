@@ -55,16 +55,19 @@ def faults_of(code: list[Instruction]) -> tuple[Fault, ...]:
     """The faults of a kernel's instructions, in their order."""
     if not any(x.is_wgmma for x in code):
         return ()
-    known = known_before(code)
-    nothing: Flying = {}
-    flying = states_before(code, nothing, _fly, _soonest)
-    found: list[Fault] = []
-    for i, x in enumerate(code):
-        if i in known and x.is_wgmma:
-            found += [Fault(str(x), what) for what in _descriptors(x, known[i])]
-        if flying.get(i):
-            found += [Fault(str(x), what) for what in _clashes(code, x, flying[i])]
-    return tuple(found)
+    found = [
+        (i, Fault(str(code[i]), what))
+        for i, known in known_before(code)
+        if code[i].is_wgmma
+        for what in _descriptors(code[i], known)
+    ]
+    found += [
+        (i, Fault(str(code[i]), what))
+        for i, flying in states_before(code, _fly, _soonest)
+        if flying
+        for what in _clashes(code, code[i], flying)
+    ]
+    return tuple(fault for _, fault in sorted(found, key=lambda entry: entry[0]))
 
 
 def _descriptors(x: Instruction, known: Known) -> list[str]:
@@ -84,14 +87,16 @@ def _soonest(a: Flying, b: Flying) -> Flying:
     return {i: min(a.get(i, _GROUPS), b.get(i, _GROUPS)) for i in a.keys() | b.keys()}
 
 
-def _fly(i: int, x: Instruction, flying: Flying) -> Flying:
+def _fly(i: int, x: Instruction, flying: Flying) -> None:
     if x.is_wgmma:
-        closes = any(v.startswith("gsb") for v in x.operands)
-        return {k: min(n + closes, _GROUPS) for k, n in {**flying, i: 0}.items()}
-    if x.name.startswith("WARPGROUP.DEPBAR"):
+        flying[i] = 0
+        if any(v.startswith("gsb") for v in x.operands):  # the group is closed
+            for k, n in flying.items():
+                flying[k] = min(n + 1, _GROUPS)
+    elif x.name.startswith("WARPGROUP.DEPBAR"):
         left = int(x.operands[-1], 16)
-        return {k: n for k, n in flying.items() if n <= left}
-    return flying
+        for k in [k for k, n in flying.items() if n > left]:
+            del flying[k]
 
 
 def _clashes(code: list[Instruction], x: Instruction, flying: Flying) -> list[str]:

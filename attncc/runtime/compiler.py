@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from attncc.runtime.assembler import sound
 from attncc.runtime.interpreter import compiling
+from attncc.runtime.lines import without_lines
 from attncc.runtime.specialize import ALIGNED, Signature
 
 
@@ -57,6 +59,10 @@ class Binary:
 #: what can be launched: a binary, or a kernel that only Triton's own launcher can start
 Compiled: TypeAlias = Binary | CompiledKernel
 
+#: held by the thread that is in Triton's front end, which is Python: side by side several would take turns, and the
+#: kernel that a call waits for, the first, would be as late as the last
+_front_end = threading.Lock()
+
 
 def compile_kernel(kernel: Any, signature: Signature, target: GPUTarget) -> Compiled:
     """Compile one specialization for a target; no GPU is needed. What the compiler raises is not changed."""
@@ -92,12 +98,14 @@ def _stages(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[by
     ir.load_dialects(context)
     backend.load_dialects(context)
     words = backend.get_codegen_implementation(parsed), backend.get_module_map()
-    module = source.make_ir(target, parsed, *words, context)
+    with _front_end:
+        module = source.make_ir(target, parsed, *words, context)
     names = list(stages)
     ptx = ""
-    for name in names[names.index(source.ext) :]:
-        ptx = module if name == "cubin" else ptx
-        module = stages[name](module, facts)
+    with without_lines():
+        for name in names[names.index(source.ext) :]:
+            ptx = module if name == "cubin" else ptx
+            module = stages[name](module, facts)
     return module, ptx, SimpleNamespace(**facts)
 
 

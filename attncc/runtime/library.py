@@ -6,8 +6,7 @@ them an op works under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,8 +144,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 forward_op.register_autograd(_backward, setup_context=_setup)
 
 
-@dataclass(frozen=True)
-class EagerCall:
+class EagerCall(NamedTuple):
     """What a call brings besides tensors: what it is bound to, the names of the tensors after q, k, v, and whether
     somebody asks for the stored rows. `key` is the call's kind; `route` how that kind is replayed, if it was seen."""
 

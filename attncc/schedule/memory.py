@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from attncc.schedule import hopper
@@ -73,18 +74,24 @@ class Tiling:
 
 def tiling(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Tiling:
     """What `kernel` keeps and what it streams; head dimensions are padded as the kernel pads them."""
-    qk, v = problem.qk_chunks, problem.v_chunks
+    return _tiling(kernel, ks.block_m, ks.block_n, problem.qk_chunks, problem.v_chunks, problem.value_of_key)
+
+
+@cache  # accounts and predictions of one candidate ask twenty times
+def _tiling(
+    kernel: Kernel, block_m: int, block_n: int, qk: tuple[int, ...], v: tuple[int, ...], value_of_key: bool
+) -> Tiling:
     tiles = {
-        "q": Tile("q", ks.block_m, sum(qk)),
-        "do": Tile("do", ks.block_m, sum(v)),
-        "k": Tile("k", ks.block_n, sum(qk)),
-        "v": Tile("v", ks.block_n, sum(v)),
+        "q": Tile("q", block_m, sum(qk)),
+        "do": Tile("do", block_m, sum(v)),
+        "k": Tile("k", block_n, sum(qk)),
+        "v": Tile("v", block_n, sum(v)),
     }
-    if problem.value_of_key:
+    if value_of_key:
         del tiles["v"]
     resident = {"forward": ("q",), "dkdv": ("k", "v"), "dq": ("q", "do"), "pair": ()}[kernel]
     streamed = {"forward": ("k", "v"), "dkdv": ("q", "do"), "dq": ("k", "v"), "pair": ("q", "k", "v", "do")}[kernel]
-    rows, cols = (ks.block_n, ks.block_m) if kernel == "dkdv" else (ks.block_m, ks.block_n)
+    rows, cols = (block_n, block_m) if kernel == "dkdv" else (block_m, block_n)
     return Tiling(
         rows,
         cols,

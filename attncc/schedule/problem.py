@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from functools import cache
 from typing import Any, Literal, Self, get_args
 
 from attncc.errors import InputError
@@ -283,6 +284,7 @@ class Schedule:
         return cls(origin=data["origin"], pair=pair, **kernels)
 
 
+@cache
 def head_chunks(dim: int, widest: int = MAX_CHUNK) -> tuple[int, ...]:
     """A head dimension as powers of two from 16 to `widest`, each one tile in a kernel: 96 -> (64, 32), 128 -> (128,).
 

@@ -22,6 +22,7 @@ from attncc.errors import AttnccWarning
 from attncc.runtime import binaries, compiler, launch, specialize
 from attncc.runtime.binaries import Binaries
 from attncc.runtime.compiler import Binary, compile_kernel
+from attncc.runtime.lines import without_lines
 from attncc.runtime.specialize import signature
 from attncc.schedule.cache import Cache
 
@@ -110,6 +111,33 @@ def code(image):
         file.write(image)
         file.flush()
         return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_binary_has_line_numbers_where_they_are_asked_for(kernel, monkeypatch):
+    special = signature(kernel, arguments(), META)
+    assert b".debug_line" not in compile_kernel(kernel, special, H100).image
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "0")
+    assert b".debug_line" in compile_kernel(kernel, special, H100).image
+
+
+def test_kernels_of_others_keep_their_line_numbers():
+    knobs = compiler.triton.knobs.compilation
+    with without_lines(), ThreadPoolExecutor(1) as other:
+        assert knobs.disable_line_info
+        assert not other.submit(lambda: bool(knobs.disable_line_info)).result()
+    assert not knobs.disable_line_info
+
+
+def test_a_program_decides_on_line_numbers_for_itself(monkeypatch):
+    knobs = compiler.triton.knobs.compilation
+    with knobs.scope():
+        knobs.disable_line_info = False
+        with without_lines():
+            assert not knobs.disable_line_info
+    with without_lines():
+        assert knobs.disable_line_info
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
+    assert knobs.disable_line_info
 
 
 def test_a_kernel_that_takes_more_than_a_launch_passes_is_left_to_triton(kernel, monkeypatch):
