@@ -256,17 +256,21 @@ class Lowering:
 
     def _sum(self, expr: Any, level: Level, to_float: bool) -> str:
         groups = self._groups(_integers_first(expr) if to_float else expr.args, level)
-        text = ""
+        parts: list[Any] = []
         for group in groups:
             joined = sympy.Add(*group)
             if len(groups) > 1 and len(group) > 1 and self.level_of(joined) != level:
-                parts = [joined]
+                parts.append(joined)
             else:
-                parts = sorted(group, key=lambda t: t.could_extract_minus_sign())
-            for part in parts:
-                negative = bool(text) and part.could_extract_minus_sign()
-                operand = self._operand(-part if negative else part, level, to_float)
-                text += (f" - {operand}" if negative else f" + {operand}") if text else operand
+                parts += sorted(group, key=lambda t: t.could_extract_minus_sign())
+        # what is subtracted comes behind: Triton negates by a subtraction from 0, which no compiler may leave out
+        first = next((i for i, part in enumerate(parts) if not part.could_extract_minus_sign()), 0)
+        parts.insert(0, parts.pop(first))
+        text = ""
+        for part in parts:
+            negative = bool(text) and part.could_extract_minus_sign()
+            operand = self._operand(-part if negative else part, level, to_float)
+            text += (f" - {operand}" if negative else f" + {operand}") if text else operand
         return text
 
     def _product(self, expr: Any, level: Level) -> str:
@@ -291,7 +295,9 @@ class Lowering:
                 *(f for f in lower_over if self.level_of(f) == lv),
                 *(1 / f for f in lower_under if self.level_of(f) == lv),
             )
-            if i == len(split_levels) - 1 and number != 1 and number != -1:
+            # a sign, too, where every pair would have its own negation, and there is a name that can have it
+            apart = number != -1 or (level == Level.PAIR and is_float and part.free_symbols - {LN2})
+            if i == len(split_levels) - 1 and number != 1 and apart:
                 part, number = sympy.Mul(number, part), sympy.S.One
             factors.append(self._operand(part, level, is_float))
         if number not in (1, -1) or not factors:

@@ -62,6 +62,19 @@ def test_the_text_is_tidy_python(name):
     assert not text.endswith("\n\n")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sigmoid", "_logistic_of_pairs(product - (s * scale_log2), FAST_MATH)"),
+        ("sigmoid", "ds = dp * (1 - p) * p"),
+        ("softcap", "ds = (1 - (tanh * tanh)) * (dp - delta[None, :]) * p"),
+        ("unnormalized_sigmoid", "scale_log2 = -1.4426950408889634 * scale"),
+    ],
+)
+def test_no_pair_is_negated_for_a_difference(name, text):
+    assert text in source(name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_has_the_formula_and_its_proof(name):
     header = ast.get_docstring(ast.parse(source(name)))
