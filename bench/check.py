@@ -93,6 +93,8 @@ def against_reference(op: Any, case: Case, shape: Shape, device: str = "cuda") -
 
     Returns relative RMS errors by name, for the record; raises CheckFailedError.
     """
+    if case.differentiable and shape.m <= SHORT and shape.n <= SHORT:
+        return _slice_errors(op, case, shape, device, case.differentiable)
     errors = _slice_errors(op, case, shape, device, ())
     if case.differentiable:
         short = replace(shape, m=min(shape.m, SHORT), n=min(shape.n, SHORT))

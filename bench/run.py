@@ -17,6 +17,8 @@ from bench.timing import Budget
 
 #: processes that compile and check ahead of the timing, and the share of a run's seconds that they may take
 WORKERS, AHEAD_SHARE = 14, 0.6
+#: seconds after which a piece of work is told of
+SLOW = 10
 
 
 class NotReadyError(Exception):
@@ -52,6 +54,10 @@ class Run:
         left = self.budget.seconds - self.budget.elapsed()
 
         def told(at: int, done: Done) -> None:
+            """What failed, and what took long, for a run that is cut off keeps what it printed."""
+            if done.error is None and done.seconds > SLOW:
+                what = f"{self.budget.elapsed():4.0f} s  {arguments[at]}: {done.seconds:.0f} s"
+                self.console.print(what, markup=False, highlight=False)
             if done.error is not None:
                 what = f"{arguments[at]}: {done.error}\n{done.trace}"
                 self.console.print(what, style="red", markup=False, highlight=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import attncc as ac
 from bench import area
 from bench.case import Case, Shape, Tensors
 from bench.check import against_reference, relative_rms
+from bench.fla import REP_MS, Peer, compiled_ahead, peers, tuning_briefly
 from bench.run import NotReadyError, Run
 from bench.timing import Timing, race
 
@@ -27,10 +28,8 @@ CHECKED = 4096
 CHECKED_TOKENS = 1024
 #: one sequence, ever longer: time and memory a token must not grow
 TOKENS = (8192, 32768, 131072, 524288)
-#: RMS(error) / RMS(expected) of two 16-bit kernels against each other
-PEER_TOLERANCE = 1e-2
-
-Peer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Tensors], torch.Tensor]
+#: processes' worth of the peer's compiling, each a part of every kernel's configurations
+SHARES = 14
 
 
 def gates(shape: Shape, device: str) -> Tensors:
@@ -69,36 +68,6 @@ def rates(name: str) -> Callable[[Shape, str], Tensors]:
     return make
 
 
-def peers() -> dict[str, Peer]:
-    """flash-linear-attention's function of each case, of (B, T, H, D) tensors; none where it is not installed."""
-    if find_spec("fla") is None:
-        return {}
-    from fla.ops.delta_rule import chunk_delta_rule
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.gla import chunk_gla
-    from fla.ops.lightning_attn import chunk_lightning_attn
-    from fla.ops.linear_attn import chunk_linear_attn
-    from fla.ops.retention import chunk_retention
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    def features(x: torch.Tensor) -> torch.Tensor:
-        return F.elu(x) + 1
-
-    return {
-        "retention": lambda q, k, v, i: chunk_retention(q, k, v)[0],
-        "gla": lambda q, k, v, i: chunk_gla(q, k, v, i["g"].transpose(1, 2))[0],
-        "simple_gla": lambda q, k, v, i: chunk_simple_gla(q, k, v, i["g"].transpose(1, 2))[0],
-        "lightning": lambda q, k, v, i: chunk_lightning_attn(q, k, v, layer_idx=0, num_layers=24, scale=1.0)[0],
-        "delta_net": lambda q, k, v, i: chunk_delta_rule(q, k, v, i["beta"].transpose(1, 2).to(q.dtype))[0],
-        "gated_delta_net": lambda q, k, v, i: chunk_gated_delta_rule(
-            q, k, v, i["g"].transpose(1, 2), i["beta"].transpose(1, 2).to(q.dtype)
-        )[0],
-        "linear_attention": lambda q, k, v, i: chunk_linear_attn(
-            features(q), features(k), v, scale=1.0, normalize=True
-        )[0],
-    }
-
-
 CASES = {
     name: Case(name, ac.variants.get(name), area.causal, inputs=make, differentiable=wanted)
     for name, make, wanted in (
@@ -133,29 +102,25 @@ def seq_first(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def prepared(piece: tuple[str, str]) -> dict[str, Any]:
-    """What a process ahead does for ("attncc" | "fla", case): compile all, and check ours or let the peer tune itself.
-
-    flash-linear-attention keeps on disk what its tuning found, as it does for its users; it may take minutes a case.
-    """
-    kind, name = piece
+def prepared(piece: tuple[str, str, int]) -> dict[str, Any]:
+    """What a process ahead does for ("attncc", case, 0): compile and check it; for ("fla", case, share): compile that
+    share of what the peer's tuning will time. Returns the errors of the check."""
+    kind, name, share = piece
     case, shape = CASES[name], Shape(m=LENGTHS[0], **SHAPE)
     q, k, v = seq_first(shape)
     inputs = case.inputs(shape, "cuda")
-    errors = {}
-    if kind == "attncc":
-        op = ac.compile(case.variant, plan="chunk")
-        recurrent = case.variant.graph.recurrent
-        checked = Shape(m=CHECKED_TOKENS if recurrent else CHECKED, unit_keys=recurrent, **SHAPE)
-        errors = against_reference(op, case, checked)
-        out = contestant(op, inputs)(q, k, v)
-    else:
-        out = peers()[name](q, k, v, inputs)
-    try:
-        torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
-    except Exception as error:  # a peer may refuse its backward on this machine
-        if kind == "attncc" or "CUDA" in str(error):
-            raise
+    if kind == "fla":
+        with compiled_ahead(share, SHARES):
+            out = peers()[name](inputs)(q, k, v)
+            with suppress(RuntimeError):  # it may refuse its backward on this machine
+                torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        return {}
+    op = ac.compile(case.variant, plan="chunk")
+    recurrent = case.variant.graph.recurrent
+    checked = Shape(m=CHECKED_TOKENS if recurrent else CHECKED, unit_keys=recurrent, **SHAPE)
+    errors = against_reference(op, case, checked)
+    out = contestant(op, inputs)(q, k, v)
+    torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     torch.cuda.synchronize()
     return errors
 
@@ -182,12 +147,13 @@ def measured(
         inputs = case.inputs(shape, "cuda")
         calls = {"attncc": contestant(op, inputs)}
         if theirs is not None:
-            calls["fla"] = lambda q, k, v: theirs(q, k, v, inputs)
+            calls["fla"] = theirs(inputs)
         outs: dict[str, torch.Tensor] = {}
         broken: dict[str, str] = {}
         for name, call in calls.items():
             try:
-                outs[name] = call(q, k, v)
+                with tuning_briefly():
+                    outs[name] = call(q, k, v)
             except Exception as error:
                 if name == "attncc":
                     raise
@@ -205,7 +171,8 @@ def measured(
             entries: dict[str, Any] = {}
             for name, timed_call in contestants.items():
                 try:  # a peer may refuse its backward on this machine
-                    timed_call()
+                    with tuning_briefly():
+                        timed_call()
                     entries[name] = None
                 except Exception as error:
                     if name == "attncc":
@@ -217,6 +184,8 @@ def measured(
             ratio = {name: round(e["ms"] / own["ms"], 3) for name, e in entries.items()}
             row = {**head, "mode": mode, "attncc": own, "peers": entries, "ratio": ratio}
             rows.append(results.add(**row, broken=broken, check=check))
+            told = ", ".join(f"{name} {e['ms']:.3f} ms" for name, e in {"attncc": own, **entries}.items())
+            run.console.print(f"{run.budget.elapsed():4.0f} s  {case.name} {length} {mode}: {told}", highlight=False)
         return rows
     except Exception as error:  # a broken case must cost its own rows, not those of the cases after it
         run.fail(results, f"{case.name} {shape}", error, **head)
@@ -271,26 +240,28 @@ def suite(run: Run) -> None:
     results = run.results("linear")
     known = peers()
     names = run.take(list(CASES), quick=2)
-    ready = {}
-    for kind, of_kind in (("attncc", names), ("fla", [name for name in names if name in known])):
-        pieces = [(kind, name) for name in of_kind]  # ours first: a peer's tuning keeps the GPU busy for minutes
-        ready |= dict(zip(pieces, run.ahead(prepared, pieces), strict=True))
+    # ours first: their checks take longest
+    pieces = [("attncc", name, 0) for name in names]
+    pieces += [("fla", name, share) for name in names if name in known for share in range(SHARES)]
+    ready = dict(zip(pieces, run.ahead(prepared, pieces), strict=True))
     results.note("seconds ahead", round(run.budget.elapsed()))
-    for name in names:
-        done = ready["attncc", name]
-        if done.error is not None:
-            run.fail(results, name, NotReadyError(done.error), case=name)
-        if name in known and ready["fla", name].error is not None:
-            results.note(f"fla {name}", ready["fla", name].error)
-    sound = [name for name in names if ready["attncc", name].error is None]
-    tuned = {name: peer for name, peer in known.items() if name in names and ready["fla", name].error is None}
+    if known:
+        results.note(
+            "fla", f"tuned at {LENGTHS[0]} tokens, {REP_MS} ms a configuration; linear_attention with its maps"
+        )
+    for piece, done in ready.items():
+        if done.error is not None and piece[0] == "attncc":
+            run.fail(results, piece[1], NotReadyError(done.error), case=piece[1])
+        elif done.error is not None:  # what it left, the tuning has to compile
+            results.note(" ".join(map(str, piece)), done.error)
+    sound = [name for name in names if ready["attncc", name, 0].error is None]
     shown = []
     for length in run.take(list(LENGTHS), quick=1):
         for name in sound:
             if run.out_of_time(results, f"{name} at {length}"):
                 break
-            found = ready["attncc", name].value
-            shown += measured(run, results, CASES[name], length, tuned.get(name), found)
+            found = ready["attncc", name, 0].value
+            shown += measured(run, results, CASES[name], length, known.get(name), found)
     columns = ["case", "N", "mode", "ms", "GB/s", "fla ms", "/fla"]
     lines = [
         [
