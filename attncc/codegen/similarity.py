@@ -151,7 +151,7 @@ class SimilaritySlots:
         for side in (QUERY, KEY):
             total = self._total(side)
             for read in sorted(total.atoms(Read), key=str):
-                expr = derivative(total, read)
+                expr = self._slope(side, total, read)
                 if read.input in wanted and expr != 0:
                     along = {s.name for s in read.free_symbols}
                     kind = {"q_idx": "row", "kv_idx": "col"}[side.index] if side.index in along else "program"
@@ -164,6 +164,21 @@ class SimilaritySlots:
             if expr != 0:
                 found.append(VectorGradient(read, expr, side, kind, number + len(found), looped=True))
         return tuple(found)
+
+    def _slope(self, side: Side, total: sympy.Expr, read: Read) -> sympy.Expr:
+        """The derivative of `_total` by what it reads.
+
+        A factor such as q exp(G) has itself for its derivative by G: there the operand stands, rounded as the matmul
+        had it. What q and k give an exponent cancels where both lie on one side of a token, pair by pair, and only if
+        each has the very product that the other has: with factors that are not rounded, dg of a sum of logs is 1.4e-2
+        off in bfloat16 beside 500 keys, with these 2.8e-3.
+        """
+        whole = {}
+        for dot in self.own_accumulators(side):
+            exponent = sympy.powsimp(derivative(side.factor(dot), read) / side.factor(dot))
+            if not exponent.has(read, side.vector):
+                whole[_accumulated(dot) * side.factor(dot)] = exponent * _accumulated(dot) * _operand(side, dot)
+        return derivative(total - sympy.Add(*whole), read) + sympy.Add(*whole.values())
 
     @cached_property
     def bands(self) -> tuple[VectorGradient, ...]:
@@ -190,6 +205,7 @@ class SimilaritySlots:
         }
         for dot in self.own_accumulators(side):
             own[_accumulated(dot).name] = Leaf(f"{accumulator(side, dot)}_{chunk.index}", Level.PAIR)
+            own[operand(side, dot)] = Leaf(f"{operand(side, dot)}_{chunk.index}.to(tl.float32)", Level.PAIR)
         sums = {g.read: g.name for g in self.plan.gradients} if self.plan.has_backward is None else {}
         for term in self.terms(side):
             if term.read in sums:
@@ -312,6 +328,10 @@ def operand(side: Side, dot: Dot) -> str:
 def accumulator(side: Side, dot: Dot) -> str:
     """The name of the cotangent of a matmul's operand."""
     return f"d{side.tile}_{dot.name}"
+
+
+def _operand(side: Side, dot: Dot) -> sympy.Symbol:
+    return sympy.Symbol(operand(side, dot), real=True)
 
 
 def _accumulated(dot: Dot) -> sympy.Symbol:
