@@ -115,7 +115,7 @@ def forward_slots(
 
     hopper: for kernels in which several groups of warps share a block of rows. There, bounds that need a whole block
     are found apart, distances are taken apart by tile, and what a score adds to all keys of a row joins the row's
-    maximum.
+    maximum; and what is read a key is `streamed`, so that a warp can read it ahead.
     """
     own = own or {}
     steps = [(part, i) for part in plan.parts for i in range(len(part.online.before))]
@@ -126,7 +126,9 @@ def forward_slots(
     similarity = SimilaritySlots(plan)
     leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {}), **own}
     blank = blank_tile(similarity, rows_first=True)
-    lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank)
+    lowering = first = Lowering(
+        plan.core, leaves, running=running[0] | RUNNING, blank=blank, streamed=[] if hopper else None
+    )
     sweeps: list[dict[str, Any]] = []
     bounds: BoundLines | None = None
     for (part, i), following in zip(steps, running[1:], strict=True):
@@ -154,6 +156,7 @@ def forward_slots(
         "bounds": bounds,
         **similarity_slots(similarity, QUERY, qk_chunks, first, base_leaves(plan, own)),
         "outer": first.outer,
+        "streamed": first.streamed,
         "sweeps": sweeps,
         "between": lowering.outer if sweeps else [],
         "chains": chains,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -9,6 +10,7 @@ import sympy
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import chunks
 from attncc.codegen.forward import forward_slots
+from attncc.codegen.lower import Streamed
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import SimilaritySlots
 from attncc.codegen.statements import free_names, in_gluon
@@ -42,19 +44,24 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     names = [name for name, _ in state]
     weigh = [*f["score_lines"], f"s = {f['score']}", *f["peak_lines"], *f["visible"], *f["max_lines"]]
     weigh += [*f["weight_lines"], *f["hide"], *f["rescale_lines"], *f["sum_lines"]]
-    taken = [n for n in free_names(weigh) if n not in (*names, "qk", "phase")]
+    keyed = keyed_values(plan, f.pop("streamed"), f["outer"], weigh, f["visible"])
+    own = {"qk", "phase", *names, *(value.name for value in keyed.values)}
+    taken = [n for n in free_names(weigh) if n not in own]
     bounds = f["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
     final = [*f["final_lines"], f"final = {f['final']}", f"alive = {f['alive']}", *f["stores"]]
     pointers = [f"{name.upper()}_PTR" for name, _ in plan.stored]
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
-    loads = free_names(["n = q_len + heads + group", *tiles])
+    loads = free_names(["n = q_len + heads + group", *tiles, *keyed.block_lines, *keyed.lines])
     attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *weigh, *final])
     slots = {key: translated(value) for key, value in f.items()}
     by_row = bool(f["final"]) and (f["guard"] or f["final"].endswith("[:, None]"))
     slots.update(
         state=[(name, in_gluon(start)) for name, start in state],
         taken=taken,
+        keyed=[*keyed.values],
+        keyed_block=[in_gluon(line) for line in keyed.block_lines],
+        keyed_lines=[in_gluon(line) for line in keyed.lines],
         given=["p", *([f["acc_rescale"]] if f["acc_rescale"] else []), *names],
         arguments=arguments,
         loads=[n for n in arguments if n in loads],
@@ -69,6 +76,62 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         seldom=_rescales_seldom(plan, f, d_v),
     )
     return slots
+
+
+@dataclass(frozen=True)
+class KeyedValue:
+    """A value of each key that the consumers read from shared memory. `type` is an expression of the kernel; `store` is
+    what is stored, and `load` makes of it what the stages call `name`; `always`: do tiles that the mask leaves whole
+    need it, too?"""
+
+    name: str
+    type: str
+    store: str
+    load: str
+    always: bool
+
+
+@dataclass(frozen=True)
+class KeyedValues:
+    """Values of each key, which the warp that loads computes one tile ahead: `block_lines` once a block of queries,
+    `lines` for the keys of a tile."""
+
+    values: tuple[KeyedValue, ...]
+    block_lines: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+def keyed_values(
+    plan: Plan, streamed: list[Streamed], outer: list[str], weigh: list[str], visible: list[str]
+) -> KeyedValues:
+    """What is read a key, of which the stages `weigh` need some. A thread of a matmul's tile has a quarter of all of a
+    tile's keys, and would wait for a load of each; a warp that loads has each once, and time to wait."""
+    known = {s.name: s for s in streamed}
+    needed = [n for n in free_names(weigh) if n in known]
+    anyway = free_names([line for line in weigh if line not in visible])
+    values = []
+    for name in needed:
+        value = known[name]
+        integers = [i for i in sorted(value.inputs) if plan.core.input(i).dtype == "int"]
+        wide = " or ".join(f"{i.upper()}_PTR.dtype.element_ty.primitive_bitwidth == 64" for i in integers)
+        kind, store, load = {
+            "float": ("gl.float32", name, ""),
+            "int": (f"gl.int64 if {wide} else gl.int32", name, ""),
+            "bool": ("gl.int32", f"gl.where({name}, 1, 0)", " != 0"),
+        }[value.type]
+        values.append(KeyedValue(name, kind, store, load, name in anyway))
+    lines = [f"{s.name} = {s.text}" for s in streamed] if needed else []
+    lines = [*_needed_by(lines, weigh), *lines]
+    return KeyedValues(tuple(values), tuple(_needed_by(lines, outer)), tuple(lines))
+
+
+def _needed_by(lines: list[str], before: list[str]) -> list[str]:
+    """Those of the statements `before` that `lines` need, in their order."""
+    found: list[str] = []
+    for line in reversed(before):
+        if line.partition(" = ")[0] in free_names([*found, *lines]):
+            found.insert(0, line)
+    return found
 
 
 def refuse(plan: Plan) -> None:

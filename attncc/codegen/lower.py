@@ -32,6 +32,17 @@ class Leaf:
     level: Level
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A value of each index of the loop's axis: its name, its text, whether it is an "int", a "float" or a "bool", and
+    the inputs that it reads."""
+
+    name: str
+    text: str
+    type: str
+    inputs: frozenset[str]
+
+
 #: one-argument functions that print as one call
 _CALLS = {
     exp2: "tl.exp2",
@@ -54,7 +65,8 @@ class Lowering:
     kernel holds them); running: names of row values that change inside the loop; many_heads: a program visits several
     query heads; blank: a tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole
     program, or for a row of a row-block kernel), to `by_head` (the same for all pairs of one query head, where there
-    are many) or to `body`, each in an order in which it can run: `outer` needs neither of the others.
+    are many) or to `body`, each in an order in which it can run: `outer` needs neither of the others. Where `streamed`
+    is given, it takes what is read along the axis of the loop, and what follows from that alone.
     """
 
     graph: VariantGraph
@@ -66,6 +78,7 @@ class Lowering:
     outer: list[str] = field(default_factory=list)
     by_head: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
+    streamed: list[Streamed] | None = None
     helpers: set[str] = field(default_factory=set)
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
     _names: Counter[str] = field(default_factory=Counter)
@@ -136,10 +149,17 @@ class Lowering:
         outer = Level.ROW if self.rows_first else Level.COL
         return level in (Level.PROGRAM, outer) and not any(s.name in self.running for s in expr.free_symbols)
 
-    def _lines(self, expr: Any, level: Level) -> list[str]:
-        if not self._is_outer(expr, level):
-            return self.body
-        return self.by_head if self.many_heads and sym.H in expr.free_symbols else self.outer
+    def _define(self, name: str, text: str, expr: Any, level: Level, to_float: bool = False) -> None:
+        """A statement `name = text`, among those of its level."""
+        along = Level.COL if self.rows_first else Level.ROW
+        if self.streamed is not None and any(self.level_of(r) == along for r in expr.atoms(Read)) and level == along:
+            inputs = frozenset(str(r.input) for r in expr.atoms(Read))
+            self.streamed.append(Streamed(name, text, "float" if to_float else type_of(expr), inputs))
+            return
+        lines = self.body
+        if self._is_outer(expr, level):
+            lines = self.by_head if self.many_heads and sym.H in expr.free_symbols else self.outer
+        lines.append(f"{name} = {text}")
 
     def _visit(self, expr: Any) -> tuple[str, Level]:
         if expr in self._memo:
@@ -155,7 +175,7 @@ class Lowering:
 
     def _name(self, expr: Any, text: str, level: Level) -> str:
         name = self._fresh(_hint(expr))
-        self._lines(expr, level).append(f"{name} = {_unwrap(text)}")
+        self._define(name, _unwrap(text), expr, level)
         return name
 
     def _fresh(self, hint: str) -> str:
@@ -212,7 +232,7 @@ class Lowering:
             if own != Level.PAIR or isinstance(expr, sympy.Symbol):
                 hint = f"{_hint(expr)}_f"
                 name = self._fresh(hint)
-                self._lines(expr, own).append(f"{name} = {_unwrap(text)}")
+                self._define(name, _unwrap(text), expr, own, to_float=True)
                 text = name
             self._memo[key] = (_wrap(text) if own == Level.PAIR else text, own)
         return self._raise(*self._memo[key], at)
@@ -420,7 +440,7 @@ class Lowering:
             plain = isinstance(index, sympy.Symbol) and index.name == pattern
             if at == Level.PAIR and not text.isidentifier():  # a pointer and two guards read it
                 name = self._fresh(f"{decl.name}_at")
-                self._lines(index, at).append(f"{name} = {_unwrap(text)}")
+                self._define(name, _unwrap(text), index, at)
                 text = name
                 self._memo[index] = (name, at)
             if index == sym.COMPONENT:
@@ -438,7 +458,7 @@ class Lowering:
         inside = " & ".join(guards)
         if len(inside) > _LONG_GUARD:
             name = self._fresh(f"{decl.name}_inside")
-            self._lines(expr, level).append(f"{name} = {inside}")
+            self._define(name, inside, expr, level)
             inside = name
         mask = f", mask={inside}, other={decl.beyond}" if guards else ""
         load = f"tl.load({pointer}{mask})"

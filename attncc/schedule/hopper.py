@@ -99,7 +99,8 @@ def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSc
 
 
 def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
-    """Bytes of shared memory of a program: tiles of q, a ring of k and v, and of out where they fit beside q's."""
+    """Bytes of shared memory of a program: tiles of q, a ring of k and v, and of out where they fit beside q's; and in
+    the forward what is read a key, four bytes each."""
     if kernel == "dkdv":
         return hopper_backward.shared_memory(ks, problem) + RESERVED_BYTES
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
@@ -107,7 +108,8 @@ def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     needed = (ks.block_m * qk + ring) * problem.dtype_bytes
     apart = needed + ks.block_m * v * problem.dtype_bytes
     shares = out_in_q(problem.d_qk, problem.d_v) and apart > TILE_BYTES
-    return (needed if shares else apart) + RESERVED_BYTES
+    keyed = problem.costs.vectors * (ks.num_stages + 1) * ks.block_n * 4
+    return (needed if shares else apart) + keyed + RESERVED_BYTES
 
 
 def out_in_q(d_qk: int, d_v: int) -> bool:

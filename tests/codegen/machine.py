@@ -43,7 +43,7 @@ class Type:
         return self.name
 
 
-TYPES = {name: Type(name, getattr(torch, name)) for name in ("float16", "bfloat16", "float32", "int32", "int64")}
+TYPES = {name: Type(name, getattr(torch, name)) for name in ("float16", "bfloat16", "float32", "int8", "int32", "int64")}
 _OF = {t.torch: t for t in TYPES.values()} | {torch.bool: Type("int1", torch.bool)}
 
 
@@ -119,6 +119,10 @@ class Pointer:
 
     def __init__(self, memory: Tensor, offset: Any):
         self.memory, self.offset = memory, offset
+
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=_OF[self.memory.dtype])
 
     @classmethod
     def to(cls, x: Tensor) -> Pointer:

@@ -101,6 +101,8 @@ class Run:
         ("cog", STRIDED),
         ("qk_temperature", GROUPED),
         ("dense_bias", GROUPED),
+        ("image_gain", GROUPED),
+        ("parallel_context", GROUPED),
     ],
 )
 def test_values(name, shape):
@@ -167,6 +169,25 @@ def test_an_infinite_cotangent_of_the_lse_of_a_row_that_sees_nothing_goes_nowher
     dlse[:, :, :140] = float("-inf")
     for found, expected in zip(run.backward(dlse=dlse)[1:], clean[1:], strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_slot_of_values_of_keys_is_refilled_when_they_were_read():
+    """Consumers leave a tile of keys before they read what its keys have: with as many slots the warp that loads would
+    be too early."""
+    shape = Shape(1, 2, 2, 130, 700, 64, 64)
+    assert "% (STAGES + 1)" in source("bee_rag", 64, 64)
+    run = Run("bee_rag", shape)
+    assert not run.failures(run.backward())
+    broken = Run("bee_rag", shape, lambda text: text.replace("% (STAGES + 1)", "% STAGES"))
+    assert broken.failures(broken.backward())
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64])
+def test_integers_of_any_width_are_read_a_key(kind):
+    run = Run("document", GROUPED)
+    s = run.sample
+    out = run.module.forward(s.q, s.k, s.v, s.inputs["doc"].to(kind), run.arguments[-1], schedule(GROUPED), OPTIONS)
+    assert torch.equal(out[0], run.out)
 
 
 @pytest.mark.parametrize(
