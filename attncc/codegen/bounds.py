@@ -11,6 +11,7 @@ from sympy.logic.boolalg import Boolean
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
+from attncc.passes.intervals import Truth
 from attncc.passes.tiles import (
     INNER_HI,
     INNER_LO,
@@ -51,9 +52,9 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart
     the outer axis, too, for kernels in which no warp holds all rows of a block.
     """
     scope = _Scope(plan, kernel, block)
-    if plan.scan is None and not (apart and plan.outer_reads):
+    if not plan.scanned and not (apart and plan.outer_reads):
         outer = scope.outer_lines(kernel, inside)
-        return _loop_lines([*outer, *scope.segment_lines()], len(plan.segments))
+        return _loop_lines([*outer, *scope.range_lines()], len(plan.segments))
     line = "b * heads + h" if plan.by_head else "b"
     blocks, number = ("m_blocks", "m_block") if plan.outer == sym.Q_IDX else ("n_blocks", "n_block")
     tags = [""] if len(plan.segments) == 1 else [f"_{i}" for i in range(len(plan.segments))]
@@ -64,9 +65,8 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart
     separate = Lowering(kernel.graph, kernel.leaves, kernel.rows_first, helpers=kernel.helpers)
     scanner = _Scope(plan, separate, block)
     reads = scanner.outer_lines(separate, inside)
-    ranges = scanner.segment_lines()
-    narrowed = scanner.scan_lines() if plan.scan is not None else []
-    scan = (*separate.outer, *separate.body, *reads, *ranges, *narrowed)
+    ranges = scanner.range_lines()
+    scan = (*separate.outer, *separate.body, *reads, *ranges)
     return BoundLines(found.setup, found.mixed, found.full, scan, stored)
 
 
@@ -102,17 +102,18 @@ class _Scope:
                 self.stand_ins[function(read)] = sympy.Symbol(name, integer=True)
         return lines
 
-    def segment_lines(self) -> list[str]:
-        """The closed-form ranges."""
+    def range_lines(self) -> list[str]:
+        """The closed-form ranges, narrowed by the tiles' minima and maxima where a segment scans, in their order."""
         lines: list[str] = []
         many = len(self.plan.segments) > 1
         for i, segment in enumerate(self.plan.segments):
-            lines += _segment_lines(segment, self.lowering, self.stand_ins, f"_{i}" if many else "", self.block)
+            tag = f"_{i}" if many else ""
+            lines += _segment_lines(segment, self.lowering, self.stand_ins, tag, self.block)
+            if segment.scan is not None:
+                lines += _scan_lines(
+                    self.plan, segment.scan, self.lowering, self.stand_ins, tag, self.block, self.length
+                )
         return lines + (_order_lines(len(self.plan.segments)) if many else [])
-
-    def scan_lines(self) -> list[str]:
-        """The narrowing of the ranges by the tiles' minima and maxima."""
-        return _scan_lines(self.plan, self.lowering, self.stand_ins, self.block, self.length)
 
 
 def _flush(scope: Lowering, lines: list[str]) -> None:
@@ -155,27 +156,35 @@ def _segment_lines(
 
 
 def _scan_lines(
-    plan: TilePlan, scope: Lowering, stand_ins: dict[Any, sympy.Symbol], block: str, length: str
+    plan: TilePlan,
+    scan: Truth,
+    scope: Lowering,
+    stand_ins: dict[Any, sympy.Symbol],
+    tag: str,
+    block: str,
+    length: str,
 ) -> list[str]:
-    """Narrow the range to the tiles whose block minima and maxima let the mask hold."""
-    assert plan.scan is not None
-    loop: list[str] = ["tile_id = chunk + tl.arange(0, 128)", "known = tile_id < live_end"]
+    """Narrow a range to the tiles whose block minima and maxima let the mask hold."""
+    loop: list[str] = ["tile_id = chunk + tl.arange(0, 128)", f"known = tile_id < live_end{tag}"]
     loop.append(f"tile_lo = tile_id * {block}")
     loop.append(f"tile_hi = tl.minimum(tile_lo + {block}, {length}) - 1")
+    needed = scan.may.atoms(BlockMin, BlockMax) | scan.must.atoms(BlockMin, BlockMax)
     for i, read in enumerate(plan.summaries):
         base = summary_offset(read)
         for op, function in (("min", BlockMin), ("max", BlockMax)):
+            if function(read) not in needed:
+                continue
             loop.append(
                 f"tile_{op}_{i} = tl.load(SUMMARY_{i}_{op.upper()} + {base} * tl.cdiv({length}, {block}) + tile_id, "
                 f"mask=known, other=0)"
             )
             stand_ins[function(read)] = sympy.Symbol(f"tile_{op}_{i}", integer=True)
-    may = scope.emit(plan.scan.may.xreplace(stand_ins), Level.PAIR)
-    must = scope.emit(plan.scan.must.xreplace(stand_ins), Level.PAIR)
-    before = list(scope.outer)
-    scope.outer.clear()
-    loop += scope.body
-    scope.body.clear()
+    inside = scope.branch()  # what one loop computes of its tiles is of no use to the next
+    may = inside.emit(scan.may.xreplace(stand_ins), Level.PAIR)
+    must = inside.emit(scan.must.xreplace(stand_ins), Level.PAIR)
+    before: list[str] = []
+    _flush(scope, before)
+    loop += inside.body
     loop += [
         f"may = known & {may}",
         f"must = known & (tile_lo + {block} <= {length}) & {must}",
@@ -187,19 +196,19 @@ def _scan_lines(
     ]
     return [
         *before,
-        "first_live = live_end",
-        "last_live = live_begin - 1",
-        "first_full = live_end",
-        "last_full = live_begin - 1",
-        "full_count = live_end * 0",
-        "for chunk in range(live_begin, live_end, 128):",
+        f"first_live = live_end{tag}",
+        f"last_live = live_begin{tag} - 1",
+        f"first_full = live_end{tag}",
+        f"last_full = live_begin{tag} - 1",
+        f"full_count = live_end{tag} * 0",
+        f"for chunk in range(live_begin{tag}, live_end{tag}, 128):",
         *(f"    {line}" for line in loop),
-        "live_begin = first_live",
-        "live_end = tl.maximum(last_live + 1, live_begin)",
+        f"live_begin{tag} = first_live",
+        f"live_end{tag} = tl.maximum(last_live + 1, live_begin{tag})",
         "# whole tiles are skipped over as one range, so only an unbroken run of them counts",
         "unbroken = (full_count > 0) & (last_full + 1 - first_full == full_count)",
-        "full_begin = tl.where(unbroken, first_full, live_end)",
-        "full_end = tl.where(unbroken, last_full + 1, live_end)",
+        f"full_begin{tag} = tl.where(unbroken, first_full, live_end{tag})",
+        f"full_end{tag} = tl.where(unbroken, last_full + 1, live_end{tag})",
     ]
 
 

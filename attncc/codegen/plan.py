@@ -269,7 +269,7 @@ class Plan:
         """Can the query heads of a group be rows of one tile? What is made of keys, and the bounds that a scan finds,
         must be the same for all of them."""
         by_head = any(sym.H in dot.right.free_symbols for dot in self.similarity.dots)
-        return not by_head and not (self.over_keys.scan is not None and self.over_keys.by_head)
+        return not by_head and not (self.over_keys.scanned and self.over_keys.by_head)
 
     @cached_property
     def one_loop(self) -> bool:

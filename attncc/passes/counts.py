@@ -115,7 +115,7 @@ def live_tiles(
             live |= inside(live_range, False) & evaluate_over(may, lo, hi).astype(bool)[:, None]
             if full_range is not None:
                 full |= inside(full_range, True) & evaluate_over(must, lo, hi).astype(bool)[:, None]
-        if plan.scan is not None:
+        if plan.scanned:
             live &= (np.cumsum(live, axis=1) - 1) % SCANNED == 0
         full &= live
         return LiveTiles(int(full.sum()), int((live & ~full).sum()), live.size)

@@ -2,7 +2,8 @@
 
 For a block of the outer axis the pairs that the mask shows lie in a few ranges of the inner axis. A mask in indices and
 scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D
-integer inputs (documents, token types) is scanned: the same interval arithmetic, on each block's minimum and maximum.
+integer inputs (documents, token types) is scanned, each term for itself: the same interval arithmetic, on each block's
+minimum and maximum.
 A condition on other inputs along one axis (a gate that is not 0) is scanned as the integer that it comes to, 0 or 1.
 """
 
@@ -51,35 +52,38 @@ class Range:
 @dataclass(frozen=True)
 class Segment:
     """Inner indices that may be visible to some of the block (`live`), and those visible to all of it (`full`, or
-    None)."""
+    None). scan: conditions on one tile's box that narrow both, where they read inputs along the inner axis."""
 
     live: Range
     full: Range | None
     may: sympy.Basic
     must: sympy.Basic
+    scan: Truth | None = None
 
 
 @dataclass(frozen=True)
 class TilePlan:
     """The tiles of one block of the outer axis.
 
-    segments: at most a few ranges, whose union holds every visible pair; scan: conditions on one tile's box, over the
-    block minima and maxima of `summaries` (reads and conditions along the inner axis) and of `outer_reads`; exact: no
-    segment is a mere hull.
+    segments: at most a few ranges, whose union holds every visible pair; what they scan is over the block minima and
+    maxima of `summaries` (reads and conditions along the inner axis) and of `outer_reads`.
     """
 
     inner: sympy.Symbol
     outer: sympy.Symbol
     segments: tuple[Segment, ...]
-    scan: Truth | None
     summaries: tuple[sympy.Expr, ...]
     outer_reads: tuple[sympy.Expr, ...]
+
+    @property
+    def scanned(self) -> bool:
+        """Must tiles be looked at one by one, for what inputs have there?"""
+        return any(s.scan is not None for s in self.segments)
 
     @property
     def by_head(self) -> bool:
         """Do the bounds of a block differ between heads?"""
         exprs = [e for s in self.segments for e in _expressions(s)]
-        exprs += [self.scan.may, self.scan.must] if self.scan else []
         return any({sym.H, sym.H_KV} & e.free_symbols for e in exprs)
 
 
@@ -88,8 +92,10 @@ def tile_plan_of(masks: Sequence[sympy.Basic], inner: sympy.Symbol) -> TilePlan:
     if len(masks) == 1:
         return tile_plan(masks[0], inner)
     plan = tile_plan(sympy.Or(*masks), inner)
-    segments = tuple(replace(s, full=None, must=sympy.false) for s in plan.segments)
-    return replace(plan, segments=segments, scan=plan.scan and Truth(plan.scan.may, sympy.false))
+    segments = (
+        replace(s, full=None, must=sympy.false, scan=s.scan and Truth(s.scan.may, sympy.false)) for s in plan.segments
+    )
+    return replace(plan, segments=tuple(segments))
 
 
 def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
@@ -103,35 +109,30 @@ def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
     else:
         segments = tuple(_segment(term, inner, outer, length, box) for term in terms)
     full_box = {**box, inner: Interval(INNER_LO, INNER_HI)}
-    scan: Truth | None = truth(mask, full_box, _block_bounds(outer, inner), _block_truth(outer, inner))
-    summaries = _reads_along(scan, inner) if scan else ()
-    if not summaries:
-        scan = None  # closed forms say all that interval arithmetic could
-    if scan is not None and len(segments) > 1:
-        segments = (_hull(segments, length),)
+    reads, unknown = _block_bounds(outer, inner), _block_truth(outer, inner)
+    scans = [truth(sympy.And(*term), full_box, reads, unknown) for term in terms or [(mask,)]]
+    # closed forms say all that interval arithmetic could, but of inputs along the inner axis
+    segments = tuple(
+        replace(s, scan=scan if _reads_along([scan], inner) else None) for s, scan in zip(segments, scans, strict=True)
+    )
+    summaries = _reads_along([s.scan for s in segments if s.scan is not None], inner)
     outer_reads: dict[sympy.Expr, None] = {}
-    for expr in [*(e for s in segments for e in _expressions(s)), *((scan.may, scan.must) if scan else ())]:
+    for expr in (e for s in segments for e in _expressions(s)):
         for function in sorted(expr.atoms(BlockMin, BlockMax), key=str):
             if outer in function.args[0].free_symbols:
                 outer_reads.setdefault(function.args[0])
-    return TilePlan(inner, outer, segments, scan, summaries, tuple(outer_reads))
+    return TilePlan(inner, outer, segments, summaries, tuple(outer_reads))
 
 
 def _expressions(segment: Segment) -> list[sympy.Basic]:
     full = [segment.full.lo, segment.full.hi] if segment.full else []
-    return [segment.live.lo, segment.live.hi, *full, segment.may, segment.must]
+    scan = [segment.scan.may, segment.scan.must] if segment.scan else []
+    return [segment.live.lo, segment.live.hi, *full, segment.may, segment.must, *scan]
 
 
-def _hull(segments: tuple[Segment, ...], length: sympy.Expr) -> Segment:
-    lo, hi = segments[0].live.lo, segments[0].live.hi
-    for s in segments[1:]:
-        lo, hi = voc.minimum(lo, s.live.lo), voc.maximum(hi, s.live.hi)
-    return Segment(Range(lo, hi), None, sympy.true, sympy.false)
-
-
-def _reads_along(scan: Truth, axis: sympy.Symbol) -> tuple[sympy.Expr, ...]:
+def _reads_along(scans: Sequence[Truth], axis: sympy.Symbol) -> tuple[sympy.Expr, ...]:
     found: dict[sympy.Expr, None] = {}
-    for expr in (scan.may, scan.must):
+    for expr in (e for scan in scans for e in (scan.may, scan.must)):
         for function in sorted(expr.atoms(BlockMin, BlockMax), key=str):
             if axis in function.args[0].free_symbols:
                 found.setdefault(function.args[0])

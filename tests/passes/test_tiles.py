@@ -118,18 +118,20 @@ class Block:
     def tile(self, lo: int, hi: int, length: int) -> tuple[bool, bool]:
         """Does the plan visit the tile [lo, hi], and does it call it whole?"""
         live = full = False
+        last = min(hi, length - 1)
+        extremes = self._extremes(self.plan.summaries, self.plan.inner, lo, last)
+        box = {INNER_LO.name: lo, INNER_HI.name: last}
         for s in self.plan.segments:
+            here = False
             if self.value(s.may):
-                first, last = max(self.value(s.live.lo), 0), min(self.value(s.live.hi), length - 1)
-                live |= lo <= last and hi >= first and first <= last
-            if s.full is not None and self.value(s.must):
+                first, end = max(self.value(s.live.lo), 0), min(self.value(s.live.hi), length - 1)
+                here = lo <= end and hi >= first and first <= end
+            if s.scan is not None:
+                here = here and bool(self.value(s.scan.may, extremes, **box))
+                full |= here and last == hi and bool(self.value(s.scan.must, extremes, **box))
+            elif s.full is not None and self.value(s.must):
                 full |= max(self.value(s.full.lo), 0) <= lo and hi <= min(self.value(s.full.hi), length - 1)
-        if self.plan.scan is not None:
-            last = min(hi, length - 1)
-            extremes = self._extremes(self.plan.summaries, self.plan.inner, lo, last)
-            box = {INNER_LO.name: lo, INNER_HI.name: last}
-            live &= bool(self.value(self.plan.scan.may, extremes, **box))
-            full |= last == hi and bool(self.value(self.plan.scan.must, extremes, **box))
+            live |= here
         return live, live and full
 
 
@@ -172,6 +174,18 @@ def test_documents_in_order_skip_what_they_do_not_share():
     tiles = [Block(plan, env, q, q + 3).tile(k, k + 3, 24) for q in range(0, 24, 4) for k in range(0, 24, 4)]
     assert sum(live for live, _ in tiles) == 9
     assert sum(full for _, full in tiles) == 3
+
+
+def test_each_term_of_a_mask_has_its_own_range():
+    """Documents that see a prefix and themselves: nothing of what lies between."""
+    graph = ac.variants.get("parallel_context").graph
+    plan = tile_plan(graph["mask"].expr, sym.KV_IDX)
+    env = environment(32, 32, 0, 0) | {"segment": np.repeat(np.arange(4), 8)[None], "query": np.array([9])}
+    tiles = [[Block(plan, env, q, q + 3).tile(k, k + 3, 32) for k in range(0, 32, 4)] for q in range(0, 32, 4)]
+    assert [[k for k, (live, _) in enumerate(row) if live] for row in tiles] == [
+        *([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 6], [0, 1, 6, 7]),
+    ]
+    assert [sum(full for _, full in row) for row in tiles] == [0, 1, 2, 3, 2, 3, 2, 3]
 
 
 READLESS = [name for name in EXACT if name not in ("prefix by batch", "padding and window", "open gates")]
