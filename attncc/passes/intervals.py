@@ -45,14 +45,15 @@ def interval(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
             return None
         return Interval(sympy.Add(*(p.lo for p in parts if p)), sympy.Add(*(p.hi for p in parts if p)))
     if expr.is_Mul:
-        number, rest = expr.as_coeff_Mul()
-        if number == 1:
+        fixed = sympy.Mul(*(f for f in expr.args if not f.free_symbols & set(box)))
+        rest = expr / fixed
+        if rest == expr or not (fixed.is_positive or fixed.is_negative):
             return None
         inner = interval(rest, box, reads)
         if inner is None:
             return None
-        lo, hi = number * inner.lo, number * inner.hi
-        return Interval(lo, hi) if number > 0 else Interval(hi, lo)
+        lo, hi = fixed * inner.lo, fixed * inner.hi
+        return Interval(lo, hi) if fixed.is_positive else Interval(hi, lo)
     if isinstance(expr, voc.floordiv | voc.mod):
         inner = interval(expr.args[0], box, reads)
         divisor = expr.args[1]

@@ -211,23 +211,40 @@ def _segment(
             may.append(known.may)
             must.append(known.must)
             continue
-        solved = solve(atom, inner)
+        positive = _divisors(atom)
+        solved = solve(atom.xreplace(positive), inner)
         if solved is None:
             whole = False
             continue
+        back = {dummy: divisor for divisor, dummy in positive.items()}
+        given = sympy.And(*(divisor > 0 for divisor in positive))
+        must.append(given)
         for side, bound in solved:
             b = interval(bound, box, reads)
             if b is None:
                 whole = False
-            elif side == "lo":
-                live_lo.append(b.lo)
-                full_lo.append(b.hi)
+                continue
+            lo, hi = b.lo.xreplace(back), b.hi.xreplace(back)
+            if side == "lo":
+                live_lo.append(_where(given, lo, sympy.S.Zero))
+                full_lo.append(hi)
             else:
-                live_hi.append(b.hi)
-                full_hi.append(b.lo)
+                live_hi.append(_where(given, hi, length - 1))
+                full_hi.append(lo)
     live = Range(_fold(voc.maximum, live_lo, sympy.S.Zero), _fold(voc.minimum, live_hi, length - 1))
     full = Range(_fold(voc.maximum, full_lo[1:], sympy.S.Zero), _fold(voc.minimum, full_hi[1:], length - 1))
     return Segment(live, full if whole else None, sympy.And(*may), sympy.And(*must))
+
+
+def _divisors(atom: sympy.Basic) -> dict[sympy.Symbol, sympy.Dummy]:
+    """The divisors in a condition that are symbols of unknown sign, such as a call's scalars, each with one that is
+    positive: what follows from those holds where the divisor is positive."""
+    divisors = {f.args[1] for f in atom.atoms(voc.floordiv) if f.args[1].is_Symbol and not f.args[1].is_positive}
+    return {d: sympy.Dummy(d.name, integer=True, positive=True) for d in sorted(divisors, key=str)}
+
+
+def _where(given: sympy.Basic, bound: sympy.Expr, otherwise: sympy.Expr) -> sympy.Expr:
+    return bound if given is sympy.true else voc.where(given, bound, otherwise)
 
 
 def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr) -> sympy.Expr:
@@ -275,7 +292,7 @@ def _solve_le(difference: sympy.Expr, inner: sympy.Symbol) -> list[tuple[str, sy
     else:
         side, bound = "lo", -voc.floordiv(-rest, divisor)  # the ceiling of rest / divisor
     while core != inner:
-        if isinstance(core, voc.floordiv) and core.args[1].is_Integer and core.args[1] > 0:
+        if isinstance(core, voc.floordiv) and core.args[1].is_positive and inner not in core.args[1].free_symbols:
             block = core.args[1]
             bound = block * bound + (block - 1 if side == "hi" else 0)
             inside = sympy.expand(core.args[0])

@@ -48,6 +48,8 @@ EXACT = {
 }
 SOUND = {
     "block diagonal": ac.block_diagonal(5),
+    "few keys each": lambda q_idx, kv_idx, size: kv_idx // size == q_idx,
+    "few keys a block": lambda q_idx, kv_idx, size: (kv_idx + 1) // size <= q_idx // 3,
     "causal blocks": lambda q_idx, kv_idx: kv_idx // 4 <= q_idx // 4,
     "blocks of two sizes": lambda q_idx, kv_idx: (kv_idx + 1) // 3 < (q_idx + 2) // 5,
     "dilated": ac.dilated(3) & ac.causal,
@@ -66,9 +68,11 @@ SOUND = {
     "as many": lambda b, h, q_idx, kv_idx, gate: gate[b, 0, kv_idx] == gate[b, h, q_idx],
 }
 DOC = {"doc": ac.Input("b", "kv_idx", dtype="int")}
+SIZE = {"size": ac.Scalar(2)}
 GATE = {"gate": ac.Input("b", "h", "q_idx")}
 INPUTS = {
     "types of tokens": DOC,
+    **dict.fromkeys(("few keys each", "few keys a block"), SIZE),
     **dict.fromkeys(("open gates", "causal and open", "keys or queries", "as many"), GATE),
 }
 MASKS = EXACT | SOUND
@@ -95,6 +99,7 @@ def environment(q_len: int, kv_len: int, b: int, h: int) -> dict[str, Any]:
         "doc": doc,
         "lengths": lengths,
         "gate": gate,
+        "size": 2,
     }
 
 
@@ -186,6 +191,18 @@ def test_each_term_of_a_mask_has_its_own_range():
         *([0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 6], [0, 1, 6, 7]),
     ]
     assert [sum(full for _, full in row) for row in tiles] == [0, 1, 2, 3, 2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("inner", [sym.KV_IDX, sym.Q_IDX], ids=str)
+@pytest.mark.parametrize("size", [-3, -1, 1, 3])
+def test_a_divisor_of_any_sign(size, inner):
+    mask = graph_of("few keys each")["mask"].expr
+    plan = tile_plan(mask, inner)
+    env = environment(13, 29, 0, 0) | {"size": size}
+    compare(mask, plan, env, (4, 3), exact=False)
+    if size > 0:
+        tiles = [Block(plan, env, i, i + 3).tile(j, j + 3, 29) for i in range(0, 13, 4) for j in range(0, 29, 4)]
+        assert sum(live for live, _ in tiles) <= 8  # of 32
 
 
 READLESS = [name for name in EXACT if name not in ("prefix by batch", "padding and window", "open gates")]
