@@ -43,7 +43,8 @@ class Type:
         return self.name
 
 
-TYPES = {name: Type(name, getattr(torch, name)) for name in ("float16", "bfloat16", "float32", "int8", "int32", "int64")}
+_TYPES = ("float16", "bfloat16", "float32", "int8", "int32", "int64")
+TYPES = {name: Type(name, getattr(torch, name)) for name in _TYPES}
 _OF = {t.torch: t for t in TYPES.values()} | {torch.bool: Type("int1", torch.bool)}
 
 
