@@ -1,0 +1,39 @@
+"""NVIDIA's compute-sanitizer over one small call of each family of kernels: accesses outside of what was allocated, and
+hazards in shared memory. It comes with the CUDA toolkit; without it the tests are skipped."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.kernels import FAMILIES
+
+ROOT = Path(__file__).parents[2]
+TOOL = shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
+SECONDS = 300
+#: racecheck does not know TMA, nor that a barrier in shared memory orders what it signals
+RACED = [name for name, family in FAMILIES.items() if not family.hopper]
+
+
+def sanitized(tool, names):
+    """What the tool says, and how many errors it counts."""
+    # a tensor is an allocation of its own: the tool knows those of the driver
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [TOOL, "--tool", tool, sys.executable, "-m", "tests.gpu.kernels", *names]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    said = done.stdout + done.stderr
+    counted = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", said)
+    assert counted, said[-3000:]
+    assert all(f"{name}: out" in said for name in names), said[-3000:]
+    return said, int(counted[1])
+
+
+@pytest.mark.skipif(TOOL is None, reason="no compute-sanitizer here")
+@pytest.mark.parametrize(("tool", "names"), [("memcheck", list(FAMILIES)), ("racecheck", RACED)])
+def test_nothing_is_found(tool, names):
+    said, errors = sanitized(tool, names)
+    assert not errors, said[-6000:]
