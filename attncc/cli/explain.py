@@ -30,6 +30,7 @@ from attncc.cli.options import (
 )
 from attncc.cli.output import out, print_json
 from attncc.cli.roofline import draw, lines
+from attncc.cli.sizes import text_of as text_of_sizes
 from attncc.cli.spec import resolve
 from attncc.errors import InputError
 
@@ -95,7 +96,9 @@ def command(
     points: tuple[Point, ...] = ()
     if roofline is not None:
         problem, points = _points(plan, sizes, dtype, device, values, asked)
-        draw(points, problem, device, f"{graph.name} on {device.title}", roofline)
+        draw(
+            points, problem, device, f"{graph.name}  {text_of_sizes(sizes)} {dtype.value}  on {device.title}", roofline
+        )
     if json:
         print_json(found | ({"roofline": [p.to_json() for p in points]} if points else {}))
         return

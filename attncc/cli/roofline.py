@@ -48,12 +48,15 @@ def draw(points: Sequence[Point], problem: Problem, device: Device, title: str, 
         _roof(axis, points, problem, device)
         for p in points:
             _mark(axis, p)
-        axis.set(xscale="log", yscale="log", title=title)
+        axis.set(xscale="log", yscale="log")
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("matmul operations a byte of memory", color=INK)
         axis.set_ylabel("TFLOP/s", color=INK)
         axis.tick_params(colors=INK, which="both")
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(_few_numbers(axis.get_ylim()))
+        for name, spine in axis.spines.items():
+            spine.set(color=INK, visible=name in ("left", "bottom"))
         axis.legend(frameon=False, fontsize=9)
         try:
             figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
@@ -74,8 +77,18 @@ def _roof(axis: Any, points: Sequence[Point], problem: Problem, device: Device) 
     xs = [low, corner, high]
     axis.plot(xs, [roof_at(x, problem, device) for x in xs], color=INK, linewidth=1.5)
     axis.annotate(f"{peak:.0f} TFLOP/s, {problem.dtype}", (high, peak), ha="right", va="bottom", fontsize=9)
-    slope = f"{device.dram_gbps / 1e3:.2f} TB/s"
-    axis.annotate(slope, (low, roof_at(low, problem, device)), ha="left", va="bottom", fontsize=9)
+    middle = (low * corner) ** 0.5
+    slope, at = f"{device.dram_gbps / 1e3:.2f} TB/s", (middle, roof_at(middle, problem, device))
+    axis.annotate(slope, at, xytext=(8, -4), textcoords="offset points", ha="left", va="top", fontsize=9)
+
+
+def _few_numbers(limits: tuple[float, float]) -> Any:
+    """Between powers of ten 2 and 5 are written out, where the axis has few powers of its own."""
+
+    def text(value: float, _: int) -> str:
+        return f"{value:g}" if limits[1] < 20 * limits[0] and f"{value:.0e}"[0] in "25" else ""
+
+    return text
 
 
 def _mark(axis: Any, p: Point) -> None:
@@ -88,4 +101,4 @@ def _mark(axis: Any, p: Point) -> None:
     for unit, rate in p.ceilings.items():
         if unit in ("sfu", "alu") and rate < p.roof:
             axis.plot([p.intensity / 1.3, p.intensity * 1.3], [rate] * 2, color=colour, linewidth=1)
-            axis.annotate(unit, (p.intensity * 1.32, rate), fontsize=8, va="center", color=colour)
+            axis.annotate(unit, (p.intensity / 1.35, rate), fontsize=8, ha="right", va="center", color=colour)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from attncc.errors import InputError
 
@@ -18,6 +18,16 @@ def shapes(texts: Sequence[str], defaults: dict[str, int]) -> list[dict[str, int
     wide as q. InputError for a text of another form.
     """
     return [_sizes(part, defaults) for text in texts for part in text.split(",") if part.strip()]
+
+
+def text_of(sizes: Mapping[str, int]) -> str:
+    """Sizes by their names in a formula as a command line writes them."""
+
+    def pair(one: str, other: str) -> str:
+        return f"{sizes[one]}" if sizes[one] == sizes[other] else f"{sizes[one]}/{sizes[other]}"
+
+    heads, dims = pair("h", "h_kv"), pair("d_qk", "d_v")
+    return f"B{sizes['b']} H{heads} M{sizes['q_idx']} N{sizes['kv_idx']} D{dims}"
 
 
 def _sizes(text: str, defaults: dict[str, int]) -> dict[str, int]:

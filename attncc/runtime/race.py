@@ -130,7 +130,7 @@ def race(
         def merged(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
             every = [*trials, *(t for entry, t in _known(stored, head).items() if entry not in own)]
             value = {"kind": "schedule", "schedule": beside.best(every).to_json(), "what": what, **head}
-            return {**value, "trials": [t.to_json() for t in every]}
+            return {**value, "us": beside.times(every), "trials": [t.to_json() for t in every]}
 
         if any(t.us is not None for t in trials):  # what never won is not what calls should use
             cache.update(key, merged)

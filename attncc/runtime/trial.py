@@ -83,6 +83,13 @@ class Beside:
             known.append((us, of_dkdv.schedule, of_dq.schedule))
         return min(known, key=lambda entry: entry[0], default=None)
 
+    def times(self, trials: Iterable[Trial]) -> dict[str, float]:
+        """Microseconds of the fastest "forward" and the fastest "backward", as far as they are known."""
+        trials = tuple(trials)
+        forward, backward = fastest(trials, "forward"), self.backward(trials)
+        found = {} if forward is None else {"forward": cast(float, forward.us)}
+        return found if backward is None else {**found, "backward": backward[0]}
+
     def to_json(self) -> Mapping[str, Any]:
         """What times of the backward's kernels depend on, for the cache."""
         return {"dkdv": self.apart.to_json(), "dq": self.base.dq.to_json(), "first": self.base.dkdv.to_json()}

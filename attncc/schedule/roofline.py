@@ -7,7 +7,7 @@ cores sets a ceiling too: the rate at which the matmuls would run if that unit a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,13 +111,12 @@ def measured(schedule: Schedule, problem: Problem, device: Device, cache: Cache)
     value = cache.get(schedule_key(problem, device))
     if value is None or value.get("sizes") != sizes_of(problem):
         return ()
-    times = _times(value, schedule)
+    times, won = value.get("us", {}), value.get("schedule", {})
     found = []
-    if "forward" in times:
+    if "forward" in times and won.get("forward") == schedule.forward.to_json():
         found.append(at_forward(times["forward"], schedule, problem, device))
-    backward = [times[kernel] for kernel in BACKWARD if kernel in times]
-    if backward:  # each of the two was timed with all of the backward
-        found.append(at_backward(min(backward), schedule, problem, device))
+    if "backward" in times and all(won.get(kernel) == schedule.of(kernel).to_json() for kernel in BACKWARD):
+        found.append(at_backward(times["backward"], schedule, problem, device))
     return tuple(found)
 
 
@@ -129,12 +128,6 @@ def at_forward(us: float, schedule: Schedule, problem: Problem, device: Device) 
 def at_backward(us: float, schedule: Schedule, problem: Problem, device: Device) -> Point:
     """A backward that was measured as a whole."""
     return _point("backward", "measured", us, backward_work(schedule.dkdv, problem), problem, device, {})
-
-
-def _times(value: Mapping[str, Any], schedule: Schedule) -> dict[str, float]:
-    trials = value.get("trials", [])
-    wanted = {kernel: schedule.of(kernel).to_json() for kernel in ("forward", *BACKWARD)}
-    return {t["kernel"]: t["us"] for t in trials if t["us"] is not None and wanted.get(t["kernel"]) == t["schedule"]}
 
 
 def _point(

@@ -171,6 +171,7 @@ def test_a_kernel_of_the_backward_wins_by_its_own_time_not_by_that_of_the_other(
         lanes = ([ks for ks in stick.lanes[part] if ks.backend == "triton"] for part in ("dkdv", "dq"))
         assert (result.schedule.dkdv, result.schedule.dq) == tuple(lane[2] for lane in lanes)
     assert choose(problem, DEVICE, Cache()) == result.schedule
+    assert Cache().get(schedule_key(problem, DEVICE))["us"] == {"forward": 50.0, "backward": result.backward_us}
 
 
 def test_a_backward_in_one_kernel_needs_no_dq(problem):

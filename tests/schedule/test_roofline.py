@@ -54,11 +54,8 @@ def test_no_prediction_is_above_the_roof(length):
 
 def test_what_a_race_measured_is_a_point_beside(tmp_path):
     cache, schedule = Cache(tmp_path), Schedule(TILE, TILE, TILE, "tuned", pair=TILE)
-    trials = [
-        {"kernel": kernel, "schedule": TILE.to_json(), "us": us, "failure": ""}
-        for kernel, us in (("forward", 100.0), ("dkdv", 300.0), ("dq", 280.0))
-    ]
-    value = {"kind": "schedule", "schedule": schedule.to_json(), "sizes": sizes_of(WORK), "trials": trials}
+    us = {"forward": 100.0, "backward": 280.0}
+    value = {"kind": "schedule", "schedule": schedule.to_json(), "sizes": sizes_of(WORK), "us": us}
     cache.put(schedule_key(WORK, H100), value)
     forward, backward = measured(schedule, WORK, H100, cache)
     assert forward.tflops == pytest.approx(work_of("forward", TILE, WORK).flops / 100 / 1e6)
