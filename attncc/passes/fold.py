@@ -96,8 +96,10 @@ def per_ln2(expr: sympy.Expr) -> sympy.Expr:
     if isinstance(expr, voc.where):
         return voc.where(expr.args[0], per_ln2(expr.args[1]), per_ln2(expr.args[2]))
     if expr.is_Mul and LN2 not in expr.args:
+        # A running maximum must be in one unit wherever it is read: a maximum turned back is rounded, and the factor
+        # between two equal ones would not be 1.
         for i, f in enumerate(expr.args):
-            if isinstance(f, voc.absolute | voc.relu) and f.has(LN2):
+            if isinstance(f, voc.maximum | voc.minimum | voc.where | voc.absolute | voc.relu) and f.has(LN2):
                 return sympy.Mul(*expr.args[:i], per_ln2(f), *expr.args[i + 1 :])
     return expr / LN2
 

@@ -13,7 +13,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.vocabulary import absolute, maximum, sign, where
 from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, nested, per_ln2, signed
 from attncc.passes.similarity import similarity
-from attncc.passes.stream import stream
+from attncc.passes.stream import renamed, stream
 from attncc.runtime.evaluate import evaluate
 from attncc.runtime.samples import Shape, sample_inputs
 
@@ -66,6 +66,16 @@ def test_terms_keep_their_value_in_the_new_unit(name):
             known[step.root.symbol.name] = -some
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tile_that_raises_no_maximum_rescales_by_1(name):
+    """By exactly 1: a long row has thousands of such tiles, and a factor of 1 + 1e-7 each would add up."""
+    online, found, _ = folded(name)
+    for step in (*online.before, online):
+        same = {renamed(m): m for m in step.max_symbols}
+        for running in (*step.sums, *([online.numerator] if step is online else [])):
+            assert found.apply_online(running.rescale, step.max_symbols).xreplace(same) in (1, exp2(0))
+
+
 def test_the_scale_and_the_constant_become_one_factor():
     graph = ac.Variant().graph
     found = fold(graph, stream(graph))
@@ -107,6 +117,7 @@ def test_the_constant_leaves_where_it_can():
     assert lower_exp(sympy.exp(LN2 * X - LN2 * Y)) == exp2(X - Y)
     assert per_ln2(LN2 * absolute(X)) == absolute(X)
     assert per_ln2(maximum(LN2 * X, LN2 * Y)) == maximum(X, Y)
+    assert lower_exp(sympy.exp(LN2 * X - maximum(LN2 * Y, 0))) == exp2(X - maximum(Y, 0))
     assert lower_exp(X + 1) == X + 1
 
 
