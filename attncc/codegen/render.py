@@ -119,6 +119,8 @@ def render(
     else:
         f = decode_slots(plan, qk_chunks) if forward_in == "decode" else forward_slots(plan, qk_chunks)
     helpers, in_warps = set(f["helpers"]), set(f["helpers"]) if hopper else set()
+    if not hopper:
+        helpers.add("_add_product")
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"], f.get("packed", False))
     forward = {"triton": "forward", "gluon": "hopper_forward", "decode": "decode"}[forward_in]
     context["forward_host"] = f"{forward}_host.py.j2"

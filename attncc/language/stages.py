@@ -196,8 +196,10 @@ def cannot_name(name: str) -> SpecError | None:
     """Why `name` can name no input and no scalar, or None where it can."""
     if name in _RESERVED or name in functions.TABLE:
         return SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
-    if not name.isidentifier() or keyword.iskeyword(name) or re.fullmatch(_STAGE_NAME, name):
-        return SpecError(f"'{name}' cannot name an input", remedy="use an identifier that no stage defines")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        return SpecError(f"'{name}' cannot name an input", remedy="use an identifier: letters, digits and underscores")
+    if re.fullmatch(_STAGE_NAME, name):
+        return SpecError(f"the input name '{name}' is one that derived formulas use", remedy="rename the input")
     return None
 
 

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 
 import attncc as ac
+from attncc.codegen import crosscompile
 from attncc.codegen.crosscompile import cross_compile, kernel_names
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
@@ -75,6 +76,19 @@ def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
         assert fact.binary.startswith(b"\x7fELF")
         assert fact.kind == ("amdgcn" if device.backend == "hip" else "ptx")
         assert f".target {target}" in fact.ptx if device.backend == "cuda" else target in fact.ptx
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [("fp32", True), ("bf16", False)])
+def test_a_product_in_float32_is_summed_before_it_is_added(monkeypatch, dtype, apart):
+    """The compiler would add to the total key by key, and rounding would grow with the keys."""
+    monkeypatch.setattr(crosscompile, "resources", lambda name, result, device: result.asm["ttir"])
+    _, module = generated(64)
+    tiling = KernelSchedule(32, 16, 4, 2)
+    schedule, only = Schedule(tiling, tiling, tiling), ("forward_kernel",)
+    text = cross_compile(module, GRAPH, schedule, device_for("sm_90"), dtype, only=only)["forward_kernel"]
+    products = [line.split("tt.dot")[1] for line in text.splitlines() if "tt.dot " in line]
+    assert any("%acc" in line for line in products) == (not apart)
+    assert any("maxNumImpreciseAcc" in line for line in products) == apart
 
 
 def test_a_sweep_of_the_backward_compiles_beside_kernels_with_descriptors():
