@@ -28,6 +28,7 @@ from attncc.passes.differentiate import PairCotangents
 from attncc.resources import fingerprint
 from attncc.runtime import interpreter
 from attncc.runtime.launch import Launcher, collect, ghost, watched
+from attncc.runtime.recordings import Recordings, capturing, keep
 from attncc.runtime.replay import Recording, key_of, record
 from attncc.runtime.shapes import Bound, bind
 from attncc.schedule import decode
@@ -91,9 +92,9 @@ class Engine:
         self._modules: dict[tuple[int, int, bool, Form, int, int, Backend, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
         self._routes: dict[Any, Route] = {}
-        self._recordings: dict[Any, Recording] = {}  # of backwards
+        self._recordings = Recordings(at_once=True)  # of backwards, whose kernels compile while the forward runs
         self._seen: dict[Any, None] = {}  # kinds of calls that came once
-        self._opaque: set[Any] = set()  # kinds that cannot be replayed
+        self._opaque: set[Any] = set()  # forwards that cannot be replayed
         self._warmed: set[Any] = set()
         self._lock = threading.RLock()
 
@@ -352,18 +353,10 @@ class Engine:
             own[" dlse"] = dlse
         precision = self.precision() if q.dtype == torch.float32 else None
         key = (key_of(q, k, v, bound.scale, {**own, **bound.scalars}), precision, wanted, self.ordered())
-        if not q.is_cuda or key in self._opaque:
-            return self.backward(bound, q, k, v, out, saved, dout, dlse, wanted)
-        given = [q, k, v, *own.values()]
-        found = self._recordings.get(key)
-        if found is not None and not watched():
-            return found.play(given)
-        results, recording = record(lambda: self.backward(bound, q, k, v, out, saved, dout, dlse, wanted), given, [])
-        if recording is None:
-            self._opaque.add(key)
-        elif not capturing() and not watched():
-            keep(self._recordings, key, recording)
-        return results
+        call = (bound, q, k, v, out, saved, dout, dlse, wanted)
+        if not q.is_cuda:
+            return self.backward(*call)
+        return self._recordings.run(key, lambda: self.backward(*call), [q, k, v, *own.values()])
 
     def backward(
         self,
@@ -397,17 +390,6 @@ def scheduled_sizes(sizes: Mapping[str, int]) -> Mapping[str, int]:
     return {**sizes, "kv_idx": decode.rounded_keys(sizes["q_idx"], sizes["kv_idx"])}
 
 
-#: kinds of calls that an engine remembers; beyond them it forgets the oldest
-REMEMBERED = 1024
-
-
-def keep(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Remember how a kind of call is replayed."""
-    while len(known) >= REMEMBERED:
-        known.pop(next(iter(known)), None)
-    known[key] = value
-
-
 def load_module(source: str, name: str, interpreted: bool, cache: Cache) -> ModuleType:
     """A generated module, for the compiler, whose binaries lie in `cache`, or for the interpreter."""
     if interpreted:
@@ -426,11 +408,6 @@ def _fits_boxes(x: Tensor) -> bool:
         n == 1 or (s > 0 and s * x.element_size() % 16 == 0) for n, s in zip(x.shape[:-1], x.stride(), strict=False)
     )
     return steps and x.data_ptr() % 16 == 0 and x.numel() > 0
-
-
-def capturing() -> bool:
-    """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
-    return torch.cuda.is_current_stream_capturing()
 
 
 def on_device(device: torch.device) -> Any:

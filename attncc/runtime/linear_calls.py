@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attncc.runtime.engine import keep
 from attncc.runtime.first_order import first_order
 from attncc.runtime.launch import ghost
 from attncc.runtime.linear_engine import LinearEngine
-from attncc.runtime.recordings import Recordings
+from attncc.runtime.recordings import Recordings, keep
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from attncc.ir.outputs import Output
 from attncc.passes.cotangents import Cotangents, cotangents, place_of, with_places
 from attncc.passes.outputs import final_weight, named
 from attncc.runtime.cells import finish
-from attncc.runtime.engine import Engine, capturing, load_module, on_device
-from attncc.runtime.launch import watched
-from attncc.runtime.replay import Recording, key_of, record
+from attncc.runtime.engine import Engine, load_module, on_device
+from attncc.runtime.recordings import Recordings
+from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound
 from attncc.schedule.light import light_tilings
 
@@ -35,8 +35,7 @@ class LightPasses:
         self.weight = final_weight(graph)
         self.saved = saved_rows(self.plan, self.weight)
         self.names = tuple(entry.name for entry in named(graph.outputs))
-        self._recordings: dict[Any, Recording] = {}
-        self._opaque: set[Any] = set()  # kinds of calls that cannot be replayed
+        self._recordings = Recordings(at_once=True)
         self._modules: dict[tuple[int, bool], ModuleType] = {}
         self._lock = threading.RLock()
 
@@ -51,17 +50,10 @@ class LightPasses:
         scalars = {s.name: bound.scalars[s.name] for s in self.graph.scalars}
         given = [q, k, v, *tensors.values()]
         key = (key_of(q, k, v, bound.scale, {**tensors, **scalars}), self.core.precision())
-        recording = self._recordings.get(key)
-        if not q.is_cuda or watched() or key in self._opaque:
-            results = self._run(bound, q, k, v, rows)
-        elif recording is not None:
-            results = recording.play(given)
+        if q.is_cuda:
+            results = self._recordings.run(key, lambda: self._run(bound, q, k, v, rows), given)
         else:
-            results, recording = record(lambda: self._run(bound, q, k, v, rows), given, [])
-            if recording is None:
-                self._opaque.add(key)
-            elif not capturing():
-                self._recordings[key] = recording
+            results = self._run(bound, q, k, v, rows)
         return dict(zip(self.names, results, strict=True))
 
     def _run(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

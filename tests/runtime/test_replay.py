@@ -9,7 +9,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 import attncc as ac
-from attncc.runtime import launch, replay
+from attncc.runtime import launch, recordings, replay
 from attncc.runtime.launch import Launcher
 from attncc.runtime.specialize import signature
 from attncc.schedule.cache import Cache
@@ -101,6 +101,32 @@ def test_a_replay_fills_in_the_tensors_of_its_own_call(kernel, tmp_path, gpu):
         assert seen == [out.data_ptr(), dout.data_ptr(), delta.data_ptr(), delta.data_ptr()]
         assert torch.equal(delta.flatten()[:16], first(out))
     assert len(FakeFunction.calls) == 4
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_kind_is_recorded_once_and_then_replayed(kernel, tmp_path, gpu, monkeypatch, at_once):
+    monkeypatch.setattr(recordings, "capturing", lambda: False)
+    launcher, kinds, called = Launcher("digest", Cache(tmp_path)), recordings.Recordings(at_once), []
+    for kind in ("short", "short", "short", "other"):
+        out, dout, *_ = arguments()
+
+        def call(out=out, dout=dout):
+            called.append(kind)  # noqa: B023
+            return host(launcher, kernel, out, dout)
+
+        (delta,) = kinds.run(kind, call, [out, dout])
+        assert torch.equal(delta.flatten()[:16], first(out))
+    assert called == (["short", "other"] if at_once else ["short", "short", "other"])
+    assert len(kinds) == (2 if at_once else 1)
+
+
+def test_a_kind_that_depends_on_values_is_called_each_time(gpu, monkeypatch):
+    monkeypatch.setattr(recordings, "capturing", lambda: False)
+    kinds = recordings.Recordings(at_once=True)
+    for count in (3, 5):
+        x = torch.arange(8.0)
+        assert kinds.run("kind", lambda x=x, n=count: (x[x < n].clone(),), [x])[0].numel() == count
+    assert len(kinds) == 0
 
 
 FINISHES = {
