@@ -130,6 +130,8 @@ def _compile(
             values[(i,)] = True if p.startswith("WANT_") else constants[p]
         elif p in scalars:
             signature[p] = scalars[p]
+        elif p.startswith("SUMS_DESC_"):
+            signature[p] = _box((2 * int(p.removeprefix("SUMS_DESC_")), 32), "fp32")
         elif "_DESC_" in p:
             signature[p] = _descriptor(p, name, tiling, dtype)
         elif p == "ROWS_DESC":
@@ -189,7 +191,7 @@ def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
     rows = tiling.block_m if of_queries and kernel == "dkdv_kernel" else tiling.block_n
     if tensor in ("DQ", "DK", "DV") or (of_queries and kernel != "dkdv_kernel"):
         rows = hopper.ROWS
-    return _box((1, 1, rows, int(columns)), "fp32" if (tensor, kernel) == ("DQ", "dkdv_kernel") else dtype)
+    return _box((1, 1, rows, int(columns)), dtype)
 
 
 def _box(shape: tuple[int, ...], dtype: Dtype) -> str:

@@ -88,6 +88,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         arguments=arguments,
         wanted=wanted,
         loads=[n for n in arguments if n in loads],
+        adds=[n for n in arguments if n in loads or n == "q_len"],
         grads=[n for n in arguments if n in grads or n in pointers],
         **tile_slots(bounds),
         wants_q_idx=wants_q_idx,
@@ -99,11 +100,12 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     return slots
 
 
-def finish_slots(plan: Plan) -> dict[str, Any]:
-    """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton."""
+def finish_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
+    """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, and the pieces they come in."""
     lowering = Lowering(plan.core, base_leaves(plan, {}))
     scale = lowering.emit(plan.backward.dqk_scale)
-    return {"lines": [*lowering.outer, *lowering.body], "scale": scale, "helpers": lowering.helpers}
+    lines = [*lowering.outer, *lowering.body]
+    return {"lines": lines, "scale": scale, "helpers": lowering.helpers, "pieces": pieces(chunks(d_qk), NARROW)}
 
 
 def by_row(plan: Plan) -> list[str]:

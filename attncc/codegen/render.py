@@ -166,7 +166,7 @@ def render(
                 bounds += _bounds(plan, "dq", plan.over_keys, last["bounds"])
                 kernels.append(("hopper_dq.py.j2", {"f": last}))
             else:
-                last = finish_slots(plan)
+                last = finish_slots(plan, d_qk)
                 kernels.append(("hopper_finish.py.j2", {"f": last}))
             helpers |= last["helpers"]
         else:

@@ -61,6 +61,12 @@ class Block:
     def to(self, kind: Type) -> Block:
         return Block(self.v.to(kind.torch))
 
+    def reshape(self, shape: Sequence[int]) -> Block:
+        return Block(self.v.reshape(*shape))
+
+    def permute(self, order: Sequence[int]) -> Block:
+        return Block(self.v.permute(*order))
+
     def __getitem__(self, index: Any) -> Block:
         return Block(self.v[index])
 
