@@ -93,6 +93,7 @@ class Run:
     [
         ("causal", GROUPED),
         ("causal", Shape(1, 1, 1, 100, 130, 128, 80)),
+        ("causal", Shape(1, 2, 1, 100, 130, 72, 40, strided=True)),
         ("full", STRIDED),
         ("alibi", GROUPED),
         ("softcap", STRIDED),
@@ -200,6 +201,7 @@ def test_integers_of_any_width_are_read_a_key(kind):
         ("mbarrier.wait(dq_empty.index(consumer), count & 1)", "pass"),
         ("mbarrier.wait(q_empty.index(stage), (count // STAGES + 1) & 1)", "pass"),
         ("            tma.store_wait(1)\n", ""),
+        ("mbarrier.wait(keys_read.index(0), 0)", "pass"),
         # the asynchronous units see what threads wrote
         ("fence_async_shared()\n                mbarrier.arrive(ds_full", "mbarrier.arrive(ds_full"),
         # barriers count
