@@ -2,8 +2,8 @@
 
 Two kinds of files: those of the regret suite, whole directions of an op with both backends in the race, and those of
 the sweep suite, single kernels of the Triton backend with every tiling. To fit the model again after a template or a
-compiler has changed: measure; then change the constants at the top of attncc/schedule/cost.py, registers.py, hopper.py
-and hopper_backward.py until this table is low.
+compiler has changed: measure; then change `schedules/model.toml`, and the estimate of registers in
+attncc/schedule/registers.py, until this table is low.
 """
 
 from __future__ import annotations

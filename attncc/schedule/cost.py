@@ -4,8 +4,8 @@ One SM is the unit. For every tile the model counts what each of its units has t
 overlap; the tiles of all programs are then spread over the SMs. It is a model for ranking: its absolute times are those
 of a kernel at the clock of the device file that never waits for anything not counted here.
 
-The constants that no data sheet gives were fitted to kernels measured on an H100 (bf16, head dimensions 64, 128, 256;
-the sweeps in `bench/results`), so that first choices are the tilings that were the fastest: `python -m bench regret`.
+What a GPU can do is in `schedules/devices`, what was fitted to kernels that were measured in `schedules/model.toml`;
+what a variant does is counted in its stages.
 """
 
 from __future__ import annotations
@@ -28,55 +28,18 @@ from attncc.schedule.memory import (
     tiling,
     warp_grid,
 )
+from attncc.schedule.model import model
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
 _LIMITS: tuple[Limit, ...] = ("tensor", "sfu", "alu", "memory", "launch")
 
-SMEM_BYTES_PER_CLK = 128
-# What an SM gets from the level-two cache when all of them read.
-L2_BYTES_PER_CLK_SM = 47
-# Clocks from a load to its data while every SM loads, and the share of them that a pipeline of so many stages leaves
-# unhidden.
-LOAD_LATENCY = 500
-UNHIDDEN = {1: 1.0, 2: 0.6, 3: 0.004, 4: 0.0012}
-# Clocks of a tile in which a warp issues no work: waits of a matmul for its operands and for its result.
-MATMUL_GAP = 10
-# Clocks from a barrier of a program's warps, at which they exchange what others need, to the first of it.
-EXCHANGE = 220
-# Instructions of a warp in each turn of the loop beside the arithmetic: addresses, copies, barriers, bounds.
-LOOP_INSTRUCTIONS = 300
-# Float32 operations for each row of a tile: the reduction across lanes, and the running statistics.
-ROW_WORK = 32
-# Clocks to start a program, load what is resident and write its output, and to fill and drain the pipeline of a loop:
-# of the mixed tiles, of the full ones. An SM idles so long unless another program has work for it.
-PROGRAM_LATENCY = 4700
-LOOP_LATENCY = 1200
-# The share of its peak that a matmul instruction reaches in the best loop of plain Triton.
-TENSOR_EFFICIENCY = 0.95
 # Rows that a matmul in tensor memory takes at once: 64 take as long.
 TCGEN05_ROWS = 128
-# Loads run beside the arithmetic, but two streams that each need all of the time get in each other's way: a p-norm.
-OVERLAP = 4.5
-# Programs run each at its own pace, and one's matmuls beside another's arithmetic. Warps of one program meet at a
-# barrier in every tile: four more of them fill as many gaps as this share of another program.
-LOCKSTEP = 0.85
-# How much longer a tile of dK and dV takes than by its work, where warp groups lie side by side along the head
-# dimension: 1.3 to 1.7 was measured, with heads of 256 and 128.
-SIDE_BY_SIDE = 1.45
-# Times that a spilled register is stored or loaded in a tile. Most live through the loop and are not used there.
-SPILL_ACCESSES = 0.15
-# What a tiling that spills must gain over one that does not, before a formula that nobody has timed is given it.
-# For dK and dV alone no risk at all would be faster on an H100 (64 x 64 tiles, by a tenth), but it would spill.
-SPILL_RISK = 1.2
+FIT = model().triton
+# Matmuls of a tile.
 MATMULS = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}
-SCHEDULERS = 4
-# What shared memory leaves free is cache: a tiling that takes all of it loses this share of its speed.
-CACHE_SHARE = 0.2
-MAX_THREADS_PER_SM = 2048
-# Shared memory that the driver keeps for each program.
-RESERVED_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -120,19 +83,19 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
         return clocks_a_tile * tiles_total / device.sms * imbalance / clocks_per_us
 
     # Units of one SM work side by side only as far as there are other warps, ready, to feed them.
-    warps_a_scheduler = max(ks.num_warps / SCHEDULERS, 1.0)
-    streams = resident * (1 + LOCKSTEP * (warps_a_scheduler - 1))
+    warps_a_scheduler = max(ks.num_warps / device.schedulers_per_sm, 1.0)
+    streams = resident * (1 + FIT.lockstep * (warps_a_scheduler - 1))
     compute = (clocks.tensor, clocks.sfu, clocks.alu)
     in_turn = max(compute) + (sum(compute) - max(compute) + clocks.gaps) / streams
-    waiting = LOAD_LATENCY * UNHIDDEN.get(ks.num_stages, 0.0) / resident
+    waiting = device.l2_latency_clk * FIT.waiting(ks.num_stages) / resident
     loops = (live.full > 0) + (live.mixed > 0)
-    start = (PROGRAM_LATENCY + LOOP_LATENCY * loops) * ceil(waves) / resident / clocks_per_us
+    start = (FIT.program_latency + FIT.loop_latency * loops) * ceil(waves) / resident / clocks_per_us
     launch = device.launch_us + start
-    busy = (in_turn**OVERLAP + clocks.memory**OVERLAP) ** (1 / OVERLAP)
+    busy = (in_turn**FIT.overlap + clocks.memory**FIT.overlap) ** (1 / FIT.overlap)
     if kernel == "dkdv" and _side_by_side(kernel, ks, problem, device):
-        busy *= SIDE_BY_SIDE
+        busy *= FIT.side_by_side
     taken = shared_memory(kernel, ks, problem, device) / device.smem_per_block
-    us = spread(busy + waiting) * (1 + CACHE_SHARE * taken) + launch
+    us = spread(busy + waiting) * (1 + FIT.cache_share * taken) + launch
     terms = {
         "tensor": spread(clocks.tensor),
         "sfu": spread(clocks.sfu),
@@ -152,7 +115,7 @@ def ranked(
     `candidates`.
 
     Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
-    On warp groups, whose matmuls run beside the spills, it can: there they count as `SPILL_RISK` times as slow.
+    On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow.
     Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
@@ -161,7 +124,7 @@ def ranked(
         ks, prediction = entry
         if not spilled_registers(kernel, ks, problem, device):
             return False, prediction.us
-        return instruction(kernel, ks, problem, device) != "wgmma", SPILL_RISK * prediction.us
+        return instruction(kernel, ks, problem, device) != "wgmma", FIT.spill_risk * prediction.us
 
     return tuple(sorted(found, key=order))
 
@@ -177,10 +140,10 @@ def _programs(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
 def _programs_per_sm(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """How many programs of this tiling an SM holds at once, by shared memory, registers and threads."""
     threads = ks.num_warps * device.warp_size
-    by_memory = device.smem_per_sm // (shared_memory(kernel, ks, problem, device) + RESERVED_BYTES)
+    by_memory = device.smem_per_sm // max(shared_memory(kernel, ks, problem, device) + device.smem_reserved, 1)
     wanted = min(registers(kernel, ks, problem, device), register_limit(ks, device))
     by_registers = int(device.regs_per_sm // (wanted * threads))
-    return max(1, min(by_memory, by_registers, MAX_THREADS_PER_SM // threads))
+    return max(1, min(by_memory, by_registers, device.threads_per_sm // threads))
 
 
 def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device, live: LiveTiles) -> _TileClocks:
@@ -196,29 +159,29 @@ def _tile_clocks(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: D
     depth = twice * (1 + sweeps) * scores + results
     flops_per_clk_sm = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     # The running sum of the forward is rescaled once a tile.
-    rows_work = tiles.rows * (v + ROW_WORK) * problem.branches if kernel == "forward" else 0
+    rows_work = tiles.rows * (v + FIT.row_work) * problem.branches if kernel == "forward" else 0
     alu = twice * (work.fma * pairs + rows_work) / device.fma_per_clk_sm
     alu += twice * work.int * pairs / device.int_per_clk_sm
-    alu += LOOP_INSTRUCTIONS * ks.num_warps / SCHEDULERS
+    alu += FIT.loop_instructions * ks.num_warps / device.schedulers_per_sm
     loads, meetings = _components(kernel, ks, tiles, problem, device)
     alu += loads
     spilled = spilled_registers(kernel, ks, problem, device)
-    alu += SPILL_ACCESSES * 4 * spilled * ks.num_warps * device.warp_size / SMEM_BYTES_PER_CLK
+    alu += FIT.spill_accesses * 4 * spilled * ks.num_warps * device.warp_size / device.smem_bytes_per_clk_sm
     return _TileClocks(
         tensor=2
         * pairs
         * depth
         * _idle_rows(kernel, ks, tiles, problem, device)
-        / (flops_per_clk_sm * TENSOR_EFFICIENCY),
+        / (flops_per_clk_sm * FIT.tensor_efficiency),
         sfu=twice * work.sfu * pairs / device.sfu_per_clk_sm,
         alu=alu,
         memory=max(
             # a sweep has the first of the forward's two matmuls, and streams k
-            (1 + sweeps / 2) * _shared_bytes(kernel, ks, tiles, problem, device) / SMEM_BYTES_PER_CLK,
-            (1 + sweeps / 2) * _loaded_bytes(tiles, work, problem) / L2_BYTES_PER_CLK_SM,
+            (1 + sweeps / 2) * _shared_bytes(kernel, ks, tiles, problem, device) / device.smem_bytes_per_clk_sm,
+            (1 + sweeps / 2) * _loaded_bytes(tiles, work, problem) / device.l2_bytes_per_clk_sm,
         ),
-        gaps=(_matmuls(kernel, problem) + sweeps) * MATMUL_GAP
-        + (_exchanges(kernel, ks, tiles, problem, device) + meetings) * EXCHANGE,
+        gaps=(_matmuls(kernel, problem) + sweeps) * FIT.matmul_gap
+        + (_exchanges(kernel, ks, tiles, problem, device) + meetings) * FIT.exchange,
     )
 
 

@@ -11,28 +11,11 @@ from math import ceil
 
 from attncc.schedule.device import Device
 from attncc.schedule.memory import instruction, shared_memory, tiling, warp_grid
+from attncc.schedule.model import model
 from attncc.schedule.problem import KernelSchedule, LiveTiles, Problem, head_chunks
 from attncc.schedule.registers import register_limit, registers
 
-#: the share of the memory's rate that a kernel which only reads can have: a copy on the H100 takes 3.02 of 3.35 TB/s
-DRAM_SHARE = 0.92
-#: clocks from a load to its data while the memory is busy; a pipeline of n stages hides all but 4^(1-n) of it
-BUSY_LATENCY = 1500
-#: bytes a clock that one SM can take in from memory
-SM_BYTES_PER_CLK = 20
-#: clocks of a tile from its data to its share of the accumulator, when one program does nothing else
-TILE_CHAIN = 1200
-#: two limits that are close get in each other's way: a p-norm
-OVERLAP = 4
-#: clocks before the first load of a program and after its last tile
-PROGRAM_ENDS = 2500
-#: the share of the matmul rate that an instruction reaches; those of a single warp are half as fast
-MATMUL_SHARE = {"fma": 0.8, "mma": 0.5, "wgmma": 0.8, "tcgen05": 0.8, "mfma": 0.5}
-SMEM_BYTES_PER_CLK = 128
-#: microseconds of the merge beside its bytes: a launch behind another, two round trips to memory
-MERGE_US = 3.0
-MAX_THREADS_PER_SM = 2048
-RESERVED_BYTES = 1024
+FIT = model().decode
 
 
 def pack(problem: Problem) -> int:
@@ -60,9 +43,9 @@ def grid(ks: KernelSchedule, problem: Problem) -> tuple[int, float]:
 def programs_per_sm(ks: KernelSchedule, problem: Problem, device: Device) -> int:
     """How many programs an SM holds at once, by shared memory, registers and threads."""
     threads = ks.num_warps * device.warp_size
-    by_memory = device.smem_per_sm // (shared_memory("forward", ks, problem, device) + RESERVED_BYTES)
+    by_memory = device.smem_per_sm // max(shared_memory("forward", ks, problem, device) + device.smem_reserved, 1)
     wanted = min(registers("forward", ks, problem, device), register_limit(ks, device))
-    return max(1, min(by_memory, int(device.regs_per_sm // (wanted * threads)), MAX_THREADS_PER_SM // threads))
+    return max(1, min(by_memory, int(device.regs_per_sm // (wanted * threads)), device.threads_per_sm // threads))
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ class Streaming:
             tiles,
             resident=programs_per_sm(ks, problem, device),
             tile_bytes=sum(t.rows * t.dim for t in tiles_of.streamed) * problem.dtype_bytes,
-            tensor=2 * pairs * (qk + v) / (flops * MATMUL_SHARE[op]),
+            tensor=2 * pairs * (qk + v) / (flops * FIT.matmul_share[op]),
             sfu=repeated * (pair.sfu + mixed * mask.sfu) * pairs / device.sfu_per_clk_sm,
             alu=repeated * (fma / device.fma_per_clk_sm + integer / device.int_per_clk_sm),
             # row blocks of one head, and heads that could not be packed, find the tiles of the first in the cache
@@ -123,21 +106,23 @@ class Streaming:
     @property
     def dram_clk(self) -> float:
         """Bytes a clock of the whole card."""
-        return self.device.dram_gbps * DRAM_SHARE / self.device.clock_ghz * self.readers
+        return self.device.dram_gbps * self.device.dram_share / self.device.clock_ghz * self.readers
 
     def _wave(self, active: int, splits: int) -> float:
         """Clocks of programs that start together."""
         together = min(self.resident, ceil(active / self.device.sms))
         each, longest = self.tiles / splits, ceil(self.tiles / splits)
         under_way = max(self.ks.num_stages - 1, 0.5) * self.tile_bytes
-        rate = min(SM_BYTES_PER_CLK / together, under_way / BUSY_LATENCY)
+        rate = min(self.device.dram_bytes_per_clk_sm / together, under_way / self.device.dram_latency_clk)
         units = self.tensor + self.sfu + self.alu
-        arithmetic = max((units + self.tile_bytes / SMEM_BYTES_PER_CLK) * together, TILE_CHAIN + units)
-        arithmetic += BUSY_LATENCY * 0.25 ** (self.ks.num_stages - 1) / together
+        arithmetic = max(
+            (units + self.tile_bytes / self.device.smem_bytes_per_clk_sm) * together, FIT.tile_chain + units
+        )
+        arithmetic += self.device.dram_latency_clk * FIT.hidden ** (self.ks.num_stages - 1) / together
         shared = each * self.tile_bytes * active / self.dram_clk
         limits = (longest * self.tile_bytes / rate, longest * arithmetic, shared)
-        norm: float = sum(limit**OVERLAP for limit in limits) ** (1 / OVERLAP)
-        return norm + PROGRAM_ENDS
+        norm: float = sum(limit**FIT.overlap for limit in limits) ** (1 / FIT.overlap)
+        return norm + FIT.program_ends
 
     def us(self, splits: int) -> float:
         """Microseconds of the launches."""
@@ -151,7 +136,11 @@ class Streaming:
             return self.device.launch_us
         p = self.problem
         numbers = p.batch * p.heads * p.q_len * splits * (p.d_v * p.values + 2) * p.branches
-        return self.device.launch_us + MERGE_US + 2 * 4 * numbers / (self.device.dram_gbps * DRAM_SHARE * 1e3)
+        return (
+            self.device.launch_us
+            + FIT.merge_us
+            + 2 * 4 * numbers / (self.device.dram_gbps * self.device.dram_share * 1e3)
+        )
 
     def terms(self, splits: int) -> dict[str, float]:
         """Microseconds that each unit is busy."""

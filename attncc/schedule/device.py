@@ -22,7 +22,11 @@ class Device:
     """The figures of one GPU, all of the whole card unless the name says otherwise; `sms` are compute units on AMD.
 
     Bytes for shared memory, GHz, dense TFLOP/s by operand type (`fp32` is the IEEE rate), operations a clock and SM,
-    GB/s, MiB, microseconds. `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
+    GB/s, MiB, microseconds. `smem_reserved`: bytes of shared memory that the driver keeps for each program;
+    `l2_bytes_per_clk_sm`: what an SM gets from the level-two cache when all of them read; latencies are clocks from a
+    load to its data when all of them load, from there and from memory; `dram_bytes_per_clk_sm`: what one SM can take
+    in; `dram_share`: the share of the memory's rate that a kernel which only reads can have.
+    `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
     `tma`: the backward copies its tiles with the tensor memory accelerator. `gluon`: the kernels that the scheduler may
     give to Gluon by itself, "forward", "dkdv" (the whole backward) and "dkdv_wide" (that of heads wider than 128):
     those that were run and measured on the card.
@@ -40,6 +44,9 @@ class Device:
     smem_per_sm: int
     regs_per_sm: int
     regs_per_thread_max: int
+    threads_per_sm: int
+    schedulers_per_sm: int
+    smem_bytes_per_clk_sm: float
     clock_ghz: float
     tensor_tflops: dict[str, float] = field(hash=False)
     fma_per_clk_sm: float
@@ -47,7 +54,13 @@ class Device:
     sfu_per_clk_sm: float
     dram_gbps: float
     l2_mb: float
+    l2_bytes_per_clk_sm: float
+    l2_latency_clk: float
+    dram_latency_clk: float
+    dram_bytes_per_clk_sm: float
+    dram_share: float
     launch_us: float
+    smem_reserved: int = 0
     tmem_columns: int = 0
     tma: bool = False
     gluon: tuple[str, ...] = ()
@@ -78,6 +91,9 @@ INTERPRETER = Device(
     smem_per_sm=2**31,
     regs_per_sm=2**31,
     regs_per_thread_max=2**31,
+    threads_per_sm=2**31,
+    schedulers_per_sm=1,
+    smem_bytes_per_clk_sm=1.0,
     clock_ghz=1.0,
     tensor_tflops=dict.fromkeys(("bf16", "fp16", "tf32", "fp32"), 0.001),
     fma_per_clk_sm=1.0,
@@ -85,6 +101,11 @@ INTERPRETER = Device(
     sfu_per_clk_sm=1.0,
     dram_gbps=10.0,
     l2_mb=1.0,
+    l2_bytes_per_clk_sm=1.0,
+    l2_latency_clk=1.0,
+    dram_latency_clk=1.0,
+    dram_bytes_per_clk_sm=1.0,
+    dram_share=1.0,
     launch_us=100.0,
 )
 
@@ -114,7 +135,7 @@ def parse_device(path: Path) -> Device:
     except tomllib.TOMLDecodeError as error:
         raise AttnccError(f"{path}: not a TOML file: {error}") from error
     known = {entry.name: entry for entry in fields(Device) if entry.name != "name"}
-    optional = {"tmem_columns", "tma", "gluon"}
+    optional = {"smem_reserved", "tmem_columns", "tma", "gluon"}
     wrong = [f"unknown field {key!r}" for key in sorted(set(data) - set(known))]
     wrong += [f"missing field {key!r}" for key in sorted(set(known) - set(data) - optional)]
     rates = data.get("tensor_tflops", {})

@@ -11,6 +11,7 @@ from math import ceil
 
 from attncc.schedule import hopper_backward
 from attncc.schedule.device import Device
+from attncc.schedule.model import model
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 
 #: rows of a tile that one warpgroup owns
@@ -32,14 +33,7 @@ PAIR_READ, FREE_INT = 2, 16
 SHOWN_IN_PLACE = 8
 #: what is read a key, or is a distance, beside each tile
 VECTOR = 24
-#: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the last matmul's way out
-TURN = 200
-#: clocks of a tile that nothing hides: 128 x 64 tiles were 1.14 times slower than 128 x 128 ones
-GAP = 400
-#: clocks of a block of queries: its loads, its first scores, its output
-BLOCK_OVERHEAD = 2500
-#: the share of its peak that a matmul instruction reaches between two such warpgroups
-TENSOR_EFFICIENCY = 0.85
+FIT = model().gluon_forward
 
 
 def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
@@ -151,9 +145,9 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     alu = (work.fma + share * mask.fma) * pairs + ks.block_m * sum(head_chunks(problem.d_v))
     alu = alu / device.fma_per_clk_sm + (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     groups = ks.block_m // ROWS
-    alone = (tensor + sfu + alu) / groups + TURN
-    busy = max(tensor / TENSOR_EFFICIENCY, sfu + alu, alone) + GAP
+    alone = (tensor + sfu + alu) / groups + FIT.turn
+    busy = max(tensor / FIT.tensor_efficiency, sfu + alu, alone) + FIT.gap
     spread = ceil(blocks / device.sms) / (blocks / device.sms) / device.sms / (device.clock_ghz * 1e3)
-    us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + device.launch_us
+    us = (tiles * busy + blocks * FIT.block_overhead) * spread + device.launch_us
     terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
     return us, {**terms, "memory": 0.0, "launch": device.launch_us}

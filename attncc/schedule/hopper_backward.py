@@ -6,6 +6,7 @@ from __future__ import annotations
 from math import ceil
 
 from attncc.schedule.device import Device
+from attncc.schedule.model import model
 from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
 
 #: keys of a warpgroup, and of a program
@@ -21,19 +22,12 @@ NARROW = 64
 #: matmuls of a pair: of the head dimension of v, of that of q and k; and the same where dQ has a kernel of its own
 MATMULS_V, MATMULS_QK = 2, 3
 WIDE_MATMULS_V, WIDE_MATMULS_QK = 3, 4
-#: clocks of a tile in which a warpgroup neither multiplies nor computes: barriers, and the exchange of ds
-TURN = 400
-#: clocks of a block of keys: its loads, its first scores, dK and dV
-BLOCK_OVERHEAD = 4000
-#: the share of its peak that the tensor cores reach: measured 540 TFLOP/s where power allows some 790
-TENSOR_EFFICIENCY = 0.7
-#: the same where heads are wide: 570 to 660 TFLOP/s were measured
-WIDE_EFFICIENCY = 0.6
 #: bytes of an entry of dQ, or of dK and dV that several programs add up, in its passes through memory: zeroed, read as
 #: float32, written in 16 bits
 SUM_BYTES = 10
 #: launches: what goes before and after sums of dQ, and zeroing and rounding those of dK and dV
 LAUNCHES, SPLIT_LAUNCHES = 3, 4
+FIT = model().gluon_backward
 
 
 def wide(d_qk: int, d_v: int) -> bool:
@@ -112,8 +106,8 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
     alu = (work.fma + share * mask.fma) * pairs / device.fma_per_clk_sm
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
-    alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + TURN
-    efficiency = WIDE_EFFICIENCY if apart else TENSOR_EFFICIENCY
+    alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + FIT.turn
+    efficiency = FIT.wide_efficiency if apart else FIT.tensor_efficiency
     busy = max(tensor / efficiency, sfu + alu, alone)
     waves = blocks / device.sms
     # blocks of unlike lengths end one by one: about a block after the last SM could
@@ -125,6 +119,6 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
         rows += problem.batch * problem.kv_heads * problem.kv_len * SUM_BYTES * (problem.d_qk + problem.d_v)
         launches += SPLIT_LAUNCHES
     memory = rows / (device.dram_gbps * 1e3)
-    us = (tiles * busy + blocks * BLOCK_OVERHEAD) * spread + memory + launches * device.launch_us
+    us = (tiles * busy + blocks * FIT.block_overhead) * spread + memory + launches * device.launch_us
     terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
     return us, {**terms, "memory": memory, "launch": launches * device.launch_us}

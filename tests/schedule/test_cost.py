@@ -104,7 +104,7 @@ def test_what_may_spill_comes_last():
 
 
 def test_on_warp_groups_a_spill_must_gain_much():
-    from attncc.schedule.cost import SPILL_RISK
+    from attncc.schedule.model import model
     from attncc.schedule.registers import spilled_registers
 
     for dim in (64, 128):
@@ -112,7 +112,7 @@ def test_on_warp_groups_a_spill_must_gain_much():
         assert not spilled_registers("dkdv", best, problem(d_qk=dim), H100)
         for ks, prediction in others:
             if spilled_registers("dkdv", ks, problem(d_qk=dim), H100):
-                assert found.us <= SPILL_RISK * prediction.us
+                assert found.us <= model().triton.spill_risk * prediction.us
 
 
 def test_a_heavy_variant_gets_a_smaller_tile_sooner():

@@ -1,0 +1,111 @@
+"""What the cost model was fitted with, read from `schedules/model.toml`, where each constant is explained."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from attncc import resources
+from attncc.errors import AttnccError
+
+
+@dataclass(frozen=True)
+class TritonFit:
+    """Kernels in Triton that go over the keys, or the queries, in one loop."""
+
+    unhidden: tuple[float, ...]
+    matmul_gap: float
+    exchange: float
+    loop_instructions: float
+    row_work: float
+    program_latency: float
+    loop_latency: float
+    tensor_efficiency: float
+    overlap: float
+    lockstep: float
+    side_by_side: float
+    spill_accesses: float
+    spill_risk: float
+    cache_share: float
+
+    def waiting(self, stages: int) -> float:
+        """The share of a load's latency that a pipeline leaves unhidden."""
+        return self.unhidden[stages - 1] if stages <= len(self.unhidden) else 0.0
+
+
+@dataclass(frozen=True)
+class DecodeFit:
+    """Kernels that deal the keys of a row to several programs."""
+
+    tile_chain: float
+    hidden: float
+    overlap: float
+    program_ends: float
+    merge_us: float
+    matmul_share: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GluonForwardFit:
+    """The forward in Gluon."""
+
+    turn: float
+    gap: float
+    block_overhead: float
+    tensor_efficiency: float
+
+
+@dataclass(frozen=True)
+class GluonBackwardFit:
+    """The backward in Gluon."""
+
+    turn: float
+    block_overhead: float
+    tensor_efficiency: float
+    wide_efficiency: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything that was fitted."""
+
+    triton: TritonFit
+    decode: DecodeFit
+    gluon_forward: GluonForwardFit
+    gluon_backward: GluonBackwardFit
+
+
+@cache
+def model() -> Model:
+    """The shipped constants."""
+    return parse_model(resources.path("schedules") / "model.toml")
+
+
+def parse_model(path: Path) -> Model:
+    """The constants of a file; AttnccError naming it, the table and the field if something is missing or unknown."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise AttnccError(f"{path}: not a TOML file: {error}") from error
+    return Model(
+        triton=_fit(TritonFit, "triton", data, path),
+        decode=_fit(DecodeFit, "decode", data, path),
+        gluon_forward=_fit(GluonForwardFit, "gluon_forward", data, path),
+        gluon_backward=_fit(GluonBackwardFit, "gluon_backward", data, path),
+    )
+
+
+_Fit = TypeVar("_Fit", TritonFit, DecodeFit, GluonForwardFit, GluonBackwardFit)
+
+
+def _fit(kind: type[_Fit], name: str, data: dict[str, Any], path: Path) -> _Fit:
+    table, known = data.get(name, {}), {entry.name for entry in fields(kind)}
+    if wrong := sorted(set(table) ^ known):
+        raise AttnccError(
+            f"{path}: the table [{name}] has exactly the fields of {kind.__name__}: see {', '.join(wrong)}"
+        )
+    values: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in table.items()}
+    return kind(**values)

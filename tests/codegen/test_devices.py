@@ -1,0 +1,46 @@
+"""Every device file: what the model chooses first in Triton for a plain variant is compiled for that card, fits, and
+keeps its registers. The heads are of another width for each; every kernel of every card at 64, 128 and 256 was compiled
+when the files were written, of causal and of alibi."""
+
+import pytest
+
+import attncc as ac
+from attncc.codegen.crosscompile import cross_compile
+from attncc.codegen.module import load_source
+from attncc.codegen.plan import Plan
+from attncc.codegen.problem import problem_of
+from attncc.codegen.render import render
+from attncc.schedule import KERNELS, Schedule, device_names, first_choice, load_device, shared_memory
+from attncc.schedule.device import loads_boxes
+
+WIDTHS = {
+    "a100": 256,
+    "b200": 256,
+    "h100": 128,
+    "h200": 64,
+    "l4": 128,
+    "mi300x": 256,
+    "rtx3090": 128,
+    "rtx4090": 256,
+    "rtx5090": 64,
+}
+
+
+def test_every_device_is_compiled_for():
+    assert set(WIDTHS) == set(device_names())
+
+
+@pytest.mark.parametrize(("name", "dim"), WIDTHS.items())
+def test_first_choices_fit_and_spill_nothing(name, dim):
+    graph, device = ac.variants.get("causal").graph, load_device(name)
+    plan = Plan(graph)
+    sizes = {"b": 4, "h": 16, "h_kv": 16, "q_idx": 4096, "kv_idx": 4096, "d_qk": dim, "d_v": dim}
+    problem = problem_of(plan, sizes, "bf16", "ieee", {})
+    schedule = Schedule(*(first_choice(kernel, problem, device) for kernel in KERNELS))
+    module = load_source(render(plan, dim, dim, True, loads_boxes(device, "bf16", dim, dim)), f"devices_{dim}")
+    compiled = cross_compile(module, graph, schedule, device, "bf16", only=tuple(f"{k}_kernel" for k in KERNELS))
+    for kernel in KERNELS:
+        fact = compiled[f"{kernel}_kernel"]
+        assert fact.shared <= shared_memory(kernel, schedule.of(kernel), problem, device) <= device.smem_per_block
+        assert 0 < fact.registers <= device.regs_per_thread_max
+        assert (fact.spills, fact.faults) == (0, ()), f"{kernel} {schedule.of(kernel)}"
