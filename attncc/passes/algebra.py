@@ -63,8 +63,11 @@ class _RowValues:
         """The expression with its largest such parts as symbols."""
         if not expr.args or isinstance(expr, (*voc.BOOLEANS, Read)):
             return expr
-        if varies_by_key(expr) or expr.is_number:
+        if varies_by_key(expr) or expr.is_number or isinstance(expr, sympy.exp):
             return expr.func(*(self.shortened(a) for a in expr.args))
+        number, part = expr.as_coeff_Mul()
+        if number != 1:  # x and -x are one part
+            return number * self.shortened(part)
         name = f"row_part_{len(self._symbols) + 1000}"
         return self._symbols.setdefault(expr, sympy.Symbol(name, real=True))
 
@@ -94,7 +97,7 @@ class _Cases:
         if isinstance(expr, voc.relu):
             return self._positive(args[0]) * args[0]
         if isinstance(expr, voc.absolute):
-            return voc.sign(args[0]) * args[0]
+            return voc.sign(_signed(args[0])) * args[0]
         if isinstance(expr, voc.maximum | voc.minimum):
             a, b = args
             first = self._positive(a - b if isinstance(expr, voc.maximum) else b - a)
@@ -137,10 +140,16 @@ class _Cases:
         return expr.xreplace({symbol: voc.to_float(condition) for symbol, condition in named.items()})
 
     def _positive(self, x: sympy.Expr) -> sympy.Symbol:
-        return self._symbol(sympy.Gt(sympy.expand(x), 0, evaluate=False))
+        return self._symbol(sympy.Gt(_signed(x), 0, evaluate=False))
 
     def _symbol(self, condition: Any) -> sympy.Symbol:
         return self._symbols.setdefault(condition, sympy.Dummy("holds", integer=True, nonnegative=True))
+
+
+def _signed(x: sympy.Expr) -> sympy.Expr:
+    """Something simpler with the sign of x: without the exponentials that all of its terms have in common."""
+    common = sympy.factor_terms(sympy.expand(x, power_exp=True))
+    return sympy.expand(sympy.Mul(*(f for f in sympy.Mul.make_args(common) if not isinstance(f, sympy.exp))))
 
 
 def _values(expr: sympy.Expr) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.similarity import by_distance
 from attncc.ir.symbols import scalar_symbol
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import Read, attached
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
 from attncc.passes.phases import is_column_sum, phases
@@ -115,7 +115,7 @@ def overflowing_exponentials(graph: VariantGraph) -> Iterator[Finding]:
     seen: set[Any] = set()
     for stage in graph.stages:
         for e in sorted(stage.expr.atoms(sympy.exp), key=str):
-            exponent = e.args[0]
+            exponent = attached(e.args[0])
             if exponent in seen or not exponent.free_symbols & {sym.SCORE, sym.RAW_SCORE}:
                 continue
             seen.add(exponent)

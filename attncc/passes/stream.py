@@ -313,7 +313,9 @@ def _running(symbol: sympy.Symbol, term: sympy.Expr, maxes: tuple[sympy.Symbol, 
         if not varies_by_key(ratio):
             break
     else:
-        ratio = row_ratio(moved, term) or ratio  # it may have cases
+        cases = row_ratio(moved, term)
+        # one exponential of a difference: of two, one may overflow
+        ratio = ratio if cases is None else sympy.powsimp(cases)
     if not varies_by_key(ratio):
         proof.append(f"{symbol.name}: f(s, m') / f(s, m) = {formula(ratio)}, free of s")
         return Running(symbol, term, ratio)

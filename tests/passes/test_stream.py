@@ -183,3 +183,11 @@ def test_a_row_factor_that_reads_the_maximum_wants_the_maximum():
         return p / row.sum(p) * row.max(score)
 
     assert not any_shift_serves(of(by_peak), [])
+
+
+def test_a_factor_common_to_a_case_and_its_condition_comes_out():
+    """relu(exp(s - m) - exp(-m)) is exp(-m) relu(exp(s) - 1); its factor is one exponential, for two would overflow."""
+    online = stream(variant("softpick").graph)
+    assert online.passes == 1
+    factor = "exp(maximum(row_max_0, 0) - maximum(row_max_0_new, 0))"
+    assert rescales(online) == {"acc": factor, "row_sum_0": factor}

@@ -193,6 +193,33 @@ def key_gain(q, k, v, gain):
     return softmax(dot(q, k * gain[:, None, :, None])) @ v
 
 
+def forgetting(q, k, v, f):
+    i, j = places(q, k)
+    # what of the gates lies between: added up, and not as a difference of running sums
+    between = (j[:, None] < torch.arange(f.shape[2])) & (torch.arange(f.shape[2]) <= i[..., None])
+    return softmax(dot(q, k) + torch.einsum("ijt,bht->bhij", between.to(f), f), causal(q, k)) @ v
+
+
+def kerple(q, k, v, r1, r2):
+    i, j = places(q, k)
+    return softmax(dot(q, k) - per_head(r1) * torch.log(1 + per_head(r2) * (i - j).abs()), causal(q, k)) @ v
+
+
+def softpick(q, k, v):
+    s, visible = dot(q, k), causal(q, k)
+    alive = visible.any(-1, keepdim=True)
+    m = torch.where(alive, torch.where(visible, s, -torch.inf).amax(-1, keepdim=True), 0.0).clamp(min=0).detach()
+    p = torch.where(visible, torch.exp(s - m) - torch.exp(-m), 0.0)
+    return (F.relu(p) / (p.abs().sum(-1, keepdim=True) + 1e-6)) @ v
+
+
+def object_queries(q, k, v, foreground):
+    inside = (foreground != 0)[:, None, None, :]
+    first = (torch.arange(q.shape[2]) < q.shape[2] // 2)[:, None]
+    visible = torch.where(first, inside, ~inside)
+    return softmax(dot(q, k), visible | ~visible.any(-1, keepdim=True)) @ v
+
+
 def pooling(q, k, v, energy, keep):
     p = softmax(energy, keep != 0)[:, :, None]
     return (p @ v).expand(-1, -1, q.shape[2], -1)
@@ -272,6 +299,10 @@ BY_HAND: dict[str, Callable[..., Tensor]] = {
         pooling,
         relative_bias,
         bico,
+        forgetting,
+        kerple,
+        softpick,
+        object_queries,
         slots,
         shared_weights,
         ssd,

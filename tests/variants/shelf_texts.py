@@ -123,4 +123,21 @@ TEXTS = {
         f"scale * (dot(q_vec, k_vec) if kv_idx <= {POSITION} else ahead)'''"
         + declared(far_q="b h q_idx d grad", far_k="b h_kv kv_idx d grad")
     ),
+    "forgetting": (
+        f'[stages]\nscore = "score + cumsum(f[b, h, {POSITION}]) - cumsum(f[b, h, kv_idx])"\n{CAUSAL}'
+        + declared(f="b h kv_idx grad")
+    ),
+    "kerple": (
+        f'[stages]\nscore = "score - r1[h] * log(1 + r2[h] * abs({BEHIND}))"\n{CAUSAL}'
+        + declared(r1="h grad", r2="h grad")
+    ),
+    "softpick": (
+        f"[stages]\n{CAUSAL}normalizer = '''\nm = detach(maximum(row.max(score), 0))\np = exp(score - m) - exp(-m)\n"
+        "relu(p) / (row.sum(abs(p)) + 1e-6)'''"
+    ),
+    "object_queries": (
+        "dead_rows = 'open'\n[stages]\nmask = '''\n"
+        "inside = foreground[b, kv_idx] != 0\nfirst = q_idx < q_len // 2\n"
+        "inside and first or not inside and not first'''" + declared(foreground="b kv_idx int")
+    ),
 }
