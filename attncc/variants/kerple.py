@@ -1,4 +1,4 @@
-"""KERPLE's logarithmic kernel, causal: a bias of -r1 log(1 + r2 distance), by which models read on beyond their training.
+"""KERPLE's logarithmic kernel, causal: a bias of -r1 log(1 + r2 distance), which carries beyond lengths of training.
 
 Inputs: r1 and r2 (H,), both above 0; they receive gradients. Its power kernel is bam's prior without a skew.
 """
