@@ -130,14 +130,15 @@ def tuned(
 ) -> None:
     """Write a sweep's best schedules, or those that correct the model's in a regret file, as a table that attncc
     ships."""
+    from attncc.schedule.choose import table_text
     from bench.record import load
-    from bench.tuned import corrections, table, text
+    from bench.tuned import corrections, table
 
     data = load(sweep)
     regret = data["suite"] == "regret"
     rows = corrections(data) if regret else table(data, any_variant=any_variant, any_shape=any_shape)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text(rows))
+    output.write_text(table_text(rows))
 
 
 if __name__ == "__main__":

@@ -80,8 +80,3 @@ def corrections(data: dict[str, Any], least: float = 0.02) -> list[dict[str, Any
         schedule = replace(first, **best, pair=None, origin="shipped")
         found.append({"match": match, "schedule": schedule.to_json()})
     return found
-
-
-def text(rows: list[dict[str, Any]]) -> str:
-    """A table as a file: one row a line."""
-    return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n"

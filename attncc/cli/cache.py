@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from attncc.cli.options import Json
-from attncc.cli.output import out, print_json
+from attncc.cli.output import out, print_json, write_file
 from attncc.errors import InputError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ Examples
   attncc cache list
   attncc cache export tuned.json      (and on another machine)
   attncc cache import tuned.json
+  attncc cache table h100 schedules/tuned/h100/mine.json
 """,
 )
 
@@ -67,6 +68,39 @@ def import_(file: Annotated[Path, typer.Argument(help="A file that `attncc cache
     """Add the entries of an exported file."""
     count = _cache().import_(file)
     out.print(f"read {count} {'entry' if count == 1 else 'entries'} from {file}")
+
+
+@app.command("table")
+def table(
+    device: Annotated[str, typer.Argument(help="The device file whose GPU they were tuned on: h100, ...")],
+    file: Annotated[Path, typer.Argument(help="The JSON file to write, e.g. schedules/tuned/h100/mine.json.")],
+    least: Annotated[
+        str, typer.Option(metavar="PERCENT", help="What a schedule must save of the time of the model's first choice.")
+    ] = "2%",
+) -> None:
+    """Write the tuned schedules as a table that attncc ships: calls of the same variant, dtype and head dimensions, and
+    of lengths that round up to the same powers of two, then use them on every GPU of this kind."""
+    from attncc.schedule.choose import shipped_row, table_text
+    from attncc.schedule.device import load_device
+
+    share = _share(least)
+    name = load_device(device).name
+    entries = sorted(_cache().list(), key=lambda e: (str(e.value.get("what")), e.key))
+    tuned = [e.value for e in entries if e.kind == "schedule" and e.value.get("device") == name]
+    if not tuned:
+        raise InputError(
+            f"nothing in the cache was tuned on {device}", remedy="`attncc tune` on such a GPU comes first"
+        )
+    rows = [row for value in tuned if (row := shipped_row(value, share)) is not None]
+    write_file(file, table_text(rows))
+    out.print(f"wrote {len(rows)} of {len(tuned)} to {file}; the others save less than {share:.1%}")
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text.strip().removesuffix("%")) / 100
+    except ValueError:
+        raise InputError(f"'{text}' is no percentage", remedy="write 2 or 2%") from None
 
 
 @app.command("clear")

@@ -63,6 +63,7 @@ def command(
         typer.Option(min=1, help="Candidates of each kernel; default 16, or all within a budget."),
     ] = None,
     backend: Backend = None,
+    forward: Annotated[bool, typer.Option("--forward", help="The forward alone, as for inference.")] = False,
     against: Against = False,
 ) -> None:
     """Measure candidate schedules on this machine's GPU, and keep the best: calls of these sizes then use it.
@@ -75,6 +76,7 @@ def command(
       attncc tune alibi --q-len 8192 --batch 4 --heads 16
       attncc tune causal alibi --shapes "B1 H32/8 M1 N65536, B4 H16 M8192" --budget 5m --against
       attncc tune spec.toml --q-len 4096 --head-dim 64 --limit 40
+      attncc tune softcap --shapes "B8 H32/8 M1 N8192" --forward
     """
     from attncc.runtime.binaries import drop_waiting
     from attncc.runtime.tune import gpu
@@ -87,7 +89,8 @@ def command(
     try:
         for number, job in enumerate(found):
             share = (seconds - (time.monotonic() - start)) / (len(found) - number)
-            _tune(job, dtype, where, limit, share, against, backend.value if backend is not None else None)
+            asked = backend.value if backend is not None else None
+            _tune(job, dtype, where, limit, share, against, asked, forward)
     except KeyboardInterrupt:
         drop_waiting()
         err.print("stopped: every result so far is in the cache, and the same command goes on from there")
@@ -95,7 +98,14 @@ def command(
 
 
 def _tune(
-    job: Job, dtype: DtypeName, where: Any, limit: int | None, seconds: float, against: bool, backend: Any
+    job: Job,
+    dtype: DtypeName,
+    where: Any,
+    limit: int | None,
+    seconds: float,
+    against: bool,
+    backend: Any,
+    forward: bool,
 ) -> None:
     """One variant at one shape: its race, then what came of it."""
     from attncc.codegen.plan import Plan
@@ -110,7 +120,7 @@ def _tune(
     graph, shape = job.graph, job.shape
     plan, device = Plan(graph), device_of(where)
     problem = problem_of(plan, job.sizes, dtype.value, AttentionOp(graph).engine.precision(), job.values)
-    kernels = kernels_of(plan)
+    kernels: tuple[Any, ...] = ("forward",) if forward else kernels_of(plan)
     track = Track(graph, shape, dtype.value, where, job.values)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=err.console) as bar:
@@ -158,6 +168,8 @@ def _results(result: Result, kernels: tuple[Any, ...]) -> Table:
         table.add_column(column, justify="right" if column == "us" else "left")
     for kernel in kernels:
         best, first = result.best(kernel), result.first(kernel)
+        if first is None:  # a dq beside a dkdv that makes dQ
+            continue
         best_us, first_us = (f"{t.us:.1f}" if t is not None and t.us is not None else "-" for t in (best, first))
         table.add_row(kernel, str(best.schedule) if best else "-", best_us, str(first.schedule), first_us)
     return table

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from attncc.errors import ScheduleError
 from attncc.runtime.trial import Beside, Trial, fastest, with_tiling
 from attncc.schedule.cache import Cache
-from attncc.schedule.choose import choose, first_choice, schedule_key, sizes_of
+from attncc.schedule.choose import choose, facts_of, first_choice, schedule_key, sizes_of
 from attncc.schedule.cost import Prediction, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem, Schedule
@@ -72,9 +72,9 @@ class Result:
         found = self.beside.backward(self.trials)
         return None if found is None else found[0]
 
-    def first(self, kernel: Kernel) -> Trial:
-        """The cost model's first choice."""
-        return next(t for t in self.trials if t.kernel == kernel)
+    def first(self, kernel: Kernel) -> Trial | None:
+        """The cost model's first choice; None where the budget did not reach a candidate of the kernel."""
+        return next((t for t in self.trials if t.kernel == kernel), None)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def race(
     backend: Backend | None = None,
 ) -> Result:
     """Measure candidates in `order`, at most `limit` of each kernel, for at most `seconds`; at least the model's first
-    choice of each kernel is measured. `backend` is that of `candidates`; with None, both languages race.
+    choices are measured, but for a dq that Gluon's dkdv makes needless. `backend` is that of `candidates`; with None,
+    both languages race.
 
     From the first success on, the best schedule so far is in `cache` after every trial, with all trials: a race that
     is cut off loses nothing, and goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is
@@ -111,17 +112,20 @@ def race(
     """
     start, kernels = clock(), tuple(kernels)
     entries = order(problem, device, kernels, limit, backend)
-    beside = _beside(entries[: len(kernels)], choose(problem, device, backend=backend), problem, device)
-    entries = _with_incumbent(entries, choose(problem, device, cache, backend), kernels)
+    lead = len({kernel for kernel, _ in entries[: len(kernels)]})  # first choices that race before anything else
+    beside = _beside(entries, choose(problem, device, backend=backend), problem, device)
+    entries = _with_incumbent(entries, choose(problem, device, cache, backend), kernels, lead)
     key, head = schedule_key(problem, device), {"sizes": sizes_of(problem), "beside": beside.to_json()}
-    known = _known(cache.get(key), head)
+    known, facts = _known(cache.get(key), head), facts_of(problem, device)
     trials: list[Trial] = []
     spent: list[float] = []  # seconds of each trial that was measured now
     resumed = 0
     checked: dict[tuple[Kernel, KernelSchedule], str] = {}  # why it may not win, or nothing
 
     def each() -> float:
-        return sum(spent) / len(spent) if spent else FIRST_GUESS
+        """Seconds of a trial: those of the first choices have more to prepare than others."""
+        later = spent[lead:]
+        return sum(later) / len(later) if later else min([FIRST_GUESS, *spent])
 
     def keep() -> None:
         """Write down the trials so far beside those that lie there, of an earlier race or of one that runs now."""
@@ -129,7 +133,7 @@ def race(
 
         def merged(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
             every = [*trials, *(t for entry, t in _known(stored, head).items() if entry not in own)]
-            value = {"kind": "schedule", "schedule": beside.best(every).to_json(), "what": what, **head}
+            value = {"kind": "schedule", "schedule": beside.best(every).to_json(), "what": what, **facts, **head}
             return {**value, "us": beside.times(every), "trials": [t.to_json() for t in every]}
 
         if any(t.us is not None for t in trials):  # what never won is not what calls should use
@@ -140,13 +144,13 @@ def race(
         resumed += trial is not None
         if trial is None:
             began = clock()
-            if number >= len(kernels) and began - start + each() > seconds:
+            if number >= lead and began - start + each() > seconds:
                 break
             try:
                 if (kernel, ks) not in checked:
                     room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
                     ahead = [e for e in entries[number:] if e not in known and e not in checked]
-                    first = len(kernels) if number < len(kernels) else BATCH  # the first results come soon
+                    first = lead if number < lead else BATCH  # the first results come soon
                     checked |= _checked(stick, ahead[: min(first, room, BATCH)], beside)
                 trial = _timed(stick, kernel, beside.asked(kernel, ks), checked[kernel, ks], fastest(trials, kernel))
             except LostDeviceError as error:
@@ -197,8 +201,8 @@ def order(
     limit: int | None = None,
     backend: Backend | None = None,
 ) -> list[tuple[Kernel, KernelSchedule]]:
-    """Candidates of all kernels in the order in which they race: the model's first choices, then in turn. Where Gluon's
-    dkdv is the first choice, which makes dQ, too, those of dq come last: they matter only beside one of Triton's.
+    """Candidates of all kernels in the order in which they race: in turn, the model's first choices first. Where
+    Gluon's dkdv is one, which makes dQ, too, those of dq come last: they matter only beside one of Triton's.
 
     Within a kernel by predicted time. But what the model gets wrong about a tile it gets wrong about all its warps and
     stages, so that each candidate moves back for those of its tile before it: a tenth of the search sees most tiles.
@@ -212,7 +216,7 @@ def order(
     late = {"dq"} if lanes.get("dkdv", [])[:1] and lanes["dkdv"][0].backend == "gluon" else set()
     longest = max((len(lane) for lane in lanes.values()), default=0)
     turns = [(i, kernel) for i in range(longest) for kernel in kernels if i < len(lanes[kernel])]
-    turns.sort(key=lambda turn: turn[0] > 0 and turn[1] in late)
+    turns.sort(key=lambda turn: turn[1] in late)
     return [(kernel, lanes[kernel][i]) for i, kernel in turns]
 
 
@@ -228,12 +232,12 @@ def _spread(found: Sequence[tuple[KernelSchedule, Prediction]], first: KernelSch
 
 
 def _with_incumbent(
-    entries: list[tuple[Kernel, KernelSchedule]], incumbent: Schedule, kernels: Sequence[Kernel]
+    entries: list[tuple[Kernel, KernelSchedule]], incumbent: Schedule, kernels: Sequence[Kernel], lead: int
 ) -> list[tuple[Kernel, KernelSchedule]]:
     """The race with what calls use now, behind the model's first choices: no winner is slower."""
     known = set(entries)
     now = [(kernel, incumbent.of(kernel)) for kernel in kernels]
-    return [*entries[: len(kernels)], *(e for e in now if e not in known), *entries[len(kernels) :]]
+    return [*entries[:lead], *(e for e in now if e not in known), *entries[lead:]]
 
 
 def _tile(ks: KernelSchedule) -> tuple[str, int, int]:

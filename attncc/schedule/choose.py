@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,14 +29,16 @@ def choose(problem: Problem, device: Device, cache: Cache | None = None, backend
     """The schedule for `problem` on `device`, with its origin: "tuned" from `cache`, "shipped", or "model".
 
     `backend` is the one that the caller asks for, or None for that of `backend_of`; where Gluon has no kernel, Triton's
-    is taken. Kernels of a measured schedule that are in another backend are replaced by the model's choice, but none of
-    a tuned one where the backend is left to us. Nothing is measured and nothing compiled. ScheduleError if no tiling of
-    a kernel fits.
+    is taken. Kernels of a measured schedule that are in another backend are replaced by the model's choice; but where
+    the backend is left to us, none of a schedule for which both raced, as for every tuned one. Nothing is measured and
+    nothing compiled. ScheduleError if no tiling of a kernel fits.
     """
     tuned = _tuned(problem, device, cache)
     if tuned is not None and backend is None:
         return tuned
-    found = tuned or _shipped(problem, device)
+    found, raced = (tuned, False) if tuned is not None else _shipped(problem, device)
+    if found is not None and raced and backend is None:
+        return found
     if found is None:
         found = Schedule(
             forward=first_choice("forward", problem, device, backend),
@@ -114,6 +117,34 @@ def schedule_key(problem: Problem, device: Device) -> str:
     return cache_key(kind="schedule", device=f"{device.name}/{device.target}/{device.sms}", **_facts(problem))
 
 
+def facts_of(problem: Problem, device: Device) -> dict[str, Any]:
+    """What a cache entry says of the problem beside its sizes: what a row of a shipped table would match."""
+    facts = _facts(problem)
+    if problem.dtype != "fp32":  # precision is that of float32 operands
+        del facts["precision"]
+    return {"device": device.name, "match": facts}
+
+
+def shipped_row(value: Mapping[str, Any], least: float = 0.0) -> dict[str, Any] | None:
+    """A cache entry as a row of a shipped table; None where it saves less than the share `least` of the time of the
+    model's first choices, in either direction."""
+    if _gain(value) < least:
+        return None
+    return {"match": value["match"], "schedule": {**value["schedule"], "origin": "shipped"}}
+
+
+def _gain(value: Mapping[str, Any]) -> float:
+    """What the tuned schedule saves of the time of the model's first choices, in the direction where that is more: the
+    first trial of a kernel is of those, and of the backward's kernels it times the whole."""
+    found = []
+    for name, kernel in (("forward", "forward"), ("backward", "dkdv")):
+        first = next((t["us"] for t in value.get("trials", []) if t["kernel"] == kernel), None)
+        best = value.get("us", {}).get(name)
+        if best is not None:
+            found.append(1.0 if first is None else 1 - best / first)
+    return max(found, default=0.0)
+
+
 def sizes_of(problem: Problem) -> dict[str, int]:
     """The sizes at which a schedule was measured, as a cache entry has them."""
     return {name: getattr(problem, name) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len")}
@@ -140,8 +171,9 @@ def _measured_here(value: dict[str, Any], problem: Problem) -> bool:
     return {**here, "kv_len": 0} == {**there, "kv_len": 0} and len(set(keys)) == 1
 
 
-def _shipped(problem: Problem, device: Device) -> Schedule | None:
-    """The row of the shipped tables that fits `problem` most narrowly, if any does."""
+def _shipped(problem: Problem, device: Device) -> tuple[Schedule | None, bool]:
+    """The row of the shipped tables that fits `problem` most narrowly, if any does, and whether both backends raced for
+    it: those that name lengths are from such races."""
     facts = _facts(problem)
     fitting = [
         (sum(name in row["match"] for name in MATCHED), number, row)
@@ -149,12 +181,13 @@ def _shipped(problem: Problem, device: Device) -> Schedule | None:
         if all(facts.get(name, 1) == wanted for name, wanted in {"branches": 1, **row["match"]}.items())
     ]
     if not fitting:
-        return None
+        return None, False
     row = max(fitting, key=lambda entry: entry[:2])[2]
     found = _usable(row["schedule"], problem, device, f"a shipped schedule of {device.name}", "shipped")
     if found is None:
-        return None
-    return _dealt(found, problem, device) if "q_bucket" in row["match"] else _for_few_rows(found, problem, device)
+        return None, False
+    raced = "q_bucket" in row["match"]
+    return (_dealt if raced else _for_few_rows)(found, problem, device), raced
 
 
 def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any) -> Schedule | None:
@@ -211,3 +244,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: a row is {{match, schedule}}, matching on {', '.join(MATCHED)}; got {row!r}")
         Schedule.from_json(row["schedule"])
     return list(rows)
+
+
+def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A shipped table as a file: one row a line."""
+    return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n]\n" if rows else "[]\n"

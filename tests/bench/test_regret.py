@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from attncc.schedule import KernelSchedule, load_device, ranked
-from attncc.schedule.choose import read_table
+from attncc.schedule.choose import read_table, table_text
 from bench import ahead
 from bench.regret import Measured, Regret, markdown, of_direction, summary
 from bench.regret_cells import REACHES, Trial, cells, first_choices, plan, problem_of
 from bench.suites import regret
-from bench.tuned import corrections, text
+from bench.tuned import corrections
 
 DEVICE = load_device("h100")
 
@@ -176,7 +176,7 @@ def test_where_the_model_loses_the_best_becomes_a_shipped_row(planned, tmp_path)
     pair = {"dkdv": [(backward.model.dkdv, 50.0)], "dq": [(short, 30.0), (backward.model.dq, 40.0)]}
     rows = [row(forward, whole=[(forward.model.forward, 110.0), (fast, 100.0)]), row(backward, **pair)]
     path = tmp_path / "table.json"
-    path.write_text(text(corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows})))
+    path.write_text(table_text(corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows})))
     (found,) = read_table(path)
     assert found["match"]["kv_bucket"] == 512
     assert found["schedule"]["forward"] == fast.to_json()

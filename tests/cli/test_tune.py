@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,6 +7,8 @@ from attncc.cli import sizes
 from attncc.runtime import tune
 from attncc.runtime.race import TrialError
 from attncc.schedule import device as devices
+from attncc.schedule.cache import Cache
+from attncc.schedule.choose import read_table
 from attncc.schedule.device import device_for
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
@@ -62,6 +66,22 @@ def test_a_race_is_shown_and_kept(attncc, stick, spec, monkeypatch):
     assert "mine B1 H16 M512 N512 D64 bf16 on NVIDIA H100" in attncc("cache", "list").stdout.replace("\n", " ")
 
 
+def test_what_was_tuned_becomes_a_table_that_is_shipped(attncc, stick, tmp_path):
+    """From the command line to what calls on such a GPU use."""
+    file = tmp_path / "mine.json"
+    assert "nothing in the cache was tuned on h100" in attncc("cache", "table", "h100", str(file)).stderr
+    for name in ("causal", "alibi"):
+        attncc("tune", name, "--shapes", "B1 H8 M700 D96", "--limit", "6")
+    told = attncc("cache", "table", "h100", str(file), "--least", "1%").stdout
+    assert f"of 2 to {file}" in told
+    rows = read_table(file)
+    assert {(row["match"]["d_qk"], row["match"]["q_bucket"]) for row in rows} == {(96, 1024)}
+    tuned = [entry.value["schedule"] for entry in Cache().list() if entry.kind == "schedule"]
+    assert {json.dumps(row["schedule"]) for row in rows} <= {json.dumps({**s, "origin": "shipped"}) for s in tuned}
+    assert "is no percentage" in attncc("cache", "table", "h100", str(file), "--least", "much").stderr
+    assert "a100" in attncc("cache", "table", "a100", str(file)).stderr
+
+
 def test_several_specs_at_several_shapes_beside_pytorch(attncc, stick):
     shapes = "B1 H32/8 M1 N4096 D128, B2 H8 M512 D64"
     result = attncc("tune", "causal", "alibi", "--shapes", shapes, "--limit", "2", "--against")
@@ -71,6 +91,12 @@ def test_several_specs_at_several_shapes_beside_pytorch(attncc, stick):
         assert f"{name}  B2 H8 M512 N512 D64 bf16" in result.stdout
     assert result.stdout.count("cuDNN (plain softmax)") == 4
     assert "split" in result.stdout
+
+
+def test_the_forward_alone(attncc, stick):
+    shown = attncc("tune", "softcap", "--shapes", "B8 H32/8 M1 N8192", "--limit", "3", "--forward").stdout
+    assert "forward" in shown
+    assert "dkdv" not in shown
 
 
 def test_a_budget_ends_a_race_and_says_what_is_left(attncc, stick):

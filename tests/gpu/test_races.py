@@ -38,6 +38,9 @@ def test_many_launches_on_nan_give_the_same_bits(name):
 
 
 def test_nan_in_shared_memory_is_found():
-    """Or the test above would see nothing."""
-    fill_with_nan()
-    assert nan_is_there()
+    """Or the test above would see nothing. Kernels of other processes may come between now and then."""
+    found = 0
+    for _ in range(20):
+        fill_with_nan()
+        found += nan_is_there()
+    assert found

@@ -9,7 +9,7 @@ import pytest
 from attncc import resources
 from attncc.errors import AttnccWarning, ScheduleError
 from attncc.schedule import Cache, KernelSchedule, Schedule, choose, device_for, device_names, schedule_key
-from attncc.schedule.choose import read_table
+from attncc.schedule.choose import facts_of, read_table, shipped_row, table_text
 from attncc.schedule.device import INTERPRETER
 
 from .problems import problem
@@ -124,3 +124,30 @@ def test_nothing_fits_is_said_at_once():
 
 def test_the_interpreter_has_a_schedule():
     assert choose(problem(length=100), INTERPRETER).forward == KernelSchedule(32, 32, 1, 1)
+
+
+@pytest.mark.parametrize("lengths", [{}, {"q_bucket": 4096, "kv_bucket": 4096}])
+def test_a_row_that_names_lengths_is_of_a_race_of_both_backends(shelf, lengths):
+    """There Triton's kernels stay where the model would take Gluon's; not in one whose kernels raced among Triton's."""
+    h100 = device_for("h100")
+    assert choose(WORK, h100).dkdv.backend == "gluon"
+    match = {"digest": WORK.digest, "dtype": WORK.dtype, "d_qk": WORK.d_qk, "d_v": WORK.d_v, **lengths}
+    shelf({"match": match, "schedule": MEASURED.to_json()})
+    assert choose(WORK, h100).dkdv == (SMALL if lengths else choose(WORK, h100, backend="gluon").dkdv)
+    assert choose(WORK, h100, backend="gluon").dkdv.backend == "gluon"
+
+
+def test_what_was_tuned_becomes_a_row(shelf, cache):
+    h100 = device_for("h100")
+    trials = [{"kernel": kernel, "us": us} for kernel, us in (("forward", 100.0), ("dkdv", 300.0), ("dkdv", 290.0))]
+    value = {"kind": "schedule", "schedule": MEASURED.to_json(), **facts_of(WORK, h100), "trials": trials}
+    slower, faster = ({**value, "us": {"forward": 100.0, "backward": us}} for us in (299.0, 290.0))
+    assert shipped_row(slower, least=0.02) is None
+    row = shipped_row(faster, least=0.02)
+    assert "precision" not in row["match"]
+    (cache.directory / "rows.json").write_text(table_text([row, row]))
+    assert read_table(cache.directory / "rows.json") == [row, row]
+    shelf(row)
+    assert choose(WORK, h100) == replace(MEASURED, origin="shipped")
+    assert choose(replace(WORK, q_len=100), h100).origin == "model"
+    assert shipped_row({**faster, "trials": trials[1:], "us": {"forward": 100.0}}, least=0.02)  # the first one failed
