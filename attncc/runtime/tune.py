@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +81,7 @@ class Track:
         self._right: dict[bool, dict[str, Tensor]] = {}
         #: whether the reference had no room at full size, so that candidates were held against each other alone there
         self.cramped = False
+        self._cache = Cache()
 
     def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
         """Start to compile what the candidates launch on the slice and at full size, side by side."""
@@ -95,7 +96,7 @@ class Track:
 
     def check(self, kernel: Kernel, schedule: Schedule) -> None:
         """Hold a candidate against the reference on the slice, and at full size against others and a second run."""
-        with alone(self.device), refusals():
+        with self._alone(), refusals():
             op = self._op(schedule)
             rows = self._exam(kernel).rows(op)
             wrong = [row.check.name for row in rows if not row.check.ok]
@@ -110,7 +111,7 @@ class Track:
 
     def time(self, kernel: Kernel, schedule: Schedule, best_us: float) -> float:
         """The time of the forward, or of the whole backward for a kernel of it, in microseconds."""
-        with alone(self.device), refusals():
+        with self._alone(), refusals():
             call = self._call(self._op(schedule), kernel)
             look = median_us(call, LOOK_MS)
             return look if look > HOPELESS * best_us else median_us(call, MEASURED_MS)
@@ -118,7 +119,14 @@ class Track:
     def against(self, backward: bool) -> dict[str, tuple[float | None, float | None]]:
         """What PyTorch's own attention takes at these sizes: microseconds of forward and backward by name."""
         qkv = tuple(self.qkv)
-        return yardstick.times(yardstick.contestants(self.graph, self.shape, qkv), qkv, median_us, backward)
+        with self._alone():
+            return yardstick.times(yardstick.contestants(self.graph, self.shape, qkv), qkv, median_us, backward)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """While no other tuner of this cache uses the GPU; compiling goes on beside."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        return self._cache.lock(f"gpu-{torch.cuda.get_device_properties(self.device).uuid}")
 
     def _op(self, schedule: Schedule) -> AttentionOp:
         if schedule not in self._ops:
@@ -130,7 +138,8 @@ class Track:
         gradients = kernel != "forward"
         if gradients not in self._exams:
             variant = Variant.from_graph(self.graph)
-            self._exams[gradients] = Exam(variant, sliced(self.shape), self.device, self.dtype, gradients=gradients)
+            with self._alone():
+                self._exams[gradients] = Exam(variant, sliced(self.shape), self.device, self.dtype, gradients=gradients)
         return self._exams[gradients]
 
     def _warm(self, op: AttentionOp, sample: Sample, backward: bool) -> None:
@@ -259,16 +268,6 @@ def _timed(call: Callable[[], Any], count: int, forget: Callable[[], None]) -> l
         end.record()
     torch.cuda.synchronize()
     return [1e3 * start.elapsed_time(end) for start, end in events]
-
-
-@contextmanager
-def alone(device: torch.device) -> Iterator[None]:
-    """While no other tuner of this cache measures on the GPU. Compiling goes on beside."""
-    if device.type != "cuda":
-        yield
-        return
-    with Cache().lock(f"gpu-{torch.cuda.get_device_properties(device).uuid}"):
-        yield
 
 
 @contextmanager

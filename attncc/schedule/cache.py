@@ -68,6 +68,7 @@ class Cache:
         self.directory = Path(chosen)
         self._unwritten: dict[str, dict[str, Any]] = {}
         self._warned: set[str] = set()
+        self._locks: dict[str, BaseFileLock] = {}
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The value stored under `key`, or None. A corrupt or foreign file is a miss, with one warning a file."""
@@ -105,13 +106,13 @@ class Cache:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """While no other process holds the lock of this name in this folder; waits as long as it takes. Where the
-        folder cannot be written, nobody is waited for."""
+        """While no other process holds the lock of this name in this folder; waits as long as it takes. Who holds it
+        may take it again. Where the folder cannot be written, nobody is waited for."""
         from filelock import FileLock
 
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            held = FileLock(self.directory / f".{name}.lock")
+            held = self._locks.setdefault(name, FileLock(self.directory / f".{name}.lock"))
             held.acquire()
         except OSError:
             yield

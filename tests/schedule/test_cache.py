@@ -261,3 +261,32 @@ def test_clear_removes_damaged_entries_and_left_over_files(cache):
 @pytest.mark.parametrize(("length", "rounded"), [(1, 1), (2, 2), (3, 4), (1000, 1024), (1024, 1024), (1025, 2048)])
 def test_buckets_are_powers_of_two(length, rounded):
     assert bucket(length) == rounded
+
+
+def _hold(directory, taken, free):
+    with Cache(directory).lock("gpu-0"), Cache(directory).lock("gpu-1"):
+        taken.set()
+        free.wait(20)
+
+
+def test_one_process_holds_a_lock_and_may_take_it_again(cache):
+    context = multiprocessing.get_context("spawn")
+    taken, free = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(cache.directory, taken, free))
+    other.start()
+    assert taken.wait(30)
+    lock = filelock.FileLock(cache.directory / ".gpu-0.lock", timeout=0)
+    with pytest.raises(filelock.Timeout):
+        lock.acquire()
+    free.set()
+    with cache.lock("gpu-0"), cache.lock("gpu-0"), pytest.raises(filelock.Timeout):
+        lock.acquire()
+    lock.acquire()
+    lock.release()
+    other.join()
+
+
+def test_where_no_lock_can_be_nobody_is_waited_for(tmp_path):
+    (tmp_path / "file").write_text("")
+    with Cache(tmp_path / "file" / "cache").lock("gpu-0"):
+        assert not (tmp_path / "file" / "cache").exists()
