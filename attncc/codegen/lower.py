@@ -46,13 +46,11 @@ class Streamed:
 #: one-argument functions that print as one call
 _CALLS = {
     exp2: "tl.exp2",
-    sympy.log: "tl.log",
     voc.absolute: "tl.abs",
     voc.erf: "tl.erf",
     voc.sin: "tl.sin",
     voc.cos: "tl.cos",
     voc.gelu: "_gelu",
-    voc.softplus: "_softplus",
     voc.sign: "_sign",
 }
 
@@ -348,8 +346,7 @@ class Lowering:
                 name = operand if operand.isidentifier() else self._hoist_own(base, level)
                 product = " * ".join([name] * int(abs(value)))
                 return f"({product})" if value > 0 else f"(1.0 / ({product}))"
-        log2 = f"tl.log2({_unwrap(self._operand(base, level, True))})"
-        return f"tl.exp2({_wrap(self._operand(power, level, True))} * {log2})"
+        return f"tl.exp2({_wrap(self._operand(power, level, True))} * {self._logarithm('log2', base, level)})"
 
     def _hoist_own(self, expr: Any, level: Level) -> str:
         text = self._hoist(expr)
@@ -358,6 +355,20 @@ class Lowering:
     def _tanh(self, expr: Any, level: Level) -> str:
         self.helpers.add("_tanh")
         return f"_tanh({_unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
+
+    def _log(self, expr: Any, level: Level) -> str:
+        return self._logarithm("log", expr.args[0], level)
+
+    def _logarithm(self, name: str, expr: Any, level: Level) -> str:
+        x = _unwrap(self._operand(expr, level, True))
+        if self.level_of(expr) != Level.PAIR:  # what a row has once may as well be exact
+            return f"tl.{name}({x})"
+        self.helpers |= {f"_{name}", "_log2"}
+        return f"_{name}({x}, FAST_MATH)"
+
+    def _softplus(self, expr: Any, level: Level) -> str:
+        self.helpers |= {"_softplus", "_log", "_log2"}
+        return f"_softplus({_unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
 
     def _sigmoid(self, expr: Any, level: Level) -> str:
         power = per_ln2(lower_exp(sympy.expand(-expr.args[0])))

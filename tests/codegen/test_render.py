@@ -75,6 +75,21 @@ def test_no_pair_is_negated_for_a_difference(name, text):
     assert text in source(name)
 
 
+def test_a_logarithm_of_pairs_is_one_instruction():
+    powers = ac.Variant(
+        name="powers",
+        score=lambda score: ac.log(1 + ac.abs(score)) + ac.abs(score) ** 0.3,
+        normalizer=lambda score, row: ac.softplus(score) / row.sum(ac.softplus(score)),
+    )
+    text = render(Plan(powers.graph), 64, 64, True)
+    assert {"_log", "_log2", "_softplus"} <= functions(text).keys()
+    for kernel in ("forward_kernel", "dkdv_kernel", "dq_kernel"):
+        own = ast.unparse(functions(text)[kernel])
+        assert re.search(r" _log\(.*, FAST_MATH\)", own)
+        assert re.search(r" _log2\(.*, FAST_MATH\)", own)
+    assert "tl.log(row_sum_0)" in text  # a row has one, which may as well be exact
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_has_the_formula_and_its_proof(name):
     header = ast.get_docstring(ast.parse(source(name)))
