@@ -156,9 +156,11 @@ def refuse(plan: Plan) -> None:
 
 
 def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
-    """Do the stages leave registers free? What is read a key, or differs by key, stays in them through the loop."""
+    """Do the stages leave registers free? What is read a key, or differs by key, stays in them through the loop. A mask
+    that hides weights, not scores, has both at once: there is room beside them where a row has no statistics."""
     reads = {level(r) for r in plan.core.reads}
-    return bool(f["vanishes"]) and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
+    few = bool(f["vanishes"]) or not (f["moves"] or f["sums"] or f["count_seen"])
+    return few and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
 
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
