@@ -19,6 +19,7 @@ _LABEL = re.compile(r"(\.L_\w+):")
 #: `(.L_x_1) of a jump; of one by a table (*"BRANCH_TARGETS .L_x_2,.L_x_3"*)
 _TARGET = re.compile(r"\.L_\w+")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b(\.64)?")
+_WGMMA = re.compile(r"[HQIB]GMMA\.")
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")
 #: their first operands are predicates, and they write no register
 _PREDICATES = re.compile(r"(U?[IFHD]SETP|U?PLOP3|R2P|U?VOTE\.(?!.*\bU?R))")
@@ -38,10 +39,10 @@ class Instruction:
     def __str__(self) -> str:
         return f"{self.address:#06x}: {self.guard + ' ' if self.guard else ''}{self.name} {', '.join(self.operands)}"
 
-    @property
+    @cached_property
     def is_wgmma(self) -> bool:
         """Is it a matmul of a warp group?"""
-        return bool(re.match(r"[HQIB]GMMA\.", self.name))
+        return bool(_WGMMA.match(self.name))
 
     @cached_property
     def values(self) -> tuple[str, ...]:

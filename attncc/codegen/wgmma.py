@@ -61,11 +61,12 @@ def faults_of(code: list[Instruction]) -> tuple[Fault, ...]:
         if code[i].is_wgmma
         for what in _descriptors(code[i], known)
     ]
+    registers = {i: (frozenset(x.writes), frozenset(x.reads)) for i, x in enumerate(code) if x.is_wgmma}
     found += [
         (i, Fault(str(code[i]), what))
         for i, flying in states_before(code, _fly, _soonest)
         if flying
-        for what in _clashes(code, code[i], flying)
+        for what in _clashes(code, code[i], flying, registers)
     ]
     return tuple(fault for _, fault in sorted(found, key=lambda entry: entry[0]))
 
@@ -99,15 +100,19 @@ def _fly(i: int, x: Instruction, flying: Flying) -> None:
             del flying[k]
 
 
-def _clashes(code: list[Instruction], x: Instruction, flying: Flying) -> list[str]:
-    """What of wgmmas in flight the instruction touches."""
-    writes, reads = set(x.writes), set(x.reads)
+def _clashes(
+    code: list[Instruction],
+    x: Instruction,
+    flying: Flying,
+    registers: dict[int, tuple[frozenset[str], frozenset[str]]],
+) -> list[str]:
+    """What of wgmmas in flight the instruction touches. `registers`: those of the sums and operands of each."""
+    writes, reads = frozenset(x.writes), frozenset(x.reads)
     found = []
     for i in flying:
-        other = code[i]
-        sums, operands = set(other.writes), set(other.reads)
+        sums, operands = registers[i]
         if writes & operands:
-            found.append(f"writes an operand of the wgmma at {other.address:#06x}, which is in flight")
-        if (reads | (writes if not (x.is_wgmma and writes == sums) else set())) & sums:
-            found.append(f"touches the sum of the wgmma at {other.address:#06x}, which is in flight")
+            found.append(f"writes an operand of the wgmma at {code[i].address:#06x}, which is in flight")
+        if (reads | (writes if not (x.is_wgmma and writes == sums) else frozenset())) & sums:
+            found.append(f"touches the sum of the wgmma at {code[i].address:#06x}, which is in flight")
     return found
