@@ -62,7 +62,7 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart
     setup = [f"bounds_at = BOUNDS_PTR + (({line}) * {blocks} + {number}) * {len(stored)}"]
     setup += [f"{name} = tl.load(bounds_at + {i})" for i, name in enumerate(stored)]
     found = _loop_lines(setup, len(plan.segments))
-    separate = Lowering(kernel.graph, kernel.leaves, kernel.rows_first, helpers=kernel.helpers)
+    separate = Lowering(kernel.graph, kernel.leaves, kernel.rows_first, kernel.own_axis, helpers=kernel.helpers)
     scanner = _Scope(plan, separate, block)
     reads = scanner.outer_lines(separate, inside)
     ranges = scanner.range_lines()

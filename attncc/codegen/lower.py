@@ -60,16 +60,18 @@ class Lowering:
     """Builds the statements of one kernel.
 
     leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV
-    kernel holds them); running: names of row values that change inside the loop; many_heads: a program visits several
-    query heads; blank: a tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole
-    program, or for a row of a row-block kernel), to `by_head` (the same for all pairs of one query head, where there
-    are many) or to `body`, each in an order in which it can run: `outer` needs neither of the others. Where `streamed`
-    is given, it takes what is read along the axis of the loop, and what follows from that alone.
+    kernel holds them); own_axis: ROW or COL, along which a program's block lies, a tile's first axis if not given;
+    running: names of row values that change inside the loop; many_heads: a program visits several query heads; blank: a
+    tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole program, or along its own
+    axis), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each in an order
+    in which it can run: `outer` needs neither of the others. Where `streamed` is given, it takes what is read along the
+    axis of the loop, and what follows from that alone.
     """
 
     graph: VariantGraph
     leaves: Mapping[str, Leaf]
     rows_first: bool = True
+    own_axis: Level | None = None
     running: frozenset[str] = frozenset()
     many_heads: bool = False
     blank: str = "tl.zeros_like(qk)"
@@ -143,13 +145,16 @@ class Lowering:
                 result = join(result, self.leaves[s.name].level)
         return result
 
+    @property
+    def _block_axis(self) -> Level:
+        return self.own_axis or (Level.ROW if self.rows_first else Level.COL)
+
     def _is_outer(self, expr: Any, level: Level) -> bool:
-        outer = Level.ROW if self.rows_first else Level.COL
-        return level in (Level.PROGRAM, outer) and not any(s.name in self.running for s in expr.free_symbols)
+        return level in (Level.PROGRAM, self._block_axis) and not any(s.name in self.running for s in expr.free_symbols)
 
     def _define(self, name: str, text: str, expr: Any, level: Level, to_float: bool = False) -> None:
         """A statement `name = text`, among those of its level."""
-        along = Level.COL if self.rows_first else Level.ROW
+        along = Level.COL if self._block_axis == Level.ROW else Level.ROW
         if self.streamed is not None and any(self.level_of(r) == along for r in expr.atoms(Read)) and level == along:
             inputs = frozenset(str(r.input) for r in expr.atoms(Read))
             self.streamed.append(Streamed(name, text, "float" if to_float else type_of(expr), inputs))

@@ -49,21 +49,20 @@ def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int) -> dict[str
     """Slots of the pass' template."""
     kind = light.domain.kind
     axis = _KEY if kind == "col" else _QUERY
-    rows_first = kind != "col"
     saved = [s.name for s, _ in weight.rows] if light.uses_weight else []
     leaves = leaves_of(plan, {name: Leaf(name, Level.ROW) for name in saved})
     if kind == "offset":  # q_idx and kv_idx change inside its loop, so nothing may move before it
         running = frozenset({"q_idx", "kv_idx", *saved, "b", "h", "h_kv"})
-        lowering = Lowering(plan.graph, leaves, rows_first, running=running)
+        lowering = Lowering(plan.graph, leaves, running=running)
     else:
-        lowering = Lowering(plan.graph, leaves, rows_first)
+        lowering = Lowering(plan.graph, leaves, own_axis=Level.COL if kind == "col" else Level.ROW)
     folded = plan.folded
     exprs = [folded.apply(weight.of(n.reduction.expr)) for n in light.reductions]
     conditions = [folded.apply(weight.of(n.reduction.when)) for n in light.reductions]
     own_weight = folded.apply(weight.expr)
     mask = plan.graph["mask"].expr
     lowering.count([folded.score, mask, *exprs, *conditions, *([own_weight] if light.uses_weight else [])])
-    edges = [edge("q_idx", rows_first), edge("kv_idx", rows_first)] if kind != "row" else [edge("kv_idx", True)]
+    edges = [edge(index, True) for index in (("q_idx", "kv_idx") if kind != "row" else ("kv_idx",))]
     tile = tile_plan(light.mask, sym.Q_IDX if kind == "col" else sym.KV_IDX)
     bounds = None
     if kind != "offset":

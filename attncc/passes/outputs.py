@@ -95,6 +95,12 @@ def passes(graph: VariantGraph) -> tuple[Pass, ...]:
         by_domain.setdefault(domains[entry.output], []).append(entry)
     mask = graph["mask"].expr
     return tuple(
-        Pass(domain, tuple(entries), sympy.And(mask, sympy.Or(*(n.reduction.when for n in entries))))
+        Pass(domain, tuple(entries), sympy.And(mask, sympy.Or(*(_of_places(n.reduction.when) for n in entries))))
         for domain, entries in by_domain.items()
     )
+
+
+def _of_places(when: sympy.Basic) -> sympy.Basic:
+    """What a condition says of where a pair is, and not of its score or weight: that bounds the tiles to visit."""
+    scores = {sym.WEIGHT, sym.SCORE, sym.RAW_SCORE}
+    return sympy.And(*(c for c in sympy.And.make_args(when) if not c.free_symbols & scores))

@@ -105,6 +105,32 @@ def test_every_ready_made_output(shape):
         close(got[name], want[name], 2e-6)
 
 
+#: each alone: together, their conditions say nothing of which tiles to visit
+OF_WEIGHTS = {
+    "heavy": (lambda weight, row: row.count(weight > 0.1), lambda w, s, v: (v & (w > 0.1)).sum(-1)),
+    "near": (
+        lambda weight, row, kv_idx: row.sum(weight, (weight > 0.1) & (kv_idx < 9)),
+        lambda w, s, v: torch.where(w > 0.1, w, 0.0)[..., :9].sum(-1),
+    ),
+    "seen": (lambda score, col: col.count(score > 0), lambda w, s, v: (s > 0).sum(-2)),
+    "largest": (lambda weight, col: col.max(weight), lambda w, s, v: w.masked_fill(~v, -torch.inf).amax(-2)),
+    "place": (lambda weight, col: col.argmax(weight), lambda w, s, v: w.masked_fill(~v, -torch.inf).argmax(-2)),
+    "far": (
+        lambda weight, offset: offset(-20, 0).sum(weight, weight > 0.1),
+        lambda w, s, v: diagonals(torch.where(w > 0.1, w, 0.0), -20, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_conditions_on_weights_and_reductions_along_the_queries(name):
+    """Over several tiles of queries and of keys."""
+    q, k, v, _ = tensors((1, 2, 1, 85, 103, 16, 16))
+    output, expected = OF_WEIGHTS[name]
+    got = ac.compile(ac.Variant(mask=ac.causal, outputs={name: output}))(q, k, v, outputs=name)
+    close(got, expected(*weights_of(q.double(), k.double())), 2e-6)
+
+
 def test_16_bits():
     q, k, v, segment = tensors(SHAPES[0], torch.float16)
     names = [n for n in READY if n not in ("argmax", "scores")]
