@@ -13,6 +13,7 @@ from typing import Any, Literal
 from attncc import resources
 from attncc.errors import InputError
 from attncc.schedule.device import Device
+from attncc.schedule.model import model
 from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
 #: how a variant that is linear in time is computed, and "auto"
@@ -162,10 +163,10 @@ def choose_plan(sizes: LinearSizes, device: Device, causal: bool = True) -> str:
 
 
 def quadratic_us(sizes: LinearSizes, device: Device) -> float:
-    """The causal forward over all pairs: half of the matmuls of a full one, at half of the device's rate."""
+    """The causal forward over all pairs: half of the matmuls of a full one."""
     pairs = sizes.sequences * sizes.heads * sizes.length * sizes.length / 2
     flops = 2.0 * pairs * (sizes.d_qk + sizes.d_v)
-    return device.launch_us + flops / (0.5 * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
+    return device.launch_us + flops / (model().linear.pairs_rate * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
 
 
 def linear_us(sizes: LinearSizes, device: Device) -> float:
@@ -174,7 +175,7 @@ def linear_us(sizes: LinearSizes, device: Device) -> float:
     tokens = sizes.sequences * sizes.heads * sizes.length
     moved = tokens * (3 * sizes.d_qk + 3 * sizes.d_v) * DTYPE_BYTES[sizes.dtype]
     flops = 2.0 * tokens * (schedule.chunk * (sizes.d_qk + sizes.d_v) + 3 * sizes.d_qk * sizes.d_v)
-    compute = flops / (0.4 * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
+    compute = flops / (model().linear.chunk_rate * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
     return 3 * device.launch_us + max(moved / (1e3 * device.dram_gbps), compute)
 
 

@@ -69,6 +69,15 @@ class GluonBackwardFit:
 
 
 @dataclass(frozen=True)
+class LinearFit:
+    """The plans of a variant that is linear in time."""
+
+    pairs_rate: float
+    chunk_rate: float
+    square_rate: float
+
+
+@dataclass(frozen=True)
 class Model:
     """Everything that was fitted."""
 
@@ -76,6 +85,7 @@ class Model:
     decode: DecodeFit
     gluon_forward: GluonForwardFit
     gluon_backward: GluonBackwardFit
+    linear: LinearFit
 
 
 @cache
@@ -95,10 +105,11 @@ def parse_model(path: Path) -> Model:
         decode=_fit(DecodeFit, "decode", data, path),
         gluon_forward=_fit(GluonForwardFit, "gluon_forward", data, path),
         gluon_backward=_fit(GluonBackwardFit, "gluon_backward", data, path),
+        linear=_fit(LinearFit, "linear", data, path),
     )
 
 
-_Fit = TypeVar("_Fit", TritonFit, DecodeFit, GluonForwardFit, GluonBackwardFit)
+_Fit = TypeVar("_Fit", TritonFit, DecodeFit, GluonForwardFit, GluonBackwardFit, LinearFit)
 
 
 def _fit(kind: type[_Fit], name: str, data: dict[str, Any], path: Path) -> _Fit:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from attncc.errors import InputError
 from attncc.schedule.device import Device
 from attncc.schedule.linear import LinearSchedule, LinearSizes
+from attncc.schedule.model import model
 from attncc.schedule.problem import DTYPE_BYTES
 
 #: the largest head dimension: a state of 129 x 129 x 128 values is 8 MiB a head
 LARGEST = 128
 #: tokens that a segment has at least, so that its state costs less than they do
 SEGMENT = 512
-#: what of the matmul rate the kernels reach, all pairs' and these
-_RATE = 0.4
 
 
 def padded(dim: int) -> int:
@@ -72,7 +71,7 @@ def pairs_us(sizes: LinearSizes, device: Device, causal: bool) -> float:
     """The forward over all pairs, half of them where the mask is causal."""
     pairs = sizes.sequences * sizes.heads * sizes.length * sizes.length / (2 if causal else 1)
     flops = 2.0 * pairs * (sizes.d_qk + sizes.d_v)
-    return device.launch_us + flops / (_RATE * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
+    return device.launch_us + flops / (model().linear.square_rate * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
 
 
 def square_us(sizes: LinearSizes, device: Device, causal: bool) -> float:
@@ -82,7 +81,7 @@ def square_us(sizes: LinearSizes, device: Device, causal: bool) -> float:
     features = (sizes.d_qk * sizes.d_qk + sizes.d_qk + 1) * (sizes.d_v + 1)
     flops = 2.0 * tokens * (2 * features + (span / 2 * (sizes.d_qk + sizes.d_v) if causal else 0))
     stored = -(-sizes.length // span) * sizes.sequences * sizes.heads * features * 4
-    compute = flops / (_RATE * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
+    compute = flops / (model().linear.square_rate * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
     return 4 * device.launch_us + compute + 4 * stored / (1e3 * device.dram_gbps)
 
 
