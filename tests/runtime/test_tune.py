@@ -7,8 +7,9 @@ import torch
 
 import attncc as ac
 from attncc.codegen.problem import problem_of
-from attncc.runtime import tune, yardstick
+from attncc.runtime import fullsize, yardstick
 from attncc.runtime.explain import sizes_of
+from attncc.runtime.gputime import median_us
 from attncc.runtime.launch import launches
 from attncc.runtime.race import TrialError, race
 from attncc.runtime.samples import Shape, sample_inputs
@@ -66,13 +67,12 @@ def track():
 
 
 @pytest.mark.parametrize("name", ["slots", "simple_gla"])
-def test_what_is_made_before_the_kernels_is_bound(name, monkeypatch):
+def test_what_is_made_before_the_kernels_is_bound(name):
     """The inputs that other ops and running sums make: a race compiles kernels from a call that has them all."""
     own = Track(ac.variants.get(name).graph, SHAPE, "fp32", torch.device("cpu"), {})
-    op, bound = ac.AttentionOp(own.graph), []
-    monkeypatch.setattr(op.engine, "warm", lambda prepared, binding, *rest: bound.append(binding))
-    own._warm(op, own.sample, False)
-    assert {d.name for d in op.engine.graph.inputs} == set(bound[0].tensors) != set(own.sample.inputs)
+    op = ac.AttentionOp(own.graph)
+    _, bound, *_ = own._bound(op, own.sample)
+    assert {d.name for d in op.engine.graph.inputs} == set(bound.tensors) != set(own.sample.inputs)
 
 
 def test_a_right_candidate_passes(track):
@@ -125,8 +125,17 @@ def test_at_full_size_every_head_is_held_against_the_first_right_candidate(track
 
 
 def test_where_the_reference_has_no_room_that_is_known(track, monkeypatch):
-    monkeypatch.setattr(tune, "ROOM", 1000)
+    monkeypatch.setattr(fullsize, "ROOM", 1000)
     assert not track.cramped
+    track.check("forward", Schedule(SMALL, SMALL, SMALL))
+    assert track.cramped
+
+
+def test_a_reference_that_runs_out_of_memory_refuses_no_candidate(track, monkeypatch):
+    def full(*args, **inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(fullsize, "reference", full)
     track.check("forward", Schedule(SMALL, SMALL, SMALL))
     assert track.cramped
 
@@ -203,4 +212,4 @@ def test_split_keys_are_tuned_on_this_gpu():
     track = Track(variant.graph, shape, "bf16", gpu(), {})
     result = race(problem, device, ("forward",), track, Cache(), limit=6)
     assert result.schedule.forward.splits >= 1
-    assert tune.median_us(lambda: op(*(t.detach() for t in track.qkv))) > 0
+    assert median_us(lambda: op(*(t.detach() for t in track.qkv)), 10) > 0
