@@ -1,6 +1,7 @@
 """The hopper suite: which cells it has, and how it judges a row."""
 
 from bench.ours import tile
+from bench.suites import hopper
 from bench.suites.hopper import OWN, cells, judge, peers
 
 ROW = {"attncc": {"ms": 1.0, "tflops": 500.0, "spread": 0.0}, "peers": {}, "ratio": {}}
@@ -39,3 +40,16 @@ def test_a_tiling_says_its_language():
     sizes = {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2}
     assert tile({**sizes, "backend": "gluon"}) == "gluon:64x128/w8/s2"
     assert tile(sizes) == "64x128/w8/s2"
+
+
+def test_whatever_compiles_is_compiled_ahead(monkeypatch):
+    monkeypatch.setattr(hopper, "has_fa4", lambda: True)
+    taken = list(cells())
+    work = hopper.pieces(taken)
+    assert len(set(work)) == len(work)
+    assert {at for at, name in work if name == "attncc"} == set(range(len(taken)))
+    assert all(name in ("attncc", *peers(taken[at])) and name != "cudnn" for at, name in work)
+    # one kernel of its for all lengths
+    widths = [(taken[at].case.name, taken[at].shape.d) for at, name in work if name == "fa4"]
+    assert len(set(widths)) == len(widths)
+    assert {d for _, d in widths} == {64, 96, 128, 192, 256}
