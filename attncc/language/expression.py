@@ -12,8 +12,8 @@ from attncc.errors import AttnccError, Span, SpecError
 from attncc.language import functions, masks, mods, normalizers, outputs, reducers
 from attncc.language.combinators import Mask, Piece, call_by_name
 from attncc.language.places import char_offset
-from attncc.language.stages import unknown_name
-from attncc.language.values import Value, constant, constant_power, lift
+from attncc.language.stages import COL, ROW, unknown_name
+from attncc.language.values import Value, constant, constant_power, lift, no_reduction
 
 _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,
@@ -36,10 +36,8 @@ _COMPARE: dict[type, Callable[[Value, Any], Value]] = {
     ast.Eq: lambda a, b: a == b,
     ast.NotEq: lambda a, b: a != b,
 }
-_ROW = ("max", "min", "sum", "mean", "count", "root")
 #: shipped pieces that a stage of the text form may name
 PIECES: dict[str, Mapping[str, Any]] = {"mask": masks.TABLE, "score": mods.TABLE, "output": outputs.TABLE}
-_COL = ("max", "min", "sum", "mean", "count")
 _DOMAINS = ("row", "col", "offset", "block", "pair")
 
 
@@ -186,7 +184,8 @@ class _Reader:
         if node.id in self.pieces:
             if isinstance(self.pieces[node.id], Piece):
                 return self.pieces[node.id]
-            self.refuse(node, f"'{node.id}' needs arguments: {node.id}(...)")
+            remedy = "or declare an input of that name, if it is one of yours"
+            self.refuse(node, f"'{node.id}' needs arguments: {node.id}(...)", remedy)
         if node.id in functions.TABLE:
             self.refuse(node, f"'{node.id}' is a function", f"write {node.id}(...)")
         if self.stage == "normalizer" and node.id in normalizers.TABLE:
@@ -300,8 +299,7 @@ class _Reader:
         domain, name = self._domain(func)
         methods = self._methods(name)
         if func.attr not in methods:
-            listed = f", {name}.".join(methods)
-            self.refuse(func, f"no {name} reduction is called '{func.attr}'", f"one of: {name}.{listed}")
+            self.refuse(func, *no_reduction(name, func.attr, methods))
         if func.attr == "root":
             return self._root(node)
         arguments = [self.value(a) for a in node.args]
@@ -318,7 +316,7 @@ class _Reader:
         called = isinstance(target, ast.Call) and isinstance(target.func, ast.Name)
         named = target.func if called else target  # type: ignore[attr-defined]
         if not isinstance(named, ast.Name) or named.id not in _DOMAINS:
-            self.refuse(func, "attributes are not part of the language", f"only row.{', row.'.join(_ROW)} have a dot")
+            self.refuse(func, "attributes are not part of the language", f"only row.{', row.'.join(ROW)} have a dot")
         if named.id not in self.env:
             raise unknown_name(named.id, self.stage, self.env)
         domain = self.env[named.id]
@@ -334,7 +332,7 @@ class _Reader:
     def _methods(self, name: str) -> tuple[str, ...]:
         if self.stage.split()[0] == "output":
             return reducers.METHODS
-        return _COL if name == "col" else _ROW
+        return COL if name == "col" else ROW
 
     def _root(self, node: ast.Call) -> Value:
         """`row.root(lambda t: equation, lo, hi)`: the only place of a lambda."""

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 
@@ -23,7 +23,7 @@ from attncc.ir.verify import verify
 from attncc.language import functions
 from attncc.language.outputs import build_output
 from attncc.language.reduction import by_branch, canonical
-from attncc.language.values import InputTensor, Value, Weights, boolean, fail, number
+from attncc.language.values import InputTensor, Value, Weights, boolean, fail, no_reduction, number
 
 _PAIR = ("b", "h", "h_kv", "q_idx", "kv_idx", "q_len", "kv_len", "num_heads")
 #: names that each stage sees besides the inputs and scalars of the variant
@@ -60,6 +60,11 @@ _RESERVED = {
 }
 
 
+#: the reductions of a normalizer
+ROW = ("max", "min", "sum", "mean", "count", "root")
+COL = ("max", "min", "sum", "mean", "count")
+
+
 class Row:
     """Reductions over the keys that one query sees. Equal reductions are computed once."""
 
@@ -68,10 +73,15 @@ class Row:
         self._counts: Counter[str] = Counter()
         self._solving = False
 
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):  # Python asks for these, too
+            raise AttributeError(name)
+        fail(*no_reduction("row", name, ROW))
+
     def _reduce(self, op: str, x: Any) -> Value:
         expr = number(x)
         if expr.has(sym.V_VEC) and op != "sum":
-            fail(f"row.{op}(v_vec): only row.sum reduces the value vectors")
+            fail(f"row.{op}(v_vec): only row.sum reduces the value vectors", "write row.sum(weight * v_vec)")
         return self._add(op, expr)
 
     def _add(self, op: str, expr: Any) -> Value:
@@ -131,6 +141,11 @@ class Column:
 
     def __init__(self, row: Row):
         self._row = row
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        fail(*no_reduction("col", name, COL))
 
     def _reduce(self, op: str, x: Any) -> Value:
         expr = number(x)

@@ -18,7 +18,7 @@ from attncc.errors import SpecError
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import HEAD_DIM, InputDecl
 from attncc.ir.similarity import is_vector
-from attncc.ir.symbols import COMPONENT, V_VEC, input_symbol
+from attncc.ir.symbols import COMPONENT, QK, RAW_SCORE, SCORE, V_VEC, input_symbol
 from attncc.ir.text import formula
 
 _ARTICLE = {"bool": "a boolean", "int": "an index (integer)", "float": "a number"}
@@ -382,10 +382,28 @@ def over_head_dim(name: str, *vectors: Any) -> Value:
     return Value(voc.sum_d(sympy.Mul(*exprs)))
 
 
+#: what PyTorch has for a row and no pass over its keys computes
+_OF_ORDER = ("topk", "sort", "argsort", "kthvalue", "median", "quantile")
+
+
+def no_reduction(domain: str, name: str, methods: Sequence[str]) -> tuple[str, str]:
+    """Why a formula cannot ask for a reduction that there is not, and what it can ask for."""
+    remedy = f"one of: {', '.join(f'{domain}.{method}' for method in methods)}"
+    if name in _OF_ORDER and "root" in methods:
+        remedy = (
+            "keep the keys above a threshold: row.root solves for one, as in ac.entmax15, or it is an input, as in "
+            "top_theta"
+        )
+    return f"no {domain} reduction is called '{name}'", remedy
+
+
 def running_sum(x: Any) -> Value:
     """The running sum of an element read, along the one of its dimensions that counts tokens."""
     expr = number(x)
     if not isinstance(expr, voc.Read):
+        if expr.free_symbols & {SCORE, RAW_SCORE, QK}:
+            remedy = "make the running sums in PyTorch, M x N for each head, and add them as an input: ac.bias()"
+            fail(f"a running sum along the keys of a row, as of '{formula(expr)}', is no sum over the row", remedy)
         remedy = "compute what each token adds before the call, pass it as an input, and write cumsum(g[b, h, kv_idx])"
         fail(f"cumsum takes an element of an input, and '{formula(expr)}' is none", remedy)
     if expr.is_integer:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from attncc.codegen.plan import Plan
-from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.phases import phases
 from attncc.passes.running import running_sums, without_running_sums
@@ -20,6 +19,7 @@ from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
     auxiliary_names,
     bind,
+    no_statistic,
     output_names,
     read_inputs,
     refuse_gradient,
@@ -166,9 +166,7 @@ class AttentionOp:
             elif name in self._stored:
                 picked.append(results[1 + self._stored.index(name)])
             else:
-                raise UnsupportedError(
-                    f"the normalizer of '{self.graph.name}' has no row statistic, so there is no output '{name}'"
-                )
+                raise no_statistic(self.graph, name)
         return picked[0] if len(picked) == 1 else tuple(picked)
 
     def free_sums(self) -> frozenset[str]:

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.runtime import outputs_library
 from attncc.runtime.engine import Engine
 from attncc.runtime.outputs import OutputsEngine, check_extent
-from attncc.runtime.shapes import bind, output_names, refuse_gradient
+from attncc.runtime.shapes import bind, no_statistic, output_names, refuse_gradient
 
 
 class OutputsCall:
@@ -54,9 +53,7 @@ class OutputsCall:
         found = dict(zip(order, results, strict=False))
         names = output_names(outputs, self.graph)
         if "lse" in names and "lse" not in found:
-            raise UnsupportedError(
-                f"the normalizer of '{self.graph.name}' has no row statistic, so there is no output 'lse'"
-            )
+            raise no_statistic(self.graph, "lse")
         picked = [found[name] for name in names]
         return picked[0] if len(picked) == 1 else tuple(picked)
 

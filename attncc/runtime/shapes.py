@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from attncc.errors import InputError
+from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
 
 #: what the kernels compute in; the reference also takes float64
@@ -36,6 +36,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("score_mod", "mask_mod", "block_mask"), "ac.from_flex(score_mod, mask_mod) makes a variant of it"),
     "attn_mask": "a mask is a formula of the variant; a dense one is an input: ac.compile('dense_bias')",
     "is_causal": "it is the mask of the variant: ac.Variant(mask=ac.causal)",
+    "plan": "it is for variants that are linear in time; `attncc explain` says why this one is not",
     "enable_gqa": "fewer heads of k and v than of q need no word",
 }
 _DIMENSIONS = {
@@ -383,6 +384,15 @@ def _fail_unknown(graph: VariantGraph, inputs: Mapping[str, Any]) -> NoReturn:
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
     remedy = _ELSEWHERE.get(name) or (f"did you mean '{near[0]}'?" if near else takes)
     raise InputError(f"'{graph.name}' has no input '{name}'", remedy=remedy)
+
+
+def no_statistic(graph: VariantGraph, name: str) -> UnsupportedError:
+    """What to raise where lse is asked of weights that have no denominator."""
+    return UnsupportedError(
+        f"the normalizer of '{graph.name}' has no row statistic, so there is no output '{name}'",
+        stage="normalizer",
+        remedy="ask for 'out' alone; the sum of a row's weights is ac.outputs.row_mass()",
+    )
 
 
 def _required(graph: VariantGraph) -> list[str]:

@@ -237,7 +237,8 @@ def suite(run: Run) -> None:
         except Exception as error:  # a broken case must cost its own row alone
             run.fail(results, ABSORBED.name, error, case=ABSORBED.name, **absorbed(*cache).row())
             continue
-        rates = [f"{e['tbps']:.2f}" if "tbps" in e else "cannot" for e in (row["attncc"], *row["peers"].values())]
+        contestants = (row["attncc"], *(row["peers"][name] for name in ("flex", "torch.compile")))
+        rates = [f"{e['tbps']:.2f}" if "tbps" in e else "cannot" for e in contestants]
         lines.append([str(cache), *rates, tile(row["attncc"]["schedule"]["forward"])])
     run.show("absorbed MLA, TB/s", ["sequences, keys", "attncc", "flex", "torch.compile", "schedule"], lines)
     for name, done in zip(names, ready, strict=False):

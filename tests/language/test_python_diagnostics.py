@@ -92,6 +92,24 @@ def several_lines(score, q_idx):
             "no truth value",
         ),
         (
+            lambda: ac.Variant(normalizer=lambda score, row: row.topk(score, 8)),
+            "normalizer",
+            "row.topk",
+            "no row reduction is called 'topk'(.|\n)*above a threshold: row.root",
+        ),
+        (
+            lambda: ac.Variant(normalizer=lambda score, col: score / col.last),
+            "normalizer",
+            "col.last",
+            "no col reduction is called 'last'(.|\n)*one of: col.max",
+        ),
+        (
+            lambda: ac.Variant(score=lambda score: score + ac.cumsum(ac.sigmoid(score))),
+            "score",
+            "ac.cumsum(ac.sigmoid(score))",
+            "a running sum along the keys of a row(.|\n)*in PyTorch, M x N",
+        ),
+        (
             lambda: ac.Variant(score=lambda score: max(score, 0)),
             "score",
             "max(score, 0)",
