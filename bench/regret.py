@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import torch
 
 import attncc as ac
 from attncc.errors import UnsupportedError
+from attncc.runtime.race import order
 from attncc.schedule import Device, KernelSchedule, Problem, Schedule, device_names, load_device, ranked
 from attncc.schedule.choose import choose
+from attncc.schedule.problem import Kernel
 from bench.case import Shape
 from bench.record import load
 from bench.regret_cells import Cell, first_choices, problem_of
@@ -28,13 +31,15 @@ from bench.suites.sweep import CASES
 
 COLUMNS = ("cell", "what", "first choice", "us", "best", "us", "regret")
 FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
+#: the kernels that a tuner of a direction races
+KINDS: dict[str, tuple[Kernel, ...]] = {"forward": ("forward",), "backward": ("dkdv", "dq")}
 
 
 @dataclass(frozen=True)
 class Regret:
     """One direction, or one kernel, of one cell. `first` is the model's choice, `us` its time; where it was not
     measured itself, that of the next of the model's order that was. `used_us`: the time of what calls use, which may be
-    a shipped schedule, where that is known."""
+    a shipped schedule, where that is known. `tenth_us`: the best that a tuner knows after a tenth of its search."""
 
     cell: str
     what: str
@@ -44,6 +49,7 @@ class Regret:
     best: str
     best_us: float
     used_us: float | None = None
+    tenth_us: float | None = None
 
     @property
     def share(self) -> float:
@@ -87,6 +93,12 @@ class Measured:
             return {KernelSchedule.from_json({k: v for k, v in e.items() if k != "us"}): e["us"] for e in entries}
 
         return cls(listed(data["whole"]), {p: listed(data[p]) for p in ("dkdv", "dq")}, data.get("beside_us", 0.0))
+
+    def among(self, raced: Collection[tuple[str, KernelSchedule]]) -> Measured:
+        """Those of the tilings that raced, by their kernels."""
+        whole = {ks: us for ks, us in self.whole.items() if ("forward", ks) in raced or ("dkdv", ks) in raced}
+        parts = {part: {ks: us for ks, us in t.items() if (part, ks) in raced} for part, t in self.parts.items()}
+        return Measured(whole, parts, self.beside)
 
     def best(self) -> tuple[str, float]:
         """The fastest of all, and its time."""
@@ -151,9 +163,12 @@ def of_direction(row: dict[str, Any], device: Device) -> Regret:
     us, measured = times.time(first, cell.mode, problem, device)
     used, _ = times.time(choose(problem, device), cell.mode, problem, device)
     best, best_us = times.best()
+    entries = order(problem, device, KINDS[cell.mode])
+    tenth = times.among(set(entries[: ceil(len(entries) / 10)]))
+    known = [us, *([tenth.best()[1]] if tenth.whole or all(tenth.parts.values()) else [])]
     whole = cell.mode == "forward" or first.dkdv.backend == "gluon"
     name = str(first.forward if cell.mode == "forward" else first.dkdv) if whole else f"{first.dkdv} | {first.dq}"
-    return Regret(str(cell), cell.mode, name, measured, us, best, best_us, used)
+    return Regret(str(cell), cell.mode, name, measured, us, best, best_us, used, min(known))
 
 
 def of_kernel(row: dict[str, Any], device: Device) -> Regret:
@@ -180,7 +195,9 @@ def summary(found: Sequence[Regret]) -> str:
     """Median, 95th percentile and worst of the regrets; then those of what calls use, where it is known."""
     text = f"{len(found)} first choices: {_spread(each.share for each in found)}"
     used = [each.used_us / each.best_us - 1 for each in found if each.used_us is not None]
-    return f"{text}\nwith the shipped schedules: {_spread(used)}" if used else text
+    tenth = [each.tenth_us / each.best_us - 1 for each in found if each.tenth_us is not None]
+    text += f"\nwith the shipped schedules: {_spread(used)}" if used else ""
+    return text + (f"\nwith a tuner after a tenth of its search: {_spread(tenth)}" if tenth else "")
 
 
 def _spread(shares: Iterable[float]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attncc.runtime.race import order
 from attncc.schedule import KernelSchedule, load_device, ranked
 from attncc.schedule.choose import read_table, table_text
 from bench import ahead
@@ -161,6 +162,16 @@ def test_a_backward_is_one_kernel_or_two_and_what_is_beside(planned):
     assert (found.us, found.best_us) == (95.0, 85.0)
     assert found.best == f"{dkdv} | {fast}"
     assert of_direction(row(backward, whole=[(gluon, 80.0)], **parts), DEVICE).best == str(gluon)
+
+
+def test_a_tuner_that_stops_early_knows_what_raced_by_then(planned):
+    forward, _ = planned
+    race = [ks for _, ks in order(problem_of(forward.cell), DEVICE, ("forward",))]
+    times = [(ks, 100.0 - i) for i, ks in enumerate(race)]
+    found = of_direction(row(forward, whole=times), DEVICE)
+    early = -(-len(race) // 10)
+    assert 1 < early < len(race) / 5
+    assert (found.us, found.tenth_us, found.best_us) == (100.0, 101.0 - early, 101.0 - len(race))
 
 
 def test_times_survive_json(planned):
