@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +31,7 @@ from attncc.cli.options import (
     Similarity,
 )
 from attncc.cli.output import err, out
+from attncc.errors import UnsupportedError
 
 #: the exit code of a command that Ctrl-C ended, as shells have it
 INTERRUPTED = 130
@@ -86,6 +88,8 @@ def command(
     seconds = written.seconds(budget) if budget else float("inf")
     limit = 16 if limit is None and budget is None else limit
     where, start = gpu(), time.monotonic()
+    for name, why in _by_rule(found).items():
+        err.print(f"{name}: {why}")
     try:
         for number, job in enumerate(found):
             share = (seconds - (time.monotonic() - start)) / (len(found) - number)
@@ -95,6 +99,23 @@ def command(
         drop_waiting()
         err.print("stopped: every result so far is in the cache, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _by_rule(found: Sequence[Job]) -> dict[str, str]:
+    """What of these is not tuned, by variant. UnsupportedError for a recurrence, of which nothing is."""
+    from attncc.passes.linearize import linearize
+
+    told = {}
+    for graph in {job.graph.name: job.graph for job in found}.values():
+        if graph.recurrent:
+            raise UnsupportedError(
+                f"there is nothing to tune: '{graph.name}' is a recurrence, whose chunks are cut by rule",
+                remedy="`attncc explain` shows how",
+            )
+        with suppress(UnsupportedError):
+            linearize(graph)
+            told[graph.name] = "this tunes the plan of all pairs; that of chunks, in linear time, is cut by rule"
+    return told
 
 
 def _tune(

@@ -93,6 +93,15 @@ def test_several_specs_at_several_shapes_beside_pytorch(attncc, stick):
     assert "split" in result.stdout
 
 
+def test_what_is_cut_by_rule_is_said(attncc, stick):
+    told = attncc("tune", "retention", "causal", "--q-len", "512", "--limit", "1").stderr
+    assert "retention: this tunes the plan of all pairs" in told
+    assert "causal: this" not in told
+    refused = attncc("tune", "gated_delta_net")
+    assert refused.exit_code == 2
+    assert "there is nothing to tune: 'gated_delta_net' is a recurrence" in refused.stderr
+
+
 def test_the_forward_alone(attncc, stick):
     shown = attncc("tune", "softcap", "--shapes", "B8 H32/8 M1 N8192", "--limit", "3", "--forward").stdout
     assert "forward" in shown
