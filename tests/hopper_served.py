@@ -15,8 +15,8 @@ NO_FORWARD = {
 }
 _MORE = "the Gluon backward multiplies q with k alone"
 _READ_EACH_PAIR = ("relative_bias", "t5_bias", "dense_bias", "bee_rag", "slots", "mega", "local_gaussian", "reversed")
-_KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd")
-_SLOPES = ("elu1", "bounded_sum", "cog", "top_theta", "taylor", "taylor_causal", "qk_temperature", "ssmax")
+_KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd", "forgetting")
+_SLOPES = ("elu1", "bounded_sum", "cog", "top_theta", "taylor", "taylor_causal", "qk_temperature", "ssmax", "softpick")
 NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
