@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,13 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     loads = free_names(["n = q_len + heads + group", *tiles, *keyed.block_lines, *keyed.lines])
     attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *weigh, *final])
+    quick = _lags(plan, f)
+    if quick:
+        (maximum, _), total = f["moves"][0], f["sums"][0]
+        state = [(maximum, f"tl.full_like(none, {f['negative']})"), (total, "tl.zeros_like(none)")]
     slots = {key: translated(value) for key, value in f.items()}
+    if quick:
+        slots["weight_lines"] = [re.sub(r"(\w+)\[:, None\]", r"_spread(\1, s)", line) for line in slots["weight_lines"]]
     by_row = bool(f["final"]) and (f["guard"] or f["final"].endswith("[:, None]"))
     slots.update(
         state=[(name, in_gluon(start)) for name, start in state],
@@ -74,6 +81,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         light=_is_light(plan, f),
         uneven=plan.graph["mask"].expr is not sympy.true,
         seldom=_rescales_seldom(plan, f, d_v),
+        quick=quick,
     )
     return slots
 
@@ -161,6 +169,20 @@ def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
     reads = {level(r) for r in plan.core.reads}
     few = bool(f["vanishes"]) or not (f["moves"] or f["sums"] or f["count_seen"])
     return few and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
+
+
+def _lags(plan: Plan, f: dict[str, Any]) -> bool:
+    """May a row's maximum and its sum stay with the four lanes that have the row, and the maximum lag behind? So it is
+    where a score is q k as it is, and the weights are a softmax's: made of nothing else that a row has."""
+    if f["score"] != "qk" or not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"]:
+        return False
+    (maximum, moved), total = f["moves"][0], f["sums"][0]
+    return (
+        f["max_lines"] == [f"{moved} = tl.maximum({maximum}, tl.max(s, 1) * scale_log2)"]
+        and f["sum_lines"] == [f"{total} = {total} * {f['acc_rescale']} + tl.sum(p, 1)"]
+        and set(free_names([*f["weight_lines"], *f["rescale_lines"]])) <= {"s", "scale_log2", maximum, moved}
+        and any_shift_serves(plan.online, [e for _, e in plan.stored])
+    )
 
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:

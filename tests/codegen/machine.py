@@ -58,6 +58,14 @@ class Block:
     def dtype(self) -> Type:
         return _OF[self.v.dtype]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.v.shape)
+
+    @property
+    def type(self) -> Any:
+        return SimpleNamespace(layout=None)
+
     def to(self, kind: Type) -> Block:
         return Block(self.v.to(kind.torch))
 
@@ -430,9 +438,18 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return Block(0)
     if "@never pmevent" in text:
         return args[0]
+    if "vote.sync.any.pred over" in text:
+        return _highest(args[0].v, args[1].v)
     if "vote.sync.any.pred moved" in text:
         return args[0] * args[1]
     raise MachineError(f"assembly that the model does not know: {text}")
+
+
+def _highest(scores: Tensor, limit: Tensor) -> Block:
+    """Row maxima of those warps, 16 rows each, in which a score is above its row's limit or a limit is negative."""
+    over = (scores.contiguous().view(torch.int32) > limit.contiguous().view(torch.int32)) | (limit < 0)
+    looks = over.view(4, -1).any(1).repeat_interleave(scores.shape[0] // 4)[:, None]
+    return Block(torch.where(looks, scores.amax(1, keepdim=True), float("-inf")).expand(scores.shape).clone())
 
 
 def _allocate(kind: Type, shape: Sequence[int], layout: Any) -> Any:
@@ -545,7 +562,7 @@ def _language() -> ModuleType:
     gl.arange = lambda start, end, layout=None: Block(torch.arange(start, end, dtype=torch.int32))
     gl.cast = lambda x, kind: Block(x).to(kind) if not isinstance(x, Block) else x.to(kind)
     gl.cdiv = lambda a, b: (a + (b - 1)) // b
-    gl.convert_layout = lambda x, layout: x
+    gl.convert_layout = lambda x, layout, assert_trivial=False: x
     gl.sum = lambda x, axis: Block(_value(x).sum(axis, dtype=_value(x).dtype))
     gl.max = lambda x, axis: Block(_value(x).amax(axis))
     gl.min = lambda x, axis: Block(_value(x).amin(axis))
@@ -553,6 +570,7 @@ def _language() -> ModuleType:
     for name in ("maximum", "minimum", "where", "exp2", "log", "log2", "abs", "sqrt", "rsqrt", "floor", "sin", "cos"):
         setattr(gl, name, _elementwise(getattr(torch, name)))
     gl.erf = _elementwise(torch.erf)
+    gl.broadcast = lambda a, b: tuple(map(Block, torch.broadcast_tensors(a.v, b.v)))
     gl.allocate_shared_memory = _allocate
     gl.warp_specialize = lambda functions, warps, registers: _current().specialize(functions)
     gl.thread_barrier = lambda: None

@@ -199,11 +199,24 @@ def test_accumulators_that_are_wide_are_rescaled_behind_a_branch():
     assert "acc_0 = _rescaled_256(acc_0, " in text
     kernel = compiled("causal", KernelSchedule(128, 64, 8, 2, "gluon"), 256, 256)
     assert kernel.spills == 0
-    assert kernel.ptx.count("vote.sync.any.pred") == 2
+    assert kernel.ptx.count("vote.sync.any.pred moved") == 2
     assert "_rescaled_128" in source("causal", 128, 128)
     assert "_rescaled" not in source("softcap", 128, 128)  # more than q k: it took longer
     assert "_rescaled" not in source("causal", 64, 64)
     assert "_rescaled" not in source("sink", 256, 256)  # there the maximum is part of the row's factor
+
+
+@pytest.mark.parametrize(("d", "tile"), [(64, (192, 128)), (128, (128, 128)), (256, (128, 64))])
+def test_rows_of_a_softmax_stay_with_their_lanes(d, tile):
+    """One look for the maximum in the first tile and one in the loop, by three warpgroups or two; conversions that move
+    data would not compile."""
+    kernel = compiled("causal", KernelSchedule(*tile, tile[0] // 16, 2, "gluon"), d, d)
+    assert kernel.spills == 0
+    assert kernel.ptx.count("vote.sync.any.pred over") == 2 * tile[0] // 64
+    for name in ("full", "sliding_window", "document"):
+        assert "_moved(s, row_max_0, scale_log2)" in source(name, d, d)
+    for name in ("sink", "softcap", "alibi", "sigmoid", "cog"):  # a row has more, or the score is not q k
+        assert "_moved" not in source(name, d, d)
 
 
 def test_bounds_that_read_inputs_by_row_are_found_by_a_kernel_of_their_own():
