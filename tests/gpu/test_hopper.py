@@ -52,6 +52,26 @@ def test_head_dimensions(dims):
     assert backends(op) == {"gluon"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "numbers"), [("full", {}), ("causal", {}), ("sliding_window", {"window": 200})])
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_maximum_that_lags(name, numbers, d, dtype):
+    """Scores that grow with the key, that fall, that are large, and that are all far below 0: weights pass no limit."""
+    torch.manual_seed(0)
+    op = ac.compile(name, backend="gluon", plan="parallel")
+    slopes = torch.linspace(-6, 6, 700, device="cuda")[:, None]
+    drawn = [torch.randn(1, 4, 700, d, device="cuda") for _ in range(3)]
+    for scales in (slopes, -slopes, torch.tensor(12.0), torch.tensor(-9.0)):
+        q, k, v = drawn
+        q, k = (q.abs(), k.abs() * scales) if scales.ndim or scales < 0 else (q * scales, k)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        out, lse = op(q, k, v, outputs=("out", "lse"), **numbers)
+        exact, expected = reference(name, q.double(), k.double(), v.double(), outputs=("out", "lse"), **numbers)
+        assert (out - exact).norm() < 5e-3 * exact.norm()
+        assert (lse - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert backends(op) == {"gluon"}
+
+
 def test_tensors_that_tma_cannot_copy_go_to_triton():
     op = ac.compile("causal", backend="gluon")
     odd = torch.randn(1, 2, 200, 72, device="cuda", dtype=torch.bfloat16)[..., 4:68]  # begins at 8 bytes
