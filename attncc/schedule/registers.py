@@ -29,6 +29,9 @@ COPY = {"forward": 4, "dkdv": 2.5, "dq": 4, "pair": 4}
 IN_PLACE = {"forward": 8, "dkdv": 9, "dq": 9, "pair": 9}
 TILE_AN_OPERATION = 1 / 16
 TEMPORARIES = 1.0
+# Where a mask hides weights, not scores, and rows sum them up, a warp's own matmul has both in registers, and what is
+# visible. In tiles of scores; the mask is one of more operations than that of the padding behind the last key.
+HIDDEN, PADDING = 1.0, 1.0
 # Each stage beyond the second, where the loop streams row vectors beside its tiles.
 STAGE = {"forward": 0, "dkdv": 64, "dq": 0, "pair": 64}
 # Distances taken apart by tile have a value for each column, and in dQ every column lies in every row of a warp.
@@ -90,6 +93,9 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
     beyond = max(work.fma + work.int + 2 * work.sfu - IN_PLACE[kernel], 0)
     temporaries = min(beyond * TILE_AN_OPERATION, BOXES_TEMPORARIES if boxes else TEMPORARIES)
     tiles_of_scores = (BOXES_SCORES if boxes else SCORES)[kernel] + BRANCH[kernel] * (problem.branches - 1)
+    hides_weights = not problem.costs.warps.vanishes and problem.costs.mask.int > PADDING
+    if kernel == "forward" and op == "mma" and hides_weights and problem.costs.rows > 1:
+        tiles_of_scores += HIDDEN
     if problem.costs.similarity.looped:
         sums = problem.costs.similarity.looped + min(problem.costs.similarity.dots, 1)
         tiles_of_scores += (sums - 1) * (1 if kernel == "forward" else 2)  # each has a cotangent, too

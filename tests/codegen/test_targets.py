@@ -78,6 +78,16 @@ def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
         assert f".target {target}" in fact.ptx if device.backend == "cuda" else target in fact.ptx
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+def test_weights_that_a_mask_hides_and_a_row_sums_up_keep_their_registers(target):
+    device, graph = device_for(target), ac.variants.get("taylor_causal").graph
+    plan = Plan(graph)
+    module = load_source(render(plan, 128, 128, False), "taylor_causal")
+    schedule = choose(problem_of(plan, sizes(128), "bf16", "ieee", {}), device)
+    compiled = cross_compile(module, graph, schedule, device, "bf16", only=("forward_kernel",))
+    assert compiled["forward_kernel"].spills == 0
+
+
 @pytest.mark.parametrize(("dtype", "apart"), [("fp32", True), ("bf16", False)])
 def test_a_product_in_float32_is_summed_before_it_is_added(monkeypatch, dtype, apart):
     """The compiler would add to the total key by key, and rounding would grow with the keys."""
