@@ -11,6 +11,7 @@ from attncc.schedule.device import Device
 from attncc.schedule.memory import buffers, shared_memory, tensor_memory
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem
 from attncc.schedule.registers import register_limit, registers, spilled_registers
+from attncc.schedule.staging import stages_compile
 
 BLOCKS = (16, 32, 64, 128)
 WARPS = (4, 8)
@@ -51,13 +52,13 @@ def _of_rows(kernel: Kernel, problem: Problem, device: Device, backend: Backend 
     usual = tuple(
         ks
         for ks in _tilings(problem, device, WARPS, STAGES[device.backend])
-        if _fits_memory(kernel, ks, problem, device)
+        if _compiles(kernel, ks, problem, device)
         and registers(kernel, ks, problem, device) <= SPILL_TOLERANCE * register_limit(ks, device)
     )
     if usual:
         return usual
     all_sizes = _tilings(problem, device, (*FEW_WARPS, *WARPS), (1, 2))
-    small = [ks for ks in all_sizes if _fits_memory(kernel, ks, problem, device)]
+    small = [ks for ks in all_sizes if _compiles(kernel, ks, problem, device)]
     if small:
         return (min(small, key=lambda ks: (spilled_registers(kernel, ks, problem, device), -ks.block_m * ks.block_n)),)
     raise _too_large(kernel, problem, device)
@@ -80,10 +81,12 @@ def _covering(length: int) -> int:
     return max(BLOCKS[0], 1 << (length - 1).bit_length())
 
 
-def _fits_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+def _compiles(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+    """Does it fit in memory, and is its number of stages one that Triton has?"""
     return (
         shared_memory(kernel, ks, problem, device) <= device.smem_per_block
         and tensor_memory(kernel, ks, problem, device) <= device.tmem_columns
+        and stages_compile(kernel, ks, problem, device)
     )
 
 

@@ -17,6 +17,7 @@ from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
 from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
 from attncc.schedule.registers import spilled_registers
+from attncc.schedule.staging import stages_compile
 
 #: rows of a key head, all its query heads together, that are few: a tensor core's tile hardly fills with them
 FEW_ROWS = 64
@@ -61,7 +62,10 @@ def tilings(problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
 
     Where none fits in registers, the one that wants the fewest of all that fit in shared memory, if any does."""
     sizes = [
-        ks for ks in _sizes(problem, device) if shared_memory("forward", ks, problem, device) <= device.smem_per_block
+        ks
+        for ks in _sizes(problem, device)
+        if shared_memory("forward", ks, problem, device) <= device.smem_per_block
+        and stages_compile("forward", ks, problem, device)
     ]
     spills = {ks: spilled_registers("forward", ks, problem, device) for ks in sizes}
     found = []

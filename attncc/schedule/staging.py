@@ -1,0 +1,16 @@
+"""Where Triton's compiler cannot load tiles ahead of the loop that uses them."""
+
+from __future__ import annotations
+
+from attncc.schedule.device import Device
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem
+
+#: rows of a block below which its compiler for AMD gives up on elements that are read for each pair (Triton 3.6)
+AMD_ROWS = 64
+
+
+def stages_compile(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+    """Does a tiling's number of stages compile? Of a forward that reads an input at each pair, as a dense bias is, not
+    in short blocks for AMD: what is left of its layouts is no LLVM IR."""
+    ahead = kernel == "forward" and ks.num_stages > 1 and problem.costs.forward.loads > 0
+    return not (ahead and device.backend == "hip" and ks.block_m < AMD_ROWS)
