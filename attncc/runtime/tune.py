@@ -79,11 +79,11 @@ class Track:
     def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
         """Start to compile what the candidates launch on the slice and at full size, side by side."""
         self._ops.clear()
-        for kernel, schedule in trials:
-            op = self._op(schedule)
-            for sample in self._samples(kernel):
+        for of in (self._full, self._sliced):  # while the first compile, the reference works out what is right
+            for kernel, schedule in trials:
+                op = self._op(schedule)
                 try:
-                    op.engine.warm(*self._bound(op, sample), kernel != "forward")
+                    op.engine.warm(*self._bound(op, of(kernel)), kernel != "forward")
                 except AttnccError:  # said again by the check, for that candidate alone
                     continue
 
@@ -139,9 +139,13 @@ class Track:
                 self._exams[gradients] = Exam(variant, sliced(self.shape), self.device, self.dtype, gradients=gradients)
         return self._exams[gradients]
 
-    def _samples(self, kernel: Kernel) -> tuple[Sample, Sample]:
-        """What a kernel is called with: at full size, and on the slice."""
-        return self.sample, self._exam(kernel).sample
+    def _full(self, kernel: Kernel) -> Sample:
+        """What a kernel is called with at full size."""
+        return self.sample
+
+    def _sliced(self, kernel: Kernel) -> Sample:
+        """And on the slice."""
+        return self._exam(kernel).sample
 
     def _bound(self, op: AttentionOp, sample: Sample) -> tuple[Prepared, Bound, Tensor, Tensor, Tensor]:
         """A call as the engine has it."""
@@ -154,8 +158,8 @@ class Track:
         """Wait for what `begin` compiles, before the GPU is taken."""
         if self.device.type == "cuda":
             target = current_target(self.device.index or 0)
-            for sample in self._samples(kernel):
-                bound = self._bound(op, sample)
+            for of in (self._full, self._sliced):
+                bound = self._bound(op, of(kernel))
                 for job in launches(lambda: op.engine.host_code(*bound, kernel != "forward")):  # noqa: B023
                     job.finish(target)
 
