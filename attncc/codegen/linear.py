@@ -146,8 +146,8 @@ class LinearSlots:
 
     @property
     def runs(self) -> bool:
-        """Is there one decay for all channels, which is summed up within chunks?"""
-        return self.plan.decay not in ("none", "channel")
+        """Does each token have its own decay, one for all channels, which is summed up within chunks?"""
+        return self.plan.decay == "token"
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -189,8 +189,10 @@ class LinearSlots:
         return (*scope.outer, *scope.body), text
 
     def rows(self, *names: str) -> tuple[str, ...]:
-        """The factors of tokens among these, without those that are 1, and the decay."""
-        return tuple(n for n in (*names, "run") if n and (n != "run" or self.plan.decay != "none"))
+        """The factors of tokens among these, without those that are 1, and the decay: since a chunk began, or of a step
+        where all are the same."""
+        decay = {"none": "", "head": "step"}.get(self.plan.decay, "run")
+        return tuple(n for n in (*names, decay) if n)
 
     def row(self, name: str) -> str:
         """The factor of the query or key, or of the gradient of out; "" where there is none."""
