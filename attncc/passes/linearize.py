@@ -24,6 +24,7 @@ from typing import Literal
 
 import sympy
 
+from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, join, level
@@ -184,6 +185,30 @@ def linearize(graph: VariantGraph) -> Linear:
     return replace(plan, proof=(*proof, *_recurrence(plan)))
 
 
+def at_origin(graph: VariantGraph, error: UnsupportedError) -> UnsupportedError:
+    """A refusal of the weight, at the first of the stages that make it by which it does not split."""
+    core = similarity(graph).core
+    raw = core["raw_score"].expr
+    made = {"raw_score": raw, "score": core["score"].expr.xreplace({sym.RAW_SCORE: raw})}
+    if error.stage == "normalizer":
+        for stage, expr in made.items():
+            if not _splits(graph, _seen_through(expr)):
+                name = "similarity" if stage == "raw_score" else stage
+                return UnsupportedError(error.reason, stage=name, span=graph[stage].span, remedy=error.remedy)
+    return error
+
+
+def _splits(graph: VariantGraph, expr: sympy.Expr) -> bool:
+    """Is it a polynomial of dot products whose factors are of the query or of the key?"""
+    try:
+        monomials = _monomials(graph, expr, _mask(graph)[0], strict=False)
+        for terms in monomials.values():
+            _factored(graph, terms)
+    except UnsupportedError:
+        return False
+    return max(sum(n for _, n in power) for power in monomials) <= 2
+
+
 def _mask(graph: VariantGraph) -> tuple[bool, bool]:
     """(causal?, does a query see its own token?): the keys up to the query, those before it, or every key."""
     mask = graph["mask"].expr
@@ -234,9 +259,13 @@ def _without_maxima(graph: VariantGraph, online: Online) -> Online:
 
 
 def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
-    """What multiplies v, over dot products and inputs, in a form that algebra sees through."""
+    """What multiplies v, over dot products and inputs."""
     score = core["score"].expr.xreplace({sym.RAW_SCORE: core["raw_score"].expr})
-    weight = term.xreplace({sym.SCORE: score})
+    return _seen_through(term.xreplace({sym.SCORE: score}))
+
+
+def _seen_through(weight: sympy.Expr) -> sympy.Expr:
+    """The same in a form that algebra sees through."""
     weight = weight.replace(lambda e: isinstance(e, to_float) and e.args[0].is_integer, lambda e: e.args[0])
     # gamma ** (i - j) is a decay, too; the root of a product that is at least 0 is one of roots
     return sympy.expand_power_base(weight).replace(

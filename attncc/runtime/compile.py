@@ -10,7 +10,7 @@ from attncc.errors import InputError, SpecError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
-from attncc.passes.linearize import Linear, linearize
+from attncc.passes.linearize import Linear, at_origin, linearize
 from attncc.runtime.op import AttentionOp
 from attncc.schedule.linear import PlanName
 from attncc.schedule.problem import Backend, Precision, Schedule
@@ -79,9 +79,9 @@ def _linear(graph: VariantGraph, plan: PlanName) -> Linear | None:
         return None
     try:
         return linearize(graph)
-    except UnsupportedError:
+    except UnsupportedError as error:
         if plan != "auto":
-            raise
+            raise at_origin(graph, error) from None
         return None
 
 

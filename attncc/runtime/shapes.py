@@ -38,6 +38,12 @@ _ELSEWHERE = {
     "is_causal": "it is the mask of the variant: ac.Variant(mask=ac.causal)",
     "plan": "it is for variants that are linear in time; `attncc explain` says why this one is not",
     "enable_gqa": "fewer heads of k and v than of q need no word",
+    **dict.fromkeys(
+        ("initial_state", "output_final_state", "chunk_size", "position", "plan"),
+        "it is of a form in linear time: ac.compile(..., plan='chunk') gives it, or says which factor does not split",
+    ),
+    "cu_seqlens": "packed sequences are a mask, as in 'document'; what has a form in linear time, ac.compile(..., "
+    "plan='chunk'), takes their sums of lengths",
 }
 _DIMENSIONS = {
     "q": "(batch, heads, queries, head dim)",

@@ -420,3 +420,29 @@ def test_schedules_cover_the_sequence(dims, dtype):
             assert found.span % found.chunk == 0
             assert found.span >= found.chunk
             assert all(m["BLOCK"] >= 16 for m in found.kernels.values())
+
+
+REFUSED = {
+    "score": ("score * tanh(g[b, h, q_idx] - g[b, h, kv_idx])", "identity", "tanh(g[b, h, q_idx] - g[b, h, kv_idx])"),
+    "normalizer": ("score * g[b, h, kv_idx]", "exp(score)", "exp(score)"),
+}
+
+
+@pytest.mark.parametrize("stage", REFUSED)
+def test_a_gate_that_does_not_split_is_refused_where_it_is_written(stage):
+    score, normalizer, shown = REFUSED[stage]
+    variant = ac.loads_toml(
+        f'name = "gate"\n[stages]\nscore = "{score}"\nmask = "kv_idx <= q_idx"\nnormalizer = "{normalizer}"\n'
+        '[inputs]\ng = { index = ["b", "h", "kv_idx"] }\n'
+    )
+    with pytest.raises(UnsupportedError, match="depends on query and key together") as refused:
+        ac.compile(variant, plan="chunk")
+    error = refused.value
+    assert error.stage == stage
+    assert error.span.text[error.span.col : error.span.end_col].strip('"').endswith(shown)
+
+
+def test_a_state_of_what_has_none_is_refused_by_name():
+    (q, k, v), _ = drawn("simple_gla", length=19)
+    with pytest.raises(InputError, match=r"no input 'output_final_state'\n.*which factor does not split"):
+        ac.compile("causal")(q, k, v, output_final_state=True)
