@@ -145,9 +145,15 @@ class LinearSlots:
         return int(self.plan.bias is not None), int(self.plan.total)
 
     @property
+    def alike(self) -> bool:
+        """Are all steps of a head one number? A plan that reads late is given those of the tokens before, and 0 for
+        the first."""
+        return self.plan.decay == "head" and not self.plan.late
+
+    @property
     def runs(self) -> bool:
-        """Does each token have its own decay, one for all channels, which is summed up within chunks?"""
-        return self.plan.decay == "token"
+        """Is there one decay for all channels, which is summed up within chunks?"""
+        return self.plan.decay not in ("none", "channel") and not self.alike
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -191,7 +197,7 @@ class LinearSlots:
     def rows(self, *names: str) -> tuple[str, ...]:
         """The factors of tokens among these, without those that are 1, and the decay: since a chunk began, or of a step
         where all are the same."""
-        decay = {"none": "", "head": "step"}.get(self.plan.decay, "run")
+        decay = "" if self.plan.decay == "none" else "step" if self.alike else "run"
         return tuple(n for n in (*names, decay) if n)
 
     def row(self, name: str) -> str:

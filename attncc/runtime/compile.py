@@ -66,6 +66,10 @@ def compile(
         linear = _linear(graph, plan) if schedule is None else None
     if linear is None:
         return parallel
+    if linear.degree == 2:
+        from attncc.runtime.square_op import SquareOp
+
+        return SquareOp(graph, linear, parallel, plan, precision)
     from attncc.runtime.linear import LinearOp
 
     return LinearOp(graph, linear, parallel, plan, precision)

@@ -21,13 +21,11 @@ from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast, is_traced
 from attncc.runtime.replay import key_of
-from attncc.runtime.shapes import bind, check_dimensions, output_names
-from attncc.runtime.square import SquareCall
+from attncc.runtime.shapes import Bound, bind, check_dimensions, output_names
 from attncc.runtime.square_engine import SquareEngine
-from attncc.schedule.device import device_of
+from attncc.schedule.device import Device, device_of
 from attncc.schedule.linear import LinearSizes, PlanName, choose_plan
 from attncc.schedule.problem import Precision
-from attncc.schedule.square import LARGEST, choose_square
 
 
 class LinearOp:
@@ -37,12 +35,9 @@ class LinearOp:
     goes token after token; "auto" takes what the cost model finds fastest for the call. All give the same values.
     """
 
-    #: what a plan has besides the kernels of degree 1: sums over the head dimension as factors of tokens, a weight of
-    #: the token for itself, kernels of degree 2
-    _terms: TokenTerms | None = None
+    engine: LinearEngine | SquareEngine
+    #: what a plan may have besides its kernels: a weight of the token for itself; calls that can be replayed
     _own: OwnWeight | None = None
-    _square: SquareCall | None = None
-    #: calls that can be replayed
     _calls: LinearCalls | None = None
 
     def __init__(
@@ -55,20 +50,19 @@ class LinearOp:
     ):
         self.graph, self.linear, self.parallel = graph, linear, parallel
         self.choice: PlanName = plan
-        self._terms = terms = TokenTerms(graph)
-        self._square = None if linear.degree == 1 else SquareCall(graph, terms.core, linear, precision)
-        self.engine: LinearEngine | SquareEngine
-        if self._square is not None:
-            self.engine = self._square.engine
-        else:
-            self.engine = LinearEngine(graph, linear, precision)
-            self._key = library.register(f"{graph.digest}:{precision}", self.engine)
-        if linear.own is not None:
-            engine = self.engine if isinstance(self.engine, LinearEngine) else None
-            self._own = OwnWeight(terms.core, linear, engine, str(precision))
+        self._terms = TokenTerms(graph)
+        self._set_up(precision)
         self._missing = self._gaps()
-        if self._own is None and isinstance(self.engine, LinearEngine) and not terms.names:
-            self._calls = LinearCalls(self.engine)
+
+    def _set_up(self, precision: Precision | None) -> None:
+        """Make the engine, and what stands beside it."""
+        self.engine = self._kernels = LinearEngine(self.graph, self.linear, precision)
+        self._rows = self._kernels.rows
+        self._key = library.register(f"{self.graph.digest}:{precision}", self._kernels)
+        if self.linear.own is not None:
+            self._own = OwnWeight(self._terms.core, self.linear, self._kernels, str(precision))
+        elif not self._terms.names:
+            self._calls = LinearCalls(self._kernels)
 
     def __repr__(self) -> str:
         return f"<LinearOp {self.graph.name} {self.graph.digest} plan={self.choice}>"
@@ -112,32 +106,42 @@ class LinearOp:
         chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
         if chosen == "parallel":
             return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
-        bound = bind(self.graph, q, k, v, scale, inputs)
-        bound = bound if self._terms is None else self._terms.join(bound, q, k)
+        bound = self._terms.join(bind(self.graph, q, k, v, scale, inputs), q, k)
         self._check_state(q, v, initial_state, cu_seqlens)
         stands = self._places(q, cu_seqlens, position, initial_state is not None)
-        if self._square is not None:
-            call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)
-            out, last = self._square(bound, q, k, v, stands, *call)
-            out = out if self._own is None else self._own.add(out, bound, q, k, v, stands)
-            return (out, last) if output_final_state else out
-        assert isinstance(self.engine, LinearEngine)
-        names, rows = self.engine.names, self.engine.rows.tokens(bound, q.device, places=stands)
+        call = (initial_state, cu_seqlens, chosen == "recurrent", chunk_size, output_final_state)
+        out, last = self._computed(bound, q, k, v, stands, *call)
+        return (out, last) if output_final_state else out
+
+    def _computed(
+        self,
+        bound: Bound,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        stands: Tensor | None,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        stepwise: bool,
+        chunk: int | None,
+        want_last: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """out, and the last state or None. stands: where tokens of packed sequences stand."""
+        names, rows = self._kernels.names, self._rows.tokens(bound, q.device, places=stands)
         key, value, given_rows = k, v, rows
         if self._own is not None and self.linear.late:
             key, value, given_rows = self._own.before(k, v, names, rows, cu_seqlens)
-        constant = self.engine.rows.constant(bound)
-        then_backward = _wants_gradient(q, k, v, initial_state, *rows)
-        stepwise = chosen == "recurrent"
+        constant = self._rows.constant(bound)
+        then_backward = _wants_gradient(q, k, v, initial, *rows)
         out, _, last = library.forward_op(
-            *(q, key, value, given_rows, constant, initial_state, cu_seqlens, stepwise, chunk_size, output_final_state),
+            *(q, key, value, given_rows, constant, initial, cu_seqlens, stepwise, chunk, want_last),
             *(then_backward, [x.requires_grad for x in given_rows], self._key),
         )
         if self._own is not None:
             out = self._own.add(out, bound, q, k, v, stands)
-            if output_final_state and self.linear.late:
+            if want_last and self.linear.late:
                 last = self._own.behind(last, k, v, names, rows, cu_seqlens)
-        return (out, last) if output_final_state else out
+        return out, last if want_last else None
 
     def _eager(
         self,
@@ -178,16 +182,11 @@ class LinearOp:
         """What formulas read that a packed sequence, or one that goes on, does not have: by whether a state comes in,
         and whether it is known how many tokens came before. Found once, for calls may be traced."""
         plan = self.linear
-        if self._square is not None:
-            rows = self._square.rows
-        else:
-            assert isinstance(self.engine, LinearEngine)
-            rows = self.engine.rows
         of_call = (e for e in (plan.constant, plan.scale, *(plan.powers or ())) if {KV_LEN, Q_LEN} & e.free_symbols)
         length = next((f"'{formula(e)}' reads the length of the sequence" for e in of_call), None)
         kinds = [(state, placed) for state in (False, True) for placed in (False, True)]
         own = {kind: None if self._own is None else self._own.beyond(*kind) for kind in kinds}
-        return {kind: length or rows.beyond(*kind) or own[kind] for kind in kinds}
+        return {kind: length or self._rows.beyond(*kind) or own[kind] for kind in kinds}
 
     def _places(self, q: Tensor, cu_seqlens: Tensor | None, position: int | None, with_state: bool) -> Tensor | None:
         """Where tokens stand in their own sequences, None where they count from 0. UnsupportedError where a formula
@@ -234,15 +233,17 @@ class LinearOp:
             else:
                 batch, heads, length, d_qk = q.shape
                 sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), batch, heads, length, d_qk, v.shape[3])
-                choose = choose_plan if self._square is None else choose_square
-                chosen = choose(sizes, device_of(q.device), self.linear.causal)
-                return chosen  # type: ignore[return-value]
+                return self._fastest(sizes, device_of(q.device))
         if plan == "parallel" and needs_linear:
             reason = refusal or "the quadratic plan has no state and no packed sequences"
             raise UnsupportedError(reason, remedy="use plan='chunk' or plan='recurrent'")
         if plan != "parallel" and refusal is not None:
             raise UnsupportedError(refusal, remedy="plan='parallel' computes it")
         return plan
+
+    def _fastest(self, sizes: LinearSizes, device: Device) -> PlanName:
+        """The plan that the cost model takes to be the fastest."""
+        return choose_plan(sizes, device, self.linear.causal)
 
     def _refusal(self, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, ...]) -> str | None:
         """Why a call has no plan but the quadratic one, if that is so."""
@@ -252,8 +253,6 @@ class LinearOp:
             return f"{k.shape[1]} heads of k meet {v.shape[1]} of v"
         if self.linear.causal and q.shape[2] != k.shape[2]:
             return f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens"
-        if self._square is not None and max(q.shape[-1], v.shape[-1]) > LARGEST:
-            return f"a state of degree 2 for heads larger than {LARGEST} is too large"
         return None
 
     def _check_state(self, q: Tensor, v: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> None:

@@ -32,11 +32,10 @@ class RecurrenceOp(LinearOp):
         if plan == "parallel":
             raise _no_pairs(graph)
         found: Linear | Delta = recur(graph)
-        self.graph, self.choice = graph, plan
-        self._terms, self._square, self._own = TokenTerms(graph), None, None
+        self.graph, self.choice, self._terms = graph, plan, TokenTerms(graph)
         engine = (DeltaEngine if isinstance(found, Delta) else LinearEngine)(graph, found, precision)  # type: ignore[arg-type]
-        self.engine: LinearEngine = engine
-        self.linear = engine.plan
+        self.engine = self._kernels = engine
+        self.linear, self._rows = engine.plan, engine.rows
         self._key = library.register(f"{graph.digest}:{precision}", engine)
         self._missing = self._gaps()
         self._calls = None if self._terms.names else LinearCalls(engine)

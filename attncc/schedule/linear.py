@@ -59,12 +59,13 @@ class LinearSchedule:
 @dataclass(frozen=True)
 class Rule:
     """How one kind of kernels is cut: tokens a chunk, float32 values of the state a program at most, and one of dq, dk
-    or dv, its threads."""
+    or dv, its threads, stages of what waits for memory."""
 
     chunk: int
     state: int
     gradients: int
     threads: int
+    stages: int
 
 
 @cache
@@ -89,19 +90,18 @@ def _padded(dim: int) -> int:
 
 
 def _tiling(
-    d_a: int, columns: int, state: int, chunk: int, sizes: LinearSizes, device: Device, wider: int = 1
+    d_a: int, columns: int, state: int, chunk: int, sizes: LinearSizes, device: Device, wider: int = 1, stages: int = 2
 ) -> dict[str, int]:
-    """The columns of the state that one program has, and its warps, `wider` times as many as is the rule: what is
-    multiplied must fit in shared memory."""
+    """The columns of the state that one program has, its warps, `wider` times as many as is the rule, and at most so
+    many stages: what is multiplied must fit in shared memory."""
     rule, width = _rule(sizes, device), _padded(d_a)
     block = min(_padded(columns), max(16, state // width), 128)
     longer = max(wider, chunk // rule.chunk)
     warps = 4 if device.is_interpreter else min(256, rule.threads * longer) // device.warp_size
-    stages = 2
     if not device.is_interpreter:
         limit = device.smem_per_block
-        if shared_bytes(width, block, chunk, sizes, stages) > limit:
-            stages = 1
+        while stages > 1 and shared_bytes(width, block, chunk, sizes, stages) > limit:
+            stages -= 1
         while block > 16 and shared_bytes(width, block, chunk, sizes, stages) > limit:
             block //= 2
     return {"CHUNK": chunk, "BLOCK": block, "num_warps": warps, "num_stages": stages}
@@ -137,11 +137,11 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     qk = _tiling(sizes.d_qk, sizes.d_v, rule.state, chunk, sizes, device)
     of_v = _tiling(sizes.d_qk, sizes.d_v, rule.gradients, chunk, sizes, device)
     of_qk = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, chunk, sizes, device)
-    kernels: dict[str, dict[str, int]] = dict.fromkeys(("forward", "states", "dstates"), qk)
-    kernels |= {"dq": of_qk, "dk": of_qk, "dv": of_v}
+    adding = _tiling(sizes.d_qk, sizes.d_v, rule.state, chunk, sizes, device, stages=rule.stages)
+    kernels = {"forward": qk, "states": adding, "dstates": adding, "dq": of_qk, "dk": of_qk, "dv": of_v}
     if sizes.by_channel:  # a chunk's gradients by features are formed half by half, in registers
         wider = 1 if _has_wgmma(device) else 2  # elsewhere twice as many registers would not be enough
-        halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device, wider)
+        halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device, wider, rule.stages)
         kernels |= {"prepare": {"CHUNK": chunk, "num_warps": qk["num_warps"]}, "dq": halves, "dk": halves}
     if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < _padded(sizes.d_qk) <= WHOLE:
         kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
@@ -154,11 +154,11 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     return LinearSchedule(chunk, chunk * -(-chunks // segments), kernels)
 
 
-def choose_plan(sizes: LinearSizes, device: Device, causal: bool = True) -> str:
+def choose_plan(sizes: LinearSizes, device: Device, causal: bool = True) -> PlanName:
     """ "parallel", "chunk" or "recurrent": whichever the model takes to be the fastest."""
     if causal and sizes.length <= STEPS and not device.is_interpreter:
         return "recurrent"
-    times = {"parallel": quadratic_us(sizes, device), "chunk": linear_us(sizes, device)}
+    times: dict[PlanName, float] = {"parallel": quadratic_us(sizes, device), "chunk": linear_us(sizes, device)}
     return min(times, key=lambda name: times[name])
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from attncc.errors import InputError
 from attncc.schedule.device import Device
-from attncc.schedule.linear import LinearSchedule, LinearSizes
+from attncc.schedule.linear import LinearSchedule, LinearSizes, PlanName
 from attncc.schedule.model import model
 from attncc.schedule.problem import DTYPE_BYTES
 
@@ -57,13 +57,16 @@ def _shared(sizes: LinearSizes, chunk: int, block: int) -> int:
     return (2 * chunk * wide + wide * block + chunk * chunk + 2 * chunk * (wide + block)) * bytes_
 
 
-def choose_square(sizes: LinearSizes, device: Device, causal: bool) -> str:
+def choose_square(sizes: LinearSizes, device: Device, causal: bool) -> PlanName:
     """ "parallel", "chunk" or "recurrent": whichever the model takes to be the fastest."""
     if sizes.d_qk > LARGEST or sizes.d_v > LARGEST:
         return "parallel"
     if causal and sizes.length == 1:
         return "recurrent"
-    times = {"parallel": pairs_us(sizes, device, causal), "chunk": square_us(sizes, device, causal)}
+    times: dict[PlanName, float] = {
+        "parallel": pairs_us(sizes, device, causal),
+        "chunk": square_us(sizes, device, causal),
+    }
     return min(times, key=lambda name: times[name])
 
 
