@@ -446,3 +446,16 @@ def test_a_state_of_what_has_none_is_refused_by_name():
     (q, k, v), _ = drawn("simple_gla", length=19)
     with pytest.raises(InputError, match=r"no input 'output_final_state'\n.*which factor does not split"):
         ac.compile("causal")(q, k, v, output_final_state=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_what_forgets_all_costs_other_tokens_nothing(dtype, many_segments):
+    """A step of -1e9 in the midst of a chunk, as of a new document, beside steps of a few percent."""
+    (q, k, v), inputs = drawn("gla", length=70)
+    g = 0.1 * inputs["g"]
+    g[:, :, [9, 33, 34]] = -1e4 if dtype == torch.float16 else -1e9
+    q, k, v, g = (x.to(dtype) for x in (q, k, v, g))
+    op = ac.compile("gla")
+    by_chunk, by_token = (op(q, k, v, g=g, plan=plan) for plan in ("chunk", "recurrent"))
+    error = (by_chunk.double() - by_token.double()).square().mean().sqrt() / by_token.double().square().mean().sqrt()
+    assert error <= (2e-3 if dtype == torch.float16 else 1e-5)
