@@ -145,7 +145,8 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
         kernels |= {"prepare": {"CHUNK": chunk, "num_warps": qk["num_warps"]}, "dq": halves, "dk": halves}
     if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < _padded(sizes.d_qk) <= WHOLE:
         kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
-    kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 8192 // _padded(sizes.d_qk))), "num_warps": 4}
+    # a step moves the state and does little else: few values a thread, so that many loads are under way
+    kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 2048 // _padded(sizes.d_qk))), "num_warps": 8}
     chunks = -(-sizes.length // chunk)
     blocks = -(-sizes.d_v // qk["BLOCK"])
     waves, segment = WAVES or _measured()["waves"], SEGMENT or _measured()["segment"]
