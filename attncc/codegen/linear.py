@@ -15,47 +15,34 @@ and linked from segment to segment (`link`), so that no state of a chunk is ever
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 
+from attncc.codegen.chunk_module import Tile, header
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.render import environment, tidy
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level
-from attncc.ir.text import to_text
 from attncc.passes.calculus import derivative
 from attncc.passes.diagonal import own_product
 from attncc.passes.fold import lower_exp
 from attncc.passes.linearize import TOTAL, Linear
-from attncc.version import __version__
 
 #: names that the maps of tiles take first, numbered beyond those of the tiles of q and k
 _NAMES = {"choice": 8, "power": 8, "smaller": 8, "larger": 8, "product": 8, "shifted": 8}
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A tensor as a kernel reads it: `dim` columns in a tile `width` wide, mapped by `lines` to `text` if at all."""
+class MappedTile(Tile):
+    """A tile of head `head`, mapped by `lines` to `text` if at all."""
 
-    name: str
-    dim: int
     head: str
     lines: tuple[str, ...] | None = None
     text: str = ""
-
-    @property
-    def width(self) -> int:
-        """The power of two, at least what a matmul takes, that holds all columns."""
-        return max(16, 1 << (self.dim - 1).bit_length())
-
-    @property
-    def partial(self) -> bool:
-        return self.width != self.dim
 
 
 @dataclass(frozen=True)
@@ -76,9 +63,9 @@ class Role:
     name: str
     doc: str
     out: str
-    a: Tile
-    b: Tile
-    c: Tile
+    a: MappedTile
+    b: MappedTile
+    c: MappedTile
     reverse: bool
     decay: bool
     rows: tuple[str, ...]
@@ -102,7 +89,7 @@ class Role:
     settled: str = ""
     inner: bool = False
     scaled_later: bool = False
-    own: Tile | None = None
+    own: MappedTile | None = None
     channel: bool = False
     epilogue: tuple[str, ...] = ()
 
@@ -145,39 +132,33 @@ class LinearSlots:
         return int(self.plan.bias is not None), int(self.plan.total)
 
     @property
-    def alike(self) -> bool:
-        """Are all steps of a head one number? A plan that reads late is given those of the tokens before, and 0 for
-        the first."""
-        return self.plan.decay == "head" and not self.plan.late
-
-    @property
     def runs(self) -> bool:
         """Is there one decay for all channels, which is summed up within chunks?"""
-        return self.plan.decay not in ("none", "channel") and not self.alike
+        return self.plan.decay not in ("none", "channel") and not self.plan.alike
 
     @property
     def state_shape(self) -> tuple[int, int]:
         """The state's features and values."""
         return self.d_qk + self.extra[0], self.d_v + self.extra[1]
 
-    def tiles(self) -> dict[str, Tile]:
+    def tiles(self) -> dict[str, MappedTile]:
         """q, k, v, do as the kernels read them; q and k are their features where there is a map."""
         return {
-            "q": Tile("q", self.d_qk, "h"),
-            "k": Tile("k", self.d_qk, "h_kv"),
-            "v": Tile("v", self.d_v, "h_kv"),
-            "do": Tile("do", self.d_v, "h"),
+            "q": MappedTile("q", self.d_qk, "h"),
+            "k": MappedTile("k", self.d_qk, "h_kv"),
+            "v": MappedTile("v", self.d_v, "h_kv"),
+            "do": MappedTile("do", self.d_v, "h"),
         }
 
-    def features(self) -> dict[str, Tile]:
+    def features(self) -> dict[str, MappedTile]:
         """q and k with the lines that map them to their features, those that have a map."""
         names: Counter[str] = Counter()
         sides = (("q", self.plan.left, sym.Q_VEC), ("k", self.plan.right, sym.K_VEC))
         return {n: self._mapped(self.tiles()[n], map_, vector, names) for n, map_, vector in sides if map_ != vector}
 
     def _mapped(
-        self, tile: Tile, expr: sympy.Expr, vector: sympy.Symbol, names: Counter[str], leaf: str | None = None
-    ) -> Tile:
+        self, tile: MappedTile, expr: sympy.Expr, vector: sympy.Symbol, names: Counter[str], leaf: str | None = None
+    ) -> MappedTile:
         if expr == vector:
             return tile
         lines, text = self._tile(expr, vector, leaf or f"{tile.name}_raw", names)
@@ -197,7 +178,7 @@ class LinearSlots:
     def rows(self, *names: str) -> tuple[str, ...]:
         """The factors of tokens among these, without those that are 1, and the decay: since a chunk began, or of a step
         where all are the same."""
-        decay = "" if self.plan.decay == "none" else "step" if self.alike else "run"
+        decay = "" if self.plan.decay == "none" else "step" if self.plan.alike else "run"
         return tuple(n for n in (*names, decay) if n)
 
     def row(self, name: str) -> str:
@@ -314,7 +295,7 @@ class LinearSlots:
         )
         for name, side, vector, factor in (("dq", "q", sym.Q_VEC, row), ("dk", "k", sym.K_VEC, col)):
             map_ = plan.left if side == "q" else plan.right
-            own = self._mapped(Tile("own", self.d_qk, tiles[side].head), map_, vector, Counter(_NAMES), "own")
+            own = self._mapped(MappedTile("own", self.d_qk, tiles[side].head), map_, vector, Counter(_NAMES), "own")
             decays = plan.decay != "none"
             lines = self._settled(own, map_, vector, factor)
             if side == "q" and plan.constant != 1:
@@ -336,7 +317,7 @@ class LinearSlots:
         `asked` and `left`, and what results in features goes by halves of a chunk."""
         tiles, plan = self.tiles(), self.plan
         size_q, size_v = self.state_shape
-        asked, left = Tile("asked", self.d_qk, "h"), Tile("left", self.d_qk, "h")
+        asked, left = MappedTile("asked", self.d_qk, "h"), MappedTile("left", self.d_qk, "h")
         made = {"q": asked, "k": left}
         common: dict[str, Any] = {"decay": True, "state_size": size_q * size_v, "row_size": size_v}
         by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
@@ -352,7 +333,7 @@ class LinearSlots:
                     scaled="constant" if scaled and name == "dk" else "",
                     steps=True,
                     kept_size=size_v * self.d_qk,
-                    own=Tile("own", self.d_qk, tiles[name[1]].head),
+                    own=MappedTile("own", self.d_qk, tiles[name[1]].head),
                 )
                 continue
             rows = ("through",) if name in ("states", "dstates") else ("pair", "through")
@@ -392,7 +373,7 @@ class LinearSlots:
         lines += [f"out = out * {factor}[:, None]" for factor in factors]
         return tuple(lines)
 
-    def _settled(self, own: Tile, map_: sympy.Expr, vector: sympy.Symbol, factor: str) -> tuple[str, ...]:
+    def _settled(self, own: MappedTile, map_: sympy.Expr, vector: sympy.Symbol, factor: str) -> tuple[str, ...]:
         """Lines that take the gradient of the features back to the vector, and note their product with it."""
         lines: list[str] = []
         if factor:
@@ -408,7 +389,7 @@ class LinearSlots:
         return tuple(lines)
 
 
-def _stepwise(slots: LinearSlots, forward: Role, features: dict[str, Tile]) -> Role:
+def _stepwise(slots: LinearSlots, forward: Role, features: dict[str, MappedTile]) -> Role:
     """The forward token after token, which maps each token itself, and lets it decay."""
     tiles = {**slots.tiles(), **features}
     channel = slots.plan.decay == "channel"
@@ -450,17 +431,5 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
     slots.helpers |= {"_summed"} if channel else set()
     parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
-    parts.insert(0, header(graph, plan, d_qk, d_v))
+    parts.insert(0, header(graph, "Attention in linear time for", "linear form", plan.proof, d_qk, d_v))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
-
-
-def header(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str:
-    """What a module says of itself, and its imports."""
-    body = textwrap.indent(to_text(graph), "    ")
-    proof = "\n".join(f"    {line}" for line in plan.proof)
-    quotes = '"""'
-    return (
-        f"{quotes}Attention in linear time for '{graph.name}', head dimensions {d_qk} and {d_v}. "
-        f"Generated by attncc {__version__}.\n\n{body}\n\nThe linear form, as derived:\n\n{proof}\n{quotes}\n\n"
-        "import torch\nimport triton\nimport triton.language as tl"
-    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attncc.codegen.linear import header
+from attncc.codegen.chunk_module import header
 from attncc.codegen.render import environment, tidy
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
@@ -39,5 +39,5 @@ def render_square(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     }
     names = ("helpers", "square", "linear_link", "square_step", "square_host")
     parts = [environment().get_template(f"{name}.py.j2").render(context) for name in names]
-    parts.insert(0, header(graph, plan, d_qk, d_v))
+    parts.insert(0, header(graph, "Attention in linear time for", "linear form", plan.proof, d_qk, d_v))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")

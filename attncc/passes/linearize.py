@@ -82,6 +82,12 @@ class Linear:
         return "token" if T in self.step.free_symbols else "head"
 
     @property
+    def alike(self) -> bool:
+        """Are all steps of a head one number? A plan that reads late is given those of the tokens before, and 0 for
+        the first."""
+        return self.decay == "head" and not self.late
+
+    @property
     def degree(self) -> int:
         """Of the weight in the dot product."""
         return 1 if self.powers is None else 2

@@ -34,7 +34,7 @@ class LinearEngine:
 
     def __init__(self, graph: VariantGraph, plan: Linear, precision: Precision | None = None):
         self.graph, self.plan = graph, plan
-        self.rows = TokenRows(similarity(graph).core, plan)
+        self.rows = TokenRows(similarity(graph).core, plan, short=True)
         self.names = self.rows.names
         self._precision = precision
         self._cache = Cache()
@@ -212,7 +212,9 @@ class LinearEngine:
         if of_k is not None:
             found["col"] = of_k.sum(0)
         if steps is not None:
-            found["step"] = (steps if self.plan.decay == "channel" else steps.sum(0)).to(named["step"].dtype)
+            steps = steps if self.plan.decay == "channel" else steps.sum(0)
+            steps = steps.sum(2, keepdim=True) if self.plan.alike else steps
+            found["step"] = steps.to(named["step"].dtype)
         if wants.get("gain") and delta is not None:
             found["gain"] = delta / named["gain"]
         return dq, dk, dv, dinitial if want_initial else None, [found.get(n) for n in self.names]

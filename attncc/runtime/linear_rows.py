@@ -64,10 +64,17 @@ class _Row:
 class TokenRows:
     """The factors of one plan: made once, computed at each call."""
 
-    def __init__(self, graph: VariantGraph, plan: Linear, exprs: Mapping[str, sympy.Expr | None] | None = None):
-        """`exprs`: the formulas, where they are not the plan's own."""
+    def __init__(
+        self,
+        graph: VariantGraph,
+        plan: Linear,
+        exprs: Mapping[str, sympy.Expr | None] | None = None,
+        short: bool = False,
+    ):
+        """`exprs`: the formulas, where they are not the plan's own. short: steps that are alike are one, (B, H, 1)."""
         exprs = row_exprs(plan) if exprs is None else exprs
         self._causal = plan.causal
+        self._short = short and plan.alike
         self._patterns = {d.name: d.pattern for d in graph.inputs}
         self._exprs = {name: expr for name, expr in exprs.items() if expr is not None}
         self._rows = tuple(self._row(name, expr) for name, expr in self._exprs.items())
@@ -88,7 +95,8 @@ class TokenRows:
         places: Tensor | None = None,
         spread: bool = True,
     ) -> list[Tensor]:
-        """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given.
+        """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given; steps
+        that are alike (B, H, 1), where that is asked for.
 
         known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L);
         spread: else dimensions of which a factor knows nothing are of size 1.
@@ -160,7 +168,8 @@ class TokenRows:
         spread: bool,
     ) -> Tensor:
         sizes = bound.sizes
-        shape: tuple[int, ...] = (sizes["b"], sizes["h"], sizes[row.side])
+        length = 1 if self._short and row.name == "step" else sizes[row.side]
+        shape: tuple[int, ...] = (sizes["b"], sizes["h"], length)
         shape = (*shape, sizes["d_qk"]) if row.by_channel else shape
         env: dict[str, Any] = {**numbers(bound), **known}
         for view in row.views:
