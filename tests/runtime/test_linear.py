@@ -148,7 +148,7 @@ def test_chunks_are_the_quadratic_reference(name, length, chunk, many_segments):
 
 @pytest.mark.parametrize("name", ["linear_attention", "gated"])
 def test_row_totals_where_no_program_has_all_features(name, monkeypatch):
-    monkeypatch.setattr(schedule_linear, "_rule", lambda sizes, device: schedule_linear.Rule(16, 256, 256, 128))
+    monkeypatch.setattr(schedule_linear, "_rule", lambda sizes, device: schedule_linear.Rule(16, 256, 256, 128, 2))
     tensors, inputs = drawn(name, d_qk=32, d_v=16)
     op = ac.compile(VARIANTS[name], plan="chunk")
     cotangent = torch.randn(1, 2, 37, 16, generator=torch.Generator().manual_seed(2))
