@@ -23,7 +23,7 @@ from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.fold import LN2, S
 from attncc.passes.stream import LSE
-from attncc.passes.tiles import TilePlan
+from attncc.passes.tiles import TilePlan, hides_what_lies_past_the_keys
 
 #: the name of what dp is multiplied by in the cotangent of a score
 SLOPE = "slope"
@@ -47,9 +47,11 @@ def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
 
 
 def visible_lines(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
-    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts."""
+    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts. What rows past q_len see does
+    not matter: a kernel hides them by an edge of their own, or has whole rows and stores none of those."""
     scope = lowering.branch()
-    conditions = list(edges)
+    needless = {edge("kv_idx", first) for first in (True, False)} if hides_what_lies_past_the_keys(mask) else set()
+    conditions = [e for e in edges if e not in needless]
     if mask is not sympy.true:
         conditions.append(scope.emit(mask, Level.PAIR))
         lowering.set_aside(scope)

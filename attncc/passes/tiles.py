@@ -255,6 +255,22 @@ def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr)
     return result
 
 
+def hides_what_lies_past_the_keys(mask: sympy.Basic) -> bool:
+    """Does the mask hide every kv_idx >= kv_len from every q_idx < q_len, as causal does? (Sound, not complete.)"""
+    terms = _disjunction(mask)
+    return terms is not None and all(any(_ends_with_the_keys(a) for a in atoms) for atoms in terms)
+
+
+def _ends_with_the_keys(atom: sympy.Basic) -> bool:
+    for side, bound in solve(atom, sym.KV_IDX) or []:
+        slope = sympy.diff(bound, sym.Q_IDX)
+        if side == "hi" and slope.is_Number and slope.is_nonnegative:
+            room = sympy.expand(sym.KV_LEN - 1 - bound.subs(sym.Q_IDX, sym.Q_LEN - 1))
+            if room.is_nonnegative:
+                return True
+    return False
+
+
 def solve(atom: sympy.Basic, inner: sympy.Symbol) -> list[tuple[str, sympy.Expr]] | None:
     """An integer comparison as bounds on `inner`: ("lo" | "hi", expression), both inclusive. None if it is not of
     that form."""

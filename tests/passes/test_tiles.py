@@ -19,7 +19,17 @@ from attncc.language.textform import from_texts
 from attncc.passes.counts import live_tiles
 from attncc.passes.intervals import Interval, interval, truth
 from attncc.passes.numeric import evaluate
-from attncc.passes.tiles import INNER_HI, INNER_LO, OUTER_HI, OUTER_LO, BlockMax, BlockMin, TilePlan, tile_plan
+from attncc.passes.tiles import (
+    INNER_HI,
+    INNER_LO,
+    OUTER_HI,
+    OUTER_LO,
+    BlockMax,
+    BlockMin,
+    TilePlan,
+    hides_what_lies_past_the_keys,
+    tile_plan,
+)
 
 HEADS, BATCH = 3, 2
 SIZES = [(17, 17), (7, 23), (23, 7), (1, 9)]
@@ -270,6 +280,26 @@ def test_random_masks(text, sizes, blocks):
     mask = from_texts(mask=text).graph["mask"].expr
     for inner in (sym.KV_IDX, sym.Q_IDX):
         compare(mask, tile_plan(mask, inner), environment(*sizes, 0, 1), blocks, exact=False)
+    if hides_what_lies_past_the_keys(mask):
+        past = {"q_idx": np.arange(sizes[0])[:, None], "kv_idx": sizes[1] + np.arange(40)}
+        assert not np.any(evaluate(mask, environment(*sizes, 0, 1) | past))
+
+
+@pytest.mark.parametrize(
+    ("text", "hides"),
+    [
+        ("kv_idx <= q_idx + kv_len - q_len", True),
+        ("q_idx + kv_len - q_len > kv_idx and kv_idx % 3 == 0", True),
+        ("kv_idx <= q_idx + kv_len - q_len or kv_idx < kv_len - 2", True),
+        ("kv_idx - q_idx < kv_len - q_len - 3", True),
+        ("kv_idx <= q_idx", False),  # there may be more queries than keys
+        ("kv_idx <= q_idx + kv_len - q_len or kv_idx < 5", False),
+        ("kv_idx <= kv_len - q_idx", False),
+        ("kv_idx >= q_idx", False),
+    ],
+)
+def test_a_mask_that_ends_with_the_keys_needs_no_edge_of_theirs(text, hides):
+    assert hides_what_lies_past_the_keys(from_texts(mask=text).graph["mask"].expr) == hides
 
 
 VALUES = st.recursive(
