@@ -47,8 +47,8 @@ def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
 
 
 def visible_lines(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
-    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts. What rows past q_len see is no
-    matter: a kernel hides them by an edge of their own, or has whole rows and stores none of those."""
+    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts. What rows past q_len see is
+    no matter: a kernel hides them by an edge of their own, or has whole rows and stores none of those."""
     scope = lowering.branch()
     needless = {edge("kv_idx", first) for first in (True, False)} if hides_what_lies_past_the_keys(mask) else set()
     conditions = [e for e in edges if e not in needless]
