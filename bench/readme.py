@@ -12,6 +12,10 @@ from bench.record import RESULTS, ROOT, load
 README = ROOT / "README.md"
 #: the card whose figures the README shows, as its results folder is called
 SHOWN_GPU = "nvidia-h100-80gb-hbm3"
+#: the card on which flash-linear-attention ran beside
+LINEAR_GPU = "nvidia-h200"
+#: the card on which the suite `shelf` ran
+SHELF_GPU = "nvidia-h200"
 
 TITLES = {
     "full": "full",
@@ -37,13 +41,14 @@ PEERS = {
 }
 
 
-def results(folder: Path, suite: str) -> dict[str, Any]:
-    """The committed results of a suite on the shown card; ValueError for files that must not be published."""
-    data = load(folder / SHOWN_GPU / f"{suite}.json")
+def results(folder: Path, suite: str, card: str = SHOWN_GPU, failures: bool = False) -> dict[str, Any]:
+    """The committed results of a suite on a card; ValueError for files that must not be published. `failures`: the
+    table says which rows failed."""
+    data = load(folder / card / f"{suite}.json")
     if data.get("quick"):
         raise ValueError(f"{suite}.json comes from a --quick run")
     broken = [row for row in data["rows"] if "error" in row]
-    if broken:
+    if broken and not failures:
         raise ValueError(f"{suite}.json has failed rows: {', '.join(str(row.get('case')) for row in broken)}")
     return data
 
@@ -126,7 +131,9 @@ def latency_table(folder: Path) -> str:
     seconds = {(row["case"], row["cache"]): row["total_s"] for row in compiled["rows"]}
     lines = ["| | attncc | FlexAttention | SDPA |", "|---|---|---|---|"]
     for cache, what in (("cold", "with empty caches"), ("warm disk cache", "in a new process with warm caches")):
-        ours, theirs = (f"{seconds[name, cache]:.2f} s" for name in ("attncc", "flex"))
+        ours, theirs = (
+            f"{seconds[name, cache]:.2f} s" if (name, cache) in seconds else "" for name in ("attncc", "flex")
+        )
         lines.append(f"| formula to first result, forward and backward, {what} | **{ours}** | {theirs} | |")
     for row in host["rows"]:
         us = {name: f"{value:.0f} us" for name, value in row["us"].items()}
@@ -181,7 +188,7 @@ def _limit(limits: dict[str, Any]) -> str:
 
 def shelf_table(folder: Path) -> str:
     """What other tools say in several calls, or with whole maps: TFLOP/s and ratios, then TB/s of absorbed MLA."""
-    data = results(folder, "shelf")
+    data = results(folder, "shelf", SHELF_GPU)
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     absorbed = []
     for row in data["rows"]:
@@ -215,6 +222,32 @@ def shelf_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def linear_table(folder: Path) -> str:
+    """Milliseconds forward / backward in linear time, beside flash-linear-attention."""
+    data = results(folder, "linear", LINEAR_GPU, failures=True)
+    cells: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if "mode" in row:
+            cells.setdefault((row["case"], row["N"]), {})[row["mode"]] = row
+    names = list(dict.fromkeys(case for case, _ in cells))
+    lines = ["| ms forward / backward | tokens | attncc | flash-linear-attention | ratio |", "|---|---|---|---|---|"]
+    for case, length in sorted(cells, key=lambda cell: (names.index(cell[0]), cell[1])):
+        rows = [cells[case, length][mode] for mode in ("forward", "backward")]
+        ours = " / ".join(f"{row['attncc']['ms']:.2f}" for row in rows)
+        peers = [row["peers"].get("fla", {}).get("ms") for row in rows]
+        theirs = " / ".join("refuses" if ms is None else f"{ms:.2f}" for ms in peers)
+        ratio = " / ".join(
+            "-" if ms is None else f"{ms / r['attncc']['ms']:.2f}x" for r, ms in zip(rows, peers, strict=True)
+        )
+        lines.append(f"| `{case}` | {length // 1024}k | **{ours}** | {theirs} | {ratio} |")
+    failed = [row["case"] for row in data["rows"] if "error" in row]
+    first = next(row for row in data["rows"] if "mode" in row)
+    size = f"bf16, B={first['B']}, H={first['Hq']}, D={first['Dqk']}."
+    missing = f" Not shown, for a gradient was off by more than is allowed: {', '.join(failed)}." if failed else ""
+    lines += ["", f"{size}{missing} {_provenance(data)}"]
+    return "\n".join(lines)
+
+
 def outputs_table(folder: Path) -> str:
     """Milliseconds of the forward alone, and with an auxiliary output."""
     data = results(folder, "outputs")
@@ -241,6 +274,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "hopper": hopper_table,
     "decode": decode_table,
     "latency": latency_table,
+    "linear": linear_table,
     "variants": variants_table,
     "shelf": shelf_table,
     "outputs": outputs_table,

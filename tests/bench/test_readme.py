@@ -150,8 +150,9 @@ def limited(unit, ms, busy):
     return {"unit": unit, "ms": ms, "busy": {unit: busy}}
 
 
-def put(folder, suite, rows):
-    (folder / SHOWN_GPU / f"{suite}.json").write_text(json.dumps({**HEAD, "suite": suite, "rows": rows}))
+def put(folder, suite, rows, card=SHOWN_GPU):
+    (folder / card).mkdir(exist_ok=True)
+    (folder / card / f"{suite}.json").write_text(json.dumps({**HEAD, "suite": suite, "rows": rows}))
 
 
 SIZES = {"B": 4, "Hq": 16, "M": 4096, "N": 4096, "Dqk": 128, "Dv": 128}
@@ -185,7 +186,12 @@ def test_the_shelf_is_shown_beside_each_peer_with_its_memory(folder):
     held = {"heads": 4, "attncc": 2**25, "torch.compile": 2**33}
     decode = {"case": "absorbed MLA", "mode": "decode", "B": 8, "Hq": 128, "N": 8192, "M": 1, "Dqk": 576, "Dv": 512}
     decode |= {"attncc": {"tbps": 2.5}, "peers": {"flex": {"error": "x"}, "torch.compile": {"tbps": 0.6}}, "ratio": {}}
-    put(folder, "shelf", [decode, of("forward", 500.0, 50.0, peak_bytes=held), of("backward", 400.0, 100.0)])
+    put(
+        folder,
+        "shelf",
+        [decode, of("forward", 500.0, 50.0, peak_bytes=held), of("backward", 400.0, 100.0)],
+        readme.SHELF_GPU,
+    )
     text = readme.shelf_table(folder)
     assert (
         "| cog | 4k | 128 | **500 / 400** | plain PyTorch, compiled | 50 / 100 | 10.0x / 4.0x | 32 : 8,192 MiB |"
@@ -203,3 +209,25 @@ def test_outputs_are_shown_beside_the_forward_alone(folder):
     text = readme.outputs_table(folder)
     assert "| S=4k | more | S=8k | more |" in text
     assert "| `received` | 1.00 -> 1.65 | +65% | 1.00 -> 1.58 | +58% |" in text
+
+
+def test_linear_time_is_shown_by_mechanism_and_length_with_what_refuses_and_what_failed(folder):
+    sizes = {"B": 2, "Hq": 16, "Dqk": 128}
+
+    def timed(case, length, mode, ours, theirs):
+        peers = {} if theirs is None else {"fla": {"ms": theirs}}
+        return {"case": case, **sizes, "N": length, "mode": mode, "attncc": {"ms": ours}, "peers": peers}
+
+    rows = [
+        {"case": "delta_net", "error": "dk is off"},
+        timed("ssd", 8192, "forward", 0.2, 0.3),
+        timed("ssd", 8192, "backward", 0.5, None),
+        timed("ssd", 2048, "forward", 0.1, 0.25),
+        timed("ssd", 2048, "backward", 0.2, 0.5),
+        {"case": "ssd, a step", **sizes, "ms": 0.05},
+    ]
+    put(folder, "linear", rows, readme.LINEAR_GPU)
+    text = readme.linear_table(folder)
+    assert "| `ssd` | 2k | **0.10 / 0.20** | 0.25 / 0.50 | 2.50x / 2.50x |\n| `ssd` | 8k | **0.20 / 0.50** |" in text
+    assert "| 0.30 / refuses | 1.50x / - |" in text
+    assert "Not shown, for a gradient was off by more than is allowed: delta_net." in text
