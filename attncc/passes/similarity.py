@@ -123,8 +123,8 @@ def refuse_gradients(graph: VariantGraph) -> None:
                 "at a place that hangs on the query and on the key",
                 stage="similarity",
                 span=stage.span,
-                remedy="declare the input without a gradient; or multiply it with q before the op, and read the "
-                "products by q_idx and distance, as transformer_xl does",
+                remedy="declare the input without a gradient; or multiply it with q (or k) before the op, and read the "
+                "products by q_idx (or kv_idx) and distance, as transformer_xl does",
             )
 
 
