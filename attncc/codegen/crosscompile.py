@@ -117,6 +117,7 @@ def _compile(
         "SPLITS": max(tiling.splits, 1),
         "BLOCK_S": 32,
         "SUM_DQ": True,
+        "COUNT": 1,
     }
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}

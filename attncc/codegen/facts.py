@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import sympy
@@ -112,7 +112,8 @@ def facts_of(plan: Plan) -> Facts:
         component_backward=component_backward,
         vectors=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL}),
         rows=sum(len(part.backward.pair_rows) + plan.needs_delta for part in plan.parts) if has_backward else 0,
-        distances=any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
+        distances=bool(plan.tables.formulas)
+        or any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
         nested=has_backward and not plan.one_loop,
         similarity=similarity,
         packs_heads=plan.packs_heads,
@@ -167,7 +168,7 @@ def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, Pai
 
     loops = plan.similarity.loops
     sums = pair_costs([lower_exp(x.summand) for x in loops], frozenset())
-    once = _gathered(PairCosts(sums.fma + len(loops), sums.sfu, sums.int, sums.loads))
+    once = _gathered(replace(sums, fma=sums.fma + len(loops)))
     turns = 1 + sum(_turns(sweep) for part in plan.parts for sweep in part.online.before)
     forward = _total([once] * turns)
     if plan.has_backward is not None:
@@ -176,7 +177,7 @@ def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, Pai
     names = frozenset(cotangent(x).name for x in loops)
     gradients = [slope(slots.flowing_loops, sym.Q_VEC), *(g.expr for g in slots.gradients if g.looped)]
     found = pair_costs([lower_exp(e) for e in gradients if e != 0], names)
-    again = _gathered(PairCosts(found.fma + 2 * len(gradients), found.sfu, found.int, found.loads))
+    again = _gathered(replace(found, fma=found.fma + 2 * len(gradients)))
     return forward, _total([once, again])
 
 
@@ -193,7 +194,7 @@ def _sweep_costs(plan: Plan, sweep: Sweep) -> PairCosts:
     if sweep.root is not None:
         exprs += [folded.apply(e) for e in (sweep.root.term, sweep.root.term.diff(sym.UNKNOWN))]
     found = pair_costs([folded.score, *exprs], _PAIR_NAMES)
-    return PairCosts(found.fma + len(exprs), found.sfu, found.int, found.loads)
+    return replace(found, fma=found.fma + len(exprs))
 
 
 def _costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
@@ -207,7 +208,7 @@ def _costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
 
 def _total(costs: Iterable[PairCosts]) -> PairCosts:
     found = tuple(costs)
-    return PairCosts(*(sum(getattr(c, name) for c in found) for name in ("fma", "sfu", "int", "loads")))
+    return PairCosts(*(sum(getattr(c, name) for c in found) for name in PairCosts.__dataclass_fields__))
 
 
 def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
@@ -216,18 +217,17 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     terms = [folded.apply_online(r.term.xreplace(to_new), online.max_symbols) for r in (online.numerator, *online.sums)]
     operands = [folded.maximum_of(g) for _, g in online.maxes]
     # one more a running maximum, a sum, and the conversion of the weight for its matmul
-    forward = pair_costs([folded.score, *terms, *operands], _PAIR_NAMES)
-    extra = len(operands) + len(online.sums) + 1
-    forward = PairCosts(forward.fma + extra, forward.sfu, forward.int, forward.loads)
+    forward = pair_costs([plan.score_tables.apart(folded.score), *terms, *operands], _PAIR_NAMES)
+    forward = replace(forward, fma=forward.fma + len(operands) + len(online.sums) + 1)
     for sweep in online.before:
         forward = _total([forward, *[_sweep_costs(plan, sweep)] * _turns(sweep)])
     backward = forward
     if plan.has_backward is None:
         raw = {sym.RAW_SCORE: plan.core["raw_score"].expr}
-        score = split_distances(folded.score)
+        score = split_distances(plan.tables.apart(folded.score))
         exprs = [score, folded.apply(plan.backward.weight), folded.apply(plan.backward.dqk.xreplace(raw))]
         exprs += [folded.apply(e.xreplace(raw)) for _, e in (*plan.backward.dsums, *plan.backward.dreads)]
-        cost = pair_costs(exprs, _PAIR_NAMES)
-        backward = PairCosts(cost.fma + 2, cost.sfu, cost.int, cost.loads)
+        cost = pair_costs(map(plan.tables.apart, exprs), _PAIR_NAMES)
+        backward = replace(cost, fma=cost.fma + 2)
     mask = pair_costs([plan.graph["mask"].expr], _PAIR_NAMES)
-    return forward, backward, PairCosts(mask.fma + 1, mask.sfu, mask.int + 1, mask.loads)
+    return forward, backward, replace(mask, fma=mask.fma + 1, int=mask.int + 1)

@@ -23,7 +23,7 @@ from attncc.codegen.kernels import (
     visible_lines,
 )
 from attncc.codegen.lower import Leaf, Lowering
-from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
+from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import QUERY, SimilaritySlots
 from attncc.ir import symbols as sym
@@ -31,6 +31,7 @@ from attncc.ir import vocabulary as voc
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
+from attncc.passes.distances import NO_TABLES, Tables
 from attncc.passes.fold import S, exp2
 from attncc.passes.reverse import first_at, ties, trimmed
 from attncc.passes.stream import LSE, Implicit, Online, Running, Sweep, renamed
@@ -95,7 +96,7 @@ def _terms(part: Plan, step: Sweep | Online) -> _Terms:
 
 def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
     """The same with distances taken apart by tile, and with `row_part` split off where that is enough."""
-    score = split_distances(t.score)
+    score = split_distances(lowering.tables.apart(t.score, PLACE))
     if not t.vanishes:
         return replace(t, score=score, by_peak=True)
     shared = [e for e in sympy.Add.make_args(score) if lowering.level_of(e) in (Level.PROGRAM, Level.ROW)]
@@ -109,9 +110,14 @@ def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
 
 
 def forward_slots(
-    plan: Plan, qk_chunks: tuple[Chunk, ...], hopper: bool = False, own: dict[str, Leaf] | None = None
+    plan: Plan,
+    qk_chunks: tuple[Chunk, ...],
+    hopper: bool = False,
+    own: dict[str, Leaf] | None = None,
+    tables: Tables = NO_TABLES,
 ) -> dict[str, Any]:
-    """Slots of forward.py.j2. `own`: leaves that a kernel has at another level than most.
+    """Slots of forward.py.j2. `own`: leaves that a kernel has at another level than most; `tables`: what it is given by
+    distance.
 
     hopper: for kernels in which several groups of warps share a block of rows. There, bounds that need a whole block
     are found apart, distances are taken apart by tile, and what a score adds to all keys of a row joins the row's
@@ -127,7 +133,7 @@ def forward_slots(
     leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {}), **own}
     blank = blank_tile(similarity, rows_first=True)
     lowering = first = Lowering(
-        plan.core, leaves, running=running[0] | RUNNING, blank=blank, streamed=[] if hopper else None
+        plan.core, leaves, running=running[0] | RUNNING, blank=blank, streamed=[] if hopper else None, tables=tables
     )
     sweeps: list[dict[str, Any]] = []
     bounds: BoundLines | None = None
@@ -157,6 +163,7 @@ def forward_slots(
         **similarity_slots(similarity, QUERY, qk_chunks, first, base_leaves(plan, own)),
         "outer": first.outer,
         "streamed": first.streamed,
+        "tables": len(tables.formulas),
         "sweeps": sweeps,
         "between": lowering.outer if sweeps else [],
         "chains": chains,

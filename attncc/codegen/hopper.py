@@ -35,7 +35,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     which load, and those which compute.
     """
     refuse(plan)
-    f = forward_slots(plan, chunks(d_qk), hopper=True)
+    f = forward_slots(plan, chunks(d_qk), hopper=True, tables=plan.score_tables)
     (chain,) = f.pop("chains")
     f = {**f, **chain, "visible": chain["show"]}
     state = [(m, f"tl.full([ROWS], {f['negative']}, tl.float32, layout=BY_ROW)") for m, _ in f["moves"]]
@@ -199,7 +199,8 @@ def kernel_arguments(plan: Plan, pointers: list[str], scan: bool, common: tuple[
         names.append(f"{d.name.upper()}_PTR")
         for i, _ in enumerate(d.pattern):
             names += [f"stride_{d.name}_{i}", f"size_{d.name}_{i}"]
-    return [*names, *(s.name for s in plan.graph.scalars), *common]
+    names += [s.name for s in plan.graph.scalars]
+    return [*names, *(["DISTANCES_PTR"] if plan.tables.formulas else []), *common]
 
 
 def tile_slots(bounds: BoundLines) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import sympy
 from sympy.printing.str import StrPrinter
 
 from attncc.codegen.plan import InputGradient, Plan
@@ -158,6 +159,12 @@ def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) 
         lines.append(f"    {name} = {name}.sum({2 if sym.COMPONENT in read.index else -1})")
     declared = plan.graph.input(read.input).pattern
     names = [_whole(i, dim) for dim, i in zip(declared, read.index, strict=True)]
+    moved = _moved(read, declared) if kind == "band" else None
+    if moved is not None:  # a dimension that runs along the distances, from another one on
+        at, offset = moved
+        first = TorchIndexPrinter(plan.graph).doprint(offset + 1 - sym.Q_LEN)
+        lines.append(f"    {name} = _shifted({name}, {dims.index('distance')}, {first}, {read.input}.shape[{at}])")
+        names[at] = "distance"
     direct = all(name in dims for name in names) and len(set(names)) == len(names)
     lines.append(f"    dims = {dims!r}")
     if not direct:
@@ -171,6 +178,19 @@ def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) 
     target = f"grad_{read.input}"
     lines.append(f"    {target} = {call}" if first else f"    {target} = {target} + {call}")
     return lines
+
+
+def _moved(read: Any, declared: tuple[str, ...]) -> tuple[int, Any] | None:
+    """Which dimension of an input has an entry a distance, and where that of the distance 0 is; None if none has."""
+    offsets = {
+        at: sympy.expand(i - sym.KV_IDX + sym.Q_IDX)
+        for at, (dim, i) in enumerate(zip(declared, read.index, strict=True))
+        if {sym.Q_IDX, sym.KV_IDX} <= i.free_symbols and dim not in LOOP_DIMS
+    }
+    if len(offsets) != 1:
+        return None
+    ((at, offset),) = offsets.items()
+    return (at, offset) if offset.free_symbols <= {sym.Q_LEN, sym.KV_LEN} else None
 
 
 def _whole(index: Any, dim: str) -> str | None:

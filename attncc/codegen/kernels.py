@@ -14,13 +14,14 @@ from attncc.codegen.bounds import BoundLines, bound_lines, summary_offset
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.components import gradient_slots, loop_slots
 from attncc.codegen.lower import Leaf, Lowering
-from attncc.codegen.offsets import LEAVES, RUNNING, split_distances, uses_tiles
+from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
+from attncc.passes.distances import DISTANCE, INDICES, Tables
 from attncc.passes.fold import LN2, S
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan, hides_what_lies_past_the_keys
@@ -154,19 +155,21 @@ def _pair_slots(
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     leaves = {**base, **LEAVES, SLOPE: Leaf(SLOPE, Level.PAIR)}
     blank = blank_tile(similarity, rows_first)
-    lowering = Lowering(plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank)
+    lowering = Lowering(
+        plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=plan.tables
+    )
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     # where v is part of k, one accumulator takes dk and dv
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
     computed = [
-        _backward_exprs(part, gradients, in_loop, one_scale, by_tile)
+        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, plan.tables)
         for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
     settle = settle and len(plan.parts) == 1
     settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle else []
     for gradient in settled:
-        slope = _over_raw(plan, gradient.expr.diff(DELTA))
+        slope = plan.tables.apart(_over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
         computed[0].dreads.append(slope.xreplace(computed[0].inlined))
         computed[0].names.append(f"{gradient.name}_by_delta_tile")
     if settled:
@@ -200,7 +203,8 @@ def _pair_slots(
         "operand": similarity.made("operand", factor, QUERY, qk_chunks, lowering, base) if factor is not None else [],
         "outer": lowering.outer,
         "by_head": lowering.by_head,
-        "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight))),
+        "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight, *e.dsums.values(), *e.dreads))),
+        "tables": len(plan.tables.formulas),
         "chains": chains,
         "final_lines": final_lines,
         "row_lines": row_lines,
@@ -229,20 +233,22 @@ class _Cotangents:
 
 
 def _backward_exprs(
-    part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool, by_tile: bool
+    part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool, by_tile: bool, tables: Tables
 ) -> _Cotangents:
     """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
     accumulator."""
     folded, backward = part.folded, part.backward
     weight = folded.apply(backward.weight)
-    score = split_distances(folded.score) if by_tile else folded.score
+    place = PLACE if by_tile else INDICES
+    score = tables.apart(folded.score, place)
+    score = split_distances(score) if by_tile else score
     sums = {f"d{s.name}": e for s, e in backward.dsums}
     if SimilaritySlots(part).has_dot:
         sums = {part.own("ds"): backward.dqk if one_scale else backward.dqk * backward.dqk_scale, **sums}
     names = list(sums) if in_loop else []
-    dsums = [_over_raw(part, sums[name]) for name in names]
+    dsums = [tables.apart(_over_raw(part, sums[name]), place) for name in names]
     summed = [g for g in gradients if not g.row_only]
-    dreads = [_over_raw(part, g.expr) for g in summed]
+    dreads = [tables.apart(_over_raw(part, g.expr), place) for g in summed]
     weight_alone = sympy.Dummy("weight")
     outer = weight
     others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
@@ -470,6 +476,25 @@ def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str,
         "by_head": summary_offset(read) != "b",
         "helpers": lowering.helpers,
         "what": formula(read),
+    }
+
+
+def distance_slots(plan: Plan, tables: Tables) -> dict[str, Any]:
+    """Slots of distances.py.j2: the tables that other kernels read by distance."""
+    leaves = base_leaves(plan, {DISTANCE.name: Leaf(DISTANCE.name, Level.ROW)})
+    lowering = Lowering(plan.core, leaves)
+    formulas = tables.of_distance
+    lowering.count(formulas)
+    values = [lowering.emit(e, Level.ROW) for e in formulas]
+    return {
+        "tables": [
+            {"value": value, "what": formula(e), "number": i}
+            for i, (value, e) in enumerate(zip(values, tables.formulas, strict=True))
+        ],
+        "lines": [*lowering.outer, *lowering.body],
+        "by_batch": tables.by_batch,
+        "by_head": tables.by_head,
+        "helpers": lowering.helpers,
     }
 
 

@@ -16,7 +16,8 @@ from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, join
-from attncc.ir.vocabulary import Read, type_of
+from attncc.ir.vocabulary import ByDistance, Read, type_of
+from attncc.passes.distances import NO_TABLES, Tables
 from attncc.passes.fold import LN2, exp2, lower_exp, per_ln2
 
 _INLINE = 48
@@ -65,7 +66,7 @@ class Lowering:
     tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole program, or along its own
     axis), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each in an order
     in which it can run: `outer` needs neither of the others. Where `streamed` is given, it takes what is read along the
-    axis of the loop, and what follows from that alone.
+    axis of the loop, and what follows from that alone. tables: those that the kernel is given by distance.
     """
 
     graph: VariantGraph
@@ -79,6 +80,7 @@ class Lowering:
     by_head: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     streamed: list[Streamed] | None = None
+    tables: Tables = NO_TABLES
     helpers: set[str] = field(default_factory=set)
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
     _names: Counter[str] = field(default_factory=Counter)
@@ -87,7 +89,7 @@ class Lowering:
 
     def count(self, exprs: Iterable[Any]) -> None:
         """Announce expressions before they are emitted: what occurs twice becomes a named value."""
-        for expr in exprs:
+        for expr in map(self.tables.apart, exprs):
             stack = [expr]
             while stack:
                 e = stack.pop()
@@ -116,18 +118,19 @@ class Lowering:
 
     def emit(self, expr: Any, at: Level | None = None) -> str:
         """The text of an expression, as an operand of level `at` (its own level by default)."""
-        text, own = self._visit(expr)
+        text, own = self._visit(self.tables.apart(expr))
         return self._raise(text, own, own if at is None else join(own, at))
 
     def assign(self, name: str, expr: Any, at: Level) -> None:
         """A statement `name = expr` in the body, and from then on `name` stands for the expression."""
+        expr = self.tables.apart(expr)
         text, own = self._memo.get(expr) or (self._text(expr, self.level_of(expr)), self.level_of(expr))
         self.body.append(f"{name} = {_unwrap(self._tile(text, own, at))}")
         self._memo[expr] = (name, at)
 
     def tile(self, expr: Any) -> str:
         """The text of an expression as a whole tile, also where it is the same for every pair."""
-        return self._tile(*self._visit(expr), Level.PAIR)
+        return self._tile(*self._visit(self.tables.apart(expr)), Level.PAIR)
 
     def _tile(self, text: str, own: Level, at: Level) -> str:
         raised = self._raise(text, own, at)
@@ -171,7 +174,11 @@ class Lowering:
         text = self._text(expr, level)
         atom = text.isidentifier() or _is_number(text)
         shared = self._uses[expr] > 1 and not atom
-        if shared or isinstance(expr, Read) or (len(text) > _INLINE and not atom and level != Level.PROGRAM):
+        if (
+            shared
+            or isinstance(expr, Read | ByDistance)
+            or (len(text) > _INLINE and not atom and level != Level.PROGRAM)
+        ):
             text = self._name(expr, text, level)
         self._memo[expr] = (text, level)
         return self._memo[expr]
@@ -483,6 +490,29 @@ class Lowering:
             return f"_integer({load})"
         return f"{load}.to(tl.float32)"
 
+    def _ByDistance(self, expr: Any, level: Level) -> str:
+        """An entry of a table: a pointer a row, and each of its columns at a constant from there."""
+        number, column, row, shift = expr.args
+        key = ByDistance(number, *[sympy.S.Zero] * 3)  # where the table has the distance 0
+        if key not in self._memo:
+            line = "b * heads + h" if self.tables.by_batch else "h" if self.tables.by_head else "0"
+            count = len(self.tables.formulas)
+            if count > 1:
+                line = " + ".join([*([f"{_wrap(line)} * {count}"] if line != "0" else []), str(number)])
+            name = self._fresh("at_distance")
+            self.helpers.add("_by_distance")
+            heads = sym.H if self.tables.by_head or self.tables.by_batch else sympy.S.Zero
+            self._define(name, f"_by_distance(DISTANCES_PTR, {line}, q_len, kv_len)", heads, Level.PROGRAM)
+            self._memo[key] = (name, Level.PROGRAM)
+        start = self._memo[key][0]
+        q, kv = self.leaves[row.name].name, self.leaves[column.name].name
+        moved = None if shift == 0 else self.leaves[shift.name].name
+        if self.rows_first:
+            row = f"{moved} - _wide({q})" if moved else f"-_wide({q})"
+            return f"tl.load(({start} + ({row}))[:, None] + _wide({kv})[None, :])"
+        row = f"({moved} + _wide({kv}))" if moved else f"_wide({kv})"
+        return f"tl.load(({start} + {row})[:, None] + (-_wide({q}))[None, :])"
+
     def _And(self, expr: Any, level: Level) -> str:
         return "(" + " & ".join(self._condition(a, level) for a in sorted(expr.args, key=str)) + ")"
 
@@ -590,6 +620,8 @@ def _hint(expr: Any) -> str:
     """A name that says what a value is."""
     if isinstance(expr, Read):
         return f"{expr.input}_value"
+    if isinstance(expr, ByDistance):
+        return "by_distance"
     if isinstance(expr, sympy.Symbol):
         return expr.name
     if type(expr) in _HINTS:

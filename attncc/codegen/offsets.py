@@ -27,6 +27,8 @@ LEAVES = {
     TILE_SHIFT.name: Leaf(TILE_SHIFT.name, Level.PROGRAM),
 }
 RUNNING = frozenset({TILE_SHIFT.name})
+#: where a pair lies by tile: its key, its query, and what their difference lacks
+PLACE = (KV_IN_TILE, Q_IN_TILE, TILE_SHIFT)
 
 
 def split_distances(expr: sympy.Basic) -> sympy.Basic:

@@ -26,6 +26,7 @@ from attncc.passes.differentiate import (
     needs_reverse,
     normal_form,
 )
+from attncc.passes.distances import NO_TABLES, Tables, tables_of
 from attncc.passes.fold import Folded, S, fold
 from attncc.passes.phases import phases
 from attncc.passes.reverse import first_at
@@ -147,6 +148,20 @@ class Plan:
     @cached_property
     def folded(self) -> Folded:
         return fold(self.core, self.online)
+
+    @cached_property
+    def score_tables(self) -> Tables:
+        """The tables by distance that a forward has; none where there are several branches."""
+        return tables_of([self.folded.score], self.core) if len(self.parts) == 1 else NO_TABLES
+
+    @cached_property
+    def tables(self) -> Tables:
+        """Those of a backward, which begin with the forward's."""
+        if len(self.parts) > 1 or self.has_backward is not None:
+            return self.score_tables
+        raw = {sym.RAW_SCORE: self.core["raw_score"].expr}
+        gradients = [e for _, e in (*self.backward.dsums, *self.backward.dreads)]
+        return tables_of([self.folded.score, *(self.folded.apply(e.xreplace(raw)) for e in gradients)], self.core)
 
     @cached_property
     def masks(self) -> tuple[sympy.Basic, ...]:

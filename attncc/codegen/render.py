@@ -21,6 +21,7 @@ from attncc.codegen.kernels import (
     base_leaves,
     bounds_slots,
     cotangent_slots,
+    distance_slots,
     dkdv_slots,
     dq_slots,
     pair_slots,
@@ -35,6 +36,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level_of_name
 from attncc.ir.text import formula, to_text
+from attncc.passes.distances import NO_TABLES
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
 from attncc.schedule.problem import MAX_CHUNK, Backend, Form
@@ -117,7 +119,8 @@ def render(
     if hopper:
         f = hopper_forward_slots(plan, d_qk, d_v)
     else:
-        f = decode_slots(plan, qk_chunks) if forward_in == "decode" else forward_slots(plan, qk_chunks)
+        decoding = forward_in == "decode"  # where tables by distance are longer than what is read of them
+        f = decode_slots(plan, qk_chunks) if decoding else forward_slots(plan, qk_chunks, tables=plan.score_tables)
     helpers, in_warps = set(f["helpers"]), set(f["helpers"]) if hopper else set()
     if not hopper:
         helpers.add("_add_product")
@@ -132,6 +135,7 @@ def render(
         helpers |= t["helpers"]
     host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "bands": (), "saved": (), "pair": {}}
     host |= {
+        "tables": {},
         "packs_heads": f.get("packed", False),
         "nested_reads": False,
         "cotangents": [],
@@ -139,6 +143,11 @@ def render(
         "terms": terms,
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
     }
+    tables = plan.tables if backward else plan.score_tables if f["tables"] else NO_TABLES
+    if tables.formulas:
+        host["tables"] = distance_slots(plan, tables)
+        helpers |= host["tables"]["helpers"]
+        kernels.insert(0, ("distances.py.j2", {"t": host["tables"], "graph": graph}))
     if backward:
         kv = hopper_backward_slots(plan, d_qk, d_v) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
         dq = dq_slots(plan, qk_chunks, tma)
@@ -175,6 +184,7 @@ def render(
             kernels.append(("dq.py.j2", {"k": dq}))
         for p in pair.values():
             kernels.append(("pair_grad.py.j2", {"k": p, "what": formula(p["gradient"].read)}))
+        collects = collect_lines(plan, (*similarity.gradients, *similarity.bands))
         host.update(
             kv=kv,
             dq=dq,
@@ -183,7 +193,8 @@ def render(
             vector_gradients=similarity.gradients,
             saved=plan.saved,
             bands=similarity.bands,
-            collects=collect_lines(plan, (*similarity.gradients, *similarity.bands)),
+            collects=collects,
+            shifts=any("_shifted(" in line for line in collects),
             nested_reads=nested_reads((*plan.gradients, *similarity.gradients, *similarity.bands)),
             cotangents=swept,
             by_row=by_row(plan),

@@ -40,14 +40,14 @@ def is_vector(expr: Any) -> bool:
     return expr in _VECTORS or any(is_vector(a) for a in expr.args)
 
 
-def by_distance(read: Read) -> bool:
-    """Does every index depend on q_idx and kv_idx, if at all, through their difference only?"""
+def by_distance(expr: sympy.Expr) -> bool:
+    """Does an expression, such as an element read, depend on q_idx and kv_idx, if at all, through their difference?"""
     moved = {sym.Q_IDX: sym.Q_IDX + 1, sym.KV_IDX: sym.KV_IDX + 1}
-    return all(_settled(i.subs(moved, simultaneous=True)) == _settled(i) for i in read.index)
+    return bool(_settled(expr.subs(moved, simultaneous=True)) == _settled(expr))
 
 
-def _settled(index: sympy.Expr) -> sympy.Expr:
-    return index.func(*(_settled(a) for a in index.args)).expand() if index.args else index
+def _settled(expr: sympy.Expr) -> sympy.Expr:
+    return expr.func(*(_settled(a) for a in expr.args)).expand() if expr.args else expr
 
 
 def kind_of(stage: Stage) -> str:

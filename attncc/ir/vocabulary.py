@@ -401,6 +401,17 @@ class Read(sympy.Function):
         return tuple(self.args[1:])
 
 
+class ByDistance(sympy.Function):
+    """`ByDistance(number, kv_idx, q_idx, shift)`: what a table of a kernel's own has for the distance
+    kv_idx + shift - q_idx. No user writes it: see `passes.distances`."""
+
+    is_extended_real = True
+    is_commutative = True
+
+    def _eval_is_real(self) -> bool:
+        return True
+
+
 #: name a user writes -> class, for one-to-one functions
 FUNCTIONS: dict[str, type[sympy.Function]] = {
     "exp": sympy.exp,

@@ -12,7 +12,7 @@ from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import ByDistance, Read
 from attncc.passes.fold import exp2
 from attncc.passes.numeric import evaluate
 from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
@@ -21,6 +21,11 @@ from attncc.schedule.problem import LiveTiles, PairCosts
 # Where data decides which tiles are live, one of so many is taken to be: documents of an eighth to a half of a row.
 SCANNED = 4
 
+# Integer operations that a load from a table by distance takes as long as: it comes from the first-level cache.
+TABLE_WORK = 3
+# Instructions of a division by a constant, which is a multiplication, and by what the compiler does not know.
+CONSTANT_DIVISION, DIVISION = 4, 20
+
 _BOOLEAN_OPERATIONS = (sympy.And, sympy.Or, sympy.Not)
 
 
@@ -28,7 +33,7 @@ def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
     """Operations a pair, each shared value counted once. `pair_names`: symbols that vary by pair besides the IR's
     own."""
     seen: set[Any] = set()
-    fma = sfu = integer = loads = 0.0
+    fma = sfu = integer = loads = tables = 0.0
     stack = list(exprs)
     while stack:
         e = stack.pop()
@@ -41,6 +46,11 @@ def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
         if isinstance(e, Read):
             loads += 1
             integer += 2 * len(e.index)
+        elif isinstance(e, ByDistance):
+            tables += 1
+            integer += TABLE_WORK
+        elif isinstance(e, voc.floordiv | voc.mod):
+            integer += CONSTANT_DIVISION if e.args[1].is_number else DIVISION
         elif isinstance(e, sympy.core.relational.Relational | sympy.And | sympy.Or | sympy.Not) or (
             not isinstance(e, voc.where) and e.is_integer
         ):
@@ -56,7 +66,7 @@ def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
             sfu += voc.SFU_COST[type(e)]
         else:
             fma += 1
-    return PairCosts(fma=fma, sfu=sfu, int=integer, loads=loads)
+    return PairCosts(fma=fma, sfu=sfu, int=integer, loads=loads, tables=tables)
 
 
 def _by_pair(expr: Any, pair_names: frozenset[str]) -> bool:

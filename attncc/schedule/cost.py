@@ -217,6 +217,7 @@ def _pair_work(pair: PairCosts, mask: PairCosts, live: LiveTiles) -> PairCosts:
         sfu=pair.sfu + share * mask.sfu,
         int=pair.int + share * mask.int,
         loads=pair.loads + share * mask.loads,
+        tables=pair.tables + share * mask.tables,
     )
 
 

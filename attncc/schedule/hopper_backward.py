@@ -84,8 +84,10 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     costs = problem.costs
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     held = max(qk, v) if wide(problem.d_qk, problem.d_v) else qk + v
-    # in long tiles weights wait for ds, too: with a slope that takes a row's factor, as taylor's, they spilled
-    early = 0.5 * problem.costs.warps.slope_by_row if ks.block_m > ROWS else 0.5
+    # in long tiles weights wait for ds, too: they spilled with a slope that takes a row's factor, as taylor's, and with
+    # what is read by distance
+    late = problem.costs.warps.slope_by_row or costs.backward.tables > 0
+    early = 0.5 * late if ks.block_m > ROWS else 0.5
     tiles = 2 + early + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 

@@ -236,7 +236,8 @@ def _row_vectors(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, pr
 
 
 def _pair_inputs(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem: Problem) -> int:
-    loads = 0 if op == "mfma" else problem.costs.pair(kernel).loads
+    pair = problem.costs.pair(kernel)
+    loads = 0 if op == "mfma" else pair.loads + pair.tables
     return int(loads * max(stages - 1, 0) * tiles.rows * tiles.cols * PAIR_BYTES)
 
 

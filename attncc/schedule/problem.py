@@ -50,7 +50,8 @@ class PairCosts:
 
     fma: float32 adds, multiplies, fused multiply-adds, comparisons, selects; sfu: exp2, log2, tanh, rcp, sqrt, sin
     (the special-function unit); int: 32-bit integer and boolean operations; loads: elements read from inputs that are
-    indexed by both the query and the key (a dense bias), which no row or column vector can serve.
+    indexed by both the query and the key (a dense bias), which no row or column vector can serve; tables: entries of
+    those that kernels have by distance, whose time is among int's.
     The conversion of a weight to the matmul's dtype is among them; the rescaling of the accumulator is not.
     """
 
@@ -58,6 +59,7 @@ class PairCosts:
     sfu: float = 0.0
     int: float = 0.0
     loads: float = 0.0
+    tables: float = 0.0
 
     def plus(self, other: PairCosts, times: float) -> PairCosts:
         """These, and so many times the others."""

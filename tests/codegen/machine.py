@@ -147,6 +147,9 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.memory, torch.as_tensor(self.offset) + _value(other))
 
+    def __getitem__(self, index: Any) -> Pointer:
+        return Pointer(self.memory, torch.as_tensor(self.offset)[index])
+
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
         at = torch.as_tensor(self.offset).to(torch.int64)
         shown = torch.as_tensor(True if mask is None else _value(mask))

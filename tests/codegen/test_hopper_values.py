@@ -104,6 +104,8 @@ class Run:
         ("dense_bias", GROUPED),
         ("image_gain", GROUPED),
         ("parallel_context", GROUPED),
+        ("t5_bias", GROUPED),
+        ("bam", STRIDED),
     ],
 )
 def test_values(name, shape):

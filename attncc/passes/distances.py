@@ -1,0 +1,129 @@
+"""What a formula computes of a pair's distance alone: tables with an entry a distance, which kernels read.
+
+T5's buckets, a learned bias of each distance, whole periods between query and key, a power of the distance: each is a
+function of kv_idx - q_idx, of the head and of inputs, so that all pairs of a head have q_len + kv_len - 1 values of it
+between them. Where it is more work than a load, a small kernel computes those once, and a pair reads its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from attncc.ir import symbols as sym
+from attncc.ir.graph import VariantGraph
+from attncc.ir.similarity import by_distance
+from attncc.ir.vocabulary import ByDistance, Read, type_of
+from attncc.passes.counts import pair_costs
+from attncc.passes.fold import LN2
+
+#: operations of a pair beyond which a load of a table's entry is less: four of them, with its share of an address, take
+#: a clock of an SM's load unit, and are waited for
+WORK_OF_A_LOAD = 14
+#: operations that take as long as a load of an element of an input, with its offset and guard
+WORK_OF_A_READ = 16
+#: the same as one of the special-function unit
+SFU_WORK = 8
+#: kv_idx - q_idx, in a table's formula
+DISTANCE = sympy.Symbol("distance", integer=True)
+#: where a pair lies by its indices, as ByDistance has it
+INDICES = (sym.KV_IDX, sym.Q_IDX, sympy.S.Zero)
+_NAMES = frozenset({s.name for s in sym.INDICES.values()} | {LN2.name, sym.SCALE.name})
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of some kernels: formulas over q_idx and kv_idx that depend on their difference alone.
+
+    by_batch, by_head: what else they differ by. `known` are the names of a variant's inputs and scalars.
+    """
+
+    formulas: tuple[sympy.Expr, ...] = ()
+    known: frozenset[str] = frozenset()
+
+    @property
+    def by_batch(self) -> bool:
+        return any(sym.B in e.free_symbols for e in self.formulas)
+
+    @property
+    def by_head(self) -> bool:
+        return any({sym.H, sym.H_KV} & e.free_symbols for e in self.formulas)
+
+    @property
+    def of_distance(self) -> tuple[sympy.Expr, ...]:
+        """The formulas over DISTANCE, which may be negative as kv_idx is not."""
+        return tuple(e.xreplace({sym.Q_IDX: sympy.S.Zero, sym.KV_IDX: DISTANCE}) for e in self.formulas)
+
+    def apart(self, expr: Any, place: tuple[Any, Any, Any] = INDICES) -> Any:
+        """The expression with the tables' entries for what they have. place: kv_idx, q_idx and the shift of both."""
+        numbers = {e: i for i, e in enumerate(self.formulas)}
+
+        def entry(e: sympy.Expr) -> sympy.Expr | None:
+            return ByDistance(sympy.Integer(numbers[e]), *place) if e in numbers else None
+
+        return _walk(expr, self.known, entry) if numbers else expr
+
+
+NO_TABLES = Tables()
+
+
+def tables_of(exprs: Iterable[Any], graph: VariantGraph) -> Tables:
+    """The tables worth having for kernels that compute these expressions, in the order of their first use."""
+    known = frozenset({d.name for d in graph.inputs} | {s.name for s in graph.scalars})
+    found: dict[sympy.Expr, None] = {}
+
+    def entry(e: sympy.Expr) -> sympy.Expr | None:
+        if _work(e) > WORK_OF_A_LOAD:
+            found.setdefault(e)
+            return ByDistance(sympy.Integer(0), *INDICES)
+        return None
+
+    for expr in exprs:
+        _walk(expr, known, entry)
+    return Tables(tuple(found), known)
+
+
+def _walk(expr: Any, known: frozenset[str], entry: Any) -> Any:
+    """The expression with the largest parts that depend on distances alone handed to `entry`, and its answers in their
+    places."""
+    if not {sym.Q_IDX, sym.KV_IDX} <= expr.free_symbols or isinstance(expr, ByDistance):
+        return expr
+    if _of_distance(expr, known):
+        found = entry(expr)
+        return expr if found is None else found
+    rest = list(expr.args)
+    replaced = []
+    if expr.is_Add or expr.is_Mul:
+        own = [a for a in rest if _names(a) <= known | _NAMES and (not _indices(a) or _of_distance(a, known))]
+        together = expr.func(*own)
+        found = entry(together) if len(own) > 1 and _of_distance(together, known) else None
+        if found is not None:
+            replaced, rest = [found], [a for a in rest if a not in own]
+    return expr.func(*replaced, *(_walk(a, known, entry) for a in rest))
+
+
+def _of_distance(expr: Any, known: frozenset[str]) -> bool:
+    """Is it a number that depends on q_idx and kv_idx through their difference, and else on the program alone?"""
+    both = _indices(expr) == {sym.Q_IDX, sym.KV_IDX}
+    return both and type_of(expr) == "float" and _names(expr) <= known | _NAMES and by_distance(expr)
+
+
+def _indices(expr: Any) -> set[sympy.Symbol]:
+    return expr.free_symbols & {sym.Q_IDX, sym.KV_IDX}
+
+
+def _names(expr: Any) -> set[str]:
+    return {s.name for s in expr.free_symbols}
+
+
+def _work(expr: sympy.Expr) -> float:
+    costs = pair_costs([expr], frozenset())
+    return (
+        costs.fma
+        + costs.int
+        + SFU_WORK * costs.sfu
+        + WORK_OF_A_READ * len({r for r in expr.atoms(Read) if _indices(r)})
+    )
