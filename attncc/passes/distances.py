@@ -96,19 +96,21 @@ def _walk(expr: Any, known: frozenset[str], entry: Any) -> Any:
         return expr if found is None else found
     rest = list(expr.args)
     replaced = []
-    if expr.is_Add or expr.is_Mul:
-        own = [a for a in rest if _names(a) <= known | _NAMES and (not _indices(a) or _of_distance(a, known))]
+    if (expr.is_Add or expr.is_Mul) and type_of(expr) == "float":
+        own = [a for a in rest if not _indices(a) or _of_distance(a, known, ("float", "int"))]
+        own = [a for a in own if _names(a) <= known | _NAMES]
         together = expr.func(*own)
-        found = entry(together) if len(own) > 1 and _of_distance(together, known) else None
+        found = entry(together) if _of_distance(together, known, ("float", "int")) else None
         if found is not None:
             replaced, rest = [found], [a for a in rest if a not in own]
     return expr.func(*replaced, *(_walk(a, known, entry) for a in rest))
 
 
-def _of_distance(expr: Any, known: frozenset[str]) -> bool:
-    """Is it a number that depends on q_idx and kv_idx through their difference, and else on the program alone?"""
+def _of_distance(expr: Any, known: frozenset[str], types: tuple[str, ...] = ("float",)) -> bool:
+    """Does it depend on q_idx and kv_idx through their difference, and else on the program alone? An integer is as good
+    as a table's entry where it is added to, or multiplied with, what is none."""
     both = _indices(expr) == {sym.Q_IDX, sym.KV_IDX}
-    return both and type_of(expr) == "float" and _names(expr) <= known | _NAMES and by_distance(expr)
+    return both and type_of(expr) in types and _names(expr) <= known | _NAMES and by_distance(expr)
 
 
 def _indices(expr: Any) -> set[sympy.Symbol]:
