@@ -5,6 +5,7 @@ Those of the forward are in `codegen.forward`.
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from attncc.passes.fold import LN2, S
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan, hides_what_lies_past_the_keys
 
+#: columns of a comment that is wrapped
+_COMMENT = 110
 #: the name of what dp is multiplied by in the cotangent of a score
 SLOPE = "slope"
 
@@ -488,7 +491,7 @@ def distance_slots(plan: Plan, tables: Tables) -> dict[str, Any]:
     values = [lowering.emit(e, Level.ROW) for e in formulas]
     return {
         "tables": [
-            {"value": value, "what": formula(e), "number": i}
+            {"value": value, "what": [f"# {line}" for line in textwrap.wrap(formula(e), _COMMENT)], "number": i}
             for i, (value, e) in enumerate(zip(values, tables.formulas, strict=True))
         ],
         "lines": [*lowering.outer, *lowering.body],
