@@ -15,11 +15,12 @@ NO_FORWARD = {
 }
 _MORE = "the Gluon backward multiplies q with k alone"
 _READ_EACH_PAIR = ("relative_bias", "t5_bias", "dense_bias", "bee_rag", "slots", "mega", "local_gaussian", "reversed")
+_BY_DISTANCE = ("faceformer", "bam")
 _KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd", "forgetting")
 _SLOPES = ("elu1", "bounded_sum", "cog", "top_theta", "taylor", "taylor_causal", "qk_temperature", "ssmax", "softpick")
 NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
-    **dict.fromkeys((*_READ_EACH_PAIR, *_KEPT_A_KEY, *_SLOPES), "no tiling fits"),
+    **dict.fromkeys((*_READ_EACH_PAIR, *_BY_DISTANCE, *_KEPT_A_KEY, *_SLOPES), "no tiling fits"),
     "sdm": "q and k have no gradient",
 }

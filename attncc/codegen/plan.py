@@ -26,7 +26,7 @@ from attncc.passes.differentiate import (
     needs_reverse,
     normal_form,
 )
-from attncc.passes.distances import NO_TABLES, Tables, tables_of
+from attncc.passes.distances import MOST_OF_A_SCORE, MOST_TABLES, NO_TABLES, Tables, tables_of
 from attncc.passes.fold import Folded, S, fold
 from attncc.passes.phases import phases
 from attncc.passes.reverse import first_at
@@ -152,7 +152,8 @@ class Plan:
     @cached_property
     def score_tables(self) -> Tables:
         """The tables by distance that a forward has; none where there are several branches."""
-        return tables_of([self.folded.score], self.core) if len(self.parts) == 1 else NO_TABLES
+        found = tables_of([self.folded.score], self.core) if len(self.parts) == 1 else NO_TABLES
+        return found if len(found.formulas) <= MOST_OF_A_SCORE else NO_TABLES
 
     @cached_property
     def tables(self) -> Tables:
@@ -161,7 +162,8 @@ class Plan:
             return self.score_tables
         raw = {sym.RAW_SCORE: self.core["raw_score"].expr}
         gradients = [e for _, e in (*self.backward.dsums, *self.backward.dreads)]
-        return tables_of([self.folded.score, *(self.folded.apply(e.xreplace(raw)) for e in gradients)], self.core)
+        found = tables_of([self.folded.score, *(self.folded.apply(e.xreplace(raw)) for e in gradients)], self.core)
+        return found if len(found.formulas) <= MOST_TABLES else self.score_tables
 
     @cached_property
     def masks(self) -> tuple[sympy.Basic, ...]:

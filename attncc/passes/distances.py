@@ -20,9 +20,11 @@ from attncc.ir.vocabulary import ByDistance, Read, type_of
 from attncc.passes.counts import pair_costs
 from attncc.passes.fold import LN2
 
-#: operations of a pair beyond which a load of a table's entry is less: four of them, with its share of an address, take
-#: a clock of an SM's load unit, and are waited for
-WORK_OF_A_LOAD = 14
+#: operations of a pair beyond which a load of a table's entry is less: its clock of an SM's load unit is that of four of
+#: them, and it is waited for
+WORK_OF_A_LOAD = 20
+#: entries that a pair of a forward reads at most, and one of a backward: a tile of each lives, and more were not measured
+MOST_OF_A_SCORE, MOST_TABLES = 2, 6
 #: operations that take as long as a load of an element of an input, with its offset and guard
 WORK_OF_A_READ = 16
 #: the same as one of the special-function unit
