@@ -20,10 +20,10 @@ from attncc.ir.vocabulary import ByDistance, Read, type_of
 from attncc.passes.counts import pair_costs
 from attncc.passes.fold import LN2
 
-#: operations of a pair beyond which a load of a table's entry is less: its clock of an SM's load unit is that of four of
-#: them, and it is waited for
+#: operations of a pair beyond which a load of a table's entry is less: its clock of an SM's load unit is that of four
+#: of them, and it is waited for
 WORK_OF_A_LOAD = 20
-#: entries that a pair of a forward reads at most, and one of a backward: a tile of each lives, and more were not measured
+#: entries that a pair of a forward reads at most, and one of a backward: each is a tile, and more were not measured
 MOST_OF_A_SCORE, MOST_TABLES = 2, 6
 #: operations that take as long as a load of an element of an input, with its offset and guard
 WORK_OF_A_READ = 16

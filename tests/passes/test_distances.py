@@ -32,7 +32,7 @@ def of(name):
         ("relative_bias", 1, 1),
         ("faceformer", 1, 2),  # and the number of whole periods, by which the slopes' gradient is weighted
         ("bam", 1, 5),
-        ("afa", 0, 0),  # nineteen of them
+        ("afa", 2, 2),  # its derivatives would have nineteen
         ("alibi", 0, 0),  # a multiplication is less than a load
         ("causal", 0, 0),
         ("dense_bias", 0, 0),
