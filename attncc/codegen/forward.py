@@ -121,7 +121,8 @@ def forward_slots(
 
     hopper: for kernels in which several groups of warps share a block of rows. There, bounds that need a whole block
     are found apart, distances are taken apart by tile, and what a score adds to all keys of a row joins the row's
-    maximum; and what is read a key is `streamed`, so that a warp can read it ahead.
+    maximum; what is read a key is `streamed`, so that a warp can read it early, and what is read a pair comes `ahead`
+    of the scores.
     """
     own = own or {}
     steps = [(part, i) for part in plan.parts for i in range(len(part.online.before))]
@@ -132,9 +133,9 @@ def forward_slots(
     similarity = SimilaritySlots(plan)
     leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {}), **own}
     blank = blank_tile(similarity, rows_first=True)
-    lowering = first = Lowering(
-        plan.core, leaves, running=running[0] | RUNNING, blank=blank, streamed=[] if hopper else None, tables=tables
-    )
+    lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank, tables=tables)
+    if hopper:
+        lowering.streamed, lowering.ahead = [], []
     sweeps: list[dict[str, Any]] = []
     bounds: BoundLines | None = None
     for (part, i), following in zip(steps, running[1:], strict=True):
@@ -163,6 +164,7 @@ def forward_slots(
         **similarity_slots(similarity, QUERY, qk_chunks, first, base_leaves(plan, own)),
         "outer": first.outer,
         "streamed": first.streamed,
+        "ahead": first.ahead,
         "tables": len(tables.formulas),
         "sweeps": sweeps,
         "between": lowering.outer if sweeps else [],

@@ -54,7 +54,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     pointers = [f"{name.upper()}_PTR" for name, _ in plan.stored]
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     loads = free_names(["n = q_len + heads + group", *tiles, *keyed.block_lines, *keyed.lines])
-    attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *weigh, *final])
+    attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *f["ahead"], *weigh, *final])
     quick = _lags(plan, f)
     if quick:
         (maximum, _), total = f["moves"][0], f["sums"][0]

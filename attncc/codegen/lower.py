@@ -66,7 +66,8 @@ class Lowering:
     tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole program, or along its own
     axis), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each in an order
     in which it can run: `outer` needs neither of the others. Where `streamed` is given, it takes what is read along the
-    axis of the loop, and what follows from that alone. tables: those that the kernel is given by distance.
+    axis of the loop, and what follows from that alone; `ahead` takes the loads of what is read a pair, which need no
+    score. tables: those that the kernel is given by distance.
     """
 
     graph: VariantGraph
@@ -80,6 +81,7 @@ class Lowering:
     by_head: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     streamed: list[Streamed] | None = None
+    ahead: list[str] | None = None
     tables: Tables = NO_TABLES
     helpers: set[str] = field(default_factory=set)
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
@@ -456,6 +458,8 @@ class Lowering:
     def _read(self, expr: Read, level: Level) -> str:
         """A load. Block edges and indices outside the tensor read 0."""
         decl = self.graph.input(expr.input)
+        if self.ahead is not None and level == Level.PAIR and self._is_map(expr):
+            return self._read_ahead(expr, self.ahead)
         offsets, guards = [], []
         for dim, (pattern, index) in enumerate(zip(decl.pattern, expr.index, strict=True)):
             at = self.level_of(index)
@@ -489,6 +493,27 @@ class Lowering:
             self.helpers.add("_integer")
             return f"_integer({load})"
         return f"{load}.to(tl.float32)"
+
+    def _is_map(self, expr: Read) -> bool:
+        """Is it read at q_idx and kv_idx, and else at the program's own indices?"""
+        plain = tuple(str(i) for i in expr.index) == self.graph.input(expr.input).pattern
+        return plain and {sym.Q_IDX, sym.KV_IDX} <= set(expr.index)
+
+    def _read_ahead(self, expr: Read, ahead: list[str]) -> str:
+        """A load of a tile of a map: a pointer a row, which hold for rows past the last what the last has."""
+        decl = self.graph.input(expr.input)
+        places = {str(i): (self.leaves[str(i)].name, f"stride_{decl.name}_{d}") for d, i in enumerate(expr.index)}
+        q, q_stride = places.pop(sym.Q_IDX.name)
+        kv, kv_stride = places.pop(sym.KV_IDX.name)
+        start = " + ".join([f"{decl.name.upper()}_PTR", *(f"{at} * {stride}" for at, stride in places.values())])
+        rows, tile = self._fresh(f"{decl.name}_rows"), self._fresh(f"{decl.name}_tile")
+        self._define(rows, f"{start} + _wide(tl.minimum({q}, q_len - 1)) * {q_stride}", sym.Q_IDX, Level.ROW)
+        ahead.append(f"{tile} = _pairs({rows}, {kv}, {kv_stride}, kv_len, whole)")
+        self.helpers.add("_pairs")
+        if decl.dtype == "int":
+            self.helpers.add("_integer")
+            return f"_integer({tile})"
+        return f"{tile}.to(tl.float32)"
 
     def _ByDistance(self, expr: Any, level: Level) -> str:
         """An entry of a table: a pointer a row, and each of its columns at a constant from there."""
