@@ -14,6 +14,7 @@ import sympy
 from attncc.codegen.bounds import BoundLines, bound_lines
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.kernels import (
+    WHOLE,
     base_leaves,
     blank_tile,
     edge,
@@ -135,7 +136,9 @@ def forward_slots(
     blank = blank_tile(similarity, rows_first=True)
     lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank, tables=tables)
     if hopper:
-        lowering.streamed, lowering.ahead = [], []
+        lowering.streamed, lowering.ahead, lowering.whole = [], [], "whole"
+    elif not own:
+        lowering.whole = WHOLE
     sweeps: list[dict[str, Any]] = []
     bounds: BoundLines | None = None
     for (part, i), following in zip(steps, running[1:], strict=True):

@@ -27,6 +27,8 @@ from attncc.passes.fold import LN2, S
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan, hides_what_lies_past_the_keys
 
+#: does a tile of a loop that has the cut ones first end inside the tensors?
+WHOLE = "phase == 1"
 #: columns of a comment that is wrapped
 _COMMENT = 110
 #: the name of what dp is multiplied by in the cotangent of a score
@@ -161,6 +163,7 @@ def _pair_slots(
     lowering = Lowering(
         plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=plan.tables
     )
+    lowering.whole = WHOLE if in_loop and not hopper else ""
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     # where v is part of k, one accumulator takes dk and dv

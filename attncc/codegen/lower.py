@@ -67,7 +67,8 @@ class Lowering:
     axis), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each in an order
     in which it can run: `outer` needs neither of the others. Where `streamed` is given, it takes what is read along the
     axis of the loop, and what follows from that alone; `ahead` takes the loads of what is read a pair, which need no
-    score. tables: those that the kernel is given by distance.
+    score. whole: the condition that a tile ends inside the tensors along the axis of the loop, where there is one.
+    tables: those that the kernel is given by distance.
     """
 
     graph: VariantGraph
@@ -81,6 +82,7 @@ class Lowering:
     by_head: list[str] = field(default_factory=list)
     body: list[str] = field(default_factory=list)
     streamed: list[Streamed] | None = None
+    whole: str = ""
     ahead: list[str] | None = None
     tables: Tables = NO_TABLES
     helpers: set[str] = field(default_factory=set)
@@ -458,8 +460,8 @@ class Lowering:
     def _read(self, expr: Read, level: Level) -> str:
         """A load. Block edges and indices outside the tensor read 0."""
         decl = self.graph.input(expr.input)
-        if self.ahead is not None and level == Level.PAIR and self._is_map(expr):
-            return self._read_ahead(expr, self.ahead)
+        if self.whole and level == Level.PAIR and self._is_map(expr):
+            return self._read_map(expr)
         offsets, guards = [], []
         for dim, (pattern, index) in enumerate(zip(decl.pattern, expr.index, strict=True)):
             at = self.level_of(index)
@@ -497,19 +499,28 @@ class Lowering:
     def _is_map(self, expr: Read) -> bool:
         """Is it read at q_idx and kv_idx, and else at the program's own indices?"""
         plain = tuple(str(i) for i in expr.index) == self.graph.input(expr.input).pattern
-        return plain and {sym.Q_IDX, sym.KV_IDX} <= set(expr.index)
+        both = [sym.Q_IDX, sym.KV_IDX]
+        fixed = all(self.level_of(i) == Level.PROGRAM for i in expr.index if i not in both)
+        return plain and fixed and set(both) <= set(expr.index)
 
-    def _read_ahead(self, expr: Read, ahead: list[str]) -> str:
-        """A load of a tile of a map: a pointer a row, which hold for rows past the last what the last has."""
+    def _read_map(self, expr: Read) -> str:
+        """A load of a tile of a map: a pointer for each place of the block, that of the last one for those past it."""
         decl = self.graph.input(expr.input)
-        places = {str(i): (self.leaves[str(i)].name, f"stride_{decl.name}_{d}") for d, i in enumerate(expr.index)}
-        q, q_stride = places.pop(sym.Q_IDX.name)
-        kv, kv_stride = places.pop(sym.KV_IDX.name)
-        start = " + ".join([f"{decl.name.upper()}_PTR", *(f"{at} * {stride}" for at, stride in places.values())])
-        rows, tile = self._fresh(f"{decl.name}_rows"), self._fresh(f"{decl.name}_tile")
-        self._define(rows, f"{start} + _wide(tl.minimum({q}, q_len - 1)) * {q_stride}", sym.Q_IDX, Level.ROW)
-        ahead.append(f"{tile} = _pairs({rows}, {kv}, {kv_stride}, kv_len, whole)")
+        strides = {i: f"stride_{decl.name}_{d}" for d, i in enumerate(expr.index)}
+        lengths = {sym.Q_IDX: "q_len", sym.KV_IDX: "kv_len"}
+        along, across = (sym.Q_IDX, sym.KV_IDX) if self.rows_first else (sym.KV_IDX, sym.Q_IDX)
+        others = [i for i in expr.index if i not in lengths]
+        start = [f"{decl.name.upper()}_PTR", *(f"{self.leaves[i.name].name} * {strides[i]}" for i in others)]
+        start.append(f"_wide(tl.minimum({self.leaves[along.name].name}, {lengths[along]} - 1)) * {strides[along]}")
+        lines = self._fresh(f"{decl.name}_lines")
+        self._define(lines, " + ".join(start), sympy.Tuple(along, *others), self.leaves[along.name].level)
+        at = self.leaves[across.name].name
         self.helpers.add("_pairs")
+        tile = f"_pairs({lines}, {at}, {strides[across]}, {lengths[across]}, {self.whole})"
+        if self.ahead is not None:
+            name = self._fresh(f"{decl.name}_tile")
+            self.ahead.append(f"{name} = {tile}")
+            tile = name
         if decl.dtype == "int":
             self.helpers.add("_integer")
             return f"_integer({tile})"
