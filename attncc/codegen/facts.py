@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import sympy
 
+from attncc.codegen.lower import is_map
 from attncc.codegen.offsets import split_distances
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
@@ -152,6 +153,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         if has_backward
         else False,
         columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
+        maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
         no_backward=no_backward(plan) if has_backward else "",
     )
 

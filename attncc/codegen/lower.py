@@ -497,11 +497,8 @@ class Lowering:
         return f"{load}.to(tl.float32)"
 
     def _is_map(self, expr: Read) -> bool:
-        """Is it read at q_idx and kv_idx, and else at the program's own indices?"""
-        plain = tuple(str(i) for i in expr.index) == self.graph.input(expr.input).pattern
-        both = [sym.Q_IDX, sym.KV_IDX]
-        fixed = all(self.level_of(i) == Level.PROGRAM for i in expr.index if i not in both)
-        return plain and fixed and set(both) <= set(expr.index)
+        fixed = [i for i in expr.index if i not in (sym.Q_IDX, sym.KV_IDX)]
+        return is_map(expr, self.graph) and all(self.level_of(i) == Level.PROGRAM for i in fixed)
 
     def _read_map(self, expr: Read) -> str:
         """A load of a tile of a map: a pointer for each place of the block, that of the last one for those past it."""
@@ -544,10 +541,10 @@ class Lowering:
         q, kv = self.leaves[row.name].name, self.leaves[column.name].name
         moved = None if shift == 0 else self.leaves[shift.name].name
         if self.rows_first:
-            row = f"{moved} - _wide({q})" if moved else f"-_wide({q})"
-            return f"tl.load(({start} + ({row}))[:, None] + _wide({kv})[None, :])"
+            row = f"({moved} + _minus({q}))" if moved else f"_minus({q})"
+            return f"tl.load(({start} + {row})[:, None] + _wide({kv})[None, :])"
         row = f"({moved} + _wide({kv}))" if moved else f"_wide({kv})"
-        return f"tl.load(({start} + {row})[:, None] + (-_wide({q}))[None, :])"
+        return f"tl.load(({start} + {row})[:, None] + _minus({q})[None, :])"
 
     def _And(self, expr: Any, level: Level) -> str:
         return "(" + " & ".join(self._condition(a, level) for a in sorted(expr.args, key=str)) + ")"
@@ -577,6 +574,12 @@ class Lowering:
 
     def _BooleanFalse(self, expr: Any, level: Level) -> str:
         return "False"
+
+
+def is_map(expr: Read, graph: VariantGraph) -> bool:
+    """Is an input read at q_idx and kv_idx, and else at the program's own indices?"""
+    plain = tuple(str(i) for i in expr.index) == graph.input(expr.input).pattern
+    return plain and {sym.Q_IDX, sym.KV_IDX} <= set(expr.index)
 
 
 def _integers_first(total: Any) -> tuple[Any, ...]:

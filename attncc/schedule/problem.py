@@ -92,12 +92,14 @@ class WarpWork:
     """What the warps of a Gluon kernel keep in registers besides their tiles. `vanishes`: a score of -inf is all that
     hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `slope_by_row`: it is
     no function of the weight and the score alone, but has a row's factor; `columns`: gradients that are summed there a
-    key; `no_backward`: why only the Triton backend has this backward, if so."""
+    key; `maps`: inputs of the score with an entry a pair, of which a tile is loaded at once; `no_backward`: why only
+    the Triton backend has this backward, if so."""
 
     vanishes: bool = True
     slope: bool = True
     slope_by_row: bool = False
     columns: int = 0
+    maps: int = 0
     no_backward: str = ""
 
 
