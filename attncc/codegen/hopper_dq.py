@@ -40,6 +40,7 @@ def hopper_dq_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         attends=[n for n in arguments if n in attends],
         **tile_slots(bounds),
         taken=taken,
+        ahead=[],
         block_n=hopper_backward.ROWS,
         stages=hopper_backward.dq_stages(d_qk, d_v),
         registers=EVEN_REGISTERS[2],
