@@ -237,3 +237,10 @@ def test_bounds_of_blocks_that_are_no_power_of_two(rows):
     tiling = KernelSchedule(rows, 64, rows // 16, 2, "gluon")
     kernels = cross_compile(module, plan("document").graph, Schedule(tiling, tiling, tiling), H100, "bf16")
     assert {"bounds_kv_kernel", "forward_kernel"} <= set(kernels)
+
+
+def test_entries_of_a_table_are_loaded_one_by_one():
+    """A row's pointer is at any multiple of four bytes, though it is a multiple of a tile less the row's number."""
+    kernel = compiled("relative_bias", KernelSchedule(128, 64, 8, 2, "gluon"))
+    assert "ld.global.b32" in kernel.ptx
+    assert "ld.global.v" not in kernel.ptx
