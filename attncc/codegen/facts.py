@@ -15,6 +15,7 @@ from attncc.ir.levels import Level, level
 from attncc.ir.vocabulary import Read
 from attncc.passes.counts import pair_costs
 from attncc.passes.differentiate import DP
+from attncc.passes.distances import Tables
 from attncc.passes.fold import S, lower_exp
 from attncc.passes.stream import Sweep, renamed
 from attncc.schedule.problem import PairCosts, SimilarityWork, WarpWork
@@ -153,6 +154,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         if has_backward
         else False,
         columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
+        tables=plan.tables.count,
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
         no_backward=no_backward(plan) if has_backward else "",
     )
@@ -213,6 +215,11 @@ def _total(costs: Iterable[PairCosts]) -> PairCosts:
     return PairCosts(*(sum(getattr(c, name) for c in found) for name in PairCosts.__dataclass_fields__))
 
 
+def _read(tables: Tables) -> int:
+    """Entries of tables that Triton's kernels read a pair."""
+    return len(tables.formulas) - len(tables.read.unused)
+
+
 def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     online, folded = plan.online, plan.folded
     to_new = {m: renamed(m) for m in online.max_symbols}
@@ -220,7 +227,8 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     operands = [folded.maximum_of(g) for _, g in online.maxes]
     # one more a running maximum, a sum, and the conversion of the weight for its matmul
     forward = pair_costs([plan.score_tables.apart(folded.score), *terms, *operands], _PAIR_NAMES)
-    forward = replace(forward, fma=forward.fma + len(operands) + len(online.sums) + 1)
+    fma = forward.fma + len(operands) + len(online.sums) + 1
+    forward = replace(forward, fma=fma, tables=_read(plan.score_tables))
     for sweep in online.before:
         forward = _total([forward, *[_sweep_costs(plan, sweep)] * _turns(sweep)])
     backward = forward
@@ -230,6 +238,6 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
         exprs = [score, folded.apply(plan.backward.weight), folded.apply(plan.backward.dqk.xreplace(raw))]
         exprs += [folded.apply(e.xreplace(raw)) for _, e in (*plan.backward.dsums, *plan.backward.dreads)]
         cost = pair_costs(map(plan.tables.apart, exprs), _PAIR_NAMES)
-        backward = replace(cost, fma=cost.fma + 2)
+        backward = replace(cost, fma=cost.fma + 2, tables=_read(plan.tables))
     mask = pair_costs([plan.graph["mask"].expr], _PAIR_NAMES)
     return forward, backward, replace(mask, fma=mask.fma + 1, int=mask.int + 1)

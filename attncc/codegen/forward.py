@@ -168,7 +168,7 @@ def forward_slots(
         "outer": first.outer,
         "streamed": first.streamed,
         "ahead": first.ahead,
-        "tables": len(tables.formulas),
+        "tables": tables.count,
         "sweeps": sweeps,
         "between": lowering.outer if sweeps else [],
         "chains": chains,

@@ -157,11 +157,12 @@ def _pair_slots(
     what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. factor: a
     function of the query that meets the cotangents in a matmul.
     """
+    tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     leaves = {**base, **LEAVES, SLOPE: Leaf(SLOPE, Level.PAIR)}
     blank = blank_tile(similarity, rows_first)
     lowering = Lowering(
-        plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=plan.tables
+        plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
     )
     lowering.whole = WHOLE if in_loop and not hopper else ""
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
@@ -169,13 +170,13 @@ def _pair_slots(
     # where v is part of k, one accumulator takes dk and dv
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
     computed = [
-        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, plan.tables)
+        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables)
         for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
     settle = settle and len(plan.parts) == 1
     settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle else []
     for gradient in settled:
-        slope = plan.tables.apart(_over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
+        slope = tables.apart(_over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
         computed[0].dreads.append(slope.xreplace(computed[0].inlined))
         computed[0].names.append(f"{gradient.name}_by_delta_tile")
     if settled:
@@ -210,7 +211,7 @@ def _pair_slots(
         "outer": lowering.outer,
         "by_head": lowering.by_head,
         "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight, *e.dsums.values(), *e.dreads))),
-        "tables": len(plan.tables.formulas),
+        "tables": tables.count,
         "chains": chains,
         "final_lines": final_lines,
         "row_lines": row_lines,

@@ -26,7 +26,7 @@ from attncc.passes.differentiate import (
     needs_reverse,
     normal_form,
 )
-from attncc.passes.distances import MOST_OF_A_SCORE, MOST_TABLES, NO_TABLES, Tables, tables_of
+from attncc.passes.distances import MOST_OF_A_SCORE, MOST_TABLES, NO_TABLES, Tables, reads, tables_of
 from attncc.passes.fold import Folded, S, fold
 from attncc.passes.phases import phases
 from attncc.passes.reverse import first_at
@@ -161,8 +161,13 @@ class Plan:
         if len(self.parts) > 1 or self.has_backward is not None:
             return self.score_tables
         raw = {sym.RAW_SCORE: self.core["raw_score"].expr}
-        gradients = [e for _, e in (*self.backward.dsums, *self.backward.dreads)]
-        found = tables_of([self.folded.score, *(self.folded.apply(e.xreplace(raw)) for e in gradients)], self.core)
+        dsums, dreads = (
+            [self.folded.apply(e.xreplace(raw)) for _, e in gradients]
+            for gradients in (self.backward.dsums, self.backward.dreads)
+        )
+        found = tables_of([self.folded.score, *dsums], self.core)
+        more = (e for e in tables_of(dreads, self.core).formulas if e not in found.formulas and reads(e))
+        found = replace(found, formulas=(*found.formulas, *more))  # the gradients of reads are left to Triton's kernels
         return found if len(found.formulas) <= MOST_TABLES else self.score_tables
 
     @cached_property

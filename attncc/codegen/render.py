@@ -36,7 +36,6 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level_of_name
 from attncc.ir.text import formula, to_text
-from attncc.passes.distances import NO_TABLES
 from attncc.passes.tiles import TilePlan
 from attncc.resources import path
 from attncc.schedule.problem import MAX_CHUNK, Backend, Form
@@ -120,7 +119,7 @@ def render(
         f = hopper_forward_slots(plan, d_qk, d_v)
     else:
         decoding = forward_in == "decode"  # where tables by distance are longer than what is read of them
-        f = decode_slots(plan, qk_chunks) if decoding else forward_slots(plan, qk_chunks, tables=plan.score_tables)
+        f = decode_slots(plan, qk_chunks) if decoding else forward_slots(plan, qk_chunks, tables=plan.score_tables.read)
     helpers, in_warps = set(f["helpers"]), set(f["helpers"]) if hopper else set()
     if not hopper:
         helpers.add("_add_product")
@@ -143,11 +142,6 @@ def render(
         "terms": terms,
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
     }
-    tables = plan.tables if backward else plan.score_tables if f["tables"] else NO_TABLES
-    if tables.formulas:
-        host["tables"] = distance_slots(plan, tables)
-        helpers |= host["tables"]["helpers"]
-        kernels.insert(0, ("distances.py.j2", {"t": host["tables"], "graph": graph}))
     if backward:
         kv = hopper_backward_slots(plan, d_qk, d_v) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
         dq = dq_slots(plan, qk_chunks, tma)
@@ -199,6 +193,12 @@ def render(
             cotangents=swept,
             by_row=by_row(plan),
         )
+    readers = [slots["tables"] for name, slots in host.items() if name in ("f", "kv", "dq", "rows_dq")]
+    if any((*readers, *(p["tables"] for p in host["pair"].values()))):
+        tables = plan.tables if backward else plan.score_tables
+        host["tables"] = distance_slots(plan, tables)
+        helpers |= host["tables"]["helpers"]
+        kernels.insert(0, ("distances.py.j2", {"t": host["tables"], "graph": graph}))
     scans = []
     for u in bounds:
         for s in u["summaries"]:

@@ -86,7 +86,7 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     held = max(qk, v) if wide(problem.d_qk, problem.d_v) else qk + v
     # in long tiles weights wait for ds, too: they spilled with a slope that takes a row's factor, as taylor's, and with
     # what is read by distance
-    late = problem.costs.warps.slope_by_row or costs.backward.tables > 0
+    late = problem.costs.warps.slope_by_row or costs.warps.tables > 0
     early = 0.5 * late if ks.block_m > ROWS else 0.5
     tiles = 2 + early + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)

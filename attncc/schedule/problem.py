@@ -51,7 +51,7 @@ class PairCosts:
     fma: float32 adds, multiplies, fused multiply-adds, comparisons, selects; sfu: exp2, log2, tanh, rcp, sqrt, sin
     (the special-function unit); int: 32-bit integer and boolean operations; loads: elements read from inputs that are
     indexed by both the query and the key (a dense bias), which no row or column vector can serve; tables: entries of
-    those that kernels have by distance, whose time is among int's.
+    those that Triton's kernels have by distance, whose time is among int's.
     The conversion of a weight to the matmul's dtype is among them; the rescaling of the accumulator is not.
     """
 
@@ -92,14 +92,15 @@ class WarpWork:
     """What the warps of a Gluon kernel keep in registers besides their tiles. `vanishes`: a score of -inf is all that
     hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `slope_by_row`: it is
     no function of the weight and the score alone, but has a row's factor; `columns`: gradients that are summed there a
-    key; `maps`: inputs of the score with an entry a pair, of which a tile is loaded at once; `no_backward`: why only
-    the Triton backend has this backward, if so."""
+    key; `maps`: inputs of the score with an entry a pair, of which a tile is loaded at once; `tables`: what is read by
+    distance; `no_backward`: why only the Triton backend has this backward, if so."""
 
     vanishes: bool = True
     slope: bool = True
     slope_by_row: bool = False
     columns: int = 0
     maps: int = 0
+    tables: int = 0
     no_backward: str = ""
 
 
