@@ -93,6 +93,7 @@ class KeyedValue:
     need it, too?"""
 
     name: str
+    number: int
     type: str
     store: str
     load: str
@@ -117,7 +118,7 @@ def keyed_values(
     known = {s.name: s for s in streamed}
     needed = [n for n in free_names(weigh) if n in known]
     anyway = free_names([line for line in weigh if line not in visible])
-    values = []
+    values: list[KeyedValue] = []
     for name in needed:
         value = known[name]
         integers = [i for i in sorted(value.inputs) if plan.core.input(i).dtype == "int"]
@@ -127,7 +128,7 @@ def keyed_values(
             "int": (f"gl.int64 if {wide} else gl.int32", name, ""),
             "bool": ("gl.int32", f"gl.where({name}, 1, 0)", " != 0"),
         }[value.type]
-        values.append(KeyedValue(name, kind, store, load, name in anyway))
+        values.append(KeyedValue(name, len(values), kind, store, load, name in anyway))
     lines = [f"{s.name} = {s.text}" for s in streamed] if needed else []
     lines = [*_needed_by(lines, weigh), *lines]
     return KeyedValues(tuple(values), tuple(_needed_by(lines, outer)), tuple(lines))
