@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from attncc.schedule.choose import read_table
+from attncc.schedule.choose import read_table, table_text
 from attncc.schedule.problem import KERNELS, KernelSchedule
 from bench import tuned
 from bench.suites.sweep import CASES, Cell, rotate
@@ -34,7 +34,7 @@ def row(kernel, **changes):
 
 def test_a_sweep_becomes_a_table_that_attncc_reads(tmp_path):
     path = tmp_path / "table.json"
-    path.write_text(tuned.text(tuned.table({"rows": [row(kernel) for kernel in KERNELS]})))
+    path.write_text(table_text(tuned.table({"rows": [row(kernel) for kernel in KERNELS]})))
     (found,) = read_table(path)
     assert found["match"] == {
         "digest": "d1",

@@ -354,7 +354,7 @@ def test_running_sums_become_inputs_of_the_core():
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
-        ("score * cumsum(score)", "cumsum takes an element of an input"),
+        ("score * cumsum(score)", "a running sum along the keys of a row"),
         ("score * cumsum(w[h])", "has not one index along the tokens"),
         ("score * cumsum(d[b, kv_idx])", "is an integer"),
     ],
