@@ -25,8 +25,9 @@ RACED = [name for name, family in FAMILIES.items() if not family.hopper]
 
 def sanitized(tool, names):
     """What the tool says, and how many errors it counts."""
-    # a tensor is an allocation of its own: the tool knows those of the driver
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # a tensor is an allocation of its own: the tool knows those of the driver; and it names lines of the kernels
+    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_DISABLE_LINE_INFO": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own}
     command = [TOOL, "--tool", tool, sys.executable, "-m", "tests.gpu.kernels", *names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     said = done.stdout + done.stderr
