@@ -21,6 +21,7 @@ from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorG
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.distances import DISTANCE, INDICES, Tables
 from attncc.passes.fold import LN2, S
@@ -480,6 +481,7 @@ def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str,
         "lines": [*lowering.outer, *lowering.body],
         "value": value,
         "offset": summary_offset(read),
+        "input": read.input if isinstance(read, Read) else None,
         "by_head": summary_offset(read) != "b",
         "helpers": lowering.helpers,
         "what": formula(read),
