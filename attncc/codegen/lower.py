@@ -3,7 +3,6 @@ at which it changes, so that a template only has to say where each level's lines
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Any
 
 import sympy
 
+from attncc.codegen.texts import hinted, is_number, literal, unwrap, wrap
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
@@ -129,7 +129,7 @@ class Lowering:
         """A statement `name = expr` in the body, and from then on `name` stands for the expression."""
         expr = self.tables.apart(expr)
         text, own = self._memo.get(expr) or (self._text(expr, self.level_of(expr)), self.level_of(expr))
-        self.body.append(f"{name} = {_unwrap(self._tile(text, own, at))}")
+        self.body.append(f"{name} = {unwrap(self._tile(text, own, at))}")
         self._memo[expr] = (name, at)
 
     def tile(self, expr: Any) -> str:
@@ -176,7 +176,7 @@ class Lowering:
             return self._memo[expr]
         level = self.level_of(expr)
         text = self._text(expr, level)
-        atom = text.isidentifier() or _is_number(text)
+        atom = text.isidentifier() or is_number(text)
         shared = self._uses[expr] > 1 and not atom
         if (
             shared
@@ -188,8 +188,8 @@ class Lowering:
         return self._memo[expr]
 
     def _name(self, expr: Any, text: str, level: Level) -> str:
-        name = self._fresh(_hint(expr))
-        self._define(name, _unwrap(text), expr, level)
+        name = self._fresh(hinted(expr))
+        self._define(name, unwrap(text), expr, level)
         return name
 
     def _fresh(self, hint: str) -> str:
@@ -207,7 +207,7 @@ class Lowering:
             return self._memo[expr][0]
         level = self.level_of(expr)
         text = self._text(expr, level)
-        if not (text.isidentifier() or _is_number(text)):
+        if not (text.isidentifier() or is_number(text)):
             text = self._name(expr, text, level)
         self._memo[expr] = (text, level)
         return text
@@ -238,24 +238,23 @@ class Lowering:
             if expr.is_Add:
                 text = self._sum(expr, own, to_float=True)
             elif expr.is_Mul and expr.args[0].is_number:
-                text = f"{_number(expr.args[0], True)} * {_wrap(self._float(sympy.Mul(*expr.args[1:]), own))}"
+                text = f"{literal(expr.args[0], True)} * {wrap(self._float(sympy.Mul(*expr.args[1:]), own))}"
             elif own == Level.PROGRAM:
                 text = f"({self._visit(expr)[0]} * 1.0)"
             else:
-                text = f"{_wrap(self._visit(expr)[0])}.to(tl.float32)"
+                text = f"{wrap(self._visit(expr)[0])}.to(tl.float32)"
             if own != Level.PAIR or isinstance(expr, sympy.Symbol):
-                hint = f"{_hint(expr)}_f"
-                name = self._fresh(hint)
-                self._define(name, _unwrap(text), expr, own, to_float=True)
+                name = self._fresh(f"{hinted(expr)}_f")
+                self._define(name, unwrap(text), expr, own, to_float=True)
                 text = name
-            self._memo[key] = (_wrap(text) if own == Level.PAIR else text, own)
+            self._memo[key] = (wrap(text) if own == Level.PAIR else text, own)
         return self._raise(*self._memo[key], at)
 
     # one method a kind of expression
 
     def _text(self, expr: Any, level: Level) -> str:
         if expr.is_number:
-            return _number(expr, type_of(expr) == "float")
+            return literal(expr, type_of(expr) == "float")
         if isinstance(expr, sympy.Symbol):
             return repr(voc.LN2) if expr == LN2 else self.leaves[expr.name].name
         if expr.is_Add:
@@ -271,7 +270,7 @@ class Lowering:
         if type(expr) in _CALLS:
             call = _CALLS[type(expr)]
             self._helper(call)
-            return f"{call}({_unwrap(self._operand(expr.args[0], level, type_of(expr) == 'float'))})"
+            return f"{call}({unwrap(self._operand(expr.args[0], level, type_of(expr) == 'float'))})"
         method = getattr(self, f"_{type(expr).__name__}", None)
         if method is None:
             raise UnsupportedError(f"the Triton backend has no form for {type(expr).__name__}")
@@ -335,7 +334,7 @@ class Lowering:
                 part, number = sympy.Mul(number, part), sympy.S.One
             factors.append(self._operand(part, level, is_float))
         if number not in (1, -1) or not factors:
-            factors.insert(0, _number(number, is_float))
+            factors.insert(0, literal(number, is_float))
             sign = ""
         else:
             sign = "-" if number == -1 else ""
@@ -353,16 +352,16 @@ class Lowering:
             value = float(power)
             operand = self._operand(base, level, True)
             if value == 0.5:
-                return f"tl.sqrt({_unwrap(operand)})"
+                return f"tl.sqrt({unwrap(operand)})"
             if value == -0.5:
-                return f"tl.rsqrt({_unwrap(operand)})"
+                return f"tl.rsqrt({unwrap(operand)})"
             if value == -1:
                 return f"(1.0 / {operand})"
             if value.is_integer() and 2 <= abs(value) <= 8:
                 name = operand if operand.isidentifier() else self._hoist_own(base, level)
                 product = " * ".join([name] * int(abs(value)))
                 return f"({product})" if value > 0 else f"(1.0 / ({product}))"
-        return f"tl.exp2({_wrap(self._operand(power, level, True))} * {self._logarithm('log2', base, level)})"
+        return f"tl.exp2({wrap(self._operand(power, level, True))} * {self._logarithm('log2', base, level)})"
 
     def _hoist_own(self, expr: Any, level: Level) -> str:
         text = self._hoist(expr)
@@ -370,13 +369,13 @@ class Lowering:
 
     def _tanh(self, expr: Any, level: Level) -> str:
         self.helpers.add("_tanh")
-        return f"_tanh({_unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
+        return f"_tanh({unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
 
     def _log(self, expr: Any, level: Level) -> str:
         return self._logarithm("log", expr.args[0], level)
 
     def _logarithm(self, name: str, expr: Any, level: Level) -> str:
-        x = _unwrap(self._operand(expr, level, True))
+        x = unwrap(self._operand(expr, level, True))
         if self.level_of(expr) != Level.PAIR:  # what a row has once may as well be exact
             return f"tl.{name}({x})"
         self.helpers |= {f"_{name}", "_log2"}
@@ -384,14 +383,14 @@ class Lowering:
 
     def _softplus(self, expr: Any, level: Level) -> str:
         self.helpers |= {"_softplus", "_log", "_log2"}
-        return f"_softplus({_unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
+        return f"_softplus({unwrap(self._operand(expr.args[0], level, True))}, FAST_MATH)"
 
     def _sigmoid(self, expr: Any, level: Level) -> str:
         power = per_ln2(lower_exp(sympy.expand(-expr.args[0])))
         # two elements of a tile share one division; a row's may be a thread's only one
         name = "_logistic_of_pairs" if self.level_of(power) == Level.PAIR else "_logistic"
         self.helpers.add(name)
-        return f"{name}({_unwrap(self._operand(power, level, True))}, FAST_MATH)"
+        return f"{name}({unwrap(self._operand(power, level, True))}, FAST_MATH)"
 
     def _silu(self, expr: Any, level: Level) -> str:
         x = expr.args[0]
@@ -401,7 +400,7 @@ class Lowering:
         return f"({self._operand(a, level, True)} * {self._operand(b, level, True)})"
 
     def _relu(self, expr: Any, level: Level) -> str:
-        return f"tl.maximum({_unwrap(self._operand(expr.args[0], level, True))}, 0.0)"
+        return f"tl.maximum({unwrap(self._operand(expr.args[0], level, True))}, 0.0)"
 
     def _step(self, expr: Any, level: Level) -> str:
         return f"tl.where({self._operand(expr.args[0], level, True)} > 0.0, 1.0, 0.0)"
@@ -409,7 +408,7 @@ class Lowering:
     def _maximum(self, expr: Any, level: Level) -> str:
         is_float = type_of(expr) == "float"
         a, b = (self._operand(x, level, is_float) for x in expr.args)
-        return f"tl.{type(expr).__name__}({_unwrap(a)}, {_unwrap(b)})"
+        return f"tl.{type(expr).__name__}({unwrap(a)}, {unwrap(b)})"
 
     _minimum = _maximum
 
@@ -417,16 +416,16 @@ class Lowering:
         is_float = type_of(expr) == "float"
         condition = self._operand(expr.args[0], level, False)
         a, b = (self._operand(x, level, is_float) for x in expr.args[1:])
-        return f"tl.where({_unwrap(condition)}, {_unwrap(a)}, {_unwrap(b)})"
+        return f"tl.where({unwrap(condition)}, {unwrap(a)}, {unwrap(b)})"
 
     def _detach(self, expr: Any, level: Level) -> str:
         return self._operand(expr.args[0], level, type_of(expr) == "float")
 
     def _floor(self, expr: Any, level: Level) -> str:
-        return f"tl.floor({_unwrap(self._operand(expr.args[0], level, True))}).to(tl.int32)"
+        return f"tl.floor({unwrap(self._operand(expr.args[0], level, True))}).to(tl.int32)"
 
     def _to_int(self, expr: Any, level: Level) -> str:
-        return f"{_wrap(self._operand(expr.args[0], level, False))}.to(tl.int32)"
+        return f"{wrap(self._operand(expr.args[0], level, False))}.to(tl.int32)"
 
     def _to_float(self, expr: Any, level: Level) -> str:
         if type_of(expr.args[0]) == "bool":
@@ -469,7 +468,7 @@ class Lowering:
             plain = isinstance(index, sympy.Symbol) and index.name == pattern
             if at == Level.PAIR and not text.isidentifier():  # a pointer and two guards read it
                 name = self._fresh(f"{decl.name}_at")
-                self._define(name, _unwrap(text), index, at)
+                self._define(name, unwrap(text), index, at)
                 text = name
                 self._memo[index] = (name, at)
             if index == sym.COMPONENT:
@@ -479,7 +478,7 @@ class Lowering:
             elif not plain:
                 guards.append(f"({text} >= 0) & ({text} < size_{decl.name}_{dim})")
             if at == Level.PROGRAM:
-                offsets.append(f"{_wrap(text)} * stride_{decl.name}_{dim}")
+                offsets.append(f"{wrap(text)} * stride_{decl.name}_{dim}")
             else:
                 self.helpers.add("_offset")
                 offsets.append(f"_offset({text}, stride_{decl.name}_{dim}, WIDE)")
@@ -531,7 +530,7 @@ class Lowering:
             line = "b * heads + h" if self.tables.by_batch else "h" if self.tables.by_head else "0"
             count = len(self.tables.formulas)
             if count > 1:
-                line = " + ".join([*([f"{_wrap(line)} * {count}"] if line != "0" else []), str(number)])
+                line = " + ".join([*([f"{wrap(line)} * {count}"] if line != "0" else []), str(number)])
             name = self._fresh("at_distance")
             self.helpers.add("_by_distance")
             heads = sym.H if self.tables.by_head or self.tables.by_batch else sympy.S.Zero
@@ -591,87 +590,3 @@ def _integers_first(total: Any) -> tuple[Any, ...]:
 
 def _is_reciprocal(f: Any) -> bool:
     return bool(f.is_Pow and f.exp.is_number and f.exp.could_extract_minus_sign() and float(f.exp) == -1)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _number(expr: Any, is_float: bool) -> str:
-    if expr in (sympy.true, sympy.false):
-        return str(bool(expr))
-    value = float(expr)
-    if not is_float and value.is_integer():
-        return str(int(expr))
-    if not math.isfinite(value):
-        raise UnsupportedError(f"the constant {expr} is not finite")
-    return repr(value)
-
-
-def _wrap(text: str) -> str:
-    return (
-        text
-        if text.isidentifier() or (text.endswith(")") and text.startswith(("(", "tl.", "_")) and _balanced(text))
-        else f"({text})"
-    )
-
-
-def _unwrap(text: str) -> str:
-    """Without parentheses around the whole, for the right side of an assignment or an argument."""
-    return text[1:-1] if text.startswith("(") and _balanced(text) else text
-
-
-def _balanced(text: str) -> bool:
-    """Is the text one parenthesized unit, so that a method can be called on it?"""
-    start = text.index("(")
-    depth = 0
-    for i, c in enumerate(text[start:], start):
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            return i == len(text) - 1
-    return False
-
-
-_HINTS = {
-    exp2: "power",
-    voc.tanh: "tanh",
-    voc.sigmoid: "sigmoid",
-    voc.absolute: "magnitude",
-    voc.sign: "sign",
-    voc.relu: "relu",
-    voc.maximum: "larger",
-    voc.minimum: "smaller",
-    voc.where: "choice",
-    voc.floordiv: "quotient",
-    voc.mod: "remainder",
-    voc.bit_and: "bits",
-    voc.bit_or: "bits",
-    voc.bit_xor: "bits",
-    sympy.log: "log",
-}
-
-
-def _hint(expr: Any) -> str:
-    """A name that says what a value is."""
-    if isinstance(expr, Read):
-        return f"{expr.input}_value"
-    if isinstance(expr, ByDistance):
-        return "by_distance"
-    if isinstance(expr, sympy.Symbol):
-        return expr.name
-    if type(expr) in _HINTS:
-        return _HINTS[type(expr)]
-    if type_of(expr) == "bool":
-        return "holds"
-    names = {s.name for s in expr.free_symbols}
-    if expr.is_Mul and names == {"scale", "ln2"}:
-        return "scale_log2"
-    if names and names <= {sym.Q_IDX.name, sym.KV_LEN.name, sym.Q_LEN.name} and sym.Q_IDX.name in names:
-        return "q_pos"
-    if expr.is_Mul:
-        return "product"
-    return "shifted" if expr.is_Add else "value"

@@ -10,17 +10,17 @@ import torch
 
 import attncc as ac
 from attncc import variants
-from attncc.codegen.lower import _HINTS
 from attncc.codegen.names import coded, taken
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
 from attncc.codegen.similarity import SimilaritySlots
+from attncc.codegen.texts import HINTS
 from attncc.language.stages import cannot_name
 from attncc.language.textform import from_texts
 from attncc.runtime.reference import reference
 
 #: values that the lowering names itself, where no leaf has the name
-_FRESH = {*_HINTS.values(), "holds", "product", "shifted", "value", "scale_log2", "q_pos"}
+_FRESH = {*HINTS.values(), "holds", "product", "shifted", "value", "scale_log2", "q_pos"}
 _UNUSUAL = from_texts(
     mask="h < 2 and (q_idx // 3) % 2 == kv_idx % 2 or kv_idx < q_idx and (q_idx + kv_idx > 3 or kv_idx < 5)",
     score="gelu(score) + silu(score) * abs(score)",

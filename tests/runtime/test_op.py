@@ -378,7 +378,7 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(outputs):
 
 @pytest.mark.parametrize("base", [2**31 - 2, 2**33, -(2**40)])
 def test_documents_with_numbers_of_64_bits(base):
-    """What a block's tiles are skipped by has the type of the numbers: cut to 32 bits, all documents were one or none."""
+    """What tiles are skipped by has the type of the numbers: cut to 32 bits, all documents were one or none."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 150, 16, generator=generator) for _ in range(3))
     doc = base + 2**32 * torch.randint(0, 5, (1, 150), generator=generator).sort(-1).values
