@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import sympy
 
-from attncc.codegen.lower import is_map
+from attncc.codegen.loads import is_map
 from attncc.codegen.offsets import split_distances
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
