@@ -42,6 +42,26 @@ def own_triton() -> dict[str, Builder]:
     return {"triton": triton} if device_of(torch.device("cuda")).gluon else {}
 
 
+#: whose kernels come compiled: nothing to do ahead
+COMPILED = ("fa2", "cudnn")
+
+
+def contestant(
+    case: Case, shape: Shape, name: str, peers: Mapping[str, Builder], backend: Backend | None = None
+) -> Any:
+    """In another process: what "attncc", or a peer by name, compiles into the caches; of ours, the errors of its
+    check."""
+    gc.collect()
+    torch.cuda.empty_cache()  # processes share the GPU's memory
+    if name == "attncc":
+        return against_reference(ac.compile(case.variant, plan="parallel", backend=backend), case, shape)
+    operands, inputs = shape.tensors(), case.inputs(shape, "cuda")
+    out = peers[name](case, shape, inputs)(*operands)
+    # as it is timed: FlexAttention compiles another backward where the graph is not kept
+    torch.autograd.grad(out, operands, torch.randn_like(out), retain_graph=True)
+    return {}
+
+
 def figures(shape: Shape, area: int, mode: str, timing: Timing) -> dict[str, float]:
     """One contestant's entry in a row."""
     tflops = shape.flops(area, mode) / timing.ms / 1e9

@@ -5,18 +5,13 @@ All compile ahead, side by side, and ours are checked there; then each cell is t
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-import attncc as ac
 from bench.case import Case, Shape
-from bench.check import against_reference
-from bench.compare import Builder, compare, standard_peers, table
+from bench.compare import COMPILED, Builder, compare, contestant, standard_peers, table
 from bench.dense_cases import ALIBI, CAUSAL, DOCUMENTS_1024, FULL, SOFTCAP, WINDOW_1024
 from bench.peers import fa4, has_fa4, sdpa, triton
 from bench.run import Run
@@ -94,20 +89,11 @@ def judge(row: dict[str, Any], goal: float, softmax: dict[str, Any] | None) -> N
     row["goal"], row["reached"] = goal, min(others.values(), default=None)
 
 
-def prepared(piece: tuple[int, str]) -> dict[str, float]:
-    """In another process: what one contestant compiles into the caches; of ours, the errors of its check."""
+def prepared(piece: tuple[int, str]) -> Any:
+    """`contestant` of a cell by its number."""
     at, name = piece
     cell = list(cells())[at]
-    gc.collect()
-    torch.cuda.empty_cache()  # processes share the GPU's memory
-    if name == "attncc":
-        op: Any = ac.compile(cell.case.variant, plan="parallel", backend="gluon")
-        return against_reference(op, cell.case, cell.shape)
-    operands, inputs = cell.shape.tensors(), cell.case.inputs(cell.shape, "cuda")
-    out = peers(cell)[name](cell.case, cell.shape, inputs)(*operands)
-    # as it is timed: FlexAttention compiles another backward where the graph is not kept
-    torch.autograd.grad(out, operands, torch.randn_like(out), retain_graph=True)
-    return {}
+    return contestant(cell.case, cell.shape, name, peers(cell), backend="gluon")
 
 
 def pieces(taken: list[Cell]) -> list[tuple[int, str]]:
@@ -118,7 +104,7 @@ def pieces(taken: list[Cell]) -> list[tuple[int, str]]:
         found.append((at, "attncc"))
         kind = (cell.case.name, cell.shape.d, cell.shape.dv, cell.shape.h // cell.shape.hkv)
         for name in peers(cell):
-            if name != "cudnn" and not (name == "fa4" and kind in known):
+            if name not in COMPILED and not (name == "fa4" and kind in known):
                 found.append((at, name))
         known.add(kind)
     return found

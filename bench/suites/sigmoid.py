@@ -10,7 +10,7 @@ import torch
 import attncc as ac
 from bench import area
 from bench.case import Case, Shape
-from bench.compare import MODES, compare, figures, table
+from bench.compare import MODES, Builder, compare, contestant, figures, table
 from bench.dense_cases import CAUSAL
 from bench.peers import compiled_sigmoid
 from bench.run import Run
@@ -20,9 +20,14 @@ from bench.timing import race
 SIGMOID = Case("sigmoid", ac.Variant(name="sigmoid", mask=ac.causal, normalizer="sigmoid"), area.causal)
 
 
+def two(wanted: Shape) -> Shape:
+    """Two sequences: as much as the whole map of plain PyTorch has room for."""
+    return replace(wanted, b=2)
+
+
 def plain(wanted: Shape) -> dict[str, dict[str, Any]]:
     """Figures by mode of plain PyTorch under torch.compile, on two sequences: it holds several M x N tensors a head."""
-    small = replace(wanted, b=2)
+    small = two(wanted)
     q, k, v = small.tensors()
     run = compiled_sigmoid(small)
     out = run(q, k, v)
@@ -35,15 +40,33 @@ def plain(wanted: Shape) -> dict[str, dict[str, Any]]:
     }
 
 
+#: ours by name, and what they are beside
+CASES = {"sigmoid": SIGMOID, "causal": CAUSAL}
+PLAIN: dict[str, Builder] = {"plain": lambda case, shape, inputs: compiled_sigmoid(shape)}
+
+
+def prepared(piece: tuple[int, str]) -> Any:
+    """`contestant` of a length, by name."""
+    length, name = piece
+    if name == "plain":
+        return contestant(SIGMOID, two(shape(length)), name, PLAIN)
+    return contestant(CASES[name], shape(length), "attncc", {})
+
+
 def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("sigmoid")
+    lengths = run.take(list(LENGTHS), quick=1)
+    work = [(length, name) for length in lengths for name in (*CASES, *PLAIN)]
+    ready = dict(zip(work, run.ahead(prepared, work), strict=True))
     shown = []
-    for length in run.take(list(LENGTHS), quick=1):
+    for length in lengths:
         if run.out_of_time(results, f"length {length}"):
             break
-        softmax = {row["mode"]: row for row in compare(run, results, CAUSAL, shape(length), peers={})}
-        rows = compare(run, results, SIGMOID, shape(length), peers={})
+        checked = {name: ready[length, name].value for name in CASES}
+        causal = compare(run, results, CAUSAL, shape(length), peers={}, checked=checked["causal"])
+        softmax = {row["mode"]: row for row in causal}
+        rows = compare(run, results, SIGMOID, shape(length), peers={}, checked=checked["sigmoid"])
         if not (softmax and rows):
             continue
         peer = plain(shape(length))
