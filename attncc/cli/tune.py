@@ -32,6 +32,7 @@ from attncc.cli.options import (
 )
 from attncc.cli.output import err, out
 from attncc.errors import UnsupportedError
+from attncc.runtime.compilers import compilers
 
 #: the exit code of a command that Ctrl-C ended, as shells have it
 INTERRUPTED = 130
@@ -71,8 +72,9 @@ def command(
     """Measure candidate schedules on this machine's GPU, and keep the best: calls of these sizes then use it.
 
     Each candidate is checked against the reference, and for the same bits twice, before it may win. The cost model's
-    first choice always races, and its order finds most of the gain early. Candidates compile side by side and are timed
-    alone. Every result is in the cache as soon as it is measured: a race that is stopped goes on where it was.
+    first choice always races, and its order finds most of the gain early. Candidates compile side by side, in processes
+    of their own, and are timed one by one. Every result is in the cache as soon as it is measured: a race that is
+    stopped goes on where it was.
 
     Examples
       attncc tune alibi --q-len 8192 --batch 4 --heads 16
@@ -80,21 +82,36 @@ def command(
       attncc tune spec.toml --q-len 4096 --head-dim 64 --limit 40
       attncc tune softcap --shapes "B8 H32/8 M1 N8192" --forward
     """
+    with compilers() as count:  # they start while this process imports torch and asks for the GPU
+        err.print(f"starting torch{f', and {count} processes that compile' if count else ''}")
+        given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+        found = jobs(specs, (similarity, score, mask, normalizer), shapes, settings, given)
+        seconds = written.seconds(budget) if budget else float("inf")
+        limit = 16 if limit is None and budget is None else limit
+        asked = backend.value if backend is not None else None
+        _races(found, dtype, limit, time.monotonic() + seconds, against, asked, forward)
+
+
+def _races(
+    found: Sequence[Job],
+    dtype: DtypeName,
+    limit: int | None,
+    end: float,
+    against: bool,
+    backend: Any,
+    forward: bool,
+) -> None:
+    """One race after the other, the time until `end` shared out evenly."""
     from attncc.runtime.binaries import drop_waiting
     from attncc.runtime.tune import gpu
 
-    given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
-    found = jobs(specs, (similarity, score, mask, normalizer), shapes, settings, given)
-    seconds = written.seconds(budget) if budget else float("inf")
-    limit = 16 if limit is None and budget is None else limit
-    where, start = gpu(), time.monotonic()
+    where = gpu()
     for name, why in _by_rule(found).items():
         err.print(f"{name}: {why}")
     try:
         for number, job in enumerate(found):
-            share = (seconds - (time.monotonic() - start)) / (len(found) - number)
-            asked = backend.value if backend is not None else None
-            _tune(job, dtype, where, limit, share, against, asked, forward)
+            share = (end - time.monotonic()) / (len(found) - number)
+            _tune(job, dtype, where, limit, share, against, backend, forward)
     except KeyboardInterrupt:
         drop_waiting()
         err.print("stopped: every result so far is in the cache, and the same command goes on from there")
@@ -142,10 +159,12 @@ def _tune(
     plan, device = Plan(graph), device_of(where)
     problem = problem_of(plan, job.sizes, dtype.value, AttentionOp(graph).engine.precision(), job.values)
     kernels: tuple[Any, ...] = ("forward",) if forward else kernels_of(plan)
+    what = f"{graph.name} {shape} {dtype} on {device.title}"
+    err.print(f"{what}: the model's first choices compile")
     track = Track(graph, shape, dtype.value, where, job.values)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=err.console) as bar:
-        task = bar.add_task("the model's first choice", total=None, left="")
+        task = bar.add_task("the model's first choices", total=None, left="")
 
         def progress(standing: Standing) -> None:
             last = standing.last
@@ -157,7 +176,6 @@ def _tune(
             count = f"{standing.done:>{len(str(standing.total))}}/{standing.total}"
             bar.console.print(f"{count}  {last.kernel:<8} {last.schedule}: {time_of}{mark}; {left}", markup=False)
 
-        what = f"{graph.name} {shape} {dtype} on {device.title}"
         result = race(
             problem,
             device,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
+from attncc.runtime import compilers
 from attncc.runtime.compiler import Binary, Compiled, compile_kernel, is_watched
 from attncc.runtime.specialize import Signature
 from attncc.schedule.cache import Cache, cache_key
@@ -27,8 +29,26 @@ _PLACES = {"TRITON_CACHE_DIR", "TRITON_HOME"}
 
 @cache
 def pool() -> ThreadPoolExecutor:
-    """The threads that compile: LLVM and the assembler work outside Python's lock."""
-    return ThreadPoolExecutor(8, thread_name_prefix="attncc-compile")
+    """The threads that compile, where LLVM and the assembler work outside Python's lock, or wait for those who do."""
+    return ThreadPoolExecutor(compilers.MOST, thread_name_prefix="attncc-compile")
+
+
+_under_way: set[Future[None]] = set()
+
+
+def start(work: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Let a thread compile."""
+    future = pool().submit(work, *arguments)
+    _under_way.add(future)
+    future.add_done_callback(_under_way.discard)
+    return future
+
+
+def settle() -> None:
+    """Wait until no thread of this process compiles, which would take its time from whoever launches kernels. What
+    other processes compile goes on."""
+    if not compilers.running():
+        wait(tuple(_under_way))
 
 
 def drop_waiting() -> None:
@@ -60,7 +80,7 @@ class Binaries:
             if binary is not None:
                 future.set_result(binary)
             else:
-                pool().submit(self._finish, future, key, kernel, signature, target, name)
+                start(self._finish, future, key, kernel, signature, target, name)
         except BaseException as error:
             self._fail(future, key, error)
         return future
@@ -74,7 +94,8 @@ class Binaries:
         self, future: Future[Compiled], key: Any, kernel: Any, signature: Signature, target: GPUTarget, name: str | None
     ) -> None:
         try:
-            compiled = compile_kernel(kernel, signature, target)
+            elsewhere = None if name is None else compilers.compiled(kernel, signature, target)
+            compiled = elsewhere or compile_kernel(kernel, signature, target)
         except BaseException as error:
             self._fail(future, key, error)
             return

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from attncc.runtime.arguments import Cells, addresses_of
-from attncc.runtime.binaries import Binaries, pool
+from attncc.runtime.binaries import Binaries, start
 from attncc.runtime.compiler import Binary, Compiled, bypasses, current_target
 from attncc.runtime.cuda import Function
 from attncc.runtime.interpreter import compiling
@@ -125,7 +125,7 @@ class Launcher:
         if special is not None:
             self.binaries.begin(kernel, special, current_target(device))
         else:
-            future = pool().submit(_warm_up, kernel, arguments, meta, device)
+            future = start(_warm_up, kernel, arguments, meta, device)
             self._warming.setdefault(id(kernel), []).append(future)
 
     def _function(self, binary: Binary, device: int) -> Function:

@@ -19,8 +19,8 @@ from attncc.schedule.cost import Prediction, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem, Schedule
 
-#: candidates that are compiled side by side; while one is timed, nothing compiles
-BATCH = 12
+#: candidates that are compiled side by side, and how many of these are new at least, behind the first choices
+BATCH, AT_ONCE = 12, 6
 #: how much slower than predicted a candidate is taken to be for each one of the same tile that came before it
 ALIKE = 0.05
 #: seconds that a candidate is taken to need before any was measured
@@ -34,15 +34,13 @@ class TrialError(Exception):
 class LostDeviceError(Exception):
     """A candidate after which this process can use the GPU no more: it read or wrote what is not its own."""
 
-    candidate: tuple[Kernel, KernelSchedule] | None = None
-
 
 class Stick(Protocol):
     """What candidates are measured with. `check` and `time` raise TrialError for a candidate that may not win, and
     LostDeviceError for one after which no other can be measured."""
 
     def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
-        """Start to compile what these need, side by side."""
+        """Start to compile what these need, side by side: each is checked and timed when its turn comes."""
 
     def check(self, kernel: Kernel, schedule: Schedule) -> None:
         """Hold the kernel's results against the reference, and a second run's bits against the first's."""
@@ -120,7 +118,7 @@ def race(
     trials: list[Trial] = []
     spent: list[float] = []  # seconds of each trial that was measured now
     resumed = 0
-    checked: dict[tuple[Kernel, KernelSchedule], str] = {}  # why it may not win, or nothing
+    begun: set[tuple[Kernel, KernelSchedule]] = set()
 
     def each() -> float:
         """Seconds of a trial: those of the first choices have more to prepare than others."""
@@ -147,19 +145,20 @@ def race(
             if number >= lead and began - start + each() > seconds:
                 break
             try:
-                if (kernel, ks) not in checked:
-                    room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
-                    ahead = [e for e in entries[number:] if e not in known and e not in checked]
-                    first = lead if number < lead else BATCH  # the first results come soon
-                    checked |= _checked(stick, ahead[: min(first, room, BATCH)], beside)
-                trial = _timed(stick, kernel, beside.asked(kernel, ks), checked[kernel, ks], fastest(trials, kernel))
+                room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
+                window = lead - number if number < lead else min(room, BATCH)  # the first results come soon
+                ahead = [e for e in entries[number:] if e not in known][:window]
+                new = [e for e in ahead if e not in begun]
+                if (kernel, ks) in new or len(new) >= AT_ONCE:
+                    begun.update(new)
+                    stick.begin([(k, beside.asked(k, tiling)) for k, tiling in new])
+                trial = _measured(stick, kernel, beside.asked(kernel, ks), fastest(trials, kernel))
             except LostDeviceError as error:
-                culprit, tiling = error.candidate or (kernel, ks)
-                trials.append(Trial(culprit, tiling, None, str(error)))
+                trials.append(Trial(kernel, ks, None, str(error)))
                 keep()
                 raise ScheduleError(
-                    f"the {culprit} kernel with {tiling} took the GPU with it: {error}",
-                    kernel=culprit,
+                    f"the {kernel} kernel with {ks} took the GPU with it: {error}",
+                    kernel=kernel,
                     remedy="it is kept as one that fails; the same command goes on behind it",
                 ) from error
             spent.append(clock() - began)
@@ -244,31 +243,12 @@ def _tile(ks: KernelSchedule) -> tuple[str, int, int]:
     return ks.backend, ks.block_m, ks.block_n
 
 
-def _checked(
-    stick: Stick, batch: Sequence[tuple[Kernel, KernelSchedule]], beside: Beside
-) -> dict[tuple[Kernel, KernelSchedule], str]:
-    """Compile a batch side by side, then hold each against the reference: why it may not win, or nothing."""
-    trials = [(kernel, beside.asked(kernel, ks)) for kernel, ks in batch]
-    stick.begin(trials)
-    found = {}
-    for entry, trial in zip(batch, trials, strict=True):
-        try:
-            stick.check(*trial)
-            found[entry] = ""
-        except TrialError as error:
-            found[entry] = str(error)
-        except LostDeviceError as error:
-            error.candidate = entry
-            raise
-    return found
-
-
-def _timed(stick: Stick, kernel: Kernel, asked: Schedule, wrong: str, best: Trial | None) -> Trial:
+def _measured(stick: Stick, kernel: Kernel, asked: Schedule, best: Trial | None) -> Trial:
+    """Hold a candidate against the reference, then time it."""
     ks = asked.of(kernel)
-    if wrong:
-        return Trial(kernel, ks, None, wrong)
     best_us = best.us if best is not None and best.us is not None else float("inf")
     try:
+        stick.check(kernel, asked)
         return Trial(kernel, ks, stick.time(kernel, asked, best_us))
     except TrialError as error:
         return Trial(kernel, ks, None, str(error))

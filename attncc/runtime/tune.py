@@ -18,13 +18,14 @@ from attncc.errors import AttnccError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.language.variant import Variant
 from attncc.runtime import yardstick
+from attncc.runtime.binaries import settle
 from attncc.runtime.compiler import current_target
 from attncc.runtime.engine import Prepared
 from attncc.runtime.fullsize import FullSize
 from attncc.runtime.gputime import median_us
 from attncc.runtime.launch import launches
 from attncc.runtime.op import AttentionOp
-from attncc.runtime.race import LostDeviceError, TrialError
+from attncc.runtime.race import BATCH, LostDeviceError, TrialError
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import Bound, bind, value_of
 from attncc.runtime.verify import Exam
@@ -39,6 +40,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.fl
 #: milliseconds of a first look, and of a measurement; a candidate that the first finds this much slower has no second
 LOOK_MS, MEASURED_MS = 10, 60
 HOPELESS = 1.3
+#: candidates whose kernels stay loaded: those that compile ahead, and some that were timed
+KEPT = 2 * BATCH
 
 
 def gpu() -> torch.device:
@@ -78,7 +81,6 @@ class Track:
 
     def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
         """Start to compile what the candidates launch on the slice and at full size, side by side."""
-        self._ops.clear()
         for of in (self._full, self._sliced):  # while the first compile, the reference works out what is right
             for kernel, schedule in trials:
                 op = self._op(schedule)
@@ -107,6 +109,7 @@ class Track:
 
     def time(self, kernel: Kernel, schedule: Schedule, best_us: float) -> float:
         """The time of the forward, or of the whole backward for a kernel of it, in microseconds."""
+        settle()
         with self._alone(), refusals():
             call = self._call(self._op(schedule), kernel)
             look = median_us(call, LOOK_MS)
@@ -128,6 +131,8 @@ class Track:
     def _op(self, schedule: Schedule) -> AttentionOp:
         if schedule not in self._ops:
             self._ops[schedule] = AttentionOp(self.graph, schedule)
+            if len(self._ops) > KEPT:
+                del self._ops[next(iter(self._ops))]
         return self._ops[schedule]
 
     def _exam(self, kernel: Kernel) -> Exam:

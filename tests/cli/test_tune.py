@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ from attncc.schedule import device as devices
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import read_table
 from attncc.schedule.device import device_for
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    monkeypatch.setattr("attncc.cli.tune.compilers", lambda: nullcontext(0))
+
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said without a GPU")
 
