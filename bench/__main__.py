@@ -37,7 +37,7 @@ def run(
     listed: Annotated[bool, typer.Option("--list", help="List the suites and stop.")] = False,
     quick: Annotated[bool, typer.Option(help="A few cases only, to try the machine; marked so in the file.")] = False,
     budget_s: Annotated[float, typer.Option(help="Seconds after which no new row is started.")] = math.inf,
-    variant: Annotated[list[str] | None, typer.Option(help="sweep: case names, e.g. causal.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="sweep, linear: case names, e.g. causal.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="sweep: head dimensions.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="sweep: sequence lengths.")] = None,
     group: Annotated[list[int] | None, typer.Option(help="sweep: query heads a key head.")] = None,

@@ -27,9 +27,6 @@ ssd = ac.Variant(
     score=stepped,
     mask=ac.causal,
     normalizer=ac.identity,
-    inputs={
-        "dt": ac.Input("b", "h", "kv_idx", grad=True),
-        "rate": ac.Input("h", grad=True, default=published),
-    },
+    inputs={"dt": ac.Input("b", "h", "kv_idx", grad=True), "rate": ac.Input("h", grad=True, default=published)},
     cites="Transformers are SSMs, arXiv:2405.21060",
 )
