@@ -64,8 +64,10 @@ class DeltaSlots:
         #: what the tokens of a chunk erase and write, solved; what they add to the state, with its gradient
         self.erased, self.written = TokenTile("erased", d_qk), TokenTile("written", d_v)
         self.added, self.dadded = TokenTile("added", d_v), TokenTile("dadded", d_v)
-        #: what is left of keys where the chunk ends, what queries ask of the state where it begins
-        self.left, self.asked = TokenTile("left", d_qk), TokenTile("asked", d_qk)
+        #: what is left of keys where the chunk ends, what queries ask of the state where it begins: with one factor for
+        #: all of them that is themselves, and their rounding is spared
+        self.left = TokenTile("left", d_qk)
+        self.asked = TokenTile("asked", d_qk) if self.decays or self.query_row else self.q
         self.dk_sum = TokenTile("dk_sum", d_qk)
 
     @property
