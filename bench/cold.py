@@ -1,9 +1,10 @@
-"""A fresh process that compiles one attention and calls it once: `python -m bench.cold attncc|flex` prints seconds.
+"""A fresh process that compiles one attention and calls it once: `python -m bench.cold NAME` prints seconds.
 
 The clock starts when everything is imported, the GPU context exists, the tensors are there, and PyTorch has run a
 backward of its own: the first that is given a gradient imports much of PyTorch. It stops when the gradients are there:
-what is counted is the formula, its compilation or look-up, the loading of kernels, one forward and one backward. Both
-contestants get causal attention with a linear bias at the size of a unit test.
+what is counted is the formula, its compilation or look-up, the loading of kernels, one forward and one backward. The
+contestants `attncc` and `flex` get causal attention with a linear bias at the size of a unit test, those in linear time
+more tokens, so that they are called by chunks.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 SLOPE = 0.01
 SIZE = (1, 8, 1024, 128)
@@ -47,11 +50,30 @@ def flex() -> Attend:
     return lambda q, k, v: compiled(q, k, v, score_mod=lambda s, b, h, i, j: s + SLOPE * (j - i), block_mask=mask)
 
 
-BUILDERS = {"attncc": attncc, "flex": flex}
+def in_linear_time(name: str) -> Attend:
+    """A shipped variant in linear time, its gates among what is learned."""
+    import attncc as ac
+
+    op = ac.compile(name)
+    b, h, m, _ = sizes(name)
+    factors = {"g": F.logsigmoid(torch.randn(b, h, m, device="cuda")).requires_grad_()}
+    if name == "gated_delta_net":
+        factors["beta"] = torch.rand(b, h, m, device="cuda").requires_grad_()
+    return lambda q, k, v: op(q, k, v, **factors)
+
+
+def sizes(name: str) -> tuple[int, int, int, int]:
+    """(B, H, N, D) of a contestant's call."""
+    return (1, 8, 8192, 128) if name in LINEAR else SIZE
+
+
+LINEAR = ("simple_gla", "gated_delta_net")
+BUILDERS = {"attncc": attncc, "flex": flex, **{name: partial(in_linear_time, name) for name in LINEAR}}
+_OURS = ("triton", "attncc", "attncc.runtime.compile")
 #: what a program that uses the contestant has imported anyway
 IMPORTS = {
-    "attncc": ("triton", "attncc", "attncc.runtime.compile"),
     "flex": ("triton", "torch.nn.attention.flex_attention", "torch._dynamo"),
+    **dict.fromkeys(("attncc", *LINEAR), _OURS),
 }
 
 
@@ -61,7 +83,8 @@ def main(name: str) -> None:
     for module in IMPORTS[name]:
         import_module(module)
     imported = time.perf_counter()
-    q, k, v = (torch.randn(SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    q, k, v = (F.normalize(torch.randn(sizes(name), device="cuda"), dim=-1).bfloat16() for _ in range(3))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
     grad = torch.randn_like(q)
     torch.ones(2, device="cuda", requires_grad=True).exp().backward(torch.ones(2, device="cuda"))
     torch.cuda.synchronize()

@@ -32,18 +32,22 @@ Peer = Callable[[Tensors], Attend]
 
 #: milliseconds for which a configuration runs before, and while, it is timed; Triton's own are 25 and 100
 WARMUP_MS, REP_MS = 5, 20
+#: what a tuner does when it is called
+_RUN = Autotuner.run
 
 
 def peers() -> dict[str, Peer]:
     """flash-linear-attention's function of each case; none where it is not installed."""
     if find_spec("fla") is None:
         return {}
+    from fla.ops.based import fused_chunk_based
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
     from fla.ops.lightning_attn import chunk_lightning_attn
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.retention import chunk_retention
+    from fla.ops.rwkv6 import chunk_rwkv6
     from fla.ops.simple_gla import chunk_simple_gla
 
     def features(x: torch.Tensor) -> torch.Tensor:
@@ -54,6 +58,7 @@ def peers() -> dict[str, Peer]:
 
         def given(inputs: Tensors) -> Attend:
             own = {name: inputs[name].transpose(1, 2).contiguous() for name in names}
+            own |= {name: x for name, x in inputs.items() if name == "u"}  # of heads alone
             own |= {name: own[name].bfloat16() for name in ("beta",) if name in own}  # as its layers make it
             return lambda q, k, v: function(q, k, v, **own, **options)[0]
 
@@ -65,6 +70,8 @@ def peers() -> dict[str, Peer]:
         "lightning": of(chunk_lightning_attn, layer_idx=0, num_layers=24, scale=1.0),
         "linear_attention": of(lambda q, k, v: chunk_linear_attn(features(q), features(k), v, scale=1.0)),
         "gla": of(chunk_gla, "g"),
+        "rwkv6": of(lambda q, k, v, g, u: chunk_rwkv6(q, k, v, g, u, scale=1.0), "g"),
+        "taylor_causal": of(lambda q, k, v: (fused_chunk_based(q, k, v),)),
         "delta_net": of(chunk_delta_rule, "beta"),
         "gated_delta_net": of(chunk_gated_delta_rule, "g", "beta"),
     }
@@ -86,20 +93,52 @@ def _tuners(**attributes: Any) -> Iterator[None]:
 @contextmanager
 def compiled_ahead(share: int, shares: int) -> Iterator[None]:
     """Inside, a kernel with a tuner is compiled for one of every `shares` configurations, and not launched: what the
-    calls give is not theirs. What a configuration cannot have (shared memory) is left to the tuner to find out."""
+    calls give is not theirs. What a configuration cannot have (shared memory) is left to the tuner to find out. Of a
+    kernel whose tuning an earlier run left in Triton's cache only what it chose is compiled."""
     met = 0
 
     def run(self: Any, *args: Any, **kwargs: Any) -> None:
         nonlocal met
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for config in self.prune_configs(kwargs):
+        for constants in _chosen(self, args, kwargs):
             met += 1  # counted over all kernels, for some have fewer configurations than there are shares
             if met % shares == share:
                 with suppress(CompilationError, OutOfResources, PTXASError):
-                    self.fn.run(*args, **{**kwargs, "warmup": True}, **config.all_kwargs())
+                    self.fn.run(*args, **{**kwargs, "warmup": True}, **constants)
 
     with _tuners(run=run):
         yield
+
+
+class _UntunedError(Exception):
+    """A tuner would have to measure."""
+
+
+class _Unlaunched:
+    """A tuner's kernel, whose launches are noted alone."""
+
+    def __init__(self, fn: Any):
+        self.fn, self.constants = fn, []
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        self.constants.append(kwargs)
+
+
+def _chosen(tuner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The constants of the configuration that a tuner launches, or of all that it would measure before it knows."""
+    kernel = tuner.fn
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise _UntunedError
+
+    tuner.fn = unlaunched = _Unlaunched(kernel)
+    try:
+        with _tuners(_bench=refuse):
+            _RUN(tuner, *args, **kwargs)
+        return [{name: x for name, x in found.items() if name not in kwargs} for found in unlaunched.constants]
+    except _UntunedError:
+        return [config.all_kwargs() for config in tuner.prune_configs(kwargs)]
+    finally:
+        tuner.fn = kernel
 
 
 @contextmanager

@@ -135,6 +135,8 @@ def latency_table(folder: Path) -> str:
             f"{seconds[name, cache]:.2f} s" if (name, cache) in seconds else "" for name in ("attncc", "flex")
         )
         lines.append(f"| formula to first result, forward and backward, {what} | **{ours}** | {theirs} | |")
+        for name in dict.fromkeys(case for case, _ in seconds if case not in ("attncc", "flex")):
+            lines.append(f"| the same of `{name}` by chunks, {what} | **{seconds[name, cache]:.2f} s** | | |")
     for row in host["rows"]:
         us = {name: f"{value:.0f} us" for name, value in row["us"].items()}
         fields = (f"host time: {TITLES.get(row['case'], row['case'])}, {row['mode']}", f"**{us['attncc']}**")

@@ -22,7 +22,7 @@ from bench.record import ROOT
 from bench.run import Run
 
 #: how often each starts afresh, cold and warm; FlexAttention's starts take a quarter of a minute each
-REPEATS = {"attncc": 3, "flex": 2}
+REPEATS = {"attncc": 3, "simple_gla": 2, "gated_delta_net": 2, "flex": 2}
 
 
 def fresh(name: str, caches: Path, bytecode: Path) -> dict[str, float]:

@@ -1,4 +1,7 @@
-"""Attention in linear time beside flash-linear-attention: chunks forward and backward, long sequences, decoding."""
+"""Attention in linear time beside flash-linear-attention: chunks forward and backward, long sequences, decoding.
+
+And both plans of one variant, for the length from which chunks are faster than all pairs.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import attncc as ac
+from attncc.schedule.device import device_of
+from attncc.schedule.linear import LinearSizes, choose_plan, linear_us, quadratic_us
 from bench import area
 from bench.case import Case, Shape, Tensors
 from bench.check import against_reference, relative_rms
@@ -21,13 +26,20 @@ from bench.timing import Timing, race
 
 #: those of peers/README.md, so that figures can be laid beside it
 SHAPE = {"b": 2, "h": 16, "d": 128}
+#: the peer has weights of degree 2 for heads up to 16
+OWN = {"taylor_causal": {"d": 16, "dv": 128}}
 LENGTHS = (8192, 2048, 32768)
 #: where the reference, which has every pair of a head in float64, checks a case
 CHECKED = 4096
 #: and the reference of a recurrence, which goes from token to token
 CHECKED_TOKENS = 1024
-#: one sequence, ever longer: time and memory a token must not grow
+#: one sequence, ever longer, and as many as have the longest one's tokens: time and memory a token must not grow
 TOKENS = (8192, 32768, 131072, 524288)
+#: where all pairs and chunks are laid side by side, for the length from which chunks are faster
+AROUND = (512, 1024, 2048, 4096)
+#: whose plans are laid side by side, and what is timed as sequences grow
+CROSSED, GROWN = "simple_gla", ("lightning", "simple_gla")
+PLANS = ("parallel", "chunk")
 #: processes' worth of the peer's compiling, each a part of every kernel's configurations
 SHARES = 14
 
@@ -44,6 +56,13 @@ def channel_gates(shape: Shape, device: str) -> Tensors:
     size = (shape.b, shape.n, shape.h, shape.d)
     g = F.logsigmoid(torch.randn(size, generator=generator, device=device)) / 16
     return {"g": g.to(shape.dtype).transpose(1, 2)}
+
+
+def channel_gates_and_bonus(shape: Shape, device: str) -> Tensors:
+    """And what a token's own product is weighed with."""
+    generator = torch.Generator(device).manual_seed(5)
+    u = torch.randn(shape.h, shape.d, generator=generator, device=device).to(shape.dtype)
+    return {**channel_gates(shape, device), "u": u}
 
 
 def factors(shape: Shape, device: str) -> Tensors:
@@ -74,12 +93,19 @@ CASES = {
         ("retention", rates("retention"), ("rates",)),
         ("simple_gla", gates, ("g",)),
         ("gla", channel_gates, ()),
+        ("rwkv6", channel_gates_and_bonus, ()),
         ("lightning", rates("lightning"), ("rates",)),
         ("linear_attention", lambda shape, device: {}, ()),
+        ("taylor_causal", lambda shape, device: {}, ()),
         ("delta_net", factors, ("beta",)),
         ("gated_delta_net", gated_factors, ("beta", "g")),
     )
 }
+
+
+def shaped(name: str, length: int) -> Shape:
+    """The shape of a case at a length."""
+    return Shape(m=length, **{**SHAPE, **OWN.get(name, {})}, unit_keys=CASES[name].variant.graph.recurrent)
 
 
 def moved(shape: Shape) -> int:
@@ -104,9 +130,12 @@ def seq_first(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def prepared(piece: tuple[str, str, int]) -> dict[str, Any]:
     """What a process ahead does for ("attncc", case, 0): compile and check it; for ("fla", case, share): compile that
-    share of what the peer's tuning will time. Returns the errors of the check."""
+    share of what the peer's tuning will time; for ("around", case, length): both plans. Returns the check's errors."""
     kind, name, share = piece
-    case, shape = CASES[name], Shape(m=LENGTHS[0], **SHAPE)
+    if kind == "around":
+        side_by_side(name, share)
+        return {}
+    case, shape = CASES[name], shaped(name, LENGTHS[0])
     q, k, v = seq_first(shape)
     inputs = case.inputs(shape, "cuda")
     if kind == "fla":
@@ -116,9 +145,7 @@ def prepared(piece: tuple[str, str, int]) -> dict[str, Any]:
                 torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
         return {}
     op = ac.compile(case.variant, plan="chunk")
-    recurrent = case.variant.graph.recurrent
-    checked = Shape(m=CHECKED_TOKENS if recurrent else CHECKED, unit_keys=recurrent, **SHAPE)
-    errors = against_reference(op, case, checked)
+    errors = against_reference(op, case, shaped(name, CHECKED_TOKENS if case.variant.graph.recurrent else CHECKED))
     out = contestant(op, inputs)(q, k, v)
     torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
     torch.cuda.synchronize()
@@ -139,7 +166,7 @@ def measured(
     run: Run, results: Any, case: Case, length: int, theirs: Peer | None, errors: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Time forward and backward of a case beside the peer; one row a mode. `errors`: what its check ahead found."""
-    shape = Shape(m=length, **SHAPE)
+    shape = shaped(case.name, length)
     head = {"case": case.name, **shape.row()}
     try:
         op = ac.compile(case.variant, plan="chunk")
@@ -199,29 +226,56 @@ def _backward(out: torch.Tensor, leaves: tuple[torch.Tensor, ...], grad: torch.T
     return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-def by_length(run: Run, results: Any) -> list[dict[str, Any]]:
-    """Nanoseconds and bytes a token of one sequence's forward, as it grows."""
-    op = ac.compile("simple_gla", plan="chunk")
+def side_by_side(name: str, length: int) -> dict[str, Callable[[], object]]:
+    """The forward of one sequence over all pairs, and by chunks."""
+    shape = Shape(b=1, h=16, m=length, d=128)
+    q, k, v = (x.detach() for x in seq_first(shape))
+    inputs = CASES[name].inputs(shape, "cuda")
+    calls = {plan: contestant(ac.compile(name, plan=plan), inputs) for plan in PLANS}
+    for call in calls.values():
+        call(q, k, v)
+    return {plan: partial(call, q, k, v) for plan, call in calls.items()}
+
+
+def crossing(run: Run, results: Any, name: str) -> list[dict[str, Any]]:
+    """Milliseconds of both plans, and what the model says of them; one row a length."""
+    rows = []
+    device = device_of(torch.device("cuda"))
+    for length in AROUND:
+        timed = race(side_by_side(name, length))
+        call = LinearSizes("bf16", 1, 16, length, 128, 128)
+        found = {plan: timing.ms for plan, timing in timed.items()}
+        said = {"parallel": quadratic_us(call, device) / 1e3, "chunk": linear_us(call, device) / 1e3}
+        row = {"case": f"{name}, both plans", "N": length, "ms": found, "predicted_ms": said}
+        rows.append(results.add(**row, chosen=choose_plan(call, device)))
+    return rows
+
+
+def by_length(run: Run, results: Any, name: str, tokens: int = 0) -> list[dict[str, Any]]:
+    """Nanoseconds and bytes a token of a forward, as sequences grow: of one, or of as many as have so many tokens."""
+    op = ac.compile(name, plan="chunk")
     rows = []
     for length in run.take(list(TOKENS), quick=2):
-        shape = Shape(b=1, h=16, m=length, d=128)
+        shape = Shape(b=max(1, tokens // length), h=16, m=length, d=128)
         with torch.no_grad():
             q, k, v = (x.detach().transpose(1, 2) for x in seq_first(shape))
-            inputs = gates(shape, "cuda")
+            inputs = CASES[name].inputs(shape, "cuda")
             op(q, k, v, **inputs)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             timing = race({"attncc": partial(op, q, k, v, **inputs)})["attncc"]
             peak = torch.cuda.max_memory_allocated() - before
-        row = {"case": "simple_gla, one sequence", **shape.row(), "ns_per_token": round(timing.ms * 1e6 / length, 2)}
-        rows.append(results.add(**row, ms=timing.ms, bytes_per_token=round(peak / length, 1)))
+        each = shape.b * length
+        row = {"case": f"{name}, {'as many tokens' if tokens else 'one sequence'}", **shape.row()}
+        row |= {"ns_per_token": round(timing.ms * 1e6 / each, 2), "ms": timing.ms}
+        rows.append(results.add(**row, bytes_per_token=round(peak / each, 1)))
         del q, k, v, inputs
         torch.cuda.empty_cache()
     return rows
 
 
 def decoding(run: Run, results: Any, name: str) -> dict[str, Any]:
-    """One token a sequence from a state: GB/s of the state, read and written."""
+    """One token a sequence from a state: GB/s of the state, read and written, beside a copy of it."""
     op = ac.compile(name, plan="recurrent")
     shape = Shape(b=64, h=16, m=1, d=128, unit_keys=True)
     inputs = (gated_factors if name == "gated_delta_net" else gates)(shape, "cuda")
@@ -229,10 +283,11 @@ def decoding(run: Run, results: Any, name: str) -> dict[str, Any]:
         q, k, v = (x.detach() for x in shape.tensors())
         state = torch.randn(shape.b, shape.h, shape.d, shape.d, device="cuda")
         step = lambda: op(q, k, v, **inputs, initial_state=state, output_final_state=True)
-        timing = race({"attncc": step})["attncc"]
-    gbps = 2 * state.numel() * 4 / timing.ms / 1e6
+        timed = race({"attncc": step, "copy": partial(torch.empty_like(state).copy_, state)})
+    gbps = {name: round(2 * state.numel() * 4 / timing.ms / 1e6, 1) for name, timing in timed.items()}
     sizes = {"B": shape.b, "Hq": shape.h, "Dqk": shape.d}
-    return dict(results.add(case=f"{name}, a step", **sizes, ms=timing.ms, gbps=round(gbps, 1)))
+    row = {"case": f"{name}, a step", **sizes, "ms": timed["attncc"].ms, "gbps": gbps["attncc"]}
+    return dict(results.add(**row, peers={"copy": gbps["copy"]}))
 
 
 def suite(run: Run) -> None:
@@ -243,6 +298,7 @@ def suite(run: Run) -> None:
     names = run.take([name for name in CASES if name in asked], quick=2)
     # ours first: their checks take longest
     pieces = [("attncc", name, 0) for name in names]
+    pieces += [("around", CROSSED, length) for length in AROUND]
     pieces += [("fla", name, share) for name in names if name in known for share in range(SHARES)]
     ready = dict(zip(pieces, run.ahead(prepared, pieces), strict=True))
     results.note("seconds ahead", round(run.budget.elapsed()))
@@ -274,9 +330,17 @@ def suite(run: Run) -> None:
     ]
     run.show(f"linear, {results.meta['gpu']}", columns, lines)
     if not run.out_of_time(results, "long sequences"):
-        grown = [[str(r["N"]), str(r["ns_per_token"]), str(r["bytes_per_token"])] for r in by_length(run, results)]
-        run.show("one sequence", ["tokens", "ns a token", "bytes a token"], grown)
+        rows = [row for name in GROWN for tokens in (0, TOKENS[-1]) for row in by_length(run, results, name, tokens)]
+        grown = [[str(row[key]) for key in ("case", "B", "N", "ns_per_token", "bytes_per_token")] for row in rows]
+        run.show("longer sequences", ["", "B", "N", "ns a token", "bytes a token"], grown)
         steps = [decoding(run, results, name) for name in ("simple_gla", "gated_delta_net")]
-        lines = [[found["case"], f"{found['ms']:.4f}", str(found["gbps"])] for found in steps]
-        run.show("decoding", ["case", "ms", "GB/s"], lines)
+        lines = [[r["case"], f"{r['ms']:.4f}", str(r["gbps"]), str(r["peers"]["copy"])] for r in steps]
+        run.show("decoding", ["case", "ms", "GB/s", "of a copy"], lines)
+        lines = [
+            [str(row["N"]), row["chosen"], *(f"{row[of][p]:.4f}" for of in ("ms", "predicted_ms") for p in PLANS)]
+            for row in crossing(run, results, CROSSED)
+        ]
+        run.show(
+            "all pairs and chunks", ["N", "chosen", *(f"{p} {x}" for x in ("ms", "predicted") for p in PLANS)], lines
+        )
     results.write()

@@ -40,6 +40,21 @@ def test_the_shares_are_all_configurations_and_none_is_launched():
     ]
 
 
+def test_what_was_tuned_before_is_compiled_alone(monkeypatch):
+    kernel, tuner = tuner_of((16, 32, 64))
+
+    def known(self, key, configs, measure):
+        self.cache[key] = configs[1]
+        return True
+
+    monkeypatch.setattr(Autotuner, "check_disk_cache", known)
+    tuner.cache_results = True
+    with compiled_ahead(0, 1):
+        tuner.run(1, warmup=False)
+    assert kernel.calls == [((1,), {"warmup": True, **tuner.configs[1].all_kwargs()})]
+    assert tuner.fn is kernel
+
+
 def test_a_tuner_measures_as_before_when_the_block_ends():
     plain = dict(Autotuner.__dict__)
     with compiled_ahead(0, 1), tuning_briefly():
