@@ -147,7 +147,7 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
         kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
     # a step moves the state and does little else: few values a thread, so that many loads are under way
     kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 2048 // _padded(sizes.d_qk))), "num_warps": 8}
-    chunks = -(-sizes.length // chunk)
+    chunks = max(1, -(-sizes.length // chunk))
     blocks = -(-sizes.d_v // qk["BLOCK"])
     waves, segment = WAVES or _measured()["waves"], SEGMENT or _measured()["segment"]
     wanted = waves * device.sms // max(1, sizes.sequences * sizes.heads * blocks)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attncc import recipes
+from attncc.errors import InputError
 from tests.recipes.test_recipes import DTYPES, agree, close
 from tests.variants.by_hand import causal, draw, rep, softmax
 
@@ -147,6 +150,49 @@ def test_lightnet_goes_on():
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+#: of packed sequences: one is empty, one is a single token
+ENDS = (0, 20, 20, 21, N)
+
+
+def alone(recipe, tensors, dim, states=None):
+    """Each packed sequence by itself: the results behind one another, and the states."""
+    found = []
+    for i, (lo, hi) in enumerate(pairwise(ENDS)):
+        state = None if states is None else tuple(x[i : i + 1] for x in states)
+        found.append(recipe(*(x.narrow(dim, lo, hi - lo) for x in tensors), initial_state=state))
+    return torch.cat([out for out, _ in found], dim), tuple(map(torch.cat, zip(*(s for _, s in found), strict=True)))
+
+
+def packed_agrees(recipe, tensors, dim):
+    """From no state, then from the states of the first call; with gradients."""
+    tensors = [x.requires_grad_() for x in tensors]
+    states = None
+    for _ in range(2):
+        exact, left = alone(recipe, tensors, dim, states)
+        out, state = recipe(*tensors, initial_state=states, cu_seqlens=torch.tensor(ENDS))
+        torch.testing.assert_close((out, state), (exact, left), rtol=1e-5, atol=1e-5)
+        cotangent = torch.randn_like(out)
+        grads = [torch.autograd.grad(x, tensors, cotangent) for x in (out, exact)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+        states = tuple(x.detach() for x in state)
+
+
+def test_packed_lightnet():
+    q, k, v = (draw(1, 2, N, d, seed=i).float() for i, d in enumerate((16, 16, 24)))
+    recipe = lambda *x, **more: recipes.lightnet(*x, output_final_state=True, **more)
+    packed_agrees(recipe, [q, 3 * k, v], 2)
+    with pytest.raises(InputError, match="packed sequences are causal"):
+        recipes.lightnet(q, k, v, causal=False, cu_seqlens=torch.tensor(ENDS))
+
+
+def test_packed_scans():
+    s, v, rate = draw(1, 2, N, 1).float(), draw(1, 2, N, 6, seed=1).float(), -draw(1, seed=2).abs().float()
+    packed_agrees(lambda s, v, **more: recipes.prefix_softmax(s, v, rate, **more), [5 * s, v], 2)
+    k, v = draw(1, N, 5).float(), draw(1, N, 5, seed=1).float()
+    w, u = -draw(5, seed=2).exp().float(), draw(5, seed=3).float()
+    packed_agrees(lambda k, v, **more: recipes.rwkv4(k, v, w, u, **more), [3 * k, v], 1)
 
 
 def test_attention_as_an_rnn():

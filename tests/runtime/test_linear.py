@@ -272,6 +272,17 @@ def test_decoding_goes_on_where_the_prompt_ended(name):
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("plan", ["auto", "chunk", "recurrent"])
+def test_no_tokens_leave_the_state_as_it_was(plan):
+    q, g = torch.randn(1, 2, 0, 16), torch.zeros(1, 2, 0)
+    initial = torch.randn(1, 2, 16, 16, requires_grad=True)
+    out, last = ac.compile("simple_gla", plan=plan)(q, q, q, g=g, initial_state=initial, output_final_state=True)
+    assert out.shape == q.shape
+    torch.testing.assert_close(last, initial, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(last.sum(), initial)
+    assert bool((gradient == 1).all())
+
+
 def test_broadcast_gates_and_shared_gates():
     """A gate that all heads or all tokens share is a tensor of size 1 there, and gets its gradient in that shape."""
     (q, k, v), _ = drawn("simple_gla", length=19)
