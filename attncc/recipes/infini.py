@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import attncc as ac
+from attncc.runtime.linear_cut import sequence_lengths
 from attncc.runtime.op import AttentionOp
 
-#: float32: the memory (B, H, D, Dv) and its norm (B, H, D, 1), H the heads of k
+#: float32: the memory (B, H, D, Dv) and its norm (B, H, D, 1), H the heads of k; B: sequences, where they are packed
 State = tuple[Tensor, Tensor]
 
 
@@ -38,12 +40,38 @@ def infini(
     delta: bool = False,
     initial_state: State | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, State]:
     """out (B, H, N, Dv), or (out, state). q (B, H, N, D), k, v with as many heads or fewer, beta (H,).
 
     The memory's q and k are as given; `rotate` turns those of the local part. A call begins a segment: with a state,
-    prompts are cut at multiples of `segment`.
+    prompts are cut at multiples of `segment`. cu_seqlens: packed sequences in a batch of 1, each computed by itself.
     """
+    if cu_seqlens is not None:
+        ends = sequence_lengths(cu_seqlens, q.shape[0], q.shape[2])
+        found = []
+        for i, (lo, hi) in enumerate(pairwise(ends)):
+            query, key, value = (x[:, :, lo:hi] for x in (q, k, v))
+            state = None if initial_state is None else (initial_state[0][i : i + 1], initial_state[1][i : i + 1])
+            found.append(_sequence(query, key, value, beta, segment, rotate, delta, state))
+        out = torch.cat([out for out, _ in found], 2)
+        last = torch.cat([state[0] for _, state in found]), torch.cat([state[1] for _, state in found])
+    else:
+        out, last = _sequence(q, k, v, beta, segment, rotate, delta, initial_state)
+    return (out, last) if output_final_state else out
+
+
+def _sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    segment: int,
+    rotate: Callable[[Tensor], Tensor] | None,
+    delta: bool,
+    initial_state: State | None,
+) -> tuple[Tensor, State]:
+    """`infini` of sequences of one length, with the state behind them."""
     turned = (q, k) if rotate is None else (rotate(q), rotate(k))
     local: Tensor = _segments()(*turned, v, width=segment)
     group = q.shape[1] // k.shape[1]
@@ -67,8 +95,7 @@ def infini(
         if delta:
             value = value - _read(written, memory, norm)
         memory, norm = memory + written.mT @ value, norm + written.sum(2).unsqueeze(-1)
-    out = torch.cat(parts, 2)
-    return (out, (memory, norm)) if output_final_state else out
+    return torch.cat(parts, 2), (memory, norm)
 
 
 def _read(features: Tensor, memory: Tensor, norm: Tensor) -> Tensor:

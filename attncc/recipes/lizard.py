@@ -12,11 +12,14 @@ Source: Lizard, arXiv:2507.09025.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import attncc as ac
+from attncc.errors import InputError
+from attncc.recipes.packed import Packed
 from attncc.runtime.compile import compile as compile_variant
 from attncc.runtime.linear import LinearOp
 from attncc.runtime.op import AttentionOp
@@ -36,12 +39,17 @@ def lizard(
     window: int = 128,
     initial_state: State | None = None,
     output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, State]:
     """out (B, H, N, Dv), or (out, state); all of it receives gradients.
 
     q (B, H, N, D), k, v with as many heads or fewer; g (B, H or 1, N), the log of what a token leaves of the state;
     maps W (H, D, f); alpha () or (H, 1, 1); meta (H, D, m); window: the keys that a query sees, itself among them.
+    cu_seqlens: packed sequences in a batch of 1, which begin without a state, for their windows differ in length.
     """
+    packed = None if cu_seqlens is None else Packed(cu_seqlens, q.shape[0], q.shape[2])
+    if packed is not None and (initial_state is not None or output_final_state):
+        raise InputError("packed sequences have no state here", remedy="call each on its own")
     group = q.shape[1] // k.shape[1]
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
     state = None if initial_state is None else initial_state[0]
@@ -51,12 +59,14 @@ def lizard(
         scale=1.0,
         initial_state=state,
         output_final_state=output_final_state,
+        cu_seqlens=cu_seqlens,
     )
     linear: Tensor = found[0] if output_final_state else found
     if initial_state is not None:
         k, v = torch.cat([initial_state[1], k], 2), torch.cat([initial_state[2], v], 2)
     logits = torch.einsum("bhnd,hdm->bhnm", q.float(), meta.float()) * q.shape[-1] ** -0.5
-    near = _window()(q, k, v, memory=logits.logsumexp(-1), window=window)
+    own: dict[str, Any] = {} if packed is None else {"doc": packed.number[None].int()}
+    near = _window(packed is not None)(q, k, v, memory=logits.logsumexp(-1), window=window, **own)
     out = (linear + alpha * near).to(q.dtype)
     seen = max(k.shape[2] - (window - 1), 0)
     return (out, (found[1], k[:, :, seen:], v[:, :, seen:])) if output_final_state else out
@@ -79,15 +89,16 @@ def _gated() -> LinearOp:
 
 
 @functools.cache
-def _window() -> AttentionOp:
+def _window(packed: bool) -> AttentionOp:
     def with_memory(score, row, b, h, q_idx, memory):
         top = ac.maximum(row.max(score), memory[b, h, q_idx])
         p = ac.exp(score - top)
         return p / (row.sum(p) + ac.exp(memory[b, h, q_idx] - top))
 
+    seen = ac.causal & ac.sliding_window("window")
     variant = ac.Variant(
-        name="lizard_window",
-        mask=ac.causal & ac.sliding_window("window"),
+        name=f"lizard_window{'_packed' * packed}",
+        mask=seen & ac.document("doc") if packed else seen,
         normalizer=with_memory,
         inputs={"memory": ac.Input("b", "h", "q_idx", grad=True)},
     )

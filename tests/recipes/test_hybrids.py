@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attncc import recipes
+from attncc.errors import InputError
 from tests.recipes.test_recipes import DTYPES, agree
 from tests.variants.by_hand import draw, rep
 
@@ -64,6 +67,39 @@ def test_lizard_goes_on():
         return torch.cat(parts, 2)
 
     agree(in_parts, lambda *x: lizard_by_hand(*x, 9), of_lizard(), tolerance=2e-5)
+
+
+#: of packed sequences
+ENDS = (0, 5, 22, N)
+
+
+def packed_agrees(recipe, tensors, learned):
+    """Each sequence by itself, with gradients."""
+    leaves = [x.float().requires_grad_() for x in (*tensors, *learned)]
+    cut, rest = leaves[: len(tensors)], leaves[len(tensors) :]
+    exact = torch.cat([recipe(*(x[:, :, lo:hi] for x in cut), *rest) for lo, hi in pairwise(ENDS)], 2)
+    out = recipe(*leaves, cu_seqlens=torch.tensor(ENDS))
+    cotangent = torch.randn_like(out)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(x, leaves, cotangent) for x in (out, exact)]
+    torch.testing.assert_close(*grads, rtol=2e-4, atol=2e-4)
+
+
+def test_packed_lizard():
+    tensors = of_lizard()
+    packed_agrees(lambda *x, **more: recipes.lizard(*x, window=9, **more), tensors[:4], tensors[4:])
+    with pytest.raises(InputError, match="packed sequences have no state here"):
+        recipes.lizard(*tensors, output_final_state=True, cu_seqlens=torch.tensor(ENDS))
+
+
+def test_packed_infini():
+    tensors = [draw(1, 2, N, 8), draw(1, 1, N, 8, seed=1), draw(1, 1, N, 12, seed=2)]
+    packed_agrees(lambda *x, **more: recipes.infini(*x, segment=8, **more), tensors, [draw(2, seed=3)])
+    given = [*(x.float() for x in tensors), draw(2, seed=3).float()]
+    _, state = recipes.infini(*given, segment=8, cu_seqlens=torch.tensor(ENDS), output_final_state=True)
+    last = [x[:, :, ENDS[-2] :] for x in given[:3]]
+    _, alone = recipes.infini(*last, given[3], segment=8, output_final_state=True)
+    torch.testing.assert_close([x[-1:] for x in state], list(alone))
 
 
 def infini_by_hand(q, k, v, beta, segment, delta):
