@@ -116,6 +116,7 @@ def _compile(
         "SPLIT": True,
         "SPLITS": max(tiling.splits, 1),
         "BLOCK_S": 32,
+        "OVERLAP": device.overlaps_kernels,
         "SUM_DQ": True,
         "COUNT": 1,
     }

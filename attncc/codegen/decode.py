@@ -44,7 +44,7 @@ def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
         "packed": plan.packs_heads,
         "states": states,
         "merge": merge,
-        "helpers": f["helpers"] | merge["helpers"],
+        "helpers": f["helpers"] | merge["helpers"] | {"_others_may_start"},
     }
 
 

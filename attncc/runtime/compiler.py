@@ -25,14 +25,16 @@ from attncc.runtime.specialize import ALIGNED, Signature
 
 @dataclass(frozen=True)
 class Binary:
-    """A kernel for one architecture: a cubin, its entry's name, warps and bytes of shared memory a program, and what
-    the compiler decided of each tensor descriptor among its arguments."""
+    """A kernel for one architecture: a cubin, its entry's name, warps and bytes of shared memory a program, what the
+    compiler decided of each tensor descriptor among its arguments, and whether it may start before the kernel in front
+    of it has ended."""
 
     name: str
     image: bytes
     warps: int
     shared: int
     boxes: tuple[Mapping[str, Any], ...] = ()
+    early: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for the cache."""
@@ -42,18 +44,20 @@ class Binary:
             "warps": self.warps,
             "shared": self.shared,
             "boxes": list(self.boxes),
+            "early": self.early,
             "image": base64.b64encode(self.image).decode(),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Binary | None:
         """The inverse of `to_json`; None for something else."""
-        name, warps, shared, boxes, image = (data.get(key) for key in ("name", "warps", "shared", "boxes", "image"))
+        keys = ("name", "warps", "shared", "boxes", "early", "image")
+        name, warps, shared, boxes, early, image = (data.get(key) for key in keys)
         if not (isinstance(name, str) and isinstance(image, str) and isinstance(boxes, list)):
             return None
-        if type(warps) is not int or type(shared) is not int:
+        if type(warps) is not int or type(shared) is not int or type(early) is not bool:
             return None
-        return cls(name, base64.b64decode(image), warps, shared, tuple(boxes))
+        return cls(name, base64.b64decode(image), warps, shared, tuple(boxes), early)
 
 
 #: what can be launched: a binary, or a kernel that only Triton's own launcher can start
@@ -79,7 +83,8 @@ def compile_kernel(kernel: Any, signature: Signature, target: GPUTarget) -> Comp
                 # the few kernels in Gluon are looked through by tests, which is not quick: they are long
                 if target.arch == 90 and not kernel.is_gluon():
                     image = sound(facts.name, ptx, image)
-                return Binary(facts.name, image, facts.num_warps, facts.shared, tuple(facts.tensordesc_meta or ()))
+                boxes = tuple(facts.tensordesc_meta or ())
+                return Binary(facts.name, image, facts.num_warps, facts.shared, boxes, bool(facts.launch_pdl))
         return triton.compile(source, target=target, options=options)
 
 
@@ -113,7 +118,7 @@ def _is_plain(facts: Any, signature: Signature) -> bool:
     """Can a launch pass all that the kernel takes? Not scratch memory, clusters, descriptors that are taken apart."""
     described = sum(kind.startswith("tensordesc") for kind in signature.types)
     scratch = facts.global_scratch_size or facts.profile_scratch_size
-    special = facts.num_ctas != 1 or facts.launch_cooperative_grid or facts.launch_pdl
+    special = facts.num_ctas != 1 or facts.launch_cooperative_grid
     return not scratch and not special and len(facts.tensordesc_meta or ()) == described
 
 

@@ -35,6 +35,34 @@ _ELEMENTS = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 _MAP_BYTES, _MAP_ALIGNED = 128, 64
 _L2_PROMOTION_128_BYTES = 2
 _ONE = ctypes.c_uint(1)
+_MAY_START_EARLY = 6
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: its number, and a value of 64 bytes, of which a flag has the first four."""
+
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("_pad", ctypes.c_char * 4),
+        ("flag", ctypes.c_int),
+        ("_rest", ctypes.c_char * 60),
+    ]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    ]
+
+
+_EARLY = _Attribute(id=_MAY_START_EARLY, flag=1)
 
 
 @cache
@@ -44,9 +72,10 @@ def _driver() -> Any:
 
 
 class Function:
-    """A kernel on one device, loaded into the driver. `warps` of 32 threads and `shared` bytes a program."""
+    """A kernel on one device, loaded into the driver. `warps` of 32 threads and `shared` bytes a program; `early` where
+    its programs may start before the kernel in front of it has ended, and wait for that themselves."""
 
-    def __init__(self, image: bytes, name: str, warps: int, shared: int, device: int):
+    def __init__(self, image: bytes, name: str, warps: int, shared: int, device: int, early: bool = False):
         """Load `image`, a cubin; OutOfResources where the device has not what the kernel takes."""
         limit: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
         if shared > limit:
@@ -67,7 +96,7 @@ class Function:
         self.name = name
         self._handle = function
         self._threads, self._shared = ctypes.c_uint(32 * warps), ctypes.c_uint(shared)
-        self._launch = driver.cuLaunchKernel
+        self._launch = self._launch_early if early else driver.cuLaunchKernel
 
     def launch(self, grid: ctypes.c_uint, stream: ctypes.c_void_p, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
         """Queue `grid` programs on a stream. `arguments` are the addresses of the parameters' values, read at once."""
@@ -78,6 +107,15 @@ class Function:
             status = self._launch(self._handle, *sizes, stream, arguments, None)
         if status:
             _check(status, f"cannot launch {self.name}")
+
+    def _launch_early(self, handle: Any, grid: Any, *rest: Any) -> int:
+        """cuLaunchKernel, but the programs may start early."""
+        _, _, threads, _, _, shared, stream, arguments, extra = rest
+        one = (1, 1)
+        sizes = ((ctypes.c_uint * 3)(grid.value, *one), (ctypes.c_uint * 3)(threads.value, *one), shared)
+        config = _Config(*sizes, stream, ctypes.pointer(_EARLY), 1)
+        status: int = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, arguments, extra)
+        return status
 
 
 class Box:

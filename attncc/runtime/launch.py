@@ -133,7 +133,7 @@ class Launcher:
         found = self._functions.get(key)
         if found is None:
             found = self._functions.setdefault(
-                key, Function(binary.image, binary.name, binary.warps, binary.shared, device)
+                key, Function(binary.image, binary.name, binary.warps, binary.shared, device, binary.early)
             )
         return found
 

@@ -72,6 +72,11 @@ class Device:
         return self.tensor_tflops[dtype]
 
     @property
+    def overlaps_kernels(self) -> bool:
+        """Can a kernel's programs start before the kernel in front of it has ended (programmatic dependent launch)?"""
+        return self.backend == "cuda" and int(self.target.removeprefix("sm_")) >= 90
+
+    @property
     def is_interpreter(self) -> bool:
         """Whether this stands for Triton's interpreter on a CPU, which has no limits worth counting."""
         return self.backend == "cpu"
