@@ -11,8 +11,8 @@ from typing import Any
 
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.forward import NEGATIVE, end_slots, forward_slots
-from attncc.codegen.kernels import base_leaves, take
 from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.pairs import base_leaves, take
 from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
 from attncc.ir.levels import Level

@@ -128,10 +128,11 @@ def facts_of(plan: Plan) -> Facts:
 
 
 def _warps(plan: Plan, has_backward: bool) -> WarpWork:
+    from attncc.codegen.backward import split_slope
     from attncc.codegen.forward import vanishes
     from attncc.codegen.hopper_backward import no_backward
-    from attncc.codegen.kernels import base_leaves, split_slope
     from attncc.codegen.lower import Leaf, Lowering
+    from attncc.codegen.pairs import base_leaves
 
     def slope_of(part: Plan) -> Any:
         raw = {sym.RAW_SCORE: part.core["raw_score"].expr}

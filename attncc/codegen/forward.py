@@ -11,20 +11,12 @@ from typing import Any
 
 import sympy
 
+from attncc.codegen.backward import WHOLE
 from attncc.codegen.bounds import BoundLines, bound_lines
 from attncc.codegen.chunks import Chunk
-from attncc.codegen.kernels import (
-    WHOLE,
-    base_leaves,
-    blank_tile,
-    edge,
-    shown_masks,
-    similarity_slots,
-    take,
-    visible_lines,
-)
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
+from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import QUERY, SimilaritySlots
 from attncc.ir import symbols as sym

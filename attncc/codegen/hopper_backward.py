@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from attncc.codegen.backward import dkdv_slots, saw_a_key
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import kernel_arguments, refuse, tile_slots, translated
-from attncc.codegen.kernels import base_leaves, dkdv_slots, saw_a_key
 from attncc.codegen.lower import Lowering
+from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names
 from attncc.errors import UnsupportedError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from attncc.codegen.backward import dq_slots
 from attncc.codegen.chunks import chunks
 from attncc.codegen.hopper import kernel_arguments, tile_slots, translated
-from attncc.codegen.kernels import dq_slots
 from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names

@@ -8,9 +8,9 @@ from typing import Any
 import sympy
 
 from attncc.codegen.bounds import bound_lines
-from attncc.codegen.kernels import base_leaves as leaves_of
-from attncc.codegen.kernels import edge, take, visible_lines
 from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.pairs import base_leaves as leaves_of
+from attncc.codegen.pairs import edge, take, visible_lines
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc

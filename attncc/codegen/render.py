@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any, get_args
 
+from attncc.codegen.backward import cotangent_slots, dkdv_slots, dq_slots
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
 from attncc.codegen.components import WIDEST
@@ -17,18 +18,9 @@ from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.hopper_backward import by_row, finish_slots, hopper_backward_slots
 from attncc.codegen.hopper_dq import hopper_dq_slots
 from attncc.codegen.indices import collect_lines, input_arguments, nested_reads
-from attncc.codegen.kernels import (
-    base_leaves,
-    bounds_slots,
-    cotangent_slots,
-    distance_slots,
-    dkdv_slots,
-    dq_slots,
-    pair_slots,
-    summary_slots,
-    table_slots,
-)
+from attncc.codegen.kernels import bounds_slots, distance_slots, pair_slots, summary_slots, table_slots
 from attncc.codegen.names import coded
+from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import KEY, QUERY, SimilaritySlots, term_slots
 from attncc.codegen.statements import in_gluon

@@ -1,0 +1,362 @@
+"""The slots of the backward: what its kernels compute for a tile of pairs, and what a row's statistics pass back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from attncc.codegen.bounds import bound_lines
+from attncc.codegen.chunks import Chunk
+from attncc.codegen.components import gradient_slots
+from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
+from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
+from attncc.codegen.plan import InputGradient, Plan
+from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots
+from attncc.ir import symbols as sym
+from attncc.ir.levels import Level
+from attncc.ir.text import formula
+from attncc.passes.differentiate import DELTA, DP
+from attncc.passes.distances import INDICES, Tables
+from attncc.passes.fold import S
+from attncc.passes.stream import LSE
+from attncc.passes.tiles import TilePlan
+
+#: does a tile of a loop that has the cut ones first end inside the tensors?
+WHOLE = "phase == 1"
+#: the name of what dp is multiplied by in the cotangent of a score
+SLOPE = "slope"
+
+
+def _after_slots(
+    similarity: SimilaritySlots, side: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
+) -> dict[str, Any]:
+    """What the kernel that owns a side's gradient accumulates, and what it adds after the loop."""
+    looped = [(g.name, g.expr, g.vector) for g in similarity.looped(side)]
+    return {
+        "loop_back": gradient_slots(similarity.plan, similarity.flowing_loops, side is QUERY, looped, kernel, base),
+        "accumulators": similarity.accumulators(side, qk_chunks),
+        "accumulate": similarity.accumulate(side, qk_chunks),
+        "epilogue": similarity.epilogue(side, qk_chunks, kernel, base),
+        "passes_on": similarity.passes_on(side),
+        "vector_gradients": [g for g in similarity.gradients if g.side is side],
+    }
+
+
+def backward_leaves(plan: Plan) -> dict[str, Leaf]:
+    extra = {name: Leaf(name, Level.ROW) for name in plan.saved_names}
+    for part in plan.parts:
+        swept = (*part.backward.parts, *part.backward.cotangents)
+        extra |= {part.own(s.name): Leaf(part.own(s.name), Level.ROW) for s, _ in swept}
+    extra[DP.name] = Leaf("dp", Level.PAIR)
+    extra |= {part.own(DELTA.name): Leaf(part.own(DELTA.name), Level.ROW) for part in plan.parts}
+    return base_leaves(plan, extra)
+
+
+def tile_slots(
+    plan: Plan,
+    qk_chunks: tuple[Chunk, ...],
+    rows_first: bool,
+    wanted: list[InputGradient],
+    tile: TilePlan,
+    block: str,
+    edges: list[str],
+    inside: str,
+    in_loop: bool = True,
+    many_heads: bool = False,
+    settle: bool = False,
+    by_tile: bool = False,
+    hopper: bool = False,
+    factor: Any = None,
+) -> dict[str, Any]:
+    """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
+
+    settle: the kernel has whole rows, so that sums that depend on delta can be had for the exact one, those of terms
+    of the similarity, too. The stored delta is that of a rounded output, and where a cotangent is a small sum of large
+    terms, that shows.
+
+    in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
+    only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
+    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. factor: a
+    function of the query that meets the cotangents in a matmul.
+    """
+    tables = plan.tables if hopper else plan.tables.read
+    similarity, base = SimilaritySlots(plan), backward_leaves(plan)
+    leaves = {**base, **LEAVES, SLOPE: Leaf(SLOPE, Level.PAIR)}
+    blank = blank_tile(similarity, rows_first)
+    lowering = Lowering(
+        plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
+    )
+    lowering.whole = WHOLE if in_loop and not hopper else ""
+    shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
+    own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
+    # where v is part of k, one accumulator takes dk and dv
+    one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
+    computed = [
+        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables)
+        for (part, _, _), gradients in zip(shown, own, strict=True)
+    ]
+    settle = settle and len(plan.parts) == 1
+    settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle else []
+    for gradient in settled:
+        slope = tables.apart(_over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
+        computed[0].dreads.append(slope.xreplace(computed[0].inlined))
+        computed[0].names.append(f"{gradient.name}_by_delta_tile")
+    if settled:
+        computed[0].dreads.append(computed[0].weight * DP)
+        computed[0].names.append("out_dot_tile")
+    for (part, _, _), e in zip(shown, computed, strict=True):
+        lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
+    bounds = bound_lines(tile, lowering, block, inside, hopper)
+    chains = []
+    for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True)):
+        chains.append(_backward_chain(part, e, lowering, visible, edges if fresh or i == 0 else None, hopper))
+    after = lowering.after_loop()
+    final_lines, row_lines = [], []
+    for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
+        chain["dqk_scale"] = after.emit(part.tagged(part.backward.dqk_scale)) if one_scale else "1"
+        final_lines += take(after)
+        row_only = [g for g in gradients if g.row_only]
+        if row_only:
+            row_lines.append(f"{part.own('alive')} = {saw_a_key(part)}")
+        for gradient in row_only:
+            text = after.emit(part.tagged(part.folded.apply(gradient.expr)), Level.ROW)
+            row_lines += take(after)
+            row_lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
+    deltas = [part.own("delta") for part, _, _ in shown] if plan.needs_delta else []
+    saved = [part.own(name) for part, _, _ in shown for name in part.backward.pair_rows]
+    resident = QUERY if rows_first else KEY
+    return {
+        "bounds": bounds,
+        **similarity_slots(similarity, resident, qk_chunks, lowering, base),
+        **(_after_slots(similarity, resident, qk_chunks, lowering, base) if in_loop else {}),
+        "operand": similarity.made("operand", factor, QUERY, qk_chunks, lowering, base) if factor is not None else [],
+        "outer": lowering.outer,
+        "by_head": lowering.by_head,
+        "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight, *e.dsums.values(), *e.dreads))),
+        "tables": tables.count,
+        "chains": chains,
+        "final_lines": final_lines,
+        "row_lines": row_lines,
+        "saved": saved,
+        "deltas": deltas,
+        "rows": (*saved, *deltas),
+        "gradients": [g for g in wanted if not g.own],
+        "summed": [g for g in wanted if not g.row_only],
+        "settled": settled,
+        "helpers": lowering.helpers,
+    }
+
+
+@dataclass(frozen=True)
+class _Cotangents:
+    """What a backward kernel computes for one part, in the unit of its score. There is no score where the weight has it
+    inlined; `dsums` are the cotangents of qk (`ds`) and of other sums over the head dimension, by their names in a
+    kernel, and `names` those of the summed cotangents `dreads`."""
+
+    score: list[Any]
+    weight: Any
+    dsums: dict[str, Any]
+    dreads: list[Any]
+    names: list[str]
+    inlined: dict[Any, Any]
+
+
+def _backward_exprs(
+    part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool, by_tile: bool, tables: Tables
+) -> _Cotangents:
+    """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
+    accumulator."""
+    folded, backward = part.folded, part.backward
+    weight = folded.apply(backward.weight)
+    place = PLACE if by_tile else INDICES
+    score = tables.apart(folded.score, place)
+    score = split_distances(score) if by_tile else score
+    sums = {f"d{s.name}": e for s, e in backward.dsums}
+    if SimilaritySlots(part).has_dot:
+        sums = {part.own("ds"): backward.dqk if one_scale else backward.dqk * backward.dqk_scale, **sums}
+    names = list(sums) if in_loop else []
+    dsums = [tables.apart(_over_raw(part, sums[name]), place) for name in names]
+    summed = [g for g in gradients if not g.row_only]
+    dreads = [tables.apart(_over_raw(part, g.expr), place) for g in summed]
+    weight_alone = sympy.Dummy("weight")
+    outer = weight
+    others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
+    inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
+    if inlined:
+        # the weight alone reads the score: what both have of a row, or of a column, adds up before it meets a pair
+        whole = weight.xreplace({S: score})
+        weight, *others = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
+        dsums, dreads = others[: len(names)], others[len(names) :]
+    return _Cotangents(
+        [] if inlined else [part.tagged(score)],
+        part.tagged(weight),
+        dict(zip(names, map(part.tagged, dsums), strict=True)),
+        [part.tagged(e) for e in dreads],
+        [f"{g.name}_tile" for g in summed],
+        {outer: weight},
+    )
+
+
+def _over_raw(part: Plan, expr: Any) -> Any:
+    """A formula over the raw score in terms of q k and the kernel's score."""
+    return part.folded.apply(expr.xreplace({sym.RAW_SCORE: part.core["raw_score"].expr}))
+
+
+def _backward_chain(
+    part: Plan,
+    exprs: _Cotangents,
+    lowering: Lowering,
+    visible: str,
+    edges: list[str] | None,
+    slope_apart: bool = False,
+) -> dict[str, Any]:
+    """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already.
+    slope_apart: what dp is multiplied by in ds is a value of its own, computed with the weight; and `dp` stands for
+    dp - delta, where they occur in no other way (`less_delta`). `flows`: is ds ever other than 0? With a weight that is
+    a step function of the score it is not, and a matmul of zeros is left out."""
+    score = next((lowering.tile(e) for e in exprs.score), None)
+    mask = part.graph["mask"].expr
+    shown = visible_lines(lowering, mask, edges, visible) if edges is not None else []
+    score_lines = take(lowering)
+    lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
+    dsums, dreads, less_delta = dict(exprs.dsums), list(exprs.dreads), False
+    flows = dsums.get(part.own("ds")) != 0
+    dsums = {name: e for name, e in dsums.items() if e != 0}
+    settled = {}
+    if slope_apart:
+        less = [e.xreplace({DP: DP + DELTA}) for e in (*dsums.values(), *dreads)]
+        less_delta = any(e.has(DELTA) for e in dsums.values()) and not any(e.has(DELTA) for e in less)
+        if less_delta:
+            dsums, dreads = dict(zip(dsums, less, strict=False)), less[len(dsums) :]
+        for name, e in dsums.items():
+            dsums[name], settled[name] = _over_slope(e, lowering, exprs.weight)
+    weight_lines = take(lowering)
+    hide = []
+    for name, expr in (*dsums.items(), *zip(exprs.names, dreads, strict=True)):
+        lowering.assign(name, expr, Level.PAIR)
+        if settled.get(name) is None:  # what a hidden slope multiplies is finite
+            hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
+    return {
+        "tag": part.tag,
+        "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
+        "score": score,
+        "score_lines": score_lines,
+        "visible": visible,
+        "show": shown,
+        "weight_lines": weight_lines,
+        "flows": flows,
+        "slope": SLOPE in settled.values(),
+        "grad_lines": take(lowering),
+        "hide": hide,
+        "less_delta": less_delta,
+    }
+
+
+def split_slope(dscore: Any) -> tuple[Any, Any] | None:
+    """A score's cotangent as its slope and what that is multiplied by, which hangs on dp and delta alone; None where it
+    is no such product."""
+    late = [f for f in sympy.Mul.make_args(dscore) if {DP, DELTA} & f.free_symbols]
+    if not late or any(f.free_symbols - {DP, DELTA} for f in late):
+        return None
+    return dscore / sympy.Mul(*late), sympy.Mul(*late)
+
+
+def _over_slope(dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str | None]:
+    """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, and the name
+    of that; the cotangent as it is, and None, where it is no such multiple."""
+    found = split_slope(dscore)
+    if found is None or lowering.level_of(found[0]) != Level.PAIR:
+        return dscore, None
+    slope, rest = found
+    if slope == weight:
+        return dscore, "p"
+    lowering.assign(SLOPE, slope, Level.PAIR)
+    return sympy.Symbol(SLOPE, real=True) * rest, SLOPE
+
+
+def saw_a_key(part: Plan) -> str:
+    """In the backward, whether a row saw any key: its lse is finite, or its other statistics are not all 0, or -inf
+    where reverse mode reads them."""
+    names = part.saved_names
+    if part.own(LSE.name) in names or (part.by_reverse and names):
+        return f'{names[0]} > float("-inf")'
+    return " | ".join(f"({n} != 0.0)" for n in names) or "q_idx < q_len"
+
+
+def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
+    """Slots of cotangents.py.j2: the sums that a part's gradient through row statistics needs, and the cotangents of
+    those."""
+    folded, backward, mask = part.folded, part.backward, part.graph["mask"].expr
+    similarity, base = SimilaritySlots(plan), backward_leaves(plan)
+    score = part.tagged(folded.score)
+    parts = {part.own(s.name): part.tagged(_over_raw(part, e)) for s, e in backward.parts}
+    blank = blank_tile(similarity, rows_first=True)
+    lowering = Lowering(plan.core, base, running=frozenset(parts), blank=blank)
+    lowering.count([score, mask, *parts.values()])
+    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len")
+    score_text = lowering.tile(score)
+    visible = visible_lines(lowering, mask, [edge("kv_idx", True)])
+    score_lines = take(lowering)
+    for name, expr in parts.items():
+        lowering.assign(f"{name}_tile", expr, Level.PAIR)
+    part_lines = take(lowering)
+    after = lowering.after_loop()
+    cotangents = [(part.own(s.name), part.tagged(folded.apply(e))) for s, e in backward.cotangents]
+    texts = {name: after.emit(e, Level.ROW) for name, e in cotangents}
+    rows = [part.own(s.name) for s, _ in backward.saved]
+    return {
+        "name": f"cotangents{part.tag}_kernel",
+        "tag": part.tag,
+        "branch": part.branch,
+        "mask": formula(mask),
+        "bounds": bounds,
+        **similarity_slots(similarity, QUERY, qk_chunks, lowering, base),
+        "outer": lowering.outer,
+        "score": score_text,
+        "score_lines": score_lines,
+        "visible": visible,
+        "part_lines": part_lines,
+        "hide": [f"{name}_tile = tl.where(visible, {name}_tile, 0.0)" for name in parts],
+        "final_lines": take(after),
+        "loaded": (*rows, *((part.own("delta"),) if backward.sweep_needs_delta else ())),
+        "parts": tuple(parts),
+        "cotangents": tuple(texts),
+        "texts": texts,
+        "needs_dp": any(DP in e.free_symbols for _, e in backward.parts),
+        "alive": saw_a_key(part),
+        "helpers": lowering.helpers,
+    }
+
+
+def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False) -> dict[str, Any]:
+    """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits.
+
+    hopper: for a kernel in which several groups of warps share a block of keys."""
+    wanted = [g for g in plan.gradients if g.kind == "col"]
+    edges = [edge("q_idx", False), edge("kv_idx", False)]
+    inside = "kv_idx < kv_len"
+    slots = tile_slots(
+        *(plan, qk_chunks, False, wanted, plan.over_queries, "BLOCK_M", edges, inside),
+        many_heads=True,
+        by_tile=by_tile,
+        hopper=hopper,
+    )
+    return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
+
+
+def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False) -> dict[str, Any]:
+    """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`.
+
+    hopper: for a kernel in which several groups of warps share a block of queries, and which has dQ alone."""
+    wanted = [] if hopper else [g for g in plan.gradients if g.kind in ("program", "row")]
+    edges = [edge("kv_idx", True)]
+    inside = "q_idx < q_len"
+    return tile_slots(
+        *(plan, qk_chunks, True, wanted, plan.over_keys, "BLOCK_N", edges, inside),
+        settle=not hopper,
+        by_tile=by_tile,
+        hopper=hopper,
+    )

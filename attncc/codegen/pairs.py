@@ -1,0 +1,87 @@
+"""What the slots of all kernels share that visit tiles of pairs: the values that formulas may use, what the mask hides,
+and the matmuls of the scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from attncc.codegen.chunks import Chunk
+from attncc.codegen.components import loop_slots
+from attncc.codegen.lower import Leaf, Lowering
+from attncc.codegen.plan import Plan
+from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots
+from attncc.ir.levels import Level
+from attncc.passes.fold import LN2, S
+from attncc.passes.tiles import hides_what_lies_past_the_keys
+
+
+def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
+    """What every kernel's formulas may use: indices, lengths, scalars, and the sums over the head dimension."""
+    program = {"b": "b", "h": "h", "h_kv": "h_kv", "q_len": "q_len", "kv_len": "kv_len", "num_heads": "heads"}
+    leaves = {name: Leaf(text, Level.PROGRAM) for name, text in program.items()}
+    leaves["scale"] = Leaf("scale", Level.PROGRAM)
+    leaves[LN2.name] = Leaf("ln2", Level.PROGRAM)
+    for scalar in plan.graph.scalars:
+        leaves[scalar.name] = Leaf(scalar.name, Level.PROGRAM)
+    leaves["q_idx"] = Leaf("q_idx", Level.ROW)
+    leaves["kv_idx"] = Leaf("kv_idx", Level.COL)
+    for part in plan.parts:
+        found = part.similarity
+        for name in ("qk", S.name, *(dot.name for dot in found.dots), *(loop.name for loop in found.loops)):
+            leaves[part.own(name)] = Leaf(part.own(name), Level.PAIR)
+    return {**leaves, **extra}
+
+
+def visible_lines(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
+    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts. What rows past q_len see is
+    no matter: a kernel hides them by an edge of their own, or has whole rows and stores none of those."""
+    scope = lowering.branch()
+    needless = {edge("kv_idx", first) for first in (True, False)} if hides_what_lies_past_the_keys(mask) else set()
+    conditions = [e for e in edges if e not in needless]
+    if mask is not sympy.true:
+        conditions.append(scope.emit(mask, Level.PAIR))
+        lowering.set_aside(scope)
+    return [*scope.body, f"{name} = {' & '.join(conditions)}"]
+
+
+def shown_masks(plan: Plan) -> list[tuple[Plan, str, bool]]:
+    """Each part with the name of what its mask shows, and whether that is computed for it: equal masks share it."""
+    own = len(plan.masks) > 1
+    return [(part, part.own("visible") if own else "visible", own or i == 0) for i, part in enumerate(plan.parts)]
+
+
+def edge(axis: str, rows_first: bool) -> str:
+    length = {"q_idx": "q_len", "kv_idx": "kv_len"}[axis]
+    first = (axis == "q_idx") == rows_first
+    return f"({axis} < {length}){'[:, None]' if first else '[None, :]'}"
+
+
+def blank_tile(similarity: SimilaritySlots, rows_first: bool) -> str:
+    """A tile of zeros."""
+    if similarity.has_dot:
+        return "tl.zeros_like(qk)"
+    return f"tl.zeros([{'BLOCK_M, BLOCK_N' if rows_first else 'BLOCK_N, BLOCK_M'}], tl.float32)"
+
+
+def similarity_slots(
+    similarity: SimilaritySlots, resident: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
+) -> dict[str, Any]:
+    """The matmuls of a tile's scores. `resident` is the side whose tile stays while the other streams."""
+    streamed = KEY if resident is QUERY else QUERY
+    return {
+        "has_dot": similarity.has_dot,
+        "reads_q": similarity.loads(QUERY),
+        "reads_k": similarity.loads(KEY),
+        "resident_operands": similarity.operands(resident, qk_chunks, kernel, base),
+        "streamed_operands": similarity.operands(streamed, qk_chunks, kernel, base),
+        "dots": similarity.dots(qk_chunks, rows_first=resident is QUERY),
+        "loop": loop_slots(similarity.plan, similarity.found.loops, resident is QUERY, kernel, base),
+    }
+
+
+def take(lowering: Lowering) -> list[str]:
+    lines = list(lowering.body)
+    lowering.body.clear()
+    return lines
