@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from attncc.codegen.crosscompile import CompiledKernel
     from attncc.ir.graph import VariantGraph
     from attncc.schedule.device import Device
+    from attncc.schedule.problem import Backend as Language
     from attncc.schedule.problem import Dtype as Precise
 
 
@@ -85,7 +86,7 @@ def command(
       attncc compile --mask "kv_idx <= q_idx" --target gfx942
       attncc compile causal --target h100 --emit ptx -o causal.ptx
     """
-    from attncc.codegen.crosscompile import cross_compile
+    from attncc.codegen.crosscompile import cross_compile, spilled
     from attncc.codegen.module import load_source
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
@@ -93,6 +94,7 @@ def command(
     from attncc.runtime.explain import explained_device, sizes_of
     from attncc.schedule.cache import Cache
     from attncc.schedule.choose import backend_of, choose
+    from attncc.schedule.spills import note_spills
 
     if emit is not Emit.triton and output is None:
         raise InputError(
@@ -109,10 +111,16 @@ def command(
         return
     plan = Plan(graph)
     problem = problem_of(plan, sizes, dtype.value, "ieee", scalars(graph, settings))
-    schedule = choose(problem, device, Cache(), backend.value if backend else None)
-    source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)
-    module = load_source(source, graph.name)
-    kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)
+    cache = Cache()
+    asked: Language | None = backend.value if backend else None
+    schedule, looked_at = choose(problem, device, cache, asked), None
+    while schedule != looked_at:  # what spills is noted, and may be chosen no more
+        source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)
+        module = load_source(source, graph.name)
+        kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)
+        if schedule.origin != "tuned":
+            note_spills(spilled(kernels, schedule), problem, device, cache)
+        schedule, looked_at = choose(problem, device, cache, asked), schedule
     written = _write(emit, output, source, kernels)
     used = {"forward": schedule.forward, "decode": schedule.forward, "dkdv": schedule.dkdv, "dq": schedule.dq}
     chosen = {name: str(used[stem]) if (stem := name.removesuffix("_kernel")) in used else "" for name in kernels}

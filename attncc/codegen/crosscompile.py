@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -16,14 +13,16 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attncc.codegen.launch import launch_meta
+from attncc.codegen.launch import kernel_of, launch_meta
+from attncc.codegen.names import written
+from attncc.codegen.usage import usage_of_amdgcn, usage_of_cubin
 from attncc.codegen.wgmma import Fault, wgmma_faults
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.schedule import hopper
 from attncc.schedule.device import Device
 from attncc.schedule.light import light_tilings
-from attncc.schedule.problem import Dtype, KernelSchedule, Precision, Schedule
+from attncc.schedule.problem import Dtype, Kernel, KernelSchedule, Precision, Schedule
 
 TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 #: what merges the parts of a row is launched the same way for all schedules
@@ -123,8 +122,9 @@ def _compile(
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    inputs = {d.name.upper() + "_PTR": d for d in graph.inputs}
-    scalars = {s.name: "i32" if s.is_int else "fp32" for s in graph.scalars}
+    names = written(graph)
+    inputs = {names[d.name].upper() + "_PTR": d for d in graph.inputs}
+    scalars = {names[s.name]: "i32" if s.is_int else "fp32" for s in graph.scalars}
     for i, parameter in enumerate(kernel.params):
         p = parameter.name
         if parameter.is_constexpr:
@@ -165,16 +165,14 @@ def _gluon_source() -> Any:
 
 
 def _tiling(name: str, schedule: Schedule) -> Any:
-    for kernel in ("forward", "dkdv", "dq"):
-        if name == f"{kernel}_kernel":
-            return schedule.of(kernel)
+    kernel = kernel_of(name)
+    if kernel is not None:
+        return schedule.of(kernel)
     for loop, tiling in light_tilings(schedule).items():
         if name.startswith(f"{loop}_"):
             return tiling
     if name.startswith("cotangents"):
         return schedule.dq
-    if name == "decode_kernel":
-        return schedule.forward
     if name == "dq_of_rows_kernel":
         return DQ_OF_ROWS
     if name == "merge_kernel":
@@ -220,23 +218,14 @@ def resources(name: str, result: Any, device: Device) -> CompiledKernel:
     shared = int(result.metadata.shared)
     if device.backend == "hip":
         text = result.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count:\s*(\d+)", text)
-        spills = 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text)
-        return CompiledKernel(name, registers, spills, shared, text, result.asm["hsaco"], "amdgcn")
-    registers, spills = _cubin_usage(result.asm["cubin"])
-    return CompiledKernel(name, registers, spills, shared, result.asm["ptx"], result.asm["cubin"], "ptx")
+        usage = usage_of_amdgcn(text)
+        return CompiledKernel(name, usage.registers, usage.spills, shared, text, result.asm["hsaco"], "amdgcn")
+    ptx, image = result.asm["ptx"], result.asm["cubin"]
+    usage = usage_of_cubin(image, ptx)
+    return CompiledKernel(name, usage.registers, usage.spills, shared, ptx, image, "ptx")
 
 
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else 0
-
-
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers a thread, bytes of stack a thread) as the assembler recorded them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return _number(r"REG:(\d+)", usage.stdout), _number(r"STACK:(\d+)", usage.stdout)
+def spilled(kernels: Mapping[str, CompiledKernel], schedule: Schedule) -> dict[tuple[Kernel, KernelSchedule], int]:
+    """What kernels that were compiled with a schedule spill, as the scheduler takes note of it."""
+    found = ((kernel_of(name), kernel) for name, kernel in kernels.items())
+    return {(kernel, schedule.of(kernel)): compiled.spills for kernel, compiled in found if kernel is not None}

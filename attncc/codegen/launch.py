@@ -10,6 +10,12 @@ from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
 EVEN_REGISTERS = {2: 168, 3: 128}
 
 
+def kernel_of(name: str) -> Kernel | None:
+    """Which of the scheduler's kernels a generated one is; None for those that are tiled like another."""
+    known: dict[str, Kernel] = {"forward": "forward", "decode": "forward", "dkdv": "dkdv", "dq": "dq"}
+    return known.get(name.removesuffix("_kernel"))
+
+
 def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward") -> dict[str, int]:
     """A kernel's schedule in the words of its launch. A Gluon forward has as many programs as `device` has SMs; a Gluon
     backward sums dQ unless it is told otherwise, or heads are wide, and `splits` programs have a group's heads."""

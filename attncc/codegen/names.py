@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
-from attncc.ir.graph import Stage
+from attncc.ir.graph import Stage, VariantGraph
 from attncc.resources import path
 
 _INPUT, _SCALAR = "in_", "num_"
@@ -41,10 +41,9 @@ def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
     Nearly always this is the plan as it is. Where one name is taken all get a prefix, so that their order stays.
     """
     graph = plan.graph
-    names = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
-    if not any(taken(name) for name in names):
-        return plan, {name: name for name in names}
-    new = {d.name: _INPUT + d.name for d in graph.inputs} | {s.name: _SCALAR + s.name for s in graph.scalars}
+    new = written(graph)
+    if all(before == after for before, after in new.items()):
+        return plan, new
     symbols = {}
     for d in graph.inputs:
         is_int = d.dtype == "int"
@@ -58,6 +57,14 @@ def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
     extra = plan.extra.xreplace(symbols) if plan.extra is not None else None
     changed = graph.changed(stages=stages, inputs=inputs, scalars=scalars, outputs=outputs)
     return Plan(changed, extra=extra), {after: before for before, after in new.items()}
+
+
+def written(graph: VariantGraph) -> dict[str, str]:
+    """What each input and scalar is called in generated code, by the user's name."""
+    names = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
+    if not any(taken(name) for name in names):
+        return {name: name for name in names}
+    return {d.name: _INPUT + d.name for d in graph.inputs} | {s.name: _SCALAR + s.name for s in graph.scalars}
 
 
 @functools.cache

@@ -33,10 +33,10 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(compilers.MOST, thread_name_prefix="attncc-compile")
 
 
-_under_way: set[Future[None]] = set()
+_under_way: set[Future[Any]] = set()
 
 
-def start(work: Callable[..., None], *arguments: Any) -> Future[None]:
+def start(work: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """Let a thread compile."""
     future = pool().submit(work, *arguments)
     _under_way.add(future)

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import JITFunction
 
+from attncc.codegen.usage import usage_of_amdgcn, usage_of_cubin
 from attncc.runtime.assembler import sound
 from attncc.runtime.interpreter import compiling
 from attncc.runtime.lines import without_lines
@@ -25,14 +26,15 @@ from attncc.runtime.specialize import ALIGNED, Signature
 
 @dataclass(frozen=True)
 class Binary:
-    """A kernel for one architecture: a cubin, its entry's name, warps and bytes of shared memory a program, what the
-    compiler decided of each tensor descriptor among its arguments, and whether it may start before the kernel in front
-    of it has ended."""
+    """A kernel for one architecture: a cubin, its entry's name, warps and bytes of shared memory a program, bytes that
+    a thread spills, what the compiler decided of each tensor descriptor among its arguments, and whether it may start
+    before the kernel in front of it has ended."""
 
     name: str
     image: bytes
     warps: int
     shared: int
+    spills: int
     boxes: tuple[Mapping[str, Any], ...] = ()
     early: bool = False
 
@@ -43,6 +45,7 @@ class Binary:
             "name": self.name,
             "warps": self.warps,
             "shared": self.shared,
+            "spills": self.spills,
             "boxes": list(self.boxes),
             "early": self.early,
             "image": base64.b64encode(self.image).decode(),
@@ -51,17 +54,27 @@ class Binary:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Binary | None:
         """The inverse of `to_json`; None for something else."""
-        keys = ("name", "warps", "shared", "boxes", "early", "image")
-        name, warps, shared, boxes, early, image = (data.get(key) for key in keys)
+        name, boxes, early, image = (data.get(key) for key in ("name", "boxes", "early", "image"))
+        warps, shared, spills = (data.get(key) for key in ("warps", "shared", "spills"))
         if not (isinstance(name, str) and isinstance(image, str) and isinstance(boxes, list)):
             return None
-        if type(warps) is not int or type(shared) is not int or type(early) is not bool:
+        if type(warps) is not int or type(shared) is not int or type(spills) is not int or type(early) is not bool:
             return None
-        return cls(name, base64.b64decode(image), warps, shared, tuple(boxes), early)
+        return cls(name, base64.b64decode(image), warps, shared, spills, tuple(boxes), early)
 
 
 #: what can be launched: a binary, or a kernel that only Triton's own launcher can start
 Compiled: TypeAlias = Binary | CompiledKernel
+
+
+def spilled_bytes(compiled: Compiled) -> int:
+    """Bytes a thread that a kernel spills."""
+    if isinstance(compiled, Binary):
+        return compiled.spills
+    if "amdgcn" in compiled.asm:
+        return usage_of_amdgcn(compiled.asm["amdgcn"]).spills
+    return usage_of_cubin(compiled.asm["cubin"], compiled.asm["ptx"]).spills
+
 
 #: held by the thread that is in Triton's front end, which is Python: side by side several would take turns, and the
 #: kernel that a call waits for, the first, would be as late as the last
@@ -83,8 +96,10 @@ def compile_kernel(kernel: Any, signature: Signature, target: GPUTarget) -> Comp
                 # the few kernels in Gluon are looked through by tests, which is not quick: they are long
                 if target.arch == 90 and not kernel.is_gluon():
                     image = sound(facts.name, ptx, image)
+                spills = usage_of_cubin(image, ptx).spills
                 boxes = tuple(facts.tensordesc_meta or ())
-                return Binary(facts.name, image, facts.num_warps, facts.shared, boxes, bool(facts.launch_pdl))
+                early = bool(facts.launch_pdl)
+                return Binary(facts.name, image, facts.num_warps, facts.shared, spills, boxes, early)
         return triton.compile(source, target=target, options=options)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -17,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attncc.codegen.facts import Facts
-from attncc.codegen.launch import in_fixed_order, schedule_meta
+from attncc.codegen.launch import in_fixed_order, kernel_of, schedule_meta
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
@@ -28,6 +30,7 @@ from attncc.passes.differentiate import PairCotangents
 from attncc.resources import fingerprint
 from attncc.runtime import interpreter
 from attncc.runtime.launch import Launcher, collect, ghost, watched
+from attncc.runtime.prepared import Prepared, spills_anew
 from attncc.runtime.recordings import Recordings, capturing, keep
 from attncc.runtime.replay import Recording, key_of, record
 from attncc.runtime.shapes import Bound, bind
@@ -37,24 +40,14 @@ from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of, loads_boxes
 from attncc.schedule.hopper_backward import queries
-from attncc.schedule.problem import Backend, Dtype, Form, Precision, Problem, Schedule
+from attncc.schedule.problem import Backend, Dtype, Form, Kernel, Precision, Problem, Schedule
+from attncc.schedule.spills import with_known_spills
 
 _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
     torch.float16: ("fp16", tl.float16),
     torch.bfloat16: ("bf16", tl.bfloat16),
     torch.float32: ("fp32", tl.float32),
 }
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a kind of call needs: the module, the schedule in launch words, and the constants of the kernels."""
-
-    module: ModuleType
-    schedule: Schedule
-    meta: dict[str, dict[str, int]]
-    options: dict[str, Any]
-    interpreted: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ class Engine:
         self._recordings = Recordings(at_once=True)  # of backwards, whose kernels compile while the forward runs
         self._seen: dict[Any, None] = {}  # kinds of calls that came once
         self._opaque: set[Any] = set()  # forwards that cannot be replayed
-        self._warmed: set[Any] = set()
+        self._warmed: dict[Any, dict[Kernel, Future[Any]]] = {}
         self._lock = threading.RLock()
 
     def sibling(self, graph: VariantGraph, extra: PairCotangents) -> Engine:
@@ -242,19 +235,68 @@ class Engine:
         meta = _meta(schedule, problem, target)
         if backward == "gluon" and ordered:
             meta["dkdv"] = in_fixed_order(meta["dkdv"])
-        return Prepared(module, schedule, meta, dot_options(dtype, precision, target), interpreted)
+        guessed = self._fixed is None and schedule.origin != "tuned" and not interpreted
+        chosen_for = (with_known_spills(problem, target, self.cache), target) if guessed else None
+        options = dot_options(dtype, precision, target)
+        return Prepared(module, schedule, meta, options, interpreted, chosen_for)
 
-    def warm(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
-        """Start to compile what this call launches, all kernels side by side; once for each kind."""
-        ranks = tuple((x.dtype, x.shape[-1:] == (1,), x.requires_grad) for x in bound.tensors.values())
-        kind = (id(prepared.module), q.dtype, q.device, str(prepared.meta), str(prepared.options), ranks, backward)
+    def _ready(
+        self,
+        kernels: tuple[Kernel, ...],
+        bound: Bound,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backward: bool,
+        wanted: tuple[str, ...] | None = None,
+    ) -> Prepared:
+        """`prepare`, with all kernels on their way; where one of `kernels`, which are to be launched now, turns out to
+        spill, another tiling may take its place before any call has seen it."""
+        prepared = self.prepare(bound, q, k, v)
+        if prepared.interpreted:
+            return prepared
+        self.warm(prepared, bound, q, k, v, backward, wanted)
+        while spills_anew(prepared, kernels, self.cache):
+            with self._lock:
+                self._prepared = {key: found for key, found in self._prepared.items() if found is not prepared}
+            prepared = self.prepare(bound, q, k, v)
+            self.warm(prepared, bound, q, k, v, backward, wanted)
+        return prepared
+
+    def warm(
+        self,
+        prepared: Prepared,
+        bound: Bound,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backward: bool,
+        wanted: tuple[str, ...] | None = None,
+    ) -> None:
+        """Start to compile what this call launches, all kernels side by side; once for each kind. `wanted`: inputs
+        whose gradients are computed, those that require them if None."""
+        if wanted is None:
+            wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad) if backward else ()
+        ranks = tuple((x.dtype, x.shape[-1:] == (1,)) for x in bound.tensors.values())
+        words = str(prepared.meta), str(prepared.options)
+        kind = (id(prepared.module), q.dtype, q.device, words, ranks, backward, wanted)
         with self._lock:
-            if kind in self._warmed:
-                return
-            self._warmed.add(kind)
-        collect(lambda: self.host_code(prepared, bound, q, k, v, backward), q.get_device())
+            if kind not in self._warmed:
+                run = partial(self.host_code, prepared, bound, q, k, v, backward, wanted)
+                started = collect(run, q.get_device())
+                self._warmed[kind] = {of: future for name, future in started if (of := kernel_of(name)) is not None}
+            prepared.started.update(self._warmed[kind])
 
-    def host_code(self, prepared: Prepared, bound: Bound, q: Tensor, k: Tensor, v: Tensor, backward: bool) -> None:
+    def host_code(
+        self,
+        prepared: Prepared,
+        bound: Bound,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        backward: bool,
+        wanted: tuple[str, ...] | None = None,
+    ) -> None:
         """Run the module's host code on ghosts of a call's tensors, for what notes its launches; see `collect`."""
         ghosts = [ghost(x) for x in (q, k, v)]
         inputs = [*map(ghost, bound.tensors.values()), *bound.scalars.values(), bound.scale]
@@ -263,14 +305,13 @@ class Engine:
         if backward:
             results = dict(zip(self.plan.facts.results, rows, strict=True))
             saved = tuple(results[name] for name in self.plan.facts.saved)
-            wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
+            if wanted is None:
+                wanted = tuple(n for n, x in bound.tensors.items() if x.requires_grad)
             module.backward(*ghosts, *inputs, out, saved, out, None, wanted, meta, options)
 
     def forward(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False) -> tuple[Tensor, ...]:
         """out, then the plan's results in their order. `then_backward`: compile the backward meanwhile."""
-        prepared = self.prepare(bound, q, k, v)
-        if not prepared.interpreted:
-            self.warm(prepared, bound, q, k, v, then_backward and self.plan.facts.has_backward)
+        prepared = self._ready(("forward",), bound, q, k, v, then_backward and self.plan.facts.has_backward)
         with on_device(q.device):
             return cast(
                 tuple[Tensor, ...],
@@ -321,8 +362,8 @@ class Engine:
         if key in self._opaque or key not in self._seen:
             keep(self._seen, key, None)
             return self.forward(bound, q, k, v, then_backward)
-        prepared = self.prepare(bound, q, k, v)
-        self.warm(prepared, bound, q, k, v, then_backward and self.plan.facts.has_backward)  # before anything is noted
+        # before anything is noted
+        self._ready(("forward",), bound, q, k, v, then_backward and self.plan.facts.has_backward)
         given = [bound.tensors[name] for name in names]
         defaults = [x for name, x in bound.tensors.items() if name not in names]
         results, recording = record(lambda: self.forward(bound, q, k, v, then_backward), [q, k, v, *given], defaults)
@@ -373,7 +414,7 @@ class Engine:
         """dq, dk, dv, then the gradient of each differentiable input in the graph's order; None where it is not
         wanted."""
         self.plan.refuse_gradients()
-        prepared = self.prepare(bound, q, k, v)
+        prepared = self._ready(("dkdv", "dq"), bound, q, k, v, True, wanted)
         with on_device(q.device):
             return cast(
                 tuple[Tensor, ...],

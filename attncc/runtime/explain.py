@@ -33,6 +33,7 @@ from attncc.schedule.hopper_backward import wide
 from attncc.schedule.memory import shared_memory
 from attncc.schedule.problem import KERNELS, Backend, Dtype, Kernel, KernelSchedule, Precision, Problem, Schedule
 from attncc.schedule.registers import registers
+from attncc.schedule.spills import with_known_spills
 
 #: candidates of a kernel that are shown
 SHOWN = 5
@@ -102,7 +103,7 @@ def facts(
         near = difflib.get_close_matches(unknown[0], [*known, *_OPTIONS], n=1)
         remedy = f"did you mean '{near[0]}'?" if near else None
         raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'", remedy=remedy)
-    problem = problem_of(plan, sizes, dtype, precision, numbers)
+    problem = with_known_spills(problem_of(plan, sizes, dtype, precision, numbers), device, cache)
     given = schedule is not None
     schedule = schedule or choose(problem, device, cache, backend)
     return {
@@ -228,6 +229,8 @@ def _kernel(
     full, mixed, total = decode.visited(chosen, problem)
     order = ranked(kernel, problem, device, _compared(kernel, chosen, device, backend))
     entries = [(ks, prediction) for ks, prediction in order[:shown]]
+    # those that were compiled and left are the first ones that a reader asks for
+    entries += [(ks, prediction) for ks, prediction in order[shown:] if problem.spilled(kernel, ks)][:shown]
     if chosen not in [ks for ks, _ in entries]:
         entries.append((chosen, predict(kernel, chosen, problem, device)))
     return {
@@ -263,6 +266,7 @@ def _candidate(
         "terms": dict(prediction.terms),
         "shared_bytes": shared_memory(kernel, ks, problem, device),
         "registers_estimate": min(registers(kernel, ks, problem, device), device.regs_per_thread_max),
+        "spilled_bytes": problem.spilled(kernel, ks),
     }
 
 

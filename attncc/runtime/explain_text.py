@@ -139,8 +139,14 @@ def _candidate_lines(candidates: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"{'->' if c['chosen'] else '  '} {_block(ks):>{width}} {ks.num_warps:>5} {ks.num_stages:>6} "
             f"{_us(c['us']):>5} {c['shared_bytes'] / 1024:>3.0f}K {c['registers_estimate']:>4} {' '.join(times)}"
+            f"{_spilled(c['spilled_bytes'])}"
         )
     return [line.rstrip() for line in lines]
+
+
+def _spilled(count: int) -> str:
+    """What a kernel that was compiled was seen to spill."""
+    return f"  spills {count} bytes" if count else ""
 
 
 def _us(time: float) -> str:

@@ -88,7 +88,7 @@ class Launcher:
     def __init__(self, digest: str, cache: Cache):
         self.binaries = Binaries(digest, cache)
         self._functions: dict[tuple[int, int], Function] = {}
-        self._warming: dict[int, list[Future[None]]] = {}
+        self._warming: dict[int, list[Future[Any]]] = {}
 
     def __call__(self, kernel: Any, grid: int, arguments: Sequence[Any], meta: Mapping[str, Any]) -> None:
         """Run a kernel on a one-dimensional grid of the current device."""
@@ -119,14 +119,16 @@ class Launcher:
         if trace.tape is not None:
             trace.tape.launched(call)
 
-    def begin(self, kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any], device: int) -> None:
+    def begin(
+        self, kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any], device: int
+    ) -> Future[Compiled] | Future[Any]:
         """Start to compile what such a launch needs, unless it is there."""
         special = signature(kernel, arguments, meta) if bypasses(kernel) else None
         if special is not None:
-            self.binaries.begin(kernel, special, current_target(device))
-        else:
-            future = start(_warm_up, kernel, arguments, meta, device)
-            self._warming.setdefault(id(kernel), []).append(future)
+            return self.binaries.begin(kernel, special, current_target(device))
+        future = start(_warm_up, kernel, arguments, meta, device)
+        self._warming.setdefault(id(kernel), []).append(future)
+        return future
 
     def _function(self, binary: Binary, device: int) -> Function:
         key = (id(binary), device)  # binaries live as long as their module
@@ -138,11 +140,12 @@ class Launcher:
         return found
 
 
-def _warm_up(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any], device: int) -> None:
+def _warm_up(kernel: Any, arguments: Sequence[Any], meta: Mapping[str, Any], device: int) -> Any:
     """Compile a kernel in Triton's own way, with the C code that launches it."""
     with torch.cuda.device(device), compiling():
         compiled = kernel.warmup(*arguments, grid=(1,), **meta)
         compiled.run  # noqa: B018  a property that loads the kernel
+    return compiled
 
 
 def launch_compiled(compiled: Any, grid: int, stream: int, arguments: Sequence[Any]) -> None:
@@ -177,7 +180,8 @@ def launches(run: Callable[[], object]) -> list[Job]:
         trace.jobs = None
 
 
-def collect(run: Callable[[], object], device: int) -> None:
-    """Run host code for its launches alone, and start to compile each of its kernels."""
-    for job in launches(run):
-        job.launcher.begin(job.kernel, job.arguments, job.meta, device)
+def collect(run: Callable[[], object], device: int) -> list[tuple[str, Future[Any]]]:
+    """Run host code for its launches alone, and start to compile each of its kernels: their names, and what comes."""
+    return [
+        (job.kernel.__name__, job.launcher.begin(job.kernel, job.arguments, job.meta, device)) for job in launches(run)
+    ]

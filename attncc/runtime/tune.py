@@ -20,11 +20,11 @@ from attncc.language.variant import Variant
 from attncc.runtime import yardstick
 from attncc.runtime.binaries import settle
 from attncc.runtime.compiler import current_target
-from attncc.runtime.engine import Prepared
 from attncc.runtime.fullsize import FullSize
 from attncc.runtime.gputime import median_us
 from attncc.runtime.launch import launches
 from attncc.runtime.op import AttentionOp
+from attncc.runtime.prepared import Prepared
 from attncc.runtime.race import BATCH, LostDeviceError, TrialError
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import Bound, bind, value_of

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 FORMAT = "attncc-cache-1"
-KINDS = ("schedule", "facts", "source", "kernel")
+KINDS = ("schedule", "facts", "source", "kernel", "spills")
 LOCK_SECONDS = 10.0
 _KEY = re.compile(r"[0-9a-f]{64}")
 

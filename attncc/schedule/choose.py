@@ -15,10 +15,11 @@ from attncc.errors import AttnccWarning
 from attncc.schedule import decode, hopper
 from attncc.schedule.cache import Cache, bucket, cache_key
 from attncc.schedule.candidates import candidates
-from attncc.schedule.cost import ranked
+from attncc.schedule.cost import expected_us, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
 from attncc.schedule.problem import KERNELS, Backend, Kernel, KernelSchedule, Problem, Schedule
+from attncc.schedule.spills import with_known_spills
 
 # What a row of a shipped table may ask of a problem; what it leaves out fits every problem, but for branches: those are
 # other kernels, and a row that says nothing of them is of one.
@@ -31,14 +32,16 @@ def choose(problem: Problem, device: Device, cache: Cache | None = None, backend
     `backend` is the one that the caller asks for, or None for that of `backend_of`; where Gluon has no kernel, Triton's
     is taken. Kernels of a measured schedule that are in another backend are replaced by the model's choice; but where
     the backend is left to us, none of a schedule for which both raced, as for every tuned one. Nothing is measured and
-    nothing compiled. ScheduleError if no tiling of a kernel fits.
+    nothing compiled; but what was not measured for this very formula is left for the next candidate where `cache` says
+    that its kernel spills. ScheduleError if no tiling of a kernel fits.
     """
     tuned = _tuned(problem, device, cache)
     if tuned is not None and backend is None:
         return tuned
-    found, raced = (tuned, False) if tuned is not None else _shipped(problem, device)
-    if found is not None and raced and backend is None:
+    found, matched = (tuned, frozenset({"digest"})) if tuned is not None else _shipped(problem, device)
+    if found is not None and "q_bucket" in matched and backend is None:
         return found
+    problem = with_known_spills(problem, device, cache)
     if found is None:
         found = Schedule(
             forward=first_choice("forward", problem, device, backend),
@@ -51,6 +54,10 @@ def choose(problem: Problem, device: Device, cache: Cache | None = None, backend
         wanted, _ = backend_of(kernel, problem, device, backend)
         if found.of(kernel).backend != wanted:
             found = replace(found, origin="model", **{kernel: first_choice(kernel, problem, device, wanted)})
+    for name in KERNELS if "digest" not in matched else ():
+        if problem.spilled(name, found.of(name)):
+            other = first_choice(name, problem, device, found.of(name).backend)
+            found = replace(found, origin=found.origin, **{name: other})
     return found
 
 
@@ -104,12 +111,17 @@ def backend_of(
     name = hopper.template(kernel, problem)
     if name not in device.gluon:
         return "triton", f"{device.name}.toml does not name {name} under gluon: not measured"
-    gluon = ranked(kernel, problem, device, "gluon")[0][1].us
-    triton = ranked(kernel, problem, device, "triton")[0][1].us
+    gluon = _best_us(kernel, problem, device, "gluon")
+    triton = _best_us(kernel, problem, device, "triton")
     if kernel == "dkdv":  # that of Gluon makes dQ, too
-        triton += ranked("dq", problem, device, "triton")[0][1].us
+        triton += _best_us("dq", problem, device, "triton")
     times = f"predicted {gluon:.1f} us in Gluon, {triton:.1f} in Triton"
     return ("gluon" if gluon <= triton else "triton"), times
+
+
+def _best_us(kernel: Kernel, problem: Problem, device: Device, backend: Backend) -> float:
+    ks, prediction = ranked(kernel, problem, device, backend)[0]
+    return expected_us(kernel, ks, prediction, problem)
 
 
 def schedule_key(problem: Problem, device: Device) -> str:
@@ -171,9 +183,9 @@ def _measured_here(value: dict[str, Any], problem: Problem) -> bool:
     return {**here, "kv_len": 0} == {**there, "kv_len": 0} and len(set(keys)) == 1
 
 
-def _shipped(problem: Problem, device: Device) -> tuple[Schedule | None, bool]:
-    """The row of the shipped tables that fits `problem` most narrowly, if any does, and whether both backends raced for
-    it: those that name lengths are from such races."""
+def _shipped(problem: Problem, device: Device) -> tuple[Schedule | None, frozenset[str]]:
+    """The row of the shipped tables that fits `problem` most narrowly, if any does, and what it matches on: for those
+    that name lengths both backends raced."""
     facts = _facts(problem)
     fitting = [
         (sum(name in row["match"] for name in MATCHED), number, row)
@@ -181,13 +193,13 @@ def _shipped(problem: Problem, device: Device) -> tuple[Schedule | None, bool]:
         if all(facts.get(name, 1) == wanted for name, wanted in {"branches": 1, **row["match"]}.items())
     ]
     if not fitting:
-        return None, False
+        return None, frozenset()
     row = max(fitting, key=lambda entry: entry[:2])[2]
     found = _usable(row["schedule"], problem, device, f"a shipped schedule of {device.name}", "shipped")
     if found is None:
-        return None, False
-    raced = "q_bucket" in row["match"]
-    return (_dealt if raced else _for_few_rows)(found, problem, device), raced
+        return None, frozenset()
+    matched = frozenset(row["match"])
+    return (_dealt if "q_bucket" in matched else _for_few_rows)(found, problem, device), matched
 
 
 def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any) -> Schedule | None:

@@ -29,7 +29,7 @@ from attncc.schedule.memory import (
     warp_grid,
 )
 from attncc.schedule.model import model
-from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, alike
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]
@@ -38,6 +38,9 @@ _LIMITS: tuple[Limit, ...] = ("tensor", "sfu", "alu", "memory", "launch")
 # Rows that a matmul in tensor memory takes at once: 64 take as long.
 TCGEN05_ROWS = 128
 FIT = model().triton
+REGISTER_BYTES = 4
+# Tilings of a kernel that are compiled for one that does not spill.
+SPILLS_SEEN = 4
 # Matmuls of a tile.
 MATMULS = {"forward": 2, "dkdv": 4, "dq": 3, "pair": 2}
 
@@ -115,18 +118,37 @@ def ranked(
     `candidates`.
 
     Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
-    On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow.
+    On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow. Those
+    that were seen to spill count as slower still, and tell by how much the estimate is too low for this formula; when
+    as many as `SPILLS_SEEN` were, the best of them is first.
     Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
+    seen = {alike(ks): problem.spilled(kernel, ks) for ks, _ in found if problem.spilled(kernel, ks)}
+    missing = max((_missing(kernel, ks, count, problem, device) for ks, count in seen.items()), default=0.0)
 
-    def order(entry: tuple[KernelSchedule, Prediction]) -> tuple[bool, float]:
+    def order(entry: tuple[KernelSchedule, Prediction]) -> tuple[bool, bool, float]:
         ks, prediction = entry
-        if not spilled_registers(kernel, ks, problem, device):
-            return False, prediction.us
-        return instruction(kernel, ks, problem, device) != "wgmma", FIT.spill_risk * prediction.us
+        if problem.spilled(kernel, ks):
+            return False, False, expected_us(kernel, ks, prediction, problem)
+        expected = registers(kernel, ks, problem, device) + missing > register_limit(ks, device)
+        certain = instruction(kernel, ks, problem, device) == "wgmma"
+        us = FIT.spill_risk * prediction.us if expected else prediction.us
+        return len(seen) >= SPILLS_SEEN, expected and not certain, us
 
     return tuple(sorted(found, key=order))
+
+
+def _missing(kernel: Kernel, ks: KernelSchedule, spilled: int, problem: Problem, device: Device) -> float:
+    """Registers that the estimate of a kernel lacks which was seen to spill so many bytes."""
+    wanted = register_limit(ks, device) + spilled / REGISTER_BYTES
+    return max(wanted - registers(kernel, ks, problem, device), 0.0)
+
+
+def expected_us(kernel: Kernel, ks: KernelSchedule, prediction: Prediction, problem: Problem) -> float:
+    """The predicted time with what the kernel was seen to spill."""
+    seen = problem.spilled(kernel, ks)
+    return prediction.us * (FIT.spill_seen + seen / FIT.spill_bytes if seen else 1.0)
 
 
 def _programs(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:

@@ -29,6 +29,8 @@ class TritonFit:
     side_by_side: float
     spill_accesses: float
     spill_risk: float
+    spill_seen: float
+    spill_bytes: float
     cache_share: float
 
     def waiting(self, stages: int) -> float:

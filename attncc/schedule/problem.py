@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import Any, Literal, Self, get_args
 
@@ -149,7 +149,8 @@ class Problem:
     `digest` is the variant's IR digest; with none, no tuned schedule is looked up. `branches`: how many scores a pair
     has, each over its own part of d_qk. `pairs`: some input has a gradient with an entry a pair, so there is a pair
     kernel to schedule. `values`: heads of v that each weight meets; `value_of_key`: v is the first part of k, and is
-    not loaded for itself.
+    not loaded for itself. `spills`: tilings of which compiled kernels were seen to spill, with the bytes a thread;
+    those that are alike are named once (`alike`).
     """
 
     dtype: Dtype
@@ -167,6 +168,7 @@ class Problem:
     pairs: bool = True
     values: int = 1
     value_of_key: bool = False
+    spills: frozenset[tuple[Kernel, KernelSchedule, int]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
@@ -178,6 +180,10 @@ class Problem:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.heads % self.kv_heads:
             raise InputError(f"{self.heads} query heads are no multiple of {self.kv_heads} key/value heads")
+
+    def spilled(self, kernel: Kernel, ks: KernelSchedule) -> int:
+        """Bytes a thread that this tiling of a kernel was seen to spill; 0 where nobody saw any."""
+        return next((count for name, known, count in self.spills if name == kernel and known == alike(ks)), 0)
 
     @property
     def qk_chunks(self) -> tuple[int, ...]:
@@ -287,6 +293,13 @@ class Schedule:
         pair = None if data["pair"] is None else KernelSchedule.from_json(data["pair"])
         kernels = {kernel: KernelSchedule.from_json(data[kernel]) for kernel in KERNELS}
         return cls(origin=data["origin"], pair=pair, **kernels)
+
+
+def alike(ks: KernelSchedule) -> KernelSchedule:
+    """What stands for all tilings whose code has the same registers: in how many parts keys or heads are dealt is an
+    argument, and so is the number of stages in Gluon."""
+    ks = replace(ks, splits=min(ks.splits, 1))
+    return replace(ks, num_stages=1) if ks.backend == "gluon" else ks
 
 
 @cache

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from attncc.codegen import crosscompile
+
 SMALL = ("--head-dim", "32", "--q-len", "128")
 
 
@@ -58,3 +60,26 @@ def test_a_language_that_has_no_kernel_is_said(attncc):
     assert "forward is in Triton: Gluon kernels are for sm_90, and this is sm_80" in result.stderr
     assert "dkdv is in Triton" in result.stderr
     assert "in Triton" not in attncc("compile", "causal", "--target", "a100", "--head-dim", "32").stderr
+
+
+def test_a_kernel_that_spills_is_compiled_with_another_tiling_and_explained(attncc, spec, monkeypatch):
+    tilings = []
+
+    def compiled(module, graph, schedule, *rest, **options):
+        tilings.append(schedule.dkdv)
+        spills = 40 if len(tilings) == 1 else 0
+        return {"dkdv_kernel": crosscompile.CompiledKernel("dkdv_kernel", 255, spills, 1024, "", b"", "ptx")}
+
+    monkeypatch.setattr(crosscompile, "cross_compile", compiled)
+    words = (str(spec), "--target", "a100", *SMALL)
+    found = json.loads(attncc("compile", *words, "--json").stdout)
+    first, second = tilings
+    assert found["schedule"]["dkdv"] == second.to_json() != first.to_json()
+    assert found["kernels"]["dkdv_kernel"]["spill_bytes"] == 0
+    explained = json.loads(attncc("explain", *words, "--json").stdout)["kernels"]["dkdv"]
+    assert explained["chosen"] == second.to_json()
+    assert [c["spilled_bytes"] for c in explained["candidates"] if c["schedule"] == first.to_json()] == [40]
+    assert attncc("explain", *words).stdout.count("spills 40 bytes") == 1
+    tilings.clear()
+    attncc("compile", *words)
+    assert tilings[0] == second  # what was found out is kept

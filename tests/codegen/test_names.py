@@ -10,6 +10,8 @@ import torch
 
 import attncc as ac
 from attncc import variants
+from attncc.codegen import crosscompile
+from attncc.codegen.module import load_source
 from attncc.codegen.names import coded, taken
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
@@ -18,6 +20,7 @@ from attncc.codegen.texts import HINTS
 from attncc.language.stages import cannot_name
 from attncc.language.textform import from_texts
 from attncc.runtime.reference import reference
+from attncc.schedule import KernelSchedule, Schedule, device_for
 
 #: values that the lowering names itself, where no leaf has the name
 _FRESH = {*HINTS.values(), "holds", "product", "shifted", "value", "scale_log2", "q_pos"}
@@ -92,3 +95,22 @@ def test_a_standalone_module_with_such_a_name_is_python():
     op = ac.compile(ac.loads_toml('[stages]\nscore = "score * meta"\n[scalars]\nmeta = 0.3'))
     assert "num_meta" in op.source(32)
     ast.parse(op.source(32))
+
+
+def test_such_a_name_has_its_own_type_where_there_is_no_gpu(monkeypatch):
+    """Integers are no floats, for a register as for a comparison."""
+    variant = ac.loads_toml(
+        '[stages]\nscore = "score * meta"\nmask = "batch[b, kv_idx] == batch[b, q_idx] + other"\n'
+        '[inputs]\nbatch = { index = ["b", "kv_idx"], dtype = "int" }\n[scalars]\nmeta = 0.3\nother = 1'
+    )
+    signatures = []
+    monkeypatch.setattr(crosscompile.triton, "compile", lambda source, **options: signatures.append(source.signature))
+    monkeypatch.setattr(crosscompile, "resources", lambda name, result, device: None)
+    tiling = KernelSchedule(64, 64, 4, 2)
+    module = load_source(ac.compile(variant).source(32), "names")
+    only = ("forward_kernel",)
+    crosscompile.cross_compile(
+        module, variant.graph, Schedule(tiling, tiling, tiling), device_for("sm_80"), "bf16", only=only
+    )
+    (types,) = signatures
+    assert (types["IN_BATCH_PTR"], types["num_meta"], types["num_other"]) == ("*i32", "fp32", "i32")

@@ -1,0 +1,49 @@
+"""What a kind of call is launched with, and a look at its kernels once they are compiled."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from attncc.runtime.compiler import spilled_bytes
+from attncc.schedule.cache import Cache
+from attncc.schedule.device import Device
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem, Schedule
+from attncc.schedule.spills import note_spills
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a kind of call needs: the module, the schedule in launch words, and the constants of the kernels.
+
+    `chosen_for`: the problem and device of a schedule that nobody gave or measured here. `started`: kernels that are
+    compiled, or will be soon.
+    """
+
+    module: ModuleType
+    schedule: Schedule
+    meta: dict[str, dict[str, int]]
+    options: dict[str, Any]
+    interpreted: bool
+    chosen_for: tuple[Problem, Device] | None = None
+    started: dict[Kernel, Future[Any]] = field(default_factory=dict)
+
+
+def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -> bool:
+    """Does one of these kernels spill, which nobody knew when its tiling was chosen? It is noted. Waits until they are
+    compiled."""
+    if prepared.chosen_for is None:
+        return False
+    problem, device = prepared.chosen_for
+    found: dict[tuple[Kernel, KernelSchedule], int] = {}
+    for kernel in kernels:
+        tiling, started = prepared.schedule.of(kernel), prepared.started.get(kernel)
+        # what does not compile fails again at its launch, with its reason
+        if started is not None and started.exception() is None and not problem.spilled(kernel, tiling):
+            found[kernel, tiling] = spilled_bytes(started.result())
+    if not any(found.values()):
+        return False
+    note_spills(found, problem, device, cache)
+    return True

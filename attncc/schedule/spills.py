@@ -1,0 +1,70 @@
+"""What compiled kernels were seen to spill: facts beside the estimate of registers, which is off by a few at times.
+
+A kernel that a formula got by the model alone is looked at when it is compiled. If it spills, that is noted in the
+cache, and the ranking knows better: the next candidate is taken where the model predicts it hardly slower. So a choice
+depends on what is noted, which `attncc compile` and calls do alike; neither compiles anything only to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from attncc.resources import fingerprint
+from attncc.schedule.cache import Cache, cache_key
+from attncc.schedule.device import Device
+from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Problem, alike
+
+Seen = Mapping[tuple[Kernel, KernelSchedule], int]
+
+
+def with_known_spills(problem: Problem, device: Device, cache: Cache | None) -> Problem:
+    """The problem with what was seen of its kernels on such a device."""
+    if cache is None or not problem.digest or device.is_interpreter:
+        return problem
+    value = cache.get(_key(problem, device))
+    return problem if value is None else replace(problem, spills=_read(value))
+
+
+def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> None:
+    """Keep what compiled kernels spill, in bytes a thread, beside what is known; tilings that spill nothing are left
+    out."""
+    spilling = {(kernel, alike(ks)): count for (kernel, ks), count in found.items() if count}
+    if not spilling or not problem.digest:
+        return
+
+    def joined(value: Mapping[str, Any] | None) -> dict[str, Any]:
+        known = {(kernel, ks): count for kernel, ks, count in (_read(value) if value else ())}
+        rows = [
+            {"kernel": kernel, "tiling": ks.to_json(), "bytes": count}
+            for (kernel, ks), count in sorted({**known, **spilling}.items(), key=str)
+        ]
+        return {"kind": "spills", "what": f"{problem.digest[:12]} {device.target}", "spills": rows}
+
+    cache.update(_key(problem, device), joined)
+
+
+def _read(value: Mapping[str, Any]) -> frozenset[tuple[Kernel, KernelSchedule, int]]:
+    """What an entry says; nothing where it says something else."""
+    try:
+        rows = [(row["kernel"], KernelSchedule.from_json(row["tiling"]), row["bytes"]) for row in value["spills"]]
+    except (KeyError, TypeError, ValueError):
+        return frozenset()
+    return frozenset(row for row in rows if row[0] in KERNELS and type(row[2]) is int)
+
+
+def _key(problem: Problem, device: Device) -> str:
+    """What registers depend on: the code, and what is compiled into it. Lengths are not."""
+    return cache_key(
+        kind="spills",
+        code=fingerprint(),
+        target=device.target,
+        digest=problem.digest,
+        dtype=problem.dtype,
+        precision=problem.precision,
+        d_qk=problem.d_qk,
+        d_v=problem.d_v,
+        group=problem.group,
+        values=problem.values,
+    )

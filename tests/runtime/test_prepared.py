@@ -1,0 +1,92 @@
+"""A kernel that spills is not launched where another tiling is as good, without a GPU: what is compiled is made up."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import attncc as ac
+from attncc.runtime import engine as engines
+from attncc.runtime.shapes import bind
+from attncc.schedule import Cache, choose, device_for
+
+A100 = device_for("a100")
+KERNELS = ("forward", "dkdv", "dq")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The schedules whose kernels were compiled, in order; `spills` says what those of one spill, by kernel."""
+    found = SimpleNamespace(schedules=[], spills=lambda number, kernel: 0)
+
+    def collect(run, device):
+        found.schedules.append(run.args[0].schedule)  # of host_code(prepared, ...)
+        number = len(found.schedules) - 1
+        started = []
+        for kernel in KERNELS:
+            future = Future()
+            future.set_result(found.spills(number, kernel))
+            started.append((f"{kernel}_kernel", future))
+        return started
+
+    monkeypatch.setattr(engines, "device_of", lambda device: A100)
+    monkeypatch.setattr(engines, "collect", collect)
+    monkeypatch.setattr("attncc.runtime.prepared.spilled_bytes", lambda count: count)
+    return found
+
+
+def ready(op, *kernels):
+    q, k, v = (torch.empty(1, 2, 256, 64, dtype=torch.bfloat16) for _ in range(3))
+    return op.engine._ready(kernels, bind(op.engine.graph, q, k, v, None, {}), q, k, v, True)
+
+
+def first_choice(op):
+    return ready(op).schedule
+
+
+def test_a_kernel_that_spills_nothing_is_launched(compiled):
+    op = ac.compile("causal", plan="parallel")
+    assert ready(op, *KERNELS) is ready(op, *KERNELS)
+    assert len(compiled.schedules) == 1
+
+
+def test_the_next_tiling_is_taken_in_this_process_and_the_next(compiled):
+    op = ac.compile("causal", plan="parallel")
+    compiled.spills = lambda number, kernel: 64 if (number, kernel) == (0, "dkdv") else 0
+    before = first_choice(op)
+    assert ready(op, "forward").schedule == before  # nobody has asked for a backward
+    after = ready(op, "dkdv", "dq").schedule
+    assert after.dkdv != before.dkdv
+    assert (after.forward, after.dq) == (before.forward, before.dq)
+    assert ready(op, *KERNELS).schedule == after == first_choice(ac.compile("causal", plan="parallel"))
+    problem, device = ready(op).chosen_for
+    assert choose(problem, device, Cache()) == after  # what `attncc compile` and `explain` ask
+
+
+def test_where_all_spill_the_search_ends(compiled):
+    op = ac.compile("causal", plan="parallel")
+    compiled.spills = lambda number, kernel: 64
+    chosen = ready(op, *KERNELS)
+    assert 1 < len(compiled.schedules) < 12
+    assert ready(op, *KERNELS) is chosen
+
+
+def test_a_schedule_that_was_given_is_taken_as_it_is(compiled):
+    given = first_choice(ac.compile("causal", plan="parallel"))
+    compiled.spills = lambda number, kernel: 64
+    op = ac.compile("causal", plan="parallel", schedule=given)
+    assert ready(op, *KERNELS).schedule == given
+    assert not Cache().list() or all(entry.kind != "spills" for entry in Cache().list())
+
+
+def test_what_does_not_compile_is_left_to_its_launch(compiled, monkeypatch):
+    def failed(run, device):
+        future = Future()
+        future.set_exception(RuntimeError("no"))
+        return [(f"{kernel}_kernel", future) for kernel in KERNELS]
+
+    monkeypatch.setattr(engines, "collect", failed)
+    assert ready(ac.compile("causal", plan="parallel"), *KERNELS).schedule.origin == "model"

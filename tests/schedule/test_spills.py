@@ -1,0 +1,112 @@
+"""Kernels that were seen to spill, and the choice that knows of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from attncc.schedule import Cache, KernelSchedule, choose, device_for
+from attncc.schedule import spills as notes
+from attncc.schedule.choose import backend_of
+from attncc.schedule.cost import SPILLS_SEEN, ranked
+from attncc.schedule.problem import alike
+from attncc.schedule.registers import register_limit, registers
+from attncc.schedule.spills import note_spills, with_known_spills
+
+from .problems import problem
+
+A100 = device_for("a100")
+MEASURED = replace(device_for("h100"), gluon=("forward", "dkdv"))
+WORK = problem(digest="d" * 64)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path)
+
+
+def seen(found, cache, work=WORK, device=A100):
+    note_spills(found, work, device, cache)
+    return with_known_spills(work, device, cache)
+
+
+def test_what_spills_leaves_its_place_to_the_next(cache):
+    first, second = (ks for ks, _ in ranked("forward", WORK, A100)[:2])
+    assert choose(WORK, A100, cache).forward == first
+    note_spills({("forward", first): 8, ("dq", first): 0}, WORK, A100, cache)
+    again = choose(WORK, A100, cache)
+    assert again.forward == second
+    assert again.dq == choose(WORK, A100).dq
+    assert again.origin == "model"
+    assert choose(WORK, device_for("l4"), cache).forward == choose(WORK, device_for("l4")).forward
+    other = replace(WORK, digest="e" * 64)
+    assert choose(other, A100, cache) == choose(other, A100)
+
+
+def test_notes_add_up_and_say_how_much(cache):
+    first, second = (ks for ks, _ in ranked("forward", WORK, A100)[:2])
+    seen({("forward", first): 8}, cache)
+    known = seen({("forward", second): 24}, cache)
+    assert (known.spilled("forward", first), known.spilled("forward", second)) == (8, 24)
+    assert known.spilled("dkdv", first) == 0
+    assert with_known_spills(replace(WORK, kv_len=512, q_len=512), A100, cache).spills == known.spills
+
+
+def test_a_little_is_kept_where_all_else_is_slow(cache):
+    """One tile, of which the stages do not matter, and Triton's two kernels instead of one."""
+    best = ranked("dkdv", WORK, MEASURED, "gluon")[0][0]
+    known = seen({("dkdv", best): 16}, cache, device=MEASURED)
+    assert backend_of("dkdv", known, MEASURED)[0] == "gluon"
+    assert choose(WORK, MEASURED, cache).dkdv == best
+    known = seen({("dkdv", best): 8192}, cache, device=MEASURED)
+    assert backend_of("dkdv", known, MEASURED)[0] == "triton"
+
+
+def test_tilings_that_differ_in_arguments_alone_are_alike():
+    gluon = KernelSchedule(64, 128, 8, 2, "gluon")
+    assert alike(replace(gluon, num_stages=3)) == alike(gluon) != alike(replace(gluon, splits=4))
+    assert alike(replace(gluon, splits=2)) == alike(replace(gluon, splits=4))
+    triton = KernelSchedule(64, 128, 8, 2)
+    assert alike(replace(triton, num_stages=3)) != alike(triton)
+
+
+def test_the_search_ends(cache):
+    """Of as many as were seen to spill the best one is taken, and no other is compiled."""
+    for count in range(1, SPILLS_SEEN + 3):
+        chosen = choose(WORK, A100, cache).forward
+        note_spills({("forward", chosen): 8 * count}, WORK, A100, cache)
+    known = with_known_spills(WORK, A100, cache)
+    assert len(known.spills) == SPILLS_SEEN
+    assert known.spilled("forward", choose(WORK, A100, cache).forward)
+
+
+def test_a_note_that_cannot_be_read_says_nothing(cache):
+    seen({("forward", ranked("forward", WORK, A100)[0][0]): 8}, cache)
+    (entry,) = cache.list()
+    for rows in (None, [{"kernel": "forward"}], [{"kernel": "forward", "tiling": {}, "bytes": 8}], [7]):
+        cache.put(entry.key, {"kind": "spills", "spills": rows})
+        assert not with_known_spills(WORK, A100, cache).spills
+        assert choose(WORK, A100, cache) == choose(WORK, A100)
+
+
+def test_other_code_forgets(cache, monkeypatch):
+    first = ranked("forward", WORK, A100)[0][0]
+    assert seen({("forward", first): 8}, cache).spills
+    monkeypatch.setattr(notes, "fingerprint", lambda: "changed")
+    assert not with_known_spills(WORK, A100, cache).spills
+
+
+def test_one_that_spills_tells_of_others(cache):
+    """The estimate was too low: tilings that want about as many registers are expected to spill as well."""
+    first = ranked("dq", WORK, A100)[0][0]
+    limit = register_limit(first, A100)
+    short = limit - registers("dq", first, WORK, A100)
+    assert short >= 0
+    known = seen({("dq", first): 40}, cache)
+    chosen = ranked("dq", known, A100)[0][0]
+    assert registers("dq", chosen, WORK, A100) + short + 10 <= limit
+    assert any(
+        registers("dq", ks, WORK, A100) + short + 10 > limit >= registers("dq", ks, WORK, A100)
+        for ks, _ in ranked("dq", WORK, A100)
+    )
