@@ -119,8 +119,8 @@ def ranked(
 
     Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
     On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow. Those
-    that were seen to spill count as slower still, and tell by how much the estimate is too low for this formula; when
-    as many as `SPILLS_SEEN` were, the best of them is first.
+    that were seen to spill count as slower still, and tell by how much the estimate is too low for this formula: others
+    as near to the limit count as `spill_risk` times as slow. When `SPILLS_SEEN` were seen, the best of them is first.
     Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
@@ -131,10 +131,10 @@ def ranked(
         ks, prediction = entry
         if problem.spilled(kernel, ks):
             return False, False, expected_us(kernel, ks, prediction, problem)
-        expected = registers(kernel, ks, problem, device) + missing > register_limit(ks, device)
-        certain = instruction(kernel, ks, problem, device) == "wgmma"
-        us = FIT.spill_risk * prediction.us if expected else prediction.us
-        return len(seen) >= SPILLS_SEEN, expected and not certain, us
+        over = registers(kernel, ks, problem, device) - register_limit(ks, device)
+        last = over > 0 and instruction(kernel, ks, problem, device) != "wgmma"
+        us = FIT.spill_risk * prediction.us if over + missing > 0 else prediction.us
+        return len(seen) >= SPILLS_SEEN, last, us
 
     return tuple(sorted(found, key=order))
 

@@ -35,7 +35,7 @@ class FakeFunction:
 
     calls: list
 
-    def __init__(self, image, name, warps, shared, device):
+    def __init__(self, image, name, warps, shared, device, early):
         self.name = name
 
     def launch(self, grid, stream, addresses):
