@@ -106,11 +106,18 @@ def regret(
         typer.Argument(help="Files of the regret or the sweep suite; default: those of regret that are committed."),
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Write each table beside its file, as regret.md.")] = False,
+    held_out: Annotated[
+        int, typer.Option(help="Random draws to fit constants with, each variant left out in turn; kept in the file.")
+    ] = 0,
 ) -> None:
     """Show what the cost model's first choices lose against the best that was measured; needs no GPU."""
+    from bench.held_out import judge
+    from bench.record import keep
     from bench.regret import COLUMNS, lines, markdown, regrets, summary
 
     for path in files or sorted(RESULTS.glob("*/regret.json")):
+        if held_out:
+            keep(path, "held_out", judge(path, held_out, typer.echo))
         found = list(regrets(path))
         Run().show("first choices beside the best that was measured", list(COLUMNS), lines(found))
         typer.echo("~: not measured itself; the next of the model's order that was")

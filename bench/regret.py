@@ -193,14 +193,15 @@ def problem(row: dict[str, Any]) -> Problem:
 
 def summary(found: Sequence[Regret]) -> str:
     """Median, 95th percentile and worst of the regrets; then those of what calls use, where it is known."""
-    text = f"{len(found)} first choices: {_spread(each.share for each in found)}"
+    text = f"{len(found)} first choices: {spread(each.share for each in found)}"
     used = [each.used_us / each.best_us - 1 for each in found if each.used_us is not None]
     tenth = [each.tenth_us / each.best_us - 1 for each in found if each.tenth_us is not None]
-    text += f"\nwith the shipped schedules: {_spread(used)}" if used else ""
-    return text + (f"\nwith a tuner after a tenth of its search: {_spread(tenth)}" if tenth else "")
+    text += f"\nwith the shipped schedules: {spread(used)}" if used else ""
+    return text + (f"\nwith a tuner after a tenth of its search: {spread(tenth)}" if tenth else "")
 
 
-def _spread(shares: Iterable[float]) -> str:
+def spread(shares: Iterable[float]) -> str:
+    """Median, 95th percentile and worst."""
     ordered = sorted(shares)
     high = ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]
     return f"median regret {statistics.median(ordered):.1%}, 95th percentile {high:.1%}, worst {ordered[-1]:.1%}"
@@ -226,9 +227,10 @@ def markdown(path: Path, found: Sequence[Regret]) -> str:
     """The table as a page of its own, with where its figures come from."""
     data = load(path)
     then = [row["us"] / row["best_us"] - 1 for row in data["rows"] if "best_us" in row]
-    fitted = f"with the model as it was when they were measured: {_spread(then)}\n" if then else ""
+    fitted = f"with the model as it was when they were measured: {spread(then)}\n" if then else ""
+    apart = f"{_held_out(data['held_out'])}\n" if "held_out" in data else ""
     head = (
-        f"# First choices of the scheduler beside the best of their candidates\n\n{summary(found)}\n{fitted}\n"
+        f"# First choices of the scheduler beside the best of their candidates\n\n{summary(found)}\n{fitted}{apart}\n"
         f"{data['gpu']}, torch {data['torch']}, triton {data['triton']}, {data['date'][:10]}, commit "
         f"{(data['commit'] or 'unknown')[:12]}: `{data['command']}`; this page: `python -m bench regret --write`. "
         f"{_searched(data['rows'])} Microseconds of all kernels of a direction. "
@@ -237,6 +239,15 @@ def markdown(path: Path, found: Sequence[Regret]) -> str:
     )
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found)]
     return head + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '+') for cell in row)} |" for row in rows) + "\n"
+
+
+def _held_out(found: Mapping[str, Any]) -> str:
+    """What `bench.held_out` found."""
+    return (
+        f"leaving variants out, with the constants that serve all others best, of {found['draws']} random draws up to "
+        f"twice as large or small as the shipped ones: {found['regret']}, mean {found['mean']}; of a draw that nothing "
+        f"chose mean {found['any']}. Estimates of registers stay as they are"
+    )
 
 
 def _searched(rows: Sequence[Mapping[str, Any]]) -> str:

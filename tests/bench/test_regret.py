@@ -1,15 +1,19 @@
 """The regret table without a GPU: which cells and candidates race, and what is made of their times."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
 from attncc.runtime.race import order
-from attncc.schedule import KernelSchedule, load_device, ranked
+from attncc.schedule import KernelSchedule, cost, hopper, load_device, ranked
 from attncc.schedule.choose import read_table, table_text
+from attncc.schedule.model import model
 from bench import ahead
+from bench.held_out import drawn, held_out, reading
+from bench.record import Results, keep, load
 from bench.regret import Measured, Regret, markdown, of_direction, summary
 from bench.regret_cells import REACHES, Trial, cells, first_choices, plan, problem_of
 from bench.suites import regret
@@ -206,6 +210,38 @@ def test_the_page_says_how_much_is_lost_and_where_figures_come_from(tmp_path):
     text = markdown(path, found)
     assert "| cell 0 | backward | a + b | ~100.0 | b | 100.0 | 0.0% |" in text
     assert "G, torch 2, triton 3, 2026-11-22, commit unknown: `c`" in text
+
+
+def test_a_variant_is_judged_by_the_constants_that_serve_the_others():
+    variants = ["causal", "causal", "cog", "relu"]
+    for_causal, for_cog, for_neither = [0.0, 0.0, 0.5, 0.1], [0.3, 0.4, 0.0, 0.0], [0.2, 0.2, 0.3, 0.2]
+    # without causal's own cells the second is the best, without cog's the first
+    assert held_out(variants, [for_causal, for_cog, for_neither]) == [0.3, 0.4, 0.5, 0.1]
+
+
+def test_constants_are_drawn_near_the_shipped_ones_and_put_back():
+    before = cost.FIT, hopper.FIT
+    one, two = (drawn(random.Random(seed)) for seed in (1, 2))
+    assert one != two
+    assert one.triton.exchange / model().triton.exchange == pytest.approx(1, abs=1)
+    assert max(one.decode.matmul_share.values()) <= 1
+    with reading(one):
+        assert (one.triton, one.gluon_forward) == (cost.FIT, hopper.FIT)
+    assert before == (cost.FIT, hopper.FIT)
+
+
+def test_what_was_found_without_a_variants_own_cells_is_kept_in_the_file_and_told(tmp_path):
+    results = Results("regret", tmp_path / "regret.json", meta={"gpu": "NVIDIA H200"})
+    results.add(case="causal", error="nothing")
+    keep(results.path, "held_out", {"draws": 3, "regret": "median 1%", "mean": "2%", "any": "3%"})
+    data = load(results.path)
+    assert data["held_out"]["draws"] == 3
+    assert data["rows"] == results.rows
+    head = {"torch": "2", "triton": "3", "date": "2026-11-22T10", "commit": None, "command": "c"}
+    for key, value in head.items():
+        keep(results.path, key, value)
+    found = [Regret("cell", "forward", "a", True, 1.0, "a", 1.0)]
+    assert "3 random draws" in markdown(results.path, found)
 
 
 @pytest.mark.parametrize(
