@@ -10,9 +10,17 @@ from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear, linearize
 from attncc.schedule.device import Device
-from attncc.schedule.linear import LinearSizes, crossover, linear_schedule, linear_us, quadratic_us
+from attncc.schedule.linear import LinearSizes, linear_schedule
+from attncc.schedule.linear_cost import chunk_cost, crossover, quadratic_us
 from attncc.schedule.problem import Dtype
 from attncc.schedule.square import pairs_us, square_crossover, square_schedule, square_us
+
+_UNITS = {
+    "memory": "memory",
+    "tensor": "matmuls",
+    "chain": "waits of a chunk's matmuls for one another",
+    "prepare": "the arithmetic of pairs by channel",
+}
 
 
 def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, device: Device) -> dict[str, Any]:
@@ -21,10 +29,11 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
         plan = linearize(graph)
     except UnsupportedError as error:
         return {"none": error.reason.removeprefix("no linear-time form: ")}
-    call = LinearSizes(dtype, sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"], sizes["d_v"])
+    by_channel = plan.decay == "channel"
+    call = LinearSizes(dtype, sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"], sizes["d_v"], by_channel)
     if plan.degree == 2:
         return _square_facts(plan, call, sizes, device)
-    schedule = linear_schedule(call, device)
+    schedule, cost = linear_schedule(call, device), chunk_cost(call, device)
     return {
         "proof": list(plan.proof),
         "causal": plan.causal,
@@ -33,7 +42,9 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
         "chunk": schedule.chunk,
         "span": schedule.span,
         "crossover": crossover(call, device),
-        "us": linear_us(call, device),
+        "us": cost.us,
+        "limits": {**cost.terms, "ends": cost.ends, "least": cost.least},
+        "limit": cost.limit,
         "quadratic_us": quadratic_us(call, device),
     }
 
@@ -59,8 +70,15 @@ def linear_lines(found: Mapping[str, Any]) -> list[str]:
         return [f"none: {found['none']}"]
     rows, cols = found["state"]
     lines = [*found["proof"], f"state: {rows} x {cols} float32 a head"]
-    return [
-        *lines,
+    lines.append(
         f"chunks of {found['chunk']} tokens, segments of {found['span']}: {found['us']:.0f} us forward, predicted; all "
-        f"pairs {found['quadratic_us']:.0f} us; by chunks from {found['crossover']} tokens on",
-    ]
+        f"pairs {found['quadratic_us']:.0f} us; by chunks from {found['crossover']} tokens on"
+    )
+    if "limits" in found:
+        us = found["limits"]
+        others = [f"{text} {us[name]:.0f}" for name, text in _UNITS.items() if us[name] and name != found["limit"]]
+        lines.append(
+            f"limited by {_UNITS[found['limit']]}, {us[found['limit']]:.0f} us; {', '.join(others)}, starts and ends "
+            f"{us['ends']:.0f}; q, k, v and out moved once {us['least']:.0f}"
+        )
+    return lines

@@ -24,7 +24,8 @@ from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound, bind, check_dimensions, output_names
 from attncc.runtime.square_engine import SquareEngine
 from attncc.schedule.device import Device, device_of
-from attncc.schedule.linear import LinearSizes, PlanName, choose_plan
+from attncc.schedule.linear import LinearSizes, PlanName
+from attncc.schedule.linear_cost import choose_plan
 from attncc.schedule.problem import Precision
 
 

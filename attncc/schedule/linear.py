@@ -1,4 +1,4 @@
-"""How a call in linear time is cut: tokens a chunk and a segment, columns a program; and when it is worth it.
+"""How a call in linear time is cut: tokens a chunk and a segment, columns a program.
 
 What was measured is in `schedules/linear.toml`.
 """
@@ -13,7 +13,6 @@ from typing import Any, Literal
 from attncc import resources
 from attncc.errors import InputError
 from attncc.schedule.device import Device
-from attncc.schedule.model import model
 from attncc.schedule.problem import DTYPE_BYTES, Dtype
 
 #: how a variant that is linear in time is computed, and "auto"
@@ -85,7 +84,8 @@ def _has_wgmma(device: Device) -> bool:
     return device.target.startswith(("sm_9", "sm_10"))
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
+    """The power of two, at least what a matmul takes, that holds all columns."""
     return max(16, 1 << (dim - 1).bit_length())
 
 
@@ -94,8 +94,8 @@ def _tiling(
 ) -> dict[str, int]:
     """The columns of the state that one program has, its warps, `wider` times as many as is the rule, and at most so
     many stages: what is multiplied must fit in shared memory."""
-    rule, width = _rule(sizes, device), _padded(d_a)
-    block = min(_padded(columns), max(16, state // width), 128)
+    rule, width = _rule(sizes, device), padded(d_a)
+    block = min(padded(columns), max(16, state // width), 128)
     longer = max(wider, chunk // rule.chunk)
     warps = 4 if device.is_interpreter else min(256, rule.threads * longer) // device.warp_size
     if not device.is_interpreter:
@@ -124,6 +124,11 @@ def shared_bytes(width: int, block: int, chunk: int, sizes: LinearSizes, stages:
     return (stages * tiles + made) * each + decays + rows
 
 
+def places(device: Device) -> int:
+    """Programs of a scan that run side by side."""
+    return int((WAVES or _measured()["waves"]) * device.sms)
+
+
 def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None) -> LinearSchedule:
     """A schedule that fits the device; `chunk` is the caller's own choice. InputError for one that is no tile."""
     rule = _rule(sizes, device)
@@ -143,51 +148,13 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
         wider = 1 if _has_wgmma(device) else 2  # elsewhere twice as many registers would not be enough
         halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device, wider, rule.stages)
         kernels |= {"prepare": {"CHUNK": chunk, "num_warps": qk["num_warps"]}, "dq": halves, "dk": halves}
-    if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < _padded(sizes.d_qk) <= WHOLE:
-        kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * _padded(sizes.d_v), chunk, sizes, device, 2)
+    if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < padded(sizes.d_qk) <= WHOLE:
+        kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * padded(sizes.d_v), chunk, sizes, device, 2)
     # a step moves the state and does little else: few values a thread, so that many loads are under way
-    kernels["step"] = {"BLOCK": min(_padded(sizes.d_v), max(16, 2048 // _padded(sizes.d_qk))), "num_warps": 8}
+    kernels["step"] = {"BLOCK": min(padded(sizes.d_v), max(16, 2048 // padded(sizes.d_qk))), "num_warps": 8}
     chunks = max(1, -(-sizes.length // chunk))
     blocks = -(-sizes.d_v // qk["BLOCK"])
-    waves, segment = WAVES or _measured()["waves"], SEGMENT or _measured()["segment"]
-    wanted = waves * device.sms // max(1, sizes.sequences * sizes.heads * blocks)
+    segment = SEGMENT or _measured()["segment"]
+    wanted = places(device) // max(1, sizes.sequences * sizes.heads * blocks)
     segments = max(1, min(wanted, chunks, sizes.length // segment))
     return LinearSchedule(chunk, chunk * -(-chunks // segments), kernels)
-
-
-def choose_plan(sizes: LinearSizes, device: Device, causal: bool = True) -> PlanName:
-    """ "parallel", "chunk" or "recurrent": whichever the model takes to be the fastest."""
-    if causal and sizes.length <= STEPS and not device.is_interpreter:
-        return "recurrent"
-    times: dict[PlanName, float] = {"parallel": quadratic_us(sizes, device), "chunk": linear_us(sizes, device)}
-    return min(times, key=lambda name: times[name])
-
-
-def quadratic_us(sizes: LinearSizes, device: Device) -> float:
-    """The causal forward over all pairs: half of the matmuls of a full one."""
-    pairs = sizes.sequences * sizes.heads * sizes.length * sizes.length / 2
-    flops = 2.0 * pairs * (sizes.d_qk + sizes.d_v)
-    return device.launch_us + flops / (model().linear.pairs_rate * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
-
-
-def linear_us(sizes: LinearSizes, device: Device) -> float:
-    """The forward by chunks: three kernels, k and v read twice, bound by memory or by its steps one after the other."""
-    schedule = linear_schedule(sizes, device)
-    tokens = sizes.sequences * sizes.heads * sizes.length
-    moved = tokens * (3 * sizes.d_qk + 3 * sizes.d_v) * DTYPE_BYTES[sizes.dtype]
-    flops = 2.0 * tokens * (schedule.chunk * (sizes.d_qk + sizes.d_v) + 3 * sizes.d_qk * sizes.d_v)
-    compute = flops / (model().linear.chunk_rate * 1e6 * device.matmul_tflops(sizes.dtype, "ieee"))
-    return 3 * device.launch_us + max(moved / (1e3 * device.dram_gbps), compute)
-
-
-def crossover(sizes: LinearSizes, device: Device) -> int:
-    """The length from which the model takes chunks to be faster than all pairs, in steps of 64 tokens."""
-    lo, hi = 1, 1 << 14
-    while lo < hi:
-        at = (lo + hi) // 2
-        there: Any = LinearSizes(sizes.dtype, sizes.sequences, sizes.heads, 64 * at, sizes.d_qk, sizes.d_v)
-        if linear_us(there, device) < quadratic_us(there, device):
-            hi = at
-        else:
-            lo = at + 1
-    return 64 * lo

@@ -76,6 +76,11 @@ class LinearFit:
 
     pairs_rate: float
     chunk_rate: float
+    turn_gap: float
+    turn_work: float
+    states_turn: float
+    program_ends: float
+    prepare_chunk: float
     square_rate: float
 
 

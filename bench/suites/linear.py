@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 import attncc as ac
 from attncc.schedule.device import device_of
-from attncc.schedule.linear import LinearSizes, choose_plan, linear_us, quadratic_us
+from attncc.schedule.linear import LinearSizes
+from attncc.schedule.linear_cost import choose_plan, chunk_cost, quadratic_us
 from bench import area
 from bench.case import Case, Shape, Tensors
 from bench.check import against_reference, relative_rms
@@ -245,7 +246,7 @@ def crossing(run: Run, results: Any, name: str) -> list[dict[str, Any]]:
         timed = race(side_by_side(name, length))
         call = LinearSizes("bf16", 1, 16, length, 128, 128)
         found = {plan: timing.ms for plan, timing in timed.items()}
-        said = {"parallel": quadratic_us(call, device) / 1e3, "chunk": linear_us(call, device) / 1e3}
+        said = {"parallel": quadratic_us(call, device) / 1e3, "chunk": chunk_cost(call, device).us / 1e3}
         row = {"case": f"{name}, both plans", "N": length, "ms": found, "predicted_ms": said}
         rows.append(results.add(**row, chosen=choose_plan(call, device)))
     return rows

@@ -17,7 +17,8 @@ from attncc.errors import InputError, UnsupportedError
 from attncc.passes.linearize import linearize
 from attncc.schedule import linear as schedule_linear
 from attncc.schedule.device import device_for
-from attncc.schedule.linear import LinearSizes, crossover, linear_schedule, shared_bytes
+from attncc.schedule.linear import LinearSizes, linear_schedule, shared_bytes
+from attncc.schedule.linear_cost import choose_plan, crossover
 from tests.runtime.sequences import by_sequence
 
 
@@ -417,9 +418,9 @@ def test_the_model_crosses_over_once():
     length = crossover(short, device)
     assert length == crossover(long, device)
     assert 256 <= length <= 8192
-    assert schedule_linear.choose_plan(short, device) == "parallel"
-    assert schedule_linear.choose_plan(long, device) == "chunk"
-    assert schedule_linear.choose_plan(LinearSizes("bf16", 2, 16, 1, 128, 128), device) == "recurrent"
+    assert choose_plan(short, device) == "parallel"
+    assert choose_plan(long, device) == "chunk"
+    assert choose_plan(LinearSizes("bf16", 2, 16, 1, 128, 128), device) == "recurrent"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
