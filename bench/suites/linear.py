@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import attncc as ac
+from attncc.passes.linearize import linearize
 from attncc.schedule.device import device_of
 from attncc.schedule.linear import LinearSizes
 from attncc.schedule.linear_cost import choose_plan, chunk_cost, quadratic_us
@@ -34,13 +35,15 @@ LENGTHS = (8192, 2048, 32768)
 CHECKED = 4096
 #: and the reference of a recurrence, which goes from token to token
 CHECKED_TOKENS = 1024
-#: one sequence, ever longer, and as many as have the longest one's tokens: time and memory a token must not grow
-TOKENS = (8192, 32768, 131072, 524288)
+#: ever longer sequences: one, and as many as fill the machine; time and memory a token must not grow
+TOKENS, SEQUENCES = (8192, 32768, 131072, 524288), (1, 8)
 #: where all pairs and chunks are laid side by side, for the length from which chunks are faster
 AROUND = (512, 1024, 2048, 4096)
 #: whose plans are laid side by side, and what is timed as sequences grow
 CROSSED, GROWN = "simple_gla", ("lightning", "simple_gla")
 PLANS = ("parallel", "chunk")
+#: milliseconds of a round of a case and contestant
+ROUND_MS = 50
 #: processes' worth of the peer's compiling, each a part of every kernel's configurations
 SHARES = 14
 
@@ -163,6 +166,21 @@ def contestant(op: Any, inputs: Tensors) -> Callable[..., torch.Tensor]:
     return ours
 
 
+def limit(case: Case, shape: Shape) -> dict[str, Any]:
+    """What the cost model says of a forward by chunks: the unit that limits it, and the milliseconds of each. It knows
+    nothing of recurrences, of degree 2, and of features and row totals."""
+    plan = None if case.variant.graph.recurrent else linearize(case.variant.graph)
+    if plan is None or plan.degree == 2 or plan.total:
+        return {}
+    sizes = LinearSizes("bf16", shape.b, shape.h, shape.m, shape.d, shape.dv, plan.decay == "channel")
+    cost = chunk_cost(sizes, device_of(torch.device("cuda")))
+    spent = {"ends": cost.ends, "least": cost.least, "all": cost.us}
+    return {
+        "limit": cost.limit,
+        "predicted_ms": {k: float(f"{us / 1e3:.3g}") for k, us in {**cost.terms, **spent}.items()},
+    }
+
+
 def measured(
     run: Run, results: Any, case: Case, length: int, theirs: Peer | None, errors: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -206,9 +224,11 @@ def measured(
                     if name == "attncc":
                         raise
                     broken[f"{name} {mode}"] = f"{type(error).__name__}: {str(error)[:200]}"
-            timed = race({name: contestants[name] for name in entries})
+            timed = race({name: contestants[name] for name in entries}, rep_ms=ROUND_MS)
             entries = {name: entry(timing, shape, passes) for name, timing in timed.items()}
             own = entries.pop("attncc")
+            if mode == "forward":
+                own |= limit(case, shape)
             ratio = {name: round(e["ms"] / own["ms"], 3) for name, e in entries.items()}
             row = {**head, "mode": mode, "attncc": own, "peers": entries, "ratio": ratio}
             rows.append(results.add(**row, broken=broken, check=check))
@@ -252,12 +272,14 @@ def crossing(run: Run, results: Any, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def by_length(run: Run, results: Any, name: str, tokens: int = 0) -> list[dict[str, Any]]:
-    """Nanoseconds and bytes a token of a forward, as sequences grow: of one, or of as many as have so many tokens."""
+def by_length(run: Run, results: Any, name: str, sequences: int) -> list[dict[str, Any]]:
+    """Nanoseconds and bytes a token of a forward, as sequences grow, up to what the GPU's memory holds."""
     op = ac.compile(name, plan="chunk")
     rows = []
     for length in run.take(list(TOKENS), quick=2):
-        shape = Shape(b=max(1, tokens // length), h=16, m=length, d=128)
+        shape = Shape(b=sequences, h=16, m=length, d=128)
+        if 4 * moved(shape) > torch.cuda.get_device_properties(0).total_memory:  # the rest is room for what is made
+            break
         with torch.no_grad():
             q, k, v = (x.detach().transpose(1, 2) for x in seq_first(shape))
             inputs = CASES[name].inputs(shape, "cuda")
@@ -267,7 +289,7 @@ def by_length(run: Run, results: Any, name: str, tokens: int = 0) -> list[dict[s
             timing = race({"attncc": partial(op, q, k, v, **inputs)})["attncc"]
             peak = torch.cuda.max_memory_allocated() - before
         each = shape.b * length
-        row = {"case": f"{name}, {'as many tokens' if tokens else 'one sequence'}", **shape.row()}
+        row = {"case": f"{name}, longer", **shape.row()}
         row |= {"ns_per_token": round(timing.ms * 1e6 / each, 2), "ms": timing.ms}
         rows.append(results.add(**row, bytes_per_token=round(peak / each, 1)))
         del q, k, v, inputs
@@ -331,7 +353,7 @@ def suite(run: Run) -> None:
     ]
     run.show(f"linear, {results.meta['gpu']}", columns, lines)
     if not run.out_of_time(results, "long sequences"):
-        rows = [row for name in GROWN for tokens in (0, TOKENS[-1]) for row in by_length(run, results, name, tokens)]
+        rows = [row for name in GROWN for b in SEQUENCES for row in by_length(run, results, name, b)]
         grown = [[str(row[key]) for key in ("case", "B", "N", "ns_per_token", "bytes_per_token")] for row in rows]
         run.show("longer sequences", ["", "B", "N", "ns a token", "bytes a token"], grown)
         steps = [decoding(run, results, name) for name in ("simple_gla", "gated_delta_net")]
