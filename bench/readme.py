@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import linear_rows
 from bench.record import RESULTS, ROOT, load
 
 README = ROOT / "README.md"
@@ -241,13 +242,22 @@ def linear_table(folder: Path) -> str:
         ratio = " / ".join(
             "-" if ms is None else f"{ms / r['attncc']['ms']:.2f}x" for r, ms in zip(rows, peers, strict=True)
         )
-        lines.append(f"| `{case}` | {length // 1024}k | **{ours}** | {theirs} | {ratio} |")
+        shown = f"`{case}`{linear_rows.dims(rows[0], data['rows'])}"
+        lines.append(f"| {shown} | {length // 1024}k | **{ours}** | {theirs} | {ratio} |")
     failed = [row["case"] for row in data["rows"] if "error" in row]
     first = next(row for row in data["rows"] if "mode" in row)
     size = f"bf16, B={first['B']}, H={first['Hq']}, D={first['Dqk']}."
     missing = f" Not shown, for a gradient was off by more than is allowed: {', '.join(failed)}." if failed else ""
     lines += ["", f"{size}{missing} {_provenance(data)}"]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            *linear_rows.limited(data["rows"]),
+            *linear_rows.longer(data["rows"]),
+            *linear_rows.steps(data["rows"]),
+            *linear_rows.both(data["rows"]),
+        ]
+    )
 
 
 def outputs_table(folder: Path) -> str:

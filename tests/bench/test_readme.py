@@ -225,9 +225,23 @@ def test_linear_time_is_shown_by_mechanism_and_length_with_what_refuses_and_what
         timed("ssd", 2048, "forward", 0.1, 0.25),
         timed("ssd", 2048, "backward", 0.2, 0.5),
         {"case": "ssd, a step", **sizes, "ms": 0.05},
+        {"case": "ssd, longer", **sizes, "B": 1, "N": 8192, "ns_per_token": 11.04},
+        {"case": "ssd, longer", **sizes, "B": 1, "N": 32768, "ns_per_token": 10.0},
+        {"case": "ssd, longer", **sizes, "B": 8, "N": 8192, "ns_per_token": 7.0},
+        {"case": "ssd, a step", **sizes, "B": 64, "ms": 0.04, "gbps": 3110.0, "peers": {"copy": 3600.0}},
+        {"case": "ssd, both plans", "N": 512, "ms": {"parallel": 0.02, "chunk": 0.05}, "chosen": "parallel"},
+        {"case": "ssd, both plans", "N": 4096, "ms": {"parallel": 0.14, "chunk": 0.075}, "chosen": "chunk"},
     ]
+    rows[1]["attncc"] |= {"limit": "chain", "predicted_ms": {"chain": 0.14, "least": 0.056, "all": 0.172}}
     put(folder, "linear", rows, readme.LINEAR_GPU)
     text = readme.linear_table(folder)
     assert "| `ssd` | 2k | **0.10 / 0.20** | 0.25 / 0.50 | 2.50x / 2.50x |\n| `ssd` | 8k | **0.20 / 0.50** |" in text
     assert "| 0.30 / refuses | 1.50x / - |" in text
     assert "Not shown, for a gradient was off by more than is allowed: delta_net." in text
+    assert (
+        "`ssd` by a chunk's matmuls, which wait for one another and for their loads (0.14 ms of 0.17 predicted" in text
+    )
+    assert "To move q, k, v and out once takes 0.06 ms." in text
+    assert "| `ssd` | 1 | 11.0 | 10.0 |\n| `ssd` | 8 | 7.0 |  |" in text
+    assert "A step of decoding, 64 sequences, TB/s of the state, read and written: `ssd` 3.11 (a copy 3.60)." in text
+    assert "512 tokens 0.020 / 0.050 (pairs), 4096 tokens 0.140 / 0.075 (chunks)." in text
