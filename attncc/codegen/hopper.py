@@ -130,11 +130,11 @@ def keyed_values(
         }[value.type]
         values.append(KeyedValue(name, len(values), kind, store, load, name in anyway))
     lines = [f"{s.name} = {s.text}" for s in streamed] if needed else []
-    lines = [*_needed_by(lines, weigh), *lines]
-    return KeyedValues(tuple(values), tuple(_needed_by(lines, outer)), tuple(lines))
+    lines = [*needed_by(lines, weigh), *lines]
+    return KeyedValues(tuple(values), tuple(needed_by(lines, outer)), tuple(lines))
 
 
-def _needed_by(lines: list[str], before: list[str]) -> list[str]:
+def needed_by(lines: list[str], before: list[str]) -> list[str]:
     """Those of the statements `before` that `lines` need, in their order."""
     found: list[str] = []
     for line in reversed(before):

@@ -17,13 +17,15 @@ def kernel_of(name: str) -> Kernel | None:
 
 
 def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward") -> dict[str, int]:
-    """A kernel's schedule in the words of its launch. A Gluon forward has as many programs as `device` has SMs; a Gluon
+    """A kernel's schedule in the words of its launch. A Gluon forward has as many programs as `device` has SMs, or splits the keys; a Gluon
     backward sums dQ unless it is told otherwise, or heads are wide, and `splits` programs have a group's heads."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
         splits = {"splits": schedule.splits} if schedule.splits else {}
         return {**tiles, "num_warps": schedule.num_warps, "num_stages": schedule.num_stages, **splits}
     options = {"STAGES": schedule.num_stages, "num_warps": 4, "maxnreg": EVEN_REGISTERS[schedule.num_warps // 4]}
+    if kernel == "forward" and schedule.splits:
+        return {**tiles, **{k: x for k, x in options.items() if k != "STAGES"}, "splits": schedule.splits}
     if kernel == "dkdv":
         sums = schedule.block_n == hopper_backward.KEYS  # of wide heads, with fewer keys, dQ has a kernel of its own
         return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": sums}

@@ -16,6 +16,7 @@ from attncc.codegen.decode import decode_slots
 from attncc.codegen.forward import forward_slots
 from attncc.codegen.hopper import hopper_forward_slots
 from attncc.codegen.hopper_backward import by_row, finish_slots, hopper_backward_slots
+from attncc.codegen.hopper_decode import hopper_decode_slots
 from attncc.codegen.hopper_dq import hopper_dq_slots
 from attncc.codegen.indices import collect_lines, input_arguments, nested_reads
 from attncc.codegen.kernels import bounds_slots, distance_slots, pair_slots, summary_slots, table_slots
@@ -56,13 +57,13 @@ def render(
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel, or "decode" for the one that splits the keys; backward_in: that of the kernel for dK
+    language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in: that of the kernel for dK
     and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
     share it; `values`: heads of v for each head of k.
     """
     users = plan
     plan, called = coded(plan)
-    graph, hopper, hopper_backward = plan.graph, forward_in == "gluon", backward and backward_in == "gluon"
+    graph, hopper, hopper_backward = plan.graph, "gluon" in forward_in, backward and backward_in == "gluon"
     d_k = d_qk if d_k is None else d_k
     looped = bool(plan.similarity.loops)
     tma = tma and not looped  # a component is a column, and loaded by pointers
@@ -107,7 +108,9 @@ def render(
     }
     similarity, base = SimilaritySlots(plan), base_leaves(plan, {})
     terms = [term_slots(similarity, side, qk_chunks, base) for side in (QUERY, KEY) if similarity.terms(side)]
-    if hopper:
+    if forward_in == "gluon_decode":
+        f = hopper_decode_slots(plan, qk_chunks, v_chunks)
+    elif hopper:
         f = hopper_forward_slots(plan, d_qk, d_v)
     else:
         decoding = forward_in == "decode"  # where tables by distance are longer than what is read of them
@@ -116,11 +119,13 @@ def render(
     if not hopper:
         helpers.add("_add_product")
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"], f.get("packed", False))
-    forward = {"triton": "forward", "gluon": "hopper_forward", "decode": "decode"}[forward_in]
-    context["forward_host"] = f"{forward}_host.py.j2"
+    forward = {"triton": "forward", "gluon": "hopper_forward", "decode": "decode", "gluon_decode": "hopper_decode"}[
+        forward_in
+    ]
+    context["forward_host"] = "decode_host.py.j2" if "decode" in forward_in else f"{forward}_host.py.j2"
     kernels: list[tuple[str, dict[str, Any]]] = [("terms.py.j2", {"t": t, "graph": graph}) for t in terms]
     kernels.append((f"{forward}.py.j2", {"f": f}))
-    if forward_in == "decode":
+    if "decode" in forward_in:
         kernels.append(("merge.py.j2", {"f": f}))
     for t in terms:
         helpers |= t["helpers"]

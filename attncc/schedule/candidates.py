@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from attncc.errors import ScheduleError
-from attncc.schedule import decode, hopper
+from attncc.schedule import decode, hopper, hopper_decode_cost
 from attncc.schedule.device import Device
 from attncc.schedule.memory import buffers, shared_memory, tensor_memory
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem
@@ -39,6 +39,7 @@ def candidates(
     if kernel == "forward" and backend != "gluon" and (decode.suits(problem) or decode.leaves_idle(problem, device)):
         splitting = decode.tilings(problem, device)
         if splitting and decode.suits(problem):
+            splitting += _in_gluon(kernel, problem, device) if backend is None and problem.value_of_key else ()
             return splitting
         return (*splitting, *_of_rows(kernel, problem, device, backend))
     return _of_rows(kernel, problem, device, backend)
@@ -46,7 +47,7 @@ def candidates(
 
 def _of_rows(kernel: Kernel, problem: Problem, device: Device, backend: Backend | None) -> tuple[KernelSchedule, ...]:
     """The tilings of programs that own their rows."""
-    gluon = hopper.tilings(kernel, problem, device) if backend != "triton" else ()
+    gluon = _in_gluon(kernel, problem, device) if backend != "triton" else ()
     if gluon:
         return gluon if backend == "gluon" else (*_of_rows(kernel, problem, device, "triton"), *gluon)
     usual = tuple(
@@ -62,6 +63,13 @@ def _of_rows(kernel: Kernel, problem: Problem, device: Device, backend: Backend 
     if small:
         return (min(small, key=lambda ks: (spilled_registers(kernel, ks, problem, device), -ks.block_m * ks.block_n)),)
     raise _too_large(kernel, problem, device)
+
+
+def _in_gluon(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
+    """The tilings of the Gluon kernel that serves the problem, if one does."""
+    if kernel == "forward" and problem.value_of_key:
+        return () if hopper.refusal(kernel, problem, device) else hopper_decode_cost.tilings(problem, device)
+    return hopper.tilings(kernel, problem, device)
 
 
 def _tilings(

@@ -106,7 +106,7 @@ def backend_of(
         return "triton", reason
     if asked == "gluon":
         return "gluon", None
-    if kernel == "forward" and decode.suits(problem):
+    if kernel == "forward" and decode.suits(problem) and not problem.value_of_key:
         return "triton", "with few queries the keys are split, which Gluon does not"
     name = hopper.template(kernel, problem)
     if name not in device.gluon:

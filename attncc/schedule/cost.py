@@ -15,7 +15,7 @@ from functools import lru_cache
 from math import ceil, log2
 from typing import Literal
 
-from attncc.schedule import decode_cost, hopper
+from attncc.schedule import decode_cost, hopper, hopper_decode_cost
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
 from attncc.schedule.memory import (
@@ -68,7 +68,12 @@ class _TileClocks:
 def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> Prediction:
     """The time of one launch of `kernel` with the tiling `ks`."""
     if ks.backend == "gluon":
-        us, terms = hopper.predict(kernel, ks, problem, device)
+        splitting = kernel == "forward" and ks.splits > 0
+        us, terms = (
+            hopper_decode_cost.predict(ks, problem, device)
+            if splitting
+            else hopper.predict(kernel, ks, problem, device)
+        )
         return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
     if ks.splits:
         us, terms = decode_cost.predict(ks, problem, device)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import product
 from math import ceil
 
+from attncc.schedule import hopper_decode_cost
 from attncc.schedule.decode_cost import Streaming, grid, live_tiles, pack
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
@@ -58,7 +59,7 @@ def leaves_idle(problem: Problem, device: Device) -> bool:
 
 
 def tilings(problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
-    """The tilings that fit, each with the number of splits that the model likes best, half of it, and twice of it.
+    """Triton's tilings that fit, each with the number of splits that the model likes best, half of it, and twice of it.
 
     Where none fits in registers, the one that wants the fewest of all that fit in shared memory, if any does."""
     sizes = [
@@ -101,6 +102,8 @@ def best_splits(ks: KernelSchedule, problem: Problem, device: Device) -> int:
 
 def with_best_splits(ks: KernelSchedule, problem: Problem, device: Device) -> KernelSchedule:
     """A tiling that was measured at other sizes, with the splits for these."""
+    if ks.backend == "gluon":
+        return replace(ks, splits=hopper_decode_cost.best_splits(ks, problem, device))
     return replace(ks, splits=best_splits(ks, problem, device))
 
 

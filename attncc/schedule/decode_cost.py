@@ -77,8 +77,8 @@ class Streaming:
         pair, mask, mixed = problem.costs.forward, problem.costs.mask, live.mixed / max(live.live, 1)
         pairs = ks.block_m * ks.block_n
         op, tiles_of = instruction("forward", ks, problem, device), tiling("forward", ks, problem)
-        # warp groups beyond the blocks of rows compute the scores again, and divide the second matmul among them
-        repeated = warp_grid(op, ks, tiles_of)[2] if op == "wgmma" else 1
+        # Triton's warp groups beyond the blocks of rows compute the scores again, and divide the second matmul among them
+        repeated = warp_grid(op, ks, tiles_of)[2] if op == "wgmma" and ks.backend == "triton" else 1
         qk = repeated * sum(problem.qk_chunks) * problem.costs.similarity.dots
         v = sum(head_chunks(problem.d_v)) * problem.values * problem.branches
         flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms

@@ -28,7 +28,7 @@ class Device:
     in; `dram_share`: the share of the memory's rate that a kernel which only reads can have.
     `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
     `tma`: the backward copies its tiles with the tensor memory accelerator. `gluon`: the kernels that the scheduler may
-    give to Gluon by itself, "forward", "dkdv" (the whole backward) and "dkdv_wide" (that of heads wider than 128):
+    give to Gluon by itself, "forward", "decode" (keys that hold their values), "dkdv" (the whole backward), "dkdv_wide" (heads wider than 128):
     those that were run and measured on the card.
     """
 
@@ -156,8 +156,8 @@ def parse_device(path: Path) -> Device:
     if not isinstance(data.get("tma", False), bool):
         wrong.append(f"field 'tma' is {data['tma']!r}, expected true or false")
     gluon = data.get("gluon", [])
-    if not isinstance(gluon, list) or not set(gluon) <= {"forward", "dkdv", "dkdv_wide"}:
-        wrong.append(f'field \'gluon\' is {gluon!r}, expected a list of "forward", "dkdv" and "dkdv_wide"')
+    if not isinstance(gluon, list) or not set(gluon) <= {"forward", "decode", "dkdv", "dkdv_wide"}:
+        wrong.append(f'field \'gluon\' is {gluon!r}, expected a list of "forward", "decode", "dkdv" and "dkdv_wide"')
     if wrong:
         raise AttnccError(f"{path}: {'; '.join(wrong)}")
     return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"]), "gluon": tuple(gluon)})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import product
 from math import ceil
 
-from attncc.schedule import hopper_backward
+from attncc.schedule import hopper_backward, hopper_decode
 from attncc.schedule.device import Device
 from attncc.schedule.model import model
 from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
@@ -49,12 +49,16 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "Gluon kernels have one score a pair, and the variant has several branches"
     if problem.costs.only_triton:
         return problem.costs.only_triton
-    if problem.values > 1 or problem.value_of_key:
-        return "Gluon kernels have one head of v for each of k, and load it for itself"
+    if problem.values > 1:
+        return "Gluon kernels have one head of v for each of k"
+    if problem.value_of_key and kernel == "dkdv":
+        return "Gluon's backward loads v for itself"
     if problem.dtype == "fp32":
         return "Gluon kernels multiply 16-bit operands"
     if not problem.costs.similarity.plain_dot:
         return "the Gluon backend multiplies q with k, and this similarity is made in another way"
+    if problem.value_of_key:
+        return hopper_decode.refusal(problem, device)
     if kernel == "dkdv" and problem.costs.warps.no_backward:
         return problem.costs.warps.no_backward
     for dim in (problem.d_qk, problem.d_v):
@@ -68,14 +72,17 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
 
 
 def template(kernel: Kernel, problem: Problem) -> str:
-    """The Gluon kernel that would run, as device files call it: wide heads have a backward of their own."""
+    """The Gluon kernel that would run, as device files call it: wide heads have a backward of their own, and keys that
+    hold their values a forward that splits them."""
+    if kernel == "forward" and problem.value_of_key:
+        return "decode"
     wide = kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v)
     return "dkdv_wide" if wide else kernel
 
 
 def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
-    """The tilings of a Gluon kernel that fit; none where it does not serve the problem."""
-    return () if refusal(kernel, problem, device) else _fitting(kernel, problem, device)
+    """The tilings of a Gluon kernel whose programs own their rows; none where it does not serve the problem."""
+    return () if problem.value_of_key or refusal(kernel, problem, device) else _fitting(kernel, problem, device)
 
 
 def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
@@ -100,6 +107,8 @@ def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     the forward what is read a key, four bytes each."""
     if kernel == "dkdv":
         return hopper_backward.shared_memory(ks, problem) + RESERVED_BYTES
+    if problem.value_of_key:
+        return hopper_decode.shared_memory(problem)
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     ring = ks.num_stages * ks.block_n * (qk + v)
     needed = (ks.block_m * qk + ring) * problem.dtype_bytes
@@ -120,6 +129,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     the stages keep beside them."""
     if kernel == "dkdv":
         return hopper_backward.registers(ks, problem) + BESIDE
+    if problem.value_of_key:
+        return hopper_decode.registers(problem)
     costs, work = problem.costs, problem.costs.forward
     kept = PAIR_READ * (work.loads - costs.warps.maps) + MAP * costs.warps.maps + max(work.int - FREE_INT, 0) / FREE_INT
     kept += 0 if costs.warps.vanishes else (work.fma + work.sfu) / SHOWN_IN_PLACE

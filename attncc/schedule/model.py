@@ -51,6 +51,15 @@ class DecodeFit:
 
 
 @dataclass(frozen=True)
+class GluonDecodeFit:
+    """The table [gluon_decode]: of keys that hold their values, dealt to several programs."""
+
+    tensor_efficiency: float
+    turn: float
+    program_ends: float
+
+
+@dataclass(frozen=True)
 class GluonForwardFit:
     """The forward in Gluon."""
 
@@ -90,6 +99,7 @@ class Model:
 
     triton: TritonFit
     decode: DecodeFit
+    gluon_decode: GluonDecodeFit
     gluon_forward: GluonForwardFit
     gluon_backward: GluonBackwardFit
     linear: LinearFit
@@ -110,13 +120,14 @@ def parse_model(path: Path) -> Model:
     return Model(
         triton=_fit(TritonFit, "triton", data, path),
         decode=_fit(DecodeFit, "decode", data, path),
+        gluon_decode=_fit(GluonDecodeFit, "gluon_decode", data, path),
         gluon_forward=_fit(GluonForwardFit, "gluon_forward", data, path),
         gluon_backward=_fit(GluonBackwardFit, "gluon_backward", data, path),
         linear=_fit(LinearFit, "linear", data, path),
     )
 
 
-_Fit = TypeVar("_Fit", TritonFit, DecodeFit, GluonForwardFit, GluonBackwardFit, LinearFit)
+_Fit = TypeVar("_Fit", TritonFit, DecodeFit, GluonDecodeFit, GluonForwardFit, GluonBackwardFit, LinearFit)
 
 
 def _fit(kind: type[_Fit], name: str, data: dict[str, Any], path: Path) -> _Fit:

@@ -14,8 +14,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["ieee", "tf32"]
 Origin = Literal["model", "tuned", "shipped", "user"]
 Backend = Literal["triton", "gluon"]
-# What a generated forward is: a kernel in one of the backends, or Triton's that splits the keys.
-Form = Literal["triton", "gluon", "decode"]
+# What a generated forward is: a kernel in one of the backends, or that of either which splits the keys.
+Form = Literal["triton", "gluon", "decode", "gluon_decode"]
 
 # What every op with a backward runs; "pair" is the kernel of gradients that have an entry a pair, such as a bias's.
 KERNELS: tuple[Kernel, ...] = ("forward", "dkdv", "dq")
@@ -230,7 +230,9 @@ class KernelSchedule:
     @property
     def form(self) -> Form:
         """Which kernel a forward's schedule is for."""
-        return "decode" if self.splits and self.backend == "triton" else self.backend
+        if self.splits:
+            return "decode" if self.backend == "triton" else "gluon_decode"
+        return self.backend
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for cache files and tuned tables; the backend is named where it is not Triton, and the number of

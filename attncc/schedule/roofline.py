@@ -58,7 +58,7 @@ class Point:
 
 def work_of(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Work:
     """What a kernel has to do, with head dimensions and rows as they are and not as they are padded."""
-    rows = max(ks.block_m // pack(problem), 1) if ks.form == "decode" else ks.block_m
+    rows = max(ks.block_m // pack(problem), 1) if kernel == "forward" and ks.splits else ks.block_m
     full, mixed, _ = visited(ks, problem)
     pairs = (full + mixed) * min(rows, problem.q_len) * min(ks.block_n, problem.kv_len)
     qk, v = problem.d_qk * problem.costs.similarity.dots, problem.d_v * problem.values

@@ -105,7 +105,7 @@ def test_stages_that_keep_more_get_smaller_tiles():
 def test_a_device_file_names_kernels_that_gluon_has(tmp_path):
     text = (path("schedules") / "devices" / "h100.toml").read_text()
     file = tmp_path / "h100.toml"
-    named = 'gluon = ["forward", "dkdv", "dkdv_wide"]'
+    named = 'gluon = ["forward", "decode", "dkdv", "dkdv_wide"]'
     assert named in text
     file.write_text(text.replace(named, 'gluon = ["forward"]'))
     assert parse_device(file).gluon == ("forward",)

@@ -1,0 +1,61 @@
+"""The Gluon kernel that splits the keys which hold their values: its text on a model of the machine, and where it serves."""
+
+from functools import cache
+
+import pytest
+import torch
+
+import attncc as ac
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
+from attncc.runtime.reference import reference
+from attncc.runtime.shapes import bind
+from attncc.runtime.verify import check, eager
+from tests.codegen import machine
+from tests.codegen.test_hopper_values import OPTIONS
+
+VARIANTS = {
+    "causal": ac.Variant(name="causal_keys", mask=ac.causal, value="k[:512]"),
+    "window": ac.Variant(name="window_keys", mask=ac.causal & ac.sliding_window(90), value="k[:512]"),
+    "sigmoid": ac.Variant(
+        name="sigmoid_keys", mask=ac.causal, normalizer=lambda score: ac.sigmoid(score - 2), value="k[:512]"
+    ),
+    "whole": ac.Variant(name="whole_keys", mask=ac.causal, normalizer=ac.softmax1, value="k[:512]"),
+}
+
+
+@cache
+def plan(name):
+    return Plan(VARIANTS[name].graph)
+
+
+def run(name, d_qk, heads, q_len, kv_len, splits, change=lambda text: text):
+    """(out, its check) of a call with one key head."""
+    text = change(render(plan(name), d_qk, 512, False, forward_in="gluon_decode"))
+    module = machine.load(text, name)
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(1, heads, q_len, d_qk, generator=random).half()
+    k = torch.randn(1, 1, kv_len, d_qk, generator=random).half()
+    bound = bind(plan(name).graph, q, k, k[..., :512], None, {})
+    meta = {"forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "splits": splits}}
+    out, *_ = module.forward(q, k, k[..., :512], *bound.tensors.values(), bound.scale, meta, OPTIONS)
+    exact = reference(VARIANTS[name], q.double(), k.double())
+    plain = eager(VARIANTS[name], q, k)
+    return out, check("out", out, exact, plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "d_qk", "heads", "q_len", "kv_len", "splits"),
+    [
+        ("causal", 576, 16, 1, 300, 1),  # five tiles: the last round has one
+        ("causal", 576, 40, 2, 200, 3),  # two blocks of rows; shares of one tile and two
+        ("window", 576, 16, 2, 300, 1),
+        ("sigmoid", 576, 16, 1, 150, 2),  # no maxima to exchange
+        ("whole", 512, 16, 1, 150, 1),  # no columns beside the values: the weights have their own buffer
+        ("causal", 576, 8, 5, 3, 1),  # queries that see nothing
+    ],
+)
+def test_values(name, d_qk, heads, q_len, kv_len, splits):
+    out, found = run(name, d_qk, heads, q_len, kv_len, splits)
+    assert found.ok, found
+    assert not (q_len > kv_len) or not out[:, :, : q_len - kv_len].any()
