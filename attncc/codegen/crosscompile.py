@@ -189,7 +189,9 @@ def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
     if tiling.backend == "triton":
         return f"tensordesc<{dtype}[1, 1, {tiling.block_m if of_queries else tiling.block_n}, {columns}]>"
     rows = tiling.block_m if of_queries and kernel == "dkdv_kernel" else tiling.block_n
-    if tensor in ("DQ", "DK", "DV") or (of_queries and kernel != "dkdv_kernel"):
+    if kernel.startswith("by_key_in_warps"):
+        rows = tiling.block_m if of_queries else hopper.ROWS
+    elif tensor in ("DQ", "DK", "DV") or (of_queries and kernel != "dkdv_kernel"):
         rows = hopper.ROWS
     return _box((1, 1, rows, int(columns)), dtype)
 

@@ -1,4 +1,4 @@
-"""The slots of the Gluon kernel that splits the keys where values are part of them: those of Triton's, cut for its warps.
+"""The slots of the Gluon kernel that splits the keys where they hold the values: Triton's, cut for its warps.
 
 Each of two warpgroups has a tile of scores, so that the stages are cut once more: up to a row's maxima, which both then
 know, and from there to the weights.
@@ -21,10 +21,11 @@ _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "splits", "parts", "WID
 
 
 def hopper_decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], v_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of hopper_decode.py.j2, and under `merge` those of merge.py.j2. UnsupportedError where there is no such kernel.
+    """Slots of hopper_decode.py.j2, and under `merge` those of merge.py.j2. UnsupportedError where there is none.
 
     `states` are the row values that run along the keys, and `shared` where either warpgroup shows its own; `totals` are
-    those that each has a part of, and how they join. `weights_at` is where a warpgroup's weights lie in shared memory, `weights_of` those of either."""
+    those that each has a part of, and how they join. `weights_at` is where a warpgroup's weights lie in shared memory,
+    `weights_of` those of either."""
     widths = [tuple(c.width for c in pieces) for pieces in (qk_chunks, v_chunks)]
     if not hopper_decode.serves(*widths) or plan.graph.value is None or len(plan.parts) > 1 or not plan.packs_heads:
         raise UnsupportedError(

@@ -45,8 +45,9 @@ def loop_of(domain: Domain) -> str:
     return {"col": "by_key", "offset": "by_offset"}.get(domain.kind, "by_query")
 
 
-def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int) -> dict[str, Any]:
-    """Slots of the pass' template."""
+def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int, hopper: bool = False) -> dict[str, Any]:
+    """Slots of the pass' template. hopper: for the one in Gluon, whose tiles are [keys, queries], and where bounds that
+    need a whole block are found apart."""
     kind = light.domain.kind
     axis = _KEY if kind == "col" else _QUERY
     saved = [s.name for s, _ in weight.rows] if light.uses_weight else []
@@ -55,18 +56,19 @@ def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int) -> dict[str
         running = frozenset({"q_idx", "kv_idx", *saved, "b", "h", "h_kv"})
         lowering = Lowering(plan.graph, leaves, running=running)
     else:
-        lowering = Lowering(plan.graph, leaves, own_axis=Level.COL if kind == "col" else Level.ROW)
+        own_axis = Level.COL if kind == "col" else Level.ROW
+        lowering = Lowering(plan.graph, leaves, rows_first=not hopper, own_axis=own_axis)
     folded = plan.folded
     exprs = [folded.apply(weight.of(n.reduction.expr)) for n in light.reductions]
     conditions = [folded.apply(weight.of(n.reduction.when)) for n in light.reductions]
     own_weight = folded.apply(weight.expr)
     mask = plan.graph["mask"].expr
     lowering.count([folded.score, mask, *exprs, *conditions, *([own_weight] if light.uses_weight else [])])
-    edges = [edge(index, True) for index in (("q_idx", "kv_idx") if kind != "row" else ("kv_idx",))]
+    edges = [edge(index, not hopper) for index in (("q_idx", "kv_idx") if kind != "row" else ("kv_idx",))]
     tile = tile_plan(light.mask, sym.Q_IDX if kind == "col" else sym.KV_IDX)
     bounds = None
     if kind != "offset":
-        bounds = bound_lines(tile, lowering, axis.inner_block, f"{axis.own} < {axis.own_len}")
+        bounds = bound_lines(tile, lowering, axis.inner_block, f"{axis.own} < {axis.own_len}", apart=hopper)
     score = lowering.tile(folded.score)
     visible = visible_lines(lowering, mask, edges)
     score_lines = take(lowering)

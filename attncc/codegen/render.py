@@ -57,8 +57,8 @@ def render(
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in: that of the kernel for dK
-    and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
+    language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in:
+    that of the kernel for dK and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
     share it; `values`: heads of v for each head of k.
     """
     users = plan
@@ -94,8 +94,8 @@ def render(
         "backward": backward,
         "tma": tma and backward,
         "staging": staging(plan),
-        "widths_qk": _widths(qk_chunks),
-        "widths_v": _widths(v_chunks),
+        "widths_qk": widths(qk_chunks),
+        "widths_v": widths(v_chunks),
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),
         "call_args": "".join(f"{name}, " for name in names),
@@ -261,7 +261,7 @@ def _bounds(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines, packed: bo
     return [{"name": f"bounds_{axis}", "slots": bounds_slots(tile, lines, packed), "summaries": summaries}]
 
 
-def _widths(pieces: Iterable[Chunk]) -> str:
+def widths(pieces: Iterable[Chunk]) -> str:
     """The widths of chunks, each once: a descriptor serves all chunks of one width."""
     return repr(tuple(dict.fromkeys(c.width for c in pieces)))
 

@@ -6,11 +6,13 @@ import textwrap
 from typing import Any
 
 from attncc.codegen.chunks import chunks
+from attncc.codegen.hopper_outputs import hopper_pass_slots, in_warps
 from attncc.codegen.indices import input_arguments
 from attncc.codegen.names import coded
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
-from attncc.codegen.render import _bounds, _render, any_wide, staging, tidy
+from attncc.codegen.render import _bounds, _render, any_wide, staging, tidy, widths
+from attncc.codegen.statements import in_gluon
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
 from attncc.passes.outputs import Weight, final_weight, named, passes
@@ -25,8 +27,10 @@ def saved_rows(plan: Plan, weight: Weight) -> tuple[str, ...]:
     return tuple(symbol.name for symbol, _ in weight.rows) if used else ()
 
 
-def render_outputs(plan: Plan, d_qk: int) -> str:
-    """The module's source. Its `outputs` returns the reductions of the graph's outputs, in the order of `named`."""
+def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
+    """The module's source. Its `outputs` returns the reductions of the graph's outputs, in the order of `named`.
+
+    hopper: the passes that Gluon has kernels for are in Gluon."""
     if not (plan.graph.has_dot and plan.core is plan.graph):
         raise UnsupportedError(
             f"'{plan.graph.name}' has a similarity of its own, for which auxiliary outputs are not generated yet",
@@ -37,7 +41,11 @@ def render_outputs(plan: Plan, d_qk: int) -> str:
     plan, _ = coded(plan)
     weight = final_weight(plan.graph)
     context = _context(plan, d_qk)
-    units = [pass_slots(plan, light, weight, i) for i, light in enumerate(passes(plan.graph))]
+    units = [
+        (hopper_pass_slots if hopper and in_warps(plan, light) else pass_slots)(plan, light, weight, i)
+        for i, light in enumerate(passes(plan.graph))
+    ]
+    context["hopper"] = any("in_warps" in u for u in units)
     bounds: list[dict[str, Any]] = []
     helpers: set[str] = set()
     for u in units:
@@ -54,9 +62,16 @@ def render_outputs(plan: Plan, d_qk: int) -> str:
             helpers |= s["slots"]["helpers"]
             kernels.append(("summary.py.j2", {"u": s["slots"], "name": f"{s['name']}_kernel"}))
         kernels.append(("bounds.py.j2", {"u": b["slots"], "name": f"{b['name']}_kernel"}))
-    kernels += [*((f"outputs_{loop_of(u['domain'])}.py.j2", {"u": u}) for u in units)]
+    for u in units:
+        template = f"outputs_{loop_of(u['domain'])}.py.j2"
+        kernels.append((f"hopper_{template}" if "in_warps" in u else template, {"u": u, "f": u}))
     order = [entry.name for entry in named(plan.graph.outputs)]
     parts = [_header(plan, d_qk), _render("helpers.py.j2", context, helpers=helpers)]
+    if context["hopper"]:
+        parts[0] += "\n" + _render("gluon_compat.py.j2", context)
+        parts.append(_render("gluon_helpers.py.j2", context))
+        own = set().union(*(u["helpers"] for u in units if "in_warps" in u))
+        parts.append(in_gluon(_render("helpers.py.j2", context, helpers=own)))
     parts += [_render(name, context, **slots) for name, slots in kernels]
     host = {
         "bounds": bounds,
@@ -78,9 +93,10 @@ def _context(plan: Plan, d_qk: int) -> dict[str, Any]:
         "graph": graph,
         "tma": False,
         "staging": staging(plan),
-        "hopper": False,
+        "hopper_backward": False,
         "d_qk": d_qk,
         "qk_chunks": chunks(d_qk),
+        "widths_qk": widths(chunks(d_qk)),
         "value_of_key": False,
         "scalar_names": "".join(f', "{s.name}"' for s in graph.scalars),
         "call_params": "".join(f"{name}, " for name in names),

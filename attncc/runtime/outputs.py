@@ -23,7 +23,8 @@ from attncc.runtime.engine import Engine, load_module, on_device
 from attncc.runtime.recordings import Recordings
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound
-from attncc.schedule.light import light_tilings
+from attncc.schedule.device import device_of
+from attncc.schedule.light import in_warps, light_tilings
 
 
 class LightPasses:
@@ -36,12 +37,12 @@ class LightPasses:
         self.saved = saved_rows(self.plan, self.weight)
         self.names = tuple(entry.name for entry in named(graph.outputs))
         self._recordings = Recordings(at_once=True)
-        self._modules: dict[tuple[int, bool], ModuleType] = {}
+        self._modules: dict[tuple[int, bool, bool], ModuleType] = {}
         self._lock = threading.RLock()
 
-    def source(self, d_qk: int) -> str:
-        """The generated module's text."""
-        return render_outputs(self.plan, d_qk)
+    def source(self, d_qk: int, hopper: bool = False) -> str:
+        """The generated module's text; `hopper`: in Gluon where that has kernels."""
+        return render_outputs(self.plan, d_qk, hopper)
 
     def __call__(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every reduction by its name, given the stored rows; of v only the kind of call is read."""
@@ -60,13 +61,14 @@ class LightPasses:
         tensors = [bound.tensors[d.name] for d in self.graph.inputs]
         numbers = [bound.scalars[s.name] for s in self.graph.scalars]
         prepared = self.core.prepare(core_bound(self.core, bound), q, k, v)
-        key = (bound.sizes["d_qk"], prepared.interpreted)
+        key = (bound.sizes["d_qk"], in_warps(prepared.schedule, bound.sizes["d_qk"]), prepared.interpreted)
         with self._lock:
             if key not in self._modules:
                 name = f"outputs of {self.graph.name}"
-                self._modules[key] = load_module(self.source(key[0]), name, prepared.interpreted, self.core.cache)
+                self._modules[key] = load_module(self.source(*key[:2]), name, prepared.interpreted, self.core.cache)
             module = self._modules[key]
-        meta = {loop: launch_meta(tiling) for loop, tiling in light_tilings(prepared.schedule).items()}
+        target = device_of(q.device)
+        meta = {loop: launch_meta(tiling, target) for loop, tiling in light_tilings(prepared.schedule).items()}
         with on_device(q.device):
             results = module.outputs(
                 *(q, k, *tensors, *numbers, bound.scale),

@@ -77,7 +77,7 @@ class Streaming:
         pair, mask, mixed = problem.costs.forward, problem.costs.mask, live.mixed / max(live.live, 1)
         pairs = ks.block_m * ks.block_n
         op, tiles_of = instruction("forward", ks, problem, device), tiling("forward", ks, problem)
-        # Triton's warp groups beyond the blocks of rows compute the scores again, and divide the second matmul among them
+        # Triton's warp groups beyond the blocks of rows compute the scores again, and share the second matmul
         repeated = warp_grid(op, ks, tiles_of)[2] if op == "wgmma" and ks.backend == "triton" else 1
         qk = repeated * sum(problem.qk_chunks) * problem.costs.similarity.dots
         v = sum(head_chunks(problem.d_v)) * problem.values * problem.branches

@@ -28,8 +28,8 @@ class Device:
     in; `dram_share`: the share of the memory's rate that a kernel which only reads can have.
     `tmem_columns` (tensor memory of an SM) is 0 except on Blackwell data-centre cards.
     `tma`: the backward copies its tiles with the tensor memory accelerator. `gluon`: the kernels that the scheduler may
-    give to Gluon by itself, "forward", "decode" (keys that hold their values), "dkdv" (the whole backward), "dkdv_wide" (heads wider than 128):
-    those that were run and measured on the card.
+    give to Gluon by itself, "forward", "decode" (keys that hold their values), "dkdv" (the whole backward) and
+    "dkdv_wide" (that of heads wider than 128): those that were run and measured on the card.
     """
 
     name: str

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from attncc.schedule.problem import KernelSchedule, Schedule
+from attncc.schedule.hopper import RESERVED_BYTES, TILE_BYTES
+from attncc.schedule.problem import KernelSchedule, Schedule, head_chunks
+
+#: by key in Gluon: three warpgroups of 64 keys each, whose exponentials run beside each other's matmuls
+WARPGROUPS = KernelSchedule(128, 192, 12, 3, "gluon")
+
+
+def in_warps(schedule: Schedule, d_qk: int) -> bool:
+    """Are passes in Gluon where there is a kernel? Where the forward is, and its tiles fit."""
+    width = sum(head_chunks(d_qk))
+    tiles = (WARPGROUPS.num_stages * WARPGROUPS.block_m + 2 * WARPGROUPS.block_n) * width * 2
+    return schedule.forward.form == "gluon" and tiles + RESERVED_BYTES <= TILE_BYTES
 
 
 def light_tilings(schedule: Schedule) -> dict[str, KernelSchedule]:
@@ -15,6 +26,7 @@ def light_tilings(schedule: Schedule) -> dict[str, KernelSchedule]:
         forward = KernelSchedule(128, 64, 8, 3)
     side = min(pair.block_m, pair.block_n, 64)
     return {
+        "by_key_in_warps": WARPGROUPS,
         "by_query": forward,
         # On the H200 (D=128, causal) 64 keys in 4 warps take 0.33 ms where 128 keys in 8 warps take 0.53: programs of
         # few warps share an SM, and one's exponents run beside another's matmul.
