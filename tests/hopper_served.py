@@ -11,7 +11,7 @@ NO_FORWARD = {
     **dict.fromkeys(("additive", "l1_distance"), _OTHER),
     "afa": "no tiling fits",
     "differential": "Gluon kernels have one score a pair",
-    "mla": "Gluon kernels have one head of v",
+    "mla": "where keys hold their values",
 }
 _MORE = "the Gluon backward multiplies q with k alone"
 _READ_EACH_PAIR = ("relative_bias", "t5_bias", "dense_bias", "bee_rag", "slots", "mega", "local_gaussian", "reversed")
@@ -22,5 +22,6 @@ NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
     **dict.fromkeys((*_READ_EACH_PAIR, *_BY_DISTANCE, *_KEPT_A_KEY, *_SLOPES), "no tiling fits"),
+    "mla": "Gluon's backward loads v for itself",
     "sdm": "q and k have no gradient",
 }

@@ -44,5 +44,4 @@ def hopper_pass_slots(plan: Plan, light: Pass, weight: Weight, number: int) -> d
         "block_lines": [in_gluon(line) for line in own],
         "row_tiles": [f"{name}_rows" for name in u["saved"]],
         "name": f"by_key_in_warps_{number}",
-        "in_warps": True,
     }

@@ -99,6 +99,7 @@ def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int, hopper: boo
             f"{n.output}: {light.domain}.{n.reduction.op} of {formula(n.reduction.expr)}" for n in light.reductions
         ],
         "helpers": lowering.helpers,
+        "in_warps": hopper,
     }
     if kind == "offset":
         slots["may"] = _may_lines(lowering, light.mask)

@@ -58,8 +58,8 @@ def render(
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
     language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in:
-    that of the kernel for dK and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
-    share it; `values`: heads of v for each head of k.
+    that of the kernel for dK and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of
+    k, where branches of q share it; `values`: heads of v for each head of k.
     """
     users = plan
     plan, called = coded(plan)

@@ -45,7 +45,7 @@ def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
         (hopper_pass_slots if hopper and in_warps(plan, light) else pass_slots)(plan, light, weight, i)
         for i, light in enumerate(passes(plan.graph))
     ]
-    context["hopper"] = any("in_warps" in u for u in units)
+    context["hopper"] = any(u["in_warps"] for u in units)
     bounds: list[dict[str, Any]] = []
     helpers: set[str] = set()
     for u in units:
@@ -64,13 +64,13 @@ def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
         kernels.append(("bounds.py.j2", {"u": b["slots"], "name": f"{b['name']}_kernel"}))
     for u in units:
         template = f"outputs_{loop_of(u['domain'])}.py.j2"
-        kernels.append((f"hopper_{template}" if "in_warps" in u else template, {"u": u, "f": u}))
+        kernels.append((f"hopper_{template}" if u["in_warps"] else template, {"u": u, "f": u}))
     order = [entry.name for entry in named(plan.graph.outputs)]
     parts = [_header(plan, d_qk), _render("helpers.py.j2", context, helpers=helpers)]
     if context["hopper"]:
         parts[0] += "\n" + _render("gluon_compat.py.j2", context)
         parts.append(_render("gluon_helpers.py.j2", context))
-        own = set().union(*(u["helpers"] for u in units if "in_warps" in u))
+        own = set().union(*(u["helpers"] for u in units if u["in_warps"]))
         parts.append(in_gluon(_render("helpers.py.j2", context, helpers=own)))
     parts += [_render(name, context, **slots) for name, slots in kernels]
     host = {

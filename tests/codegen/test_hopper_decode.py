@@ -1,4 +1,4 @@
-"""The Gluon kernel that splits keys which hold their values: its text on a model of the machine, and where it serves."""
+"""The Gluon kernel that splits keys which hold their values: its text on a model of the machine."""
 
 from functools import cache
 

@@ -8,6 +8,7 @@ import torch
 import attncc as ac
 from attncc.runtime.shapes import bind
 from attncc.runtime.verify import Shape, check, eager, verify_variant
+from attncc.schedule.device import device_of
 
 SHAPES = (
     Shape(1, 32, 8, 1, 8191, 128, 128),
@@ -62,6 +63,23 @@ def test_head_dimensions_of_latent_attention():
     k = torch.randn(2, 1, 3000, 576, device="cuda", dtype=torch.bfloat16)
     exact, plain = ac.reference("mla", q.double(), k.double()), eager("mla", q, k)
     assert check("out", op(q, k), exact, plain).ok
+
+
+@pytest.mark.parametrize("backend", ["triton", "gluon"])
+@pytest.mark.parametrize(
+    ("heads", "q_len", "kv_len"),
+    [(16, 1, 300), (32, 3, 517), (128, 2, 40), (64, 4, 2), (16, 200, 333), (128, 1, 9000)],
+)
+def test_keys_that_hold_their_values(backend, heads, q_len, kv_len):
+    if backend == "gluon" and device_of("cuda").target != "sm_90":
+        pytest.skip("Gluon kernels are for Hopper")
+    op = ac.compile("mla", backend=backend)
+    q = torch.randn(2, heads, q_len, 576, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(2, 1, kv_len, 576, device="cuda", dtype=torch.bfloat16)
+    exact, plain = ac.reference("mla", q.double(), k.double()), eager("mla", q, k)
+    out = op(q, k)
+    assert check("out", out, exact, plain).ok
+    assert torch.equal(out, op(q, k))
 
 
 def test_every_number_of_parts_gives_the_same_to_rounding():
