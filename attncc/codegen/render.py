@@ -115,7 +115,7 @@ def render(
     else:
         decoding = forward_in == "decode"  # where tables by distance are longer than what is read of them
         f = decode_slots(plan, qk_chunks) if decoding else forward_slots(plan, qk_chunks, tables=plan.score_tables.read)
-    helpers, in_warps = set(f["helpers"]), set(f["helpers"]) if hopper else set()
+    helpers, in_warps = set(f["helpers"]), set(f["helpers"]) - {"_others_may_start"} if hopper else set()
     if not hopper:
         helpers.add("_add_product")
     bounds = _bounds(plan, "kv", plan.over_keys, f["bounds"], f.get("packed", False))
