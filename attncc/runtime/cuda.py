@@ -149,12 +149,16 @@ class Box:
         )
         _check(status, f"cannot describe a tensor of shape {tuple(shape)}, strides {tuple(strides)}")
         self._map, self._replace = ctypes.c_void_p(self.address), _driver().cuTensorMapReplaceAddress
+        self._pointer = pointer
 
     def point(self, pointer: int) -> None:
         """Describe the tensor at another address."""
+        if pointer == self._pointer:  # as in each step of a training, whose memory is given out in the same order
+            return
         status = self._replace(self._map, ctypes.c_void_p(pointer))
         if status:
             _check(status, "cannot move a descriptor")
+        self._pointer = pointer
 
 
 def _ensure_context(device: int) -> None:

@@ -24,10 +24,10 @@ def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():  # no create_graph
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():  # no create_graph
-            return found
         refuse: Any = torch._C._functions.DelayedError(_REFUSAL, len(found))
         return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
 

@@ -32,8 +32,8 @@ class Prepared:
 
 
 def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -> bool:
-    """Does one of these kernels spill, which nobody knew when its tiling was chosen? It is noted. Waits until they are
-    compiled."""
+    """Does one of these kernels spill, which nobody expected when its tiling was chosen? It is noted. Waits until they
+    are compiled."""
     if prepared.chosen_for is None:
         return False
     problem, device = prepared.chosen_for
@@ -43,7 +43,4 @@ def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -
         # what does not compile fails again at its launch, with its reason
         if started is not None and started.exception() is None and not problem.spilled(kernel, tiling):
             found[kernel, tiling] = spilled_bytes(started.result())
-    if not any(found.values()):
-        return False
-    note_spills(found, problem, device, cache)
-    return True
+    return note_spills(found, problem, device, cache)

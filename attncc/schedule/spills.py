@@ -1,8 +1,9 @@
 """What compiled kernels were seen to spill: facts beside the estimate of registers, which is off by a few at times.
 
-A kernel that a formula got by the model alone is looked at when it is compiled. If it spills, that is noted in the
-cache, and the ranking knows better: the next candidate is taken where the model predicts it hardly slower. So a choice
-depends on what is noted, which `attncc compile` and calls do alike; neither compiles anything only to look.
+A kernel that a formula got by the model alone is looked at when it is compiled. If it spills, which the model did not
+expect, that is noted in the cache, and the ranking knows better: the next candidate is taken where the model predicts
+it hardly slower. So a choice depends on what is noted, which `attncc compile` and calls do alike; neither compiles
+anything only to look. What was taken although it would spill, on Hopper's warp groups, is what the model meant.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from attncc.resources import fingerprint
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import Device
 from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Problem, alike
+from attncc.schedule.registers import spilled_registers
 
 Seen = Mapping[tuple[Kernel, KernelSchedule], int]
 
@@ -27,12 +29,16 @@ def with_known_spills(problem: Problem, device: Device, cache: Cache | None) -> 
     return problem if value is None else replace(problem, spills=_read(value))
 
 
-def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> None:
-    """Keep what compiled kernels spill, in bytes a thread, beside what is known; tilings that spill nothing are left
-    out."""
-    spilling = {(kernel, alike(ks)): count for (kernel, ks), count in found.items() if count}
+def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> bool:
+    """Keep what compiled kernels spill, in bytes a thread, beside what is known, and say whether there is any; tilings
+    that spill nothing, or were expected to, are left out."""
+    spilling = {
+        (kernel, alike(ks)): count
+        for (kernel, ks), count in found.items()
+        if count and not spilled_registers(kernel, ks, problem, device)
+    }
     if not spilling or not problem.digest:
-        return
+        return False
 
     def joined(value: Mapping[str, Any] | None) -> dict[str, Any]:
         known = {(kernel, ks): count for kernel, ks, count in (_read(value) if value else ())}
@@ -43,6 +49,7 @@ def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> 
         return {"kind": "spills", "what": f"{problem.digest[:12]} {device.target}", "spills": rows}
 
     cache.update(_key(problem, device), joined)
+    return True
 
 
 def _read(value: Mapping[str, Any]) -> frozenset[tuple[Kernel, KernelSchedule, int]]:

@@ -110,3 +110,12 @@ def test_one_that_spills_tells_of_others(cache):
         registers("dq", ks, WORK, A100) + short + 10 > limit >= registers("dq", ks, WORK, A100)
         for ks, _ in ranked("dq", WORK, A100)
     )
+
+
+def test_what_was_taken_although_it_would_spill_is_what_was_meant(cache):
+    """On warp groups, where the model predicts that it gains more than spills cost."""
+    small = problem(batch=1, heads=8, length=1024, digest="d" * 64)
+    first = ranked("dkdv", small, MEASURED)[0][0]
+    assert registers("dkdv", first, small, MEASURED) > register_limit(first, MEASURED)
+    assert not note_spills({("dkdv", first): 216}, small, MEASURED, cache)
+    assert choose(small, MEASURED, cache, "triton").dkdv == first
