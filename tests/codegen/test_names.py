@@ -16,6 +16,7 @@ from attncc.codegen.names import coded, taken
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
 from attncc.codegen.similarity import SimilaritySlots
+from attncc.codegen.standalone import standalone
 from attncc.codegen.texts import HINTS
 from attncc.language.stages import cannot_name
 from attncc.language.textform import from_texts
@@ -114,3 +115,18 @@ def test_such_a_name_has_its_own_type_where_there_is_no_gpu(monkeypatch):
     )
     (types,) = signatures
     assert (types["IN_BATCH_PTR"], types["num_meta"], types["num_other"]) == ("*i32", "fp32", "i32")
+
+
+def test_a_standalone_file_is_called_by_the_names_of_the_spec():
+    variant = ac.loads_toml(
+        '[stages]\nscore = "score * meta + grad[h] * results"\n'
+        '[inputs]\ngrad = { index = ["h"], grad = true }\n[scalars]\nmeta = 0.3\nresults = 2.0'
+    )
+    tiling = KernelSchedule(64, 64, 4, 2)
+    schedule = Schedule(tiling, tiling, tiling, pair=tiling)
+    text = standalone(Plan(variant.graph), 32, 32, schedule, "bf16", device_for("sm_80"))
+    (function,) = (n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "attention")
+    # `results` is one of its own names
+    assert [a.arg for a in function.args.kwonlyargs] == ["grad", "meta", "num_results", "scale", "return_lse"]
+    assert "grad[h]: float, receives a gradient" in ast.get_docstring(function)
+    assert "_Attention.apply(scale, (meta, num_results, ), q, k, v, grad)" in text
