@@ -10,7 +10,7 @@ what a variant does is counted in its stages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, log2
 from typing import Literal
@@ -123,13 +123,16 @@ def ranked(
     `candidates`.
 
     Candidates that are expected to spill come last, for how much that costs cannot be told from outside the compiler.
-    On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow. Those
-    that were seen to spill count as slower still, and tell by how much the estimate is too low for this formula: others
-    as near to the limit count as `spill_risk` times as slow. When `SPILLS_SEEN` were seen, the best of them is first.
+    On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow.
+
+    Where some were seen to spill, they and those of the same tile count as `expected_us`, and so do those that were
+    expected to all along. They also tell by how much the estimate is too low for this formula: others as near to the
+    limit count as `spill_risk` times as slow. When `SPILLS_SEEN` were seen, the best of them is first.
     Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
     seen = {alike(ks): problem.spilled(kernel, ks) for ks, _ in found if problem.spilled(kernel, ks)}
+    stages = {ks.num_stages for ks in seen}
     missing = max((_missing(kernel, ks, count, problem, device) for ks, count in seen.items()), default=0.0)
 
     def order(entry: tuple[KernelSchedule, Prediction]) -> tuple[bool, bool, float]:
@@ -139,7 +142,10 @@ def ranked(
         over = registers(kernel, ks, problem, device) - register_limit(ks, device)
         last = over > 0 and instruction(kernel, ks, problem, device) != "wgmma"
         us = FIT.spill_risk * prediction.us if over + missing > 0 else prediction.us
-        return len(seen) >= SPILLS_SEEN, last, us
+        if seen and over > 0:
+            us = _spilling_us(prediction, REGISTER_BYTES * over)
+        same_tile = [expected_us(kernel, replace(ks, num_stages=n), prediction, problem) for n in stages]
+        return len(seen) >= SPILLS_SEEN, last, max((us, *same_tile))
 
     return tuple(sorted(found, key=order))
 
@@ -153,7 +159,12 @@ def _missing(kernel: Kernel, ks: KernelSchedule, spilled: int, problem: Problem,
 def expected_us(kernel: Kernel, ks: KernelSchedule, prediction: Prediction, problem: Problem) -> float:
     """The predicted time with what the kernel was seen to spill."""
     seen = problem.spilled(kernel, ks)
-    return prediction.us * (FIT.spill_seen + seen / FIT.spill_bytes if seen else 1.0)
+    return _spilling_us(prediction, seen) if seen else prediction.us
+
+
+def _spilling_us(prediction: Prediction, spilled: float) -> float:
+    """The predicted time of a kernel that spills so many bytes."""
+    return prediction.us * (FIT.spill_seen + spilled / FIT.spill_bytes)
 
 
 def _programs(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:

@@ -32,11 +32,12 @@ def seen(found, cache, work=WORK, device=A100):
 
 
 def test_what_spills_leaves_its_place_to_the_next(cache):
-    first, second = (ks for ks, _ in ranked("forward", WORK, A100)[:2])
+    first, *others = (ks for ks, _ in ranked("forward", WORK, A100))
     assert choose(WORK, A100, cache).forward == first
     note_spills({("forward", first): 8, ("dq", first): 0}, WORK, A100, cache)
     again = choose(WORK, A100, cache)
-    assert again.forward == second
+    # stages of a tile hardly change its registers
+    assert again.forward == next(ks for ks in others if replace(ks, num_stages=first.num_stages) != first)
     assert again.dq == choose(WORK, A100).dq
     assert again.origin == "model"
     assert choose(WORK, device_for("l4"), cache).forward == choose(WORK, device_for("l4")).forward
