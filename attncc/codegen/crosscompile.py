@@ -72,13 +72,15 @@ def cross_compile(
     precision: Precision = "ieee",
     only: tuple[str, ...] | None = None,
     group: int = 1,
+    ordered: bool = False,
 ) -> dict[str, CompiledKernel]:
-    """Compile a generated module's kernels for `device`; `group` query heads share a key head. No GPU is needed, nor
-    used."""
+    """Compile a generated module's kernels for `device`; `group` query heads share a key head; `ordered`: every sum
+    has a fixed order. No GPU is needed, nor used."""
     compiled = {}
     for name in kernel_names(module):
         if only is None or name in only:
-            compiled[name] = _compile(getattr(module, name), name, graph, schedule, device, dtype, precision, group)
+            facts = (schedule, device, dtype, precision, group, ordered)
+            compiled[name] = _compile(getattr(module, name), name, graph, *facts)
     return compiled
 
 
@@ -91,6 +93,7 @@ def _compile(
     dtype: Dtype,
     precision: Precision,
     group: int,
+    ordered: bool,
 ) -> CompiledKernel:
     tiling = _tiling(name, schedule)
     gluon = kernel.is_gluon()
@@ -117,6 +120,7 @@ def _compile(
         "BLOCK_S": 32,
         "OVERLAP": device.overlaps_kernels,
         "SUM_DQ": True,
+        "ORDERED": ordered,
         "COUNT": 1,
     }
     signature: dict[str, str] = {}

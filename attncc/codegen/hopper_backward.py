@@ -49,7 +49,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
-    compute. `alive`: has a row seen any key?
+    compute. `alive`: has a row seen any key? `in_turn`: can programs take turns at adding to a tile of dQ? They can
+    where each has an unbroken run of tiles, and count who comes before them.
     """
     _refuse(plan)
     if queries(d_qk, d_v) is None:
@@ -94,6 +95,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         **tile_slots(bounds),
         wants_q_idx=wants_q_idx,
         alive=saw_a_key(plan),
+        in_turn=not is_wide and len(plan.over_queries.segments) == 1,
         wide=is_wide,
         by_rows=in_halves,
         pieces=parts * 2 if in_halves else parts,

@@ -29,13 +29,13 @@ def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: 
         return {**tiles, **{k: x for k, x in options.items() if k != "STAGES"}, "splits": schedule.splits}
     if kernel == "dkdv":
         sums = schedule.block_n == hopper_backward.KEYS  # of wide heads, with fewer keys, dQ has a kernel of its own
-        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": sums}
+        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": sums, "ORDERED": False}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
 
 
 def in_fixed_order(meta: dict[str, int]) -> dict[str, int]:
-    """The words of a Gluon backward whose programs add nothing up among each other."""
-    return {**meta, "SUM_DQ": False, "SPLITS": 1}
+    """The words of a Gluon backward whose programs add to dQ one after the other, and to nothing else."""
+    return {**meta, "ORDERED": True, "SPLITS": 1}
 
 
 def schedule_meta(schedule: Schedule, device: Device) -> dict[str, dict[str, int]]:

@@ -188,7 +188,7 @@ class Engine:
         """The gradients whose sums have no fixed order in the backwards prepared so far: programs of Gluon's add to dQ,
         and to dK and dV where several share the heads of a group."""
         metas = [p.meta["dkdv"] for p in self._prepared.values()]
-        summed = ("dq",) if any(meta.get("SUM_DQ") for meta in metas) else ()
+        summed = ("dq",) if any(meta.get("SUM_DQ") and not meta["ORDERED"] for meta in metas) else ()
         shared = ("dk", "dv") if any(meta.get("SPLITS", 1) > 1 for meta in metas) else ()
         return frozenset((*summed, *shared))
 

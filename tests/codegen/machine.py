@@ -4,7 +4,8 @@ Gluon has no interpreter, and what goes wrong in these kernels is seldom arithme
 matmul still reads it, a barrier that is waited for in the wrong phase, a fence that is missing. So the model is of what
 is asynchronous. Every partition of warps is a thread, one of which runs at a time; at every barrier chance says which
 goes on. Copies and matmuls take place at a random moment between their issue and the wait for them, a warpgroup's
-matmuls in their order. Shared memory begins as NaN. Reading a result that was not waited for, writing by threads what
+matmuls in their order; what a store adds to memory is there for sure when that was waited for. Shared memory begins as
+NaN. Reading a result that was not waited for, writing by threads what
 the asynchronous units read with no fence between, and waiting for ever are errors.
 
 Layouts are not modelled, nor registers, nor the threads within a warpgroup; `cross_compile` has a say in those.
@@ -267,6 +268,7 @@ class Partition:
         self.thread = thread
         self.matmuls: list[Callable[[], None]] = []
         self.stores: list[Callable[[], None]] = []
+        self.landing: list[Callable[[], None]] = []  # stores that have read their tile
         self.until: Callable[[], bool] | None = None
         self.done = False
         self.rank = 0.0
@@ -287,6 +289,7 @@ class Program:
         self.memories: list[Any] = []
         self.partitions: list[Partition] = []
         self.error: BaseException | None = None
+        self.asked = 0
 
     @property
     def own(self) -> Partition:
@@ -302,6 +305,8 @@ class Program:
             raise self.error
         if any(p.matmuls or p.stores for p in self.partitions):
             raise MachineError("a matmul or a store of a tile is never waited for")
+        for p in self.partitions:
+            _land(p)
 
     def specialize(self, functions: Sequence[tuple[Callable[..., Any], Sequence[Any]]]) -> None:
         """Start partitions, and wait for their end."""
@@ -366,7 +371,9 @@ class Program:
         """Some of what is under way happens, a partition's matmuls and its stores in their order."""
         queues = [("copies", self.copies)]
         queues += [
-            (kind, queue) for p in self.partitions for kind, queue in (("matmuls", p.matmuls), ("stores", p.stores))
+            (kind, queue)
+            for p in self.partitions
+            for kind, queue in (("matmuls", p.matmuls), ("stores", p.stores), ("stores", p.landing))
         ]
         for kind, queue in queues:
             while queue and self.random.random() < self.early[kind]:
@@ -392,7 +399,7 @@ class Kernel:
         return self.function(*args, **kwargs)
 
     def launch(self, grid: int, args: Sequence[Any], meta: dict[str, Any], seed: int) -> None:
-        """Run all programs, one after the other in a random order."""
+        """Run all programs, one after the other in a random order; in that of their numbers where they take turns."""
         global _program
         names = self.function.__code__.co_varnames[: self.function.__code__.co_argcount]
         constants = {name: value for name, value in meta.items() if name in names}
@@ -401,7 +408,8 @@ class Kernel:
         ]
         bound = [*given, *(constants[name] for name in names[len(given) :])]
         order = list(range(grid))
-        random.Random(seed).shuffle(order)
+        if not meta.get("ORDERED"):
+            random.Random(seed).shuffle(order)
         for number in order:
             _program = Program(number, grid, seed * 1009 + number)
             _program.run(self.function, bound)
@@ -427,9 +435,19 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
 
 
 def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str = "") -> Block:
+    program = _current()
+    if sem == "release" and program.own.landing:
+        raise MachineError("a turn is passed on before what was added is in memory")
+    if sem == "acquire":  # in a loop, and those before have ended
+        program.asked += 1
+        if program.asked > _PATIENCE:
+            raise MachineError("a turn that never comes")
     before = _load(pointer, mask)
     _store(pointer, before + value, mask)
     return before
+
+
+_PATIENCE = 1000  # tiles of a program, and more
 
 
 def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any:
@@ -439,6 +457,9 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return Block(1 / args[0].v)
     if text == "mov.u32 $0, 0;":
         return Block(0)
+    if text == "cp.async.bulk.wait_group 0; mov.u32 $0, 1;":
+        _land(_current().own)
+        return Block(1)
     if "@never pmevent" in text:
         return args[0]
     if "vote.sync.any.pred over" in text:
@@ -502,12 +523,18 @@ def _copy_out(add: bool) -> Callable[..., None]:
 
         def happen() -> None:
             inside, where = box.part(place)
-            moved = view.reshape(tuple(box.block_shape))[where]
-            inside.copy_(inside + moved if add else moved)
+            moved = view.reshape(tuple(box.block_shape))[where].clone()
+            own.landing.append(lambda: inside.copy_(inside + moved if add else moved))
 
-        _current().own.stores.append(happen)
+        own = _current().own
+        own.stores.append(happen)
 
     return issue
+
+
+def _land(partition: Partition) -> None:
+    while partition.landing:
+        partition.landing.pop(0)()
 
 
 def _store_wait(pendings: int) -> None:

@@ -142,8 +142,10 @@ def test_heads_of_a_group_in_programs_of_their_own_add_up_dk_and_dv_two_entries_
 
 def test_what_a_dq_apart_is_for_is_said():
     text = render(plan("alibi"), 64, 64, True, True, forward_in="gluon", backward_in="gluon")
-    assert "apart = not meta[\"SUM_DQ\"] or any(name in wanted for name in ['slopes'])" in text
-    assert 'apart = not meta["SUM_DQ"]\n' in source("causal", 64, 64)
+    assert "apart = any(name in wanted for name in ['slopes'])" in text
+    assert "apart = False\n" in source("causal", 64, 64)
+    # blocks of keys whose tiles of queries lie in two ranges take no turns
+    assert 'apart = meta["ORDERED"]\n' in source("prefix_lm", 64, 64)
 
 
 def test_a_backward_of_more_than_a_dot_is_refused():
