@@ -49,8 +49,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
-    compute. `alive`: has a row seen any key? `in_turn`: can programs take turns at adding to a tile of dQ? They can
-    where each has an unbroken run of tiles, and count who comes before them.
+    compute. `alive`: has a row seen any key? `in_turn`: where dQ is summed, can programs take turns?
     """
     _refuse(plan)
     if queries(d_qk, d_v) is None:
@@ -95,7 +94,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         **tile_slots(bounds),
         wants_q_idx=wants_q_idx,
         alive=saw_a_key(plan),
-        in_turn=not is_wide and len(plan.over_queries.segments) == 1,
+        in_turn=not is_wide and takes_turns(plan),
         wide=is_wide,
         by_rows=in_halves,
         pieces=parts * 2 if in_halves else parts,
@@ -109,6 +108,12 @@ def finish_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
     scale = lowering.emit(plan.backward.dqk_scale)
     lines = [*lowering.outer, *lowering.body]
     return {"lines": lines, "scale": scale, "helpers": lowering.helpers, "pieces": pieces(chunks(d_qk), NARROW)}
+
+
+def takes_turns(plan: Plan) -> bool:
+    """Can programs add to a tile of dQ one after the other? Where each visits an unbroken run of tiles, it counts those
+    that come before it."""
+    return len(plan.over_queries.segments) == 1
 
 
 def by_row(plan: Plan) -> list[str]:

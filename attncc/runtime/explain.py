@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attncc.codegen.components import slope
-from attncc.codegen.hopper_backward import by_row
+from attncc.codegen.hopper_backward import by_row, takes_turns
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.codegen.similarity import SimilaritySlots
@@ -128,6 +128,7 @@ def facts(
             for kernel in kernels_of(plan)
         },
         "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
+        "dq_in_turn": takes_turns(plan),
         "dq_of_rows": schedule.dkdv.backend == "gluon" and wide(sizes["d_qk"], sizes["d_v"]),
     }
 

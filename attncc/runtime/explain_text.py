@@ -44,9 +44,12 @@ def text_of(found: Mapping[str, Any]) -> str:
             wanted = f"; dq makes it where gradients of {wanted} are wanted" if wanted else ""
             parts.append(f"of heads as wide a second kernel in Gluon makes dQ{wanted}{free}")
         else:
-            wanted = "".join(f", or the gradient of {name} is wanted" for name in found["dq_apart"])
             free = "dQ, and dK and dV over the heads of a group," if shared else "dQ"
-            parts.append(f"dkdv sums {free} in a free order; dq makes dQ where the order must be fixed{wanted}")
+            reasons = [f"the gradient of {name} is wanted" for name in found["dq_apart"]]
+            turns = "; its programs take turns where the order must be fixed" if found["dq_in_turn"] else ""
+            reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
+            apart = f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
+            parts.append(f"dkdv sums {free} in a free order{turns}{apart}")
     parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
     return "\n\n".join(parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import symtable
 from dataclasses import replace
 from functools import cache
@@ -93,13 +94,14 @@ def test_nothing_spills_and_the_memory_is_what_the_scheduler_counts(name, tiling
     assert "setmaxnreg" in kernel.ptx
 
 
-def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1):
+def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1, ordered=False):
     text = render(plan(name), d_qk, d_v, True, True, forward_in="gluon", backward_in="gluon")
     triton = KernelSchedule(64, 64, 4, 2)
     schedule = Schedule(KernelSchedule(128, 64, 8, 2, "gluon"), tiling, triton, pair=triton)
     last = "dq_of_rows_kernel" if hopper_backward.wide(d_qk, d_v) else "finish_kernel"
     only = ("dkdv_kernel", "prepare_kernel", last)
-    return cross_compile(load_source(text, name), plan(name).graph, schedule, H100, dtype, only=only, group=group)
+    only_these = {"only": only, "group": group, "ordered": ordered}
+    return cross_compile(load_source(text, name), plan(name).graph, schedule, H100, dtype, **only_these)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,18 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     chunks_qk, chunks_v = len(head_chunks(dims[0])), len(head_chunks(dims[1]))
     dq = hopper_backward.KEYS // 16
     assert kernel.ptx.count("wgmma.mma_async") == 2 * (2 * qk // 16 + v // 16 + keys * (chunks_qk + chunks_v) + dq)
+
+
+@pytest.mark.parametrize(("name", "dims"), [("causal", (128, 128)), ("full", (64, 64)), ("document", (96, 80))])
+def test_a_fixed_order_costs_no_memory_and_next_to_no_registers(name, dims):
+    sized = replace(problem(), d_qk=dims[0], d_v=dims[1])
+    tiling = hopper.tilings("dkdv", sized, H100)[0]
+    kernel = backward_compiled(name, tiling, *dims, "bf16", ordered=True)["dkdv_kernel"]
+    assert kernel.spills <= 24  # of the warp that adds, and has 24 registers a thread
+    assert kernel.shared <= hopper.shared_memory("dkdv", tiling, sized)
+    assert "ld.global.gpu.acquire" in kernel.ptx
+    assert "atom.global.gpu.release" in kernel.ptx
+    assert re.search(r"cp.async.bulk.wait_group\s+0", kernel.ptx)
 
 
 def test_heads_of_a_group_in_programs_of_their_own_add_up_dk_and_dv_two_entries_an_instruction():

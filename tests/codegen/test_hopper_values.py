@@ -122,6 +122,51 @@ def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
     assert not run.failures(run.backward(wanted))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("causal", Shape(1, 2, 1, 140, 300, 64, 64)),
+        ("causal", Shape(1, 1, 1, 300, 130, 128, 80)),  # rows that see nothing
+        ("causal", Shape(1, 1, 1, 70, 40, 64, 64)),
+        ("full", Shape(1, 1, 1, 100, 300, 96, 64, strided=True)),
+        ("sliding_window", Shape(1, 1, 1, 400, 420, 64, 64)),
+        ("document", GROUPED),
+    ],
+)
+def test_in_a_fixed_order_programs_add_to_a_tile_of_dq_in_their_turn(name, shape):
+    run = Run(name, shape)
+    first, second = (run.backward(sums=False) for _ in range(2))  # what is early and what is late differs
+    assert not run.failures(first)
+    assert all(map(torch.equal, first[:3], second[:3]))
+
+
+def test_blocks_of_keys_with_two_runs_of_tiles_take_no_turns():
+    run = Run("prefix_lm", GROUPED)
+    assert not run.failures(run.backward(sums=False))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("_pass_turn_on(TURNS_PTR + line_tile)", "pass"),
+        # it is another's turn when what was added is in memory
+        ("one = gl.inline_asm_elementwise(", "one = (lambda *args, **options: 1)("),
+        # those that others wait for start first
+        ("n_block = n_blocks - 1 - n_block", "pass"),
+        # who visits a tile
+        ("(begin <= tile) & ", ""),
+    ],
+)
+def test_the_model_notices_who_comes_before_their_turn(before, after):
+    assert source("sliding_window", 64, 64).count(before) >= 1
+    run = Run("sliding_window", Shape(1, 1, 1, 400, 420, 64, 64), lambda text: text.replace(before, after))
+    try:
+        noticed = run.failures(run.backward(sums=False))
+    except machine.MachineError:
+        return
+    assert noticed
+
+
 @pytest.mark.parametrize(("name", "splits"), [("causal", 2), ("alibi", 4), ("document", 4)])
 def test_the_heads_of_a_group_add_up_what_they_have_of_dk_and_dv(name, splits):
     run = Run(name, Shape(1, 4, 1, 130, 150, 64, 48))
