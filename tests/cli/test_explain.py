@@ -154,7 +154,7 @@ def test_a_roofline_is_drawn_and_told(attncc, tmp_path):
 @pytest.mark.parametrize(
     ("dim", "said"),
     [
-        ("128", "in a free order; its programs take turns where the order must be fixed; dq makes dQ where the gradient"),
+        ("128", "its programs take turns where the order must be fixed; dq makes dQ where the gradient of sink"),
         ("256", "a second kernel in Gluon makes dQ; dq makes it where gradients of sink are wanted"),
     ],
 )
