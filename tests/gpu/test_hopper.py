@@ -5,7 +5,7 @@ import torch
 
 import attncc as ac
 from attncc.runtime.reference import reference
-from attncc.runtime.samples import Shape
+from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.verify import Exam
 from tests.hopper_served import NO_BACKWARD, NO_FORWARD
 
@@ -115,6 +115,43 @@ def test_a_fixed_order_gives_the_same_bits_every_time(mode):
         torch.use_deterministic_algorithms(False)
     assert not [r for r in rows if not (r.ok and r.repeatable)]
     assert backward_backends(op) == {"gluon"}
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "sliding_window", "document", "prefix_lm"])
+def test_programs_take_turns_at_dq(name):
+    """Long enough that programs of several waves wait for each other."""
+    shape = Shape(2, 6, 2, 3000, 3072, 128, 64)
+    sample = sample_inputs(ac.variants.get(name).graph, shape, torch.bfloat16, "cuda")
+    qkv = [t.requires_grad_() for t in (sample.q, sample.k, sample.v)]
+    free, fixed = (ac.compile(name, backend="gluon", deterministic=fixed) for fixed in (False, True))
+    cotangent = torch.randn_like(free(*qkv, **sample.inputs))
+
+    def gradients(op):
+        return torch.autograd.grad(op(*qkv, **sample.inputs), qkv, cotangent)
+
+    first, about = gradients(fixed), gradients(free)
+    for _ in range(10):
+        assert all(map(torch.equal, gradients(fixed), first))
+    assert fixed.free_sums() == frozenset()
+    for one, other in zip(first, about, strict=True):
+        assert (one - other).float().square().mean() < 1e-5 * other.float().square().mean()
+
+
+def test_turns_begin_anew_in_every_replay_of_a_cuda_graph():
+    op = ac.compile("causal", backend="gluon", deterministic=True)
+    qkv = [torch.randn(1, 4, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    cotangent = torch.randn_like(qkv[0])
+    expected = torch.autograd.grad(op(*qkv), qkv, cotangent)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(op(*qkv), qkv, cotangent)
+    for _ in range(3):
+        for gradient in found:
+            gradient.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))
 
 
 def test_dk_and_dv_have_the_same_bits_every_time():
