@@ -131,6 +131,8 @@ def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
         ("full", Shape(1, 1, 1, 100, 300, 96, 64, strided=True)),
         ("sliding_window", Shape(1, 1, 1, 400, 420, 64, 64)),
         ("document", GROUPED),
+        ("document", Shape(1, 1, 1, 130, 300, 64, 64)),
+        ("causal", Shape(1, 6, 2, 260, 300, 64, 64)),
     ],
 )
 def test_in_a_fixed_order_programs_add_to_a_tile_of_dq_in_their_turn(name, shape):
@@ -155,6 +157,7 @@ def test_blocks_of_keys_with_two_runs_of_tiles_take_no_turns():
         ("n_block = n_blocks - 1 - n_block", "pass"),
         # who visits a tile
         ("(begin <= tile) & ", ""),
+        ("past = n_blocks if LAST_FIRST else n_block", "past = n_blocks - 1"),
     ],
 )
 def test_the_model_notices_who_comes_before_their_turn(before, after):
