@@ -102,6 +102,12 @@ def parse(source: Source, stage: str) -> ast.Module:
         raise SpecError(f"the text cannot be parsed: {error}", stage=stage, span=source.whole()) from None
 
 
+def result_span(source: Source, stage: str) -> Span:
+    """Where a stage's text says what it is: behind the names that it gives to parts, if any."""
+    body = parse(source, stage).body
+    return source.node_span(body[-1]) if len(body) > 1 else source.whole()
+
+
 def stage_function(source: Source, stage: str) -> Callable[[dict[str, Any]], Any]:
     """A stage's text as a function from the names it sees to its value."""
     tree = parse(source, stage)

@@ -28,7 +28,7 @@ from typing import Any
 from attncc.errors import Span, SpecError
 from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language.combinators import Piece
-from attncc.language.expression import PIECES, Source, parse, stage_function
+from attncc.language.expression import PIECES, Source, parse, result_span, stage_function
 from attncc.language.recurrence import assemble_recurrence
 from attncc.language.stages import SEES, SEES_STATE, assemble, check_name
 from attncc.language.variant import (
@@ -188,7 +188,7 @@ def from_sources(
     evaluate: dict[str, Any] = {}
     if "similarity" in sources:
         source = sources["similarity"]
-        evaluate["similarity"] = (stage_function(source, "similarity"), source.whole())
+        evaluate["similarity"] = (stage_function(source, "similarity"), result_span(source, "similarity"))
     texts = {stage: sources.get(stage) or Source(default, f"<default {stage}>") for stage, default in _DEFAULTS.items()}
     texts |= {f"output '{name}'": source for name, source in (outputs or {}).items()}
     for stage, source in texts.items():
@@ -197,7 +197,7 @@ def from_sources(
                 decls.setdefault(key, decl)
             for key, scalar in piece.scalars.items():
                 numbers.setdefault(key, scalar)
-        evaluate[stage] = (stage_function(source, stage), source.whole())
+        evaluate[stage] = (stage_function(source, stage), result_span(source, stage))
     auxiliary = {name: evaluate.pop(f"output '{name}'") for name in outputs or {}}
     graph = assemble(name, decls, numbers, evaluate, cites, branches, auxiliary)
     return Variant.from_graph(graph)

@@ -232,3 +232,10 @@ def test_inline_texts_name_their_option():
     with pytest.raises(SpecError) as caught:
         from_texts(mask="kv_idx")
     assert str(caught.value).startswith("<mask>:1: mask: expected a boolean")
+
+
+def test_a_stage_of_several_lines_is_at_its_result():
+    """Where findings of the whole stage point, such as a denominator that may be 0."""
+    toml = '[stages]\nnormalizer = """\np = score + 1\np / row.sum(p)\n"""\n'
+    (stage,) = (s for s in ac.loads_toml(toml, file="spec.toml").graph.stages if s.name == "weight")
+    assert (stage.span.line, stage.span.text[stage.span.col : stage.span.end_col]) == (4, "p / row.sum(p)")
