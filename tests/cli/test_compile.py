@@ -83,3 +83,15 @@ def test_a_kernel_that_spills_is_compiled_with_another_tiling_and_explained(attn
     tilings.clear()
     attncc("compile", *words)
     assert tilings[0] == second  # what was found out is kept
+
+
+def test_an_unusual_formula_ends_up_without_spills(attncc, tmp_path):
+    """Its first choice has a few, which no estimate knew: a weight that falls off slowly, under a mask with strides."""
+    (tmp_path / "slow.toml").write_text(
+        '[stages]\nmask = "kv_idx <= q_idx and (q_idx - kv_idx < 128 or kv_idx % 64 == 63)"\n'
+        'normalizer = "1 / (1 + score * score) / row.sum(1 / (1 + score * score))"\n'
+    )
+    words = (str(tmp_path / "slow.toml"), "--target", "sm_80", "--head-dim", "64")
+    found = json.loads(attncc("compile", *words, "--json").stdout)
+    assert [usage["spill_bytes"] for usage in found["kernels"].values()] == [0] * 4
+    assert "spills" in attncc("explain", *words).stdout
