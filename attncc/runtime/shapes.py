@@ -71,7 +71,8 @@ class Bound:
         """The same call on other tensors of the same kind, where `tensors` has them."""
         if not self.tensors:
             return self
-        return replace(self, tensors={name: tensors.get(name, x) for name, x in self.tensors.items()})
+        own = {name: tensors.get(name, x) for name, x in self.tensors.items()}
+        return Bound(self.sizes, self.scale, own, self.scalars)
 
 
 def bind(
