@@ -134,11 +134,14 @@ def _compile(
         p = parameter.name
         if parameter.is_constexpr:
             signature[p] = "constexpr"
-            values[(i,)] = True if p.startswith("WANT_") else constants[p]
+            values[(i,)] = True if p.startswith("WANT_") or p.endswith("_BOXED") else constants[p]
         elif p in scalars:
             signature[p] = scalars[p]
         elif p.startswith("SUMS_DESC_"):
             signature[p] = _box((2 * int(p.removeprefix("SUMS_DESC_")), 32), "fp32")
+        elif p.endswith("_BOXES"):
+            dims = len(graph.input(p.removesuffix("_BOXES").lower()).pattern)
+            signature[p] = _box((*[1] * (dims - 2), hopper.ROWS, tiling.block_n), dtype)
         elif "_DESC_" in p:
             signature[p] = _descriptor(p, name, tiling, dtype)
         elif p == "ROWS_DESC":

@@ -128,7 +128,7 @@ def forward_slots(
     blank = blank_tile(similarity, rows_first=True)
     lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank, tables=tables)
     if hopper:
-        lowering.streamed, lowering.ahead, lowering.whole = [], [], "whole"
+        lowering.streamed, lowering.ahead, lowering.maps, lowering.whole = [], [], [], "whole"
     elif not own:
         lowering.whole = WHOLE
     sweeps: list[dict[str, Any]] = []
@@ -160,6 +160,7 @@ def forward_slots(
         "outer": first.outer,
         "streamed": first.streamed,
         "ahead": first.ahead,
+        "maps": first.maps or [],
         "tables": tables.count,
         "sweeps": sweeps,
         "between": lowering.outer if sweeps else [],

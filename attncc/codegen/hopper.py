@@ -11,6 +11,7 @@ import sympy
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import chunks
 from attncc.codegen.forward import forward_slots
+from attncc.codegen.loads import MapTile
 from attncc.codegen.lower import Streamed
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import SimilaritySlots
@@ -53,8 +54,20 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     final = [*f["final_lines"], f"final = {f['final']}", f"alive = {f['alive']}", *f["stores"]]
     pointers = [f"{name.upper()}_PTR" for name, _ in plan.stored]
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
-    loads = free_names(["n = q_len + heads + group", *tiles, *keyed.block_lines, *keyed.lines])
-    attends = free_names(["n = q_len + heads + group", *f["outer"], *tiles, *f["ahead"], *weigh, *final])
+    maps = [_boxed(m) for m in f["maps"]]
+    boxes = [f"box = {at}" for m in maps for at in m["at"]]
+    loads = free_names(["n = q_len + heads + group", *tiles, *keyed.block_lines, *keyed.lines, *boxes])
+    attends = free_names(
+        [
+            "n = q_len + heads + group",
+            *f["outer"],
+            *tiles,
+            *f["ahead"],
+            *(f"{m.name} = {m.text}" for m in f["maps"]),
+            *weigh,
+            *final,
+        ]
+    )
     quick = _lags(plan, f)
     if quick:
         (maximum, _), total = f["moves"][0], f["sums"][0]
@@ -66,6 +79,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     slots.update(
         state=[(name, in_gluon(start)) for name, start in state],
         taken=taken,
+        maps=maps,
         keyed=[*keyed.values],
         keyed_block=[in_gluon(line) for line in keyed.block_lines],
         keyed_lines=[in_gluon(line) for line in keyed.lines],
@@ -141,6 +155,14 @@ def needed_by(lines: list[str], before: list[str]) -> list[str]:
         if line.partition(" = ")[0] in free_names([*found, *lines]):
             found.insert(0, line)
     return found
+
+
+def _boxed(tile: MapTile) -> dict[str, Any]:
+    """A map's tile as the template copies it: `at` are coordinates of its dimensions but the last two; one that is
+    the same for all has a stride of 0."""
+    names = {"b": "batch", "h": "head", "h_kv": "head_kv"}
+    at = [f"gl.where(stride_{tile.input}_{d} == 0, 0, {names[i]})" for d, i in enumerate(tile.at)]
+    return {"name": tile.name, "input": tile.input, "upper": tile.input.upper(), "text": in_gluon(tile.text), "at": at}
 
 
 def refuse(plan: Plan) -> None:

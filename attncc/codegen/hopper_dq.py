@@ -41,6 +41,7 @@ def hopper_dq_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         **tile_slots(bounds),
         taken=taken,
         ahead=[],
+        maps=[],
         block_n=hopper_backward.ROWS,
         stages=hopper_backward.dq_stages(d_qk, d_v),
         registers=EVEN_REGISTERS[2],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sympy
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 
 #: guards of a load that are longer have a name
 _LONG_GUARD = 85
+
+
+@dataclass(frozen=True)
+class MapTile:
+    """A tile of an input with an entry a pair, called `name`: `text` loads it by pointers, `at` says which indices its
+    dimensions but the last two stand for."""
+
+    name: str
+    input: str
+    text: str
+    at: tuple[str, ...]
 
 
 def is_map(expr: Read, graph: VariantGraph) -> bool:
@@ -86,7 +98,10 @@ def _read_map(scope: Lowering, expr: Read) -> str:
     tile = f"_pairs({lines}, {at}, {strides[across]}, {lengths[across]}, {scope.whole})"
     if scope.ahead is not None:
         name = scope.fresh(f"{decl.name}_tile")
-        scope.ahead.append(f"{name} = {tile}")
+        if scope.maps is not None and expr.index[-2:] == (sym.Q_IDX, sym.KV_IDX) and decl.dtype == "float":
+            scope.maps.append(MapTile(name, decl.name, tile, decl.pattern[:-2]))
+        else:
+            scope.ahead.append(f"{name} = {tile}")
         tile = name
     if decl.dtype == "int":
         scope.helpers.add("_integer")

@@ -13,6 +13,7 @@ from typing import Any
 
 import sympy
 
+from attncc.codegen.loads import MapTile
 from attncc.codegen.spelling import spell, sum_text
 from attncc.codegen.texts import hinted, is_number, literal, unwrap, wrap
 from attncc.ir import symbols as sym
@@ -56,7 +57,8 @@ class Lowering:
     axis), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each in an order
     in which it can run: `outer` needs neither of the others. Where `streamed` is given, it takes what is read along the
     axis of the loop, and what follows from that alone; `ahead` takes the loads of what is read a pair, which need no
-    score. whole: the condition that a tile ends inside the tensors along the axis of the loop, where there is one.
+    score, and `maps` those of tiles that a copy could fetch. whole: the condition that a tile ends inside the tensors
+    along the axis of the loop, where there is one.
     tables: those that the kernel is given by distance.
     """
 
@@ -73,6 +75,7 @@ class Lowering:
     streamed: list[Streamed] | None = None
     whole: str = ""
     ahead: list[str] | None = None
+    maps: list[MapTile] | None = None
     tables: Tables = NO_TABLES
     helpers: set[str] = field(default_factory=set)
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)

@@ -103,14 +103,14 @@ def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSc
 
 
 def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
-    """Bytes of shared memory of a program: tiles of q, a ring of k and v, and of out where they fit beside q's; and in
-    the forward what is read a key, four bytes each."""
+    """Bytes of shared memory of a program: tiles of q, a ring of k, v and maps, and of out where they fit; and
+    in the forward what is read a key, four bytes each."""
     if kernel == "dkdv":
         return hopper_backward.shared_memory(ks, problem) + RESERVED_BYTES
     if problem.value_of_key:
         return hopper_decode.shared_memory(problem)
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
-    ring = ks.num_stages * ks.block_n * (qk + v)
+    ring = ks.num_stages * ks.block_n * (qk + v + problem.costs.warps.maps * ks.block_m)
     needed = (ks.block_m * qk + ring) * problem.dtype_bytes
     apart = needed + ks.block_m * v * problem.dtype_bytes
     shares = out_in_q(problem.d_qk, problem.d_v) and apart > TILE_BYTES

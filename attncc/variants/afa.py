@@ -12,29 +12,23 @@ counts.
 
 import attncc as ac
 
-_HEAD = ac.Input("h", grad=True)
-
-
-def decay(h, q_idx, kv_idx, q_len, kv_len, rate):
-    """What is left of a value after the time between key and query."""
-    return ac.exp(-rate[h] * ac.abs(q_idx + kv_len - q_len - kv_idx))
-
 
 def log_likelihood(q_vec, k_vec, scale, h, q_idx, kv_idx, q_len, kv_len, rate, sigma2, eta2, gamma2, nu, tau):
-    """Of a key's state, carried to the query's time, being the query's."""
-    e = decay(h, q_idx, kv_idx, q_len, kv_len, rate)
+    e = ac.exp(-rate[h] * ac.abs(q_idx + kv_len - q_len - kv_idx))
     residual = ac.sum_d(q_vec**2) + e**2 * ac.sum_d(k_vec**2) - 2 * e * ac.dot(q_vec, k_vec)
     variance = sigma2[h] * (1 - e**2) / (2 * rate[h]) + eta2[h] * e**2 + gamma2[h]
     return tau[h] ** 2 * (-ac.log(variance) - ac.log(1 + residual * 2 * scale**2 / (nu[h] * variance)))
+
+
+def decayed(weight, v_vec, row, h, q_idx, kv_idx, q_len, kv_len, rate):
+    return row.sum(weight * ac.exp(-rate[h] * ac.abs(q_idx + kv_len - q_len - kv_idx)) * v_vec)
 
 
 afa = ac.Variant(
     name="afa",
     similarity=log_likelihood,
     mask=ac.causal,
-    reduction=lambda weight, v_vec, row, h, q_idx, kv_idx, q_len, kv_len, rate: row.sum(
-        weight * decay(h, q_idx, kv_idx, q_len, kv_len, rate) * v_vec
-    ),
-    inputs=dict.fromkeys(("rate", "sigma2", "eta2", "gamma2", "nu", "tau"), _HEAD),
+    reduction=decayed,
+    inputs=dict.fromkeys(("rate", "sigma2", "eta2", "gamma2", "nu", "tau"), ac.Input("h", grad=True)),
     cites="Attention as an Adaptive Filter, arXiv:2509.04154",
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 import attncc as ac
@@ -49,3 +52,15 @@ def test_a_kernel_has_a_plan_and_a_backward(name):
         assert isinstance(ac.compile(name), ac.RecurrenceOp)
         return
     assert Plan(variants.get(name).graph).has_backward is None
+
+
+@pytest.mark.parametrize("file", sorted(Path(variants.__file__).parent.glob("[a-z]*.py")), ids=lambda f: f.stem)
+def test_a_spec_has_at_most_fifteen_lines(file):
+    """Of code: neither its docstrings nor comments, imports or blank lines."""
+    text = file.read_text()
+    nodes = [node for node in ast.parse(text).body if not isinstance(node, (ast.Import, ast.ImportFrom))]
+    said = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)]
+    spanned = {i for node in nodes for i in range(node.lineno, (node.end_lineno or 0) + 1)}
+    spanned -= {i for n in said for i in range(n.lineno, (n.end_lineno or 0) + 1)}
+    code = [line.strip() for i, line in enumerate(text.splitlines(), 1) if i in spanned]
+    assert len([line for line in code if line and not line.startswith("#")]) <= 15
