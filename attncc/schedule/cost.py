@@ -74,6 +74,8 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
             if splitting
             else hopper.predict(kernel, ks, problem, device)
         )
+        if hopper.waits_for_arithmetic(kernel, terms, problem):
+            return Prediction(us, "sfu" if terms["sfu"] > terms["alu"] else "alu", terms)
         return Prediction(us, max(_LIMITS, key=lambda name: terms[name]), terms)
     if ks.splits:
         us, terms = decode_cost.predict(ks, problem, device)

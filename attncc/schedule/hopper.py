@@ -138,6 +138,13 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     return round(ROWS * tiles / 128) + BESIDE + VECTOR * (costs.vectors + costs.distances)
 
 
+def waits_for_arithmetic(kernel: Kernel, terms: dict[str, float], problem: Problem) -> bool:
+    """Do exponentials and other arithmetic of a tile, one after the other in a warpgroup, take longer than the
+    matmuls at the rate that they reach?"""
+    matmuls = terms["tensor"] / (hopper_backward.efficiency(problem) if kernel == "dkdv" else FIT.tensor_efficiency)
+    return terms["sfu"] + terms["alu"] > max(matmuls, terms["memory"], terms["launch"])
+
+
 def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
     """The time of a launch in microseconds, and each unit's own: a model for ranking, as that of the Triton kernels.
 

@@ -92,6 +92,11 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 
 
+def efficiency(problem: Problem) -> float:
+    """The share of their peak that the tensor cores reach."""
+    return FIT.wide_efficiency if wide(problem.d_qk, problem.d_v) else FIT.tensor_efficiency
+
+
 def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
     """The time of dK, dV and dQ in microseconds, and each unit's own."""
     lines, splits = problem.batch * problem.heads, max(ks.splits, 1)
@@ -109,8 +114,7 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     alu = (work.fma + share * mask.fma) * pairs / device.fma_per_clk_sm
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + FIT.turn
-    efficiency = FIT.wide_efficiency if apart else FIT.tensor_efficiency
-    busy = max(tensor / efficiency, sfu + alu, alone)
+    busy = max(tensor / efficiency(problem), sfu + alu, alone)
     waves = blocks / device.sms
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)

@@ -133,3 +133,11 @@ def test_the_interpreter_can_be_ranked():
     ((ks, found),) = ranked("forward", problem(length=64, batch=1, heads=1), INTERPRETER)
     assert ks.num_stages == 1
     assert found.us > 0
+
+
+def test_in_gluon_exponentials_and_other_arithmetic_of_a_tile_are_one_after_the_other():
+    tiling = KernelSchedule(128, 128, 8, 2, "gluon")
+    light, heavy = (predict("forward", tiling, problem(forward=PairCosts(fma=n, sfu=1.0)), H100) for n in (4.0, 12.0))
+    assert light.limit == "tensor"
+    assert heavy.limit == "alu"
+    assert heavy.terms["alu"] < heavy.terms["tensor"]  # each alone would be hidden
