@@ -88,9 +88,8 @@ def agree(variant, **inputs):
 
 def test_most_variants_keep_their_names():
     plans = {name: Plan(variants.get(name).graph) for name in variants.names()}
-    # `total`, `tokens` and `query` are names of generated code's, too
-    changed = {name for name, plan in plans.items() if coded(plan)[0] is not plan}
-    assert changed == {"shared_weights", "meta_tokens", "parallel_context"}
+    # the `total` of one and the `tokens` of the other are names of the host's, too
+    assert {name for name, plan in plans.items() if coded(plan)[0] is not plan} == {"shared_weights", "meta_tokens"}
 
 
 def test_a_standalone_module_with_such_a_name_is_python():
