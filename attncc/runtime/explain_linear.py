@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from attncc.codegen.square import state_shape
@@ -31,6 +32,7 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
         return {"none": error.reason.removeprefix("no linear-time form: ")}
     by_channel = plan.decay == "channel"
     call = LinearSizes(dtype, sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"], sizes["d_v"], by_channel)
+    call = replace(call, divided=plan.total, rows=int(plan.decay != "none" and not plan.alike))
     if plan.degree == 2:
         return _square_facts(plan, call, sizes, device)
     schedule, cost = linear_schedule(call, device), chunk_cost(call, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -88,7 +89,8 @@ class LinearEngine:
         if ends is not None:
             batch, length = len(ends) - 1, max((b - a for a, b in pairwise(ends)), default=0)
         by_channel, normalized = self.plan.decay == "channel", self.plan.total and self.plan.bias is None
-        return LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel, normalized)
+        call = LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel, normalized)
+        return replace(call, divided=self.plan.total, rows=len(self.names) - self.plan.alike)
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None

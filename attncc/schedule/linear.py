@@ -34,7 +34,8 @@ WAVES: int | None = None
 @dataclass(frozen=True)
 class LinearSizes:
     """A call as its kernels see it. `length` is that of the longest sequence; by_channel: a decay for each feature;
-    normalized: weights are divided by a sum of them, whose gradient wants all features of a query in one program."""
+    normalized: weights are divided by a sum of them, whose gradient wants all features of a query in one program;
+    divided: by a sum of whatever kind; rows: float32 factors of a token that the kernels load."""
 
     dtype: Dtype
     sequences: int
@@ -44,6 +45,8 @@ class LinearSizes:
     d_v: int
     by_channel: bool = False
     normalized: bool = False
+    divided: bool = False
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,22 @@ def shared_bytes(width: int, block: int, chunk: int, sizes: LinearSizes, stages:
     return (stages * tiles + made) * each + decays + rows
 
 
+def _scan_stages(d_a: int, columns: int, chunk: int, own: bool, sizes: LinearSizes, device: Device) -> int:
+    """Stages of a scan: three, so that a chunk's loads have the time of another to arrive, where two programs of a
+    multiprocessor have room for them; with two a program waits for them at every turn.
+
+    Triton keeps as many tiles as stages of an operand that a wgmma reads from shared memory, and one less of what goes
+    to registers. own: a scan with another tile of values.
+    """
+    if not _has_wgmma(device) or sizes.dtype == "fp32" or sizes.by_channel or sizes.divided:
+        return 2
+    width = padded(d_a)
+    block = min(padded(columns), max(16, _rule(sizes, device).state // width), 128)
+    tiles = (2 + 3) * chunk * width + (2 + 2 * own) * chunk * block + width * block
+    needed = tiles * DTYPE_BYTES[sizes.dtype] + 2 * sizes.rows * 3 * chunk * 4 + device.smem_reserved
+    return 3 if 2 * needed <= device.smem_per_sm else 2
+
+
 def places(device: Device) -> int:
     """Programs of a scan that run side by side."""
     return int((WAVES or _measured()["waves"]) * device.sms)
@@ -139,16 +158,21 @@ def linear_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None
     known = CHUNKS[:-1] if sizes.by_channel else CHUNKS
     if chunk not in known:
         raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, known))}")
-    qk = _tiling(sizes.d_qk, sizes.d_v, rule.state, chunk, sizes, device)
-    of_v = _tiling(sizes.d_qk, sizes.d_v, rule.gradients, chunk, sizes, device)
-    of_qk = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, chunk, sizes, device)
+    by_qk, by_v = (sizes.d_qk, sizes.d_v), (sizes.d_v, sizes.d_qk)
+    one, other, whole = (
+        _scan_stages(*dims, chunk, own, sizes, device) for dims, own in ((by_qk, False), (by_v, False), (by_v, True))
+    )
+    qk = _tiling(*by_qk, rule.state, chunk, sizes, device, stages=one)
+    of_v = _tiling(*by_qk, rule.gradients, chunk, sizes, device, stages=one)
+    of_q = _tiling(*by_v, rule.gradients, chunk, sizes, device, stages=whole)
+    of_k = _tiling(*by_v, rule.gradients, chunk, sizes, device, stages=other)
     adding = _tiling(sizes.d_qk, sizes.d_v, rule.state, chunk, sizes, device, stages=rule.stages)
-    kernels = {"forward": qk, "states": adding, "dstates": adding, "dq": of_qk, "dk": of_qk, "dv": of_v}
+    kernels = {"forward": qk, "states": adding, "dstates": adding, "dq": of_q, "dk": of_k, "dv": of_v}
     if sizes.by_channel:  # a chunk's gradients by features are formed half by half, in registers
         wider = 1 if _has_wgmma(device) else 2  # elsewhere twice as many registers would not be enough
         halves = _tiling(sizes.d_v, sizes.d_qk, rule.gradients, HALVES, sizes, device, wider, rule.stages)
         kernels |= {"prepare": {"CHUNK": chunk, "num_warps": qk["num_warps"]}, "dq": halves, "dk": halves}
-    if sizes.normalized and sizes.dtype != "fp32" and of_qk["BLOCK"] < padded(sizes.d_qk) <= WHOLE:
+    if sizes.normalized and sizes.dtype != "fp32" and of_q["BLOCK"] < padded(sizes.d_qk) <= WHOLE:
         kernels["dq"] = _tiling(sizes.d_v, sizes.d_qk, WHOLE * padded(sizes.d_v), chunk, sizes, device, 2)
     # a step moves the state and does little else: few values a thread, so that many loads are under way
     kernels["step"] = {"BLOCK": min(padded(sizes.d_v), max(16, 2048 // padded(sizes.d_qk))), "num_warps": 8}

@@ -60,7 +60,8 @@ def chunk_cost(sizes: LinearSizes, device: Device) -> ChunkCost:
     programs = sizes.sequences * sizes.heads * -(-sizes.d_v // block) * segments
     turns = -(-programs // places(device)) * schedule.span // chunk
     share = padded(sizes.d_qk) * block * chunk / (128 * 64 * 64)
-    clocks = fit.turn_gap + fit.turn_work * share + (0 if whole else fit.states_turn * share)
+    gap = fit.turn_gap[schedule.kernels["forward"]["num_stages"] > 2]
+    clocks = gap + fit.turn_work * share + (0 if whole else fit.states_turn * share)
     chunks = sizes.sequences * sizes.heads * -(-sizes.length // chunk)
     prepared = chunks * fit.prepare_chunk * padded(sizes.d_qk) * chunk / (128 * 64) if sizes.by_channel else 0.0
     return ChunkCost(

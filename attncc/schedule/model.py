@@ -85,7 +85,7 @@ class LinearFit:
 
     pairs_rate: float
     chunk_rate: float
-    turn_gap: float
+    turn_gap: tuple[float, float]
     turn_work: float
     states_turn: float
     program_ends: float

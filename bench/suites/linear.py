@@ -172,7 +172,8 @@ def limit(case: Case, shape: Shape) -> dict[str, Any]:
     plan = None if case.variant.graph.recurrent else linearize(case.variant.graph)
     if plan is None or plan.degree == 2 or plan.total:
         return {}
-    sizes = LinearSizes("bf16", shape.b, shape.h, shape.m, shape.d, shape.dv, plan.decay == "channel")
+    rows = int(plan.decay != "none" and not plan.alike)
+    sizes = LinearSizes("bf16", shape.b, shape.h, shape.m, shape.d, shape.dv, plan.decay == "channel", rows=rows)
     cost = chunk_cost(sizes, device_of(torch.device("cuda")))
     spent = {"ends": cost.ends, "least": cost.least, "all": cost.us}
     return {
@@ -264,7 +265,7 @@ def crossing(run: Run, results: Any, name: str) -> list[dict[str, Any]]:
     device = device_of(torch.device("cuda"))
     for length in AROUND:
         timed = race(side_by_side(name, length))
-        call = LinearSizes("bf16", 1, 16, length, 128, 128)
+        call = LinearSizes("bf16", 1, 16, length, 128, 128, rows=1)
         found = {plan: timing.ms for plan, timing in timed.items()}
         said = {"parallel": quadratic_us(call, device) / 1e3, "chunk": chunk_cost(call, device).us / 1e3}
         row = {"case": f"{name}, both plans", "N": length, "ms": found, "predicted_ms": said}

@@ -41,6 +41,7 @@ OF_FACTORS = {
         "kappa": ac.Input("h", grad=True),
     },
 }
+SCANS = ("forward_kernel", "dq_kernel", "dk_kernel", "dv_kernel")
 SHIPPED = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
 VARIANTS = {
     **{name: ac.variants.get(name) for name in SHIPPED},
@@ -387,6 +388,8 @@ def test_the_text_is_tidy_python(variant):
     ("name", "target", "dim", "dtype"),
     [
         ("simple_gla", "sm_90", 128, "bf16"),
+        ("simple_gla", "sm_90", 64, "bf16"),
+        ("lightning", "sm_90", 128, "bf16"),
         ("polynomial", "sm_80", 64, "fp16"),
         ("retention", "gfx942", 64, "bf16"),
         ("gla", "sm_90", 128, "bf16"),
@@ -397,7 +400,8 @@ def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
     variants = {v.name: v for v in (*VARIANTS.values(), *FULL.values())}
     graph, device = variants[name].graph, device_for(target)
     module = load_source(render_linear(graph, linearize(graph), dim, dim), f"linear_{name}_{target}")
-    sizes = LinearSizes(dtype, 2, 16, 8192, dim, dim, name == "gla", name == "linear_attention")
+    rows = int(name in ("simple_gla", "gla"))
+    sizes = LinearSizes(dtype, 2, 16, 8192, dim, dim, name == "gla", rows=rows)
     schedule = linear_schedule(sizes, device)
     for kernel in cross_compile_linear(module, schedule, device, dtype).values():
         meta = schedule.kernels.get(kernel.name.removesuffix("_kernel"), {})
@@ -407,8 +411,9 @@ def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
         # on an H100 some spills of the gradients cost less than narrower blocks, which form a chunk's pairs more often
         wide = target != "sm_90" or kernel.name in ("dq_kernel", "dk_kernel", "dv_kernel")
         assert kernel.spills <= (320 if wide else 40), kernel
-        if target == "sm_90":  # where the assembler made one wrong, another makes it again at the first call
-            assert not kernel.faults, kernel
+        if kernel.name in SCANS and meta["num_stages"] == 3:  # then two programs of a multiprocessor have room
+            assert 2 * (kernel.shared + device.smem_reserved) <= device.smem_per_sm, kernel
+        # where the assembler made one wrong, another makes it again at the first call
         assert not kernel.faults
 
 
