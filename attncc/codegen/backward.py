@@ -360,3 +360,10 @@ def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bo
         by_tile=by_tile,
         hopper=hopper,
     )
+
+
+def settles_delta(kv: dict[str, Any], dq: dict[str, Any]) -> bool:
+    """Does the kernel of dQ run first, and leave the exact delta to that of dK and dV? Where one input's gradient comes
+    from both: `forgetting` sums such gradients along the tokens, and what a rounded delta adds to each adds up."""
+    by_key = {str(g.read.input) for g in kv["gradients"] if g.expr.has(DELTA)}
+    return any(str(g.read.input) in by_key for g in dq["settled"] if not g.own)

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from attncc.codegen.backward import cotangent_slots, dkdv_slots, dq_slots
+from attncc.codegen.backward import cotangent_slots, dkdv_slots, dq_slots, settles_delta
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
 from attncc.codegen.components import WIDEST
@@ -142,6 +142,7 @@ def render(
     if backward:
         kv = hopper_backward_slots(plan, d_qk, d_v) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
         dq = dq_slots(plan, qk_chunks, tma)
+        dq["settles_delta"] = not hopper_backward and settles_delta(kv, dq)
         pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
         pair |= {band.number: table_slots(plan, qk_chunks, band) for band in similarity.bands}
         for slots in (kv, dq, *pair.values()):

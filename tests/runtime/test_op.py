@@ -364,6 +364,19 @@ def test_the_gradient_of_a_slope_does_not_suffer_from_the_rounding_of_out(output
     assert float((got - exact).norm() / exact.norm()) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_gates_summed_along_the_tokens_does_not_suffer_either(dtype):
+    # each gate's is a sum over all tokens behind it, of what its key and its query each had a rounded delta in
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 70, 64, dtype=dtype) for _ in range(3))
+    f = torch.nn.functional.logsigmoid(torch.randn(1, 2, 70) + 2).requires_grad_()
+    direction = torch.randn(1, 2, 70, 64, dtype=dtype)
+    (got,) = torch.autograd.grad(ac.compile("forgetting", plan="parallel")(q, k, v, f=f), f, direction)
+    g = f.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(ac.reference("forgetting", q, k, v, f=g), g, direction.double())
+    assert float((got - exact).norm() / exact.norm()) < 2e-5
+
+
 @pytest.mark.parametrize("outputs", ["out", ("out", "entropy")])
 def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(outputs):
     """The gradient that comes in is constant: what is differentiated twice is what the op has saved."""
