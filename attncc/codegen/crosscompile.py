@@ -121,7 +121,6 @@ def _compile(
         "OVERLAP": device.overlaps_kernels,
         "SUM_DQ": True,
         "ORDERED": ordered,
-        "LAST_FIRST": ordered and group == 1,
         "COUNT": 1,
     }
     signature: dict[str, str] = {}

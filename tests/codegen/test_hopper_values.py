@@ -157,7 +157,6 @@ def test_blocks_of_keys_with_two_runs_of_tiles_take_no_turns():
         ("n_block = n_blocks - 1 - n_block", "pass"),
         # who visits a tile
         ("(begin <= tile) & ", ""),
-        ("past = n_blocks if LAST_FIRST else n_block", "past = n_blocks - 1"),
     ],
 )
 def test_the_model_notices_who_comes_before_their_turn(before, after):
