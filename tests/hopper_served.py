@@ -14,14 +14,12 @@ NO_FORWARD = {
     "mla": "where keys hold their values",
 }
 _MORE = "the Gluon backward multiplies q with k alone"
-_READ_EACH_PAIR = ("relative_bias", "t5_bias", "dense_bias", "bee_rag", "slots", "mega", "local_gaussian", "reversed")
-_BY_DISTANCE = ("faceformer", "bam")
-_KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd", "forgetting")
-_SLOPES = ("elu1", "bounded_sum", "cog", "top_theta", "taylor", "taylor_causal", "qk_temperature", "ssmax", "softpick")
+_KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd", "forgetting", "bee_rag", "slots", "reversed")
+_TWO_WAIT = ("elu1", "bounded_sum", "cog", "top_theta", "softpick", "local_gaussian")
 NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
-    **dict.fromkeys((*_READ_EACH_PAIR, *_BY_DISTANCE, *_KEPT_A_KEY, *_SLOPES), "no tiling fits"),
+    **dict.fromkeys((*_KEPT_A_KEY, *_TWO_WAIT), "no tiling fits"),
     "mla": "Gluon's backward loads v for itself",
     "sdm": "q and k have no gradient",
 }

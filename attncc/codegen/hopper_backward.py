@@ -8,12 +8,13 @@ from typing import Any
 from attncc.codegen.backward import dkdv_slots, saw_a_key
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import kernel_arguments, refuse, tile_slots, translated
+from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names
 from attncc.errors import UnsupportedError
-from attncc.schedule.hopper_backward import NARROW, queries, wide
+from attncc.schedule.hopper_backward import NARROW, holds_keys, queries, summed_apart, wide
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST_MATH")
@@ -32,8 +33,8 @@ class Piece:
 
 
 def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
-    """The columns of dQ in pieces of at most `widest`: with 64, one a warpgroup, or a single one of which each takes
-    half of the rows; where heads are wide, one after the other.
+    """The columns of dQ in pieces of at most `widest`: with 64, one a warpgroup of two, or of a third one after the
+    other, as where heads are wide.
 
     Operands are cut at 128 bytes alone, where their layouts in shared memory repeat."""
     found = []
@@ -52,14 +53,15 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     compute. `alive`: has a row seen any key? `in_turn`: where dQ is summed, can programs take turns?
     """
     _refuse(plan)
-    if queries(d_qk, d_v) is None:
+    if queries(d_qk, d_v, plan.facts.warps) is None:
         raise UnsupportedError(
-            f"the Gluon backward shares dQ out between two warpgroups, and cannot do so with heads of {d_qk}",
+            f"the Gluon backward of '{plan.graph.name}' shares dQ out between two warpgroups, and cannot do so with "
+            f"heads of {d_qk}",
             remedy="use backend='triton'",
         )
     qk_chunks = chunks(d_qk)
     k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True)
-    is_wide = wide(d_qk, d_v)
+    is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
     if is_wide and k["gradients"]:
         raise UnsupportedError(
             f"the Gluon backward for heads of {d_qk} and {d_v} has two warpgroups at the queries of a key, and "
@@ -84,7 +86,6 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     loads, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
     slots = {key: translated(value) for key, value in {**k, **chain}.items()}
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
-    in_halves = not is_wide and len(parts) == 1
     slots.update(
         arguments=arguments,
         wanted=wanted,
@@ -94,10 +95,12 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         **tile_slots(bounds),
         wants_q_idx=wants_q_idx,
         alive=saw_a_key(plan),
-        in_turn=not is_wide and takes_turns(plan),
+        in_turn=takes_turns(plan, d_qk, d_v),
         wide=is_wide,
-        by_rows=in_halves,
-        pieces=parts * 2 if in_halves else parts,
+        third=third,
+        held=holds_keys(d_qk, d_v, plan.facts.warps),
+        registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
+        pieces=parts,
     )
     return slots
 
@@ -110,10 +113,11 @@ def finish_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
     return {"lines": lines, "scale": scale, "helpers": lowering.helpers, "pieces": pieces(chunks(d_qk), NARROW)}
 
 
-def takes_turns(plan: Plan) -> bool:
-    """Can programs add to a tile of dQ one after the other? Where each visits an unbroken run of tiles, it counts those
-    that come before it."""
-    return len(plan.over_queries.segments) == 1
+def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:
+    """Do programs add to a tile of dQ one after the other where that order must be fixed? Where each visits an unbroken
+    run of tiles, it counts those that come before it. With a warpgroup for dQ a tile takes less time than a turn."""
+    alone = wide(d_qk, d_v) or summed_apart(d_qk, d_v, plan.facts.warps)
+    return len(plan.over_queries.segments) == 1 and not alone
 
 
 def by_row(plan: Plan) -> list[str]:

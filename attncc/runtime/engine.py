@@ -132,7 +132,7 @@ class Engine:
         dims = (d_qk, d_v, self.graph.branches, self.graph.value)
         tma = torch.cuda.is_available() and loads_boxes(device_of("cuda"), "bf16", *dims)
         backend, facts = self._backend or "triton", self.plan.facts
-        served = facts.has_backward and not facts.warps.no_backward and queries(d_qk, d_v) is not None
+        served = facts.has_backward and not facts.warps.no_backward and queries(d_qk, d_v, facts.warps) is not None
         backward: Backend = backend if served else "triton"
         return self.source(d_qk, d_v, tma and facts.has_backward, backend, backward=backward)
 

@@ -128,7 +128,7 @@ def facts(
             for kernel in kernels_of(plan)
         },
         "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
-        "dq_in_turn": takes_turns(plan),
+        "dq_in_turn": takes_turns(plan, sizes["d_qk"], sizes["d_v"]),
         "dq_of_rows": schedule.dkdv.backend == "gluon" and wide(sizes["d_qk"], sizes["d_v"]),
     }
 

@@ -219,6 +219,9 @@ def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any)
                 stacklevel=4,
             )
             return None
+    if found.dkdv.backend == "gluon" and found.dkdv not in hopper.tilings("dkdv", problem, device):
+        warnings.warn(f"{what} is ignored: the Gluon backward has no tiling {found.dkdv}", AttnccWarning, stacklevel=4)
+        return None
     if found.pair is None and problem.pairs:
         found = replace(found, pair=first_choice("pair", problem, device))
     return found

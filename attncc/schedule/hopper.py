@@ -98,8 +98,14 @@ def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSc
         ks
         for ks in tried
         if shared_memory(kernel, ks, problem) <= device.smem_per_block
-        and registers(kernel, ks, problem) <= REGISTERS[ks.num_warps // 4]
+        and registers(kernel, ks, problem) <= register_limit(ks)
     )
+
+
+def register_limit(ks: KernelSchedule) -> int:
+    """Registers of a thread that computes. Of a backward's three warpgroups two weigh the tiles: the third, which has
+    dQ, leaves them 208, and takes the 32 off them in which they would have a part of it."""
+    return REGISTERS[3 if ks.block_m == 3 * ROWS else 2]
 
 
 def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:

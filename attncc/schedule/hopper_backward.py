@@ -7,13 +7,18 @@ from math import ceil
 
 from attncc.schedule.device import Device
 from attncc.schedule.model import model
-from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
+from attncc.schedule.problem import KernelSchedule, Problem, WarpWork, head_chunks
 
 #: keys of a warpgroup, and of a program
 ROWS, KEYS = 64, 128
+#: the widest heads of q and v, added up, beside whose dK, dV and scores two warpgroups leave a third one the registers
+#: that dQ takes; they were 1.13 times as fast for it at 96
+SUMMED_APART = 192
 #: tiles of queries under way, most wanted first: with two, both warpgroups wait for the next at once (at 96, three were
 #: 1.04 times as fast)
 STAGES = (3, 2)
+#: and with a warpgroup for dQ: at 64, four were up to 1.04 times as fast as three
+STAGES_APART = (4, *STAGES)
 #: of the kernel of dQ, most wanted first, and the bytes for its tiles: all of a block's but for its barriers
 DQ_STAGES = ((3, 3), (3, 2), (2, 2), (2, 1))
 DQ_TILE_BYTES = 231424
@@ -35,15 +40,26 @@ def wide(d_qk: int, d_v: int) -> bool:
     return max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) > 2 * NARROW
 
 
-def queries(d_qk: int, d_v: int) -> int | None:
-    """Queries of a tile. In one of 128 keys the columns of dQ go to the two warpgroups in two pieces, or its rows do;
-    None where neither is possible."""
+def summed_apart(d_qk: int, d_v: int, warps: WarpWork) -> bool:
+    """Does a third warpgroup have dQ? Else it is shared out between the two that have the keys: where their heads are
+    too wide, or a second value waits for dp beside the slope, or something is summed a key, which all spilled."""
+    both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
+    return both <= SUMMED_APART and not wide(d_qk, d_v) and warps.slope and not warps.columns
+
+
+def holds_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
+    """Are a warpgroup's keys and values in registers, as left operands of scores and dp? Shared memory, which the
+    kernel waits for, then gives a sixth less. A slope with a row's factor takes their room."""
+    narrow = max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) <= NARROW
+    return narrow and summed_apart(d_qk, d_v, warps) and not warps.slope_by_row
+
+
+def queries(d_qk: int, d_v: int, warps: WarpWork) -> int | None:
+    """Queries of a tile; None where there is no kernel: two warpgroups cannot share the columns of dQ where they are 64
+    or fewer, and operands of one are cut at 64 alone."""
     qk = head_chunks(d_qk)
-    if wide(d_qk, d_v):
-        return ROWS
-    if sum(qk) <= NARROW and len(qk) > 1:
-        return None
-    return KEYS if sum(qk) <= NARROW else ROWS
+    alone = summed_apart(d_qk, d_v, warps) and len(qk) == 1
+    return ROWS if sum(qk) > NARROW or wide(d_qk, d_v) or alone else None
 
 
 def dq_stages(d_qk: int, d_v: int) -> tuple[int, int]:
@@ -59,12 +75,14 @@ def dq_stages(d_qk: int, d_v: int) -> tuple[int, int]:
 def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
     """The tilings there are, none for sums a key that two warpgroups would share. The query heads of a group may be one
     program's, or have a program each, which then add up dK and dV in float32 in any order."""
-    block_m, apart = queries(problem.d_qk, problem.d_v), wide(problem.d_qk, problem.d_v)
+    heads = (problem.d_qk, problem.d_v)
+    block_m, apart = queries(*heads, problem.costs.warps), wide(*heads)
     if block_m is None or (apart and problem.costs.warps.columns):
         return ()
     shared = (0, problem.group) if problem.group > 1 else (0,)
     keys = ROWS if apart else KEYS
-    return tuple(KernelSchedule(block_m, keys, 8, count, "gluon", splits) for count in STAGES for splits in shared)
+    warps, stages = (12, STAGES_APART) if summed_apart(*heads, problem.costs.warps) else (8, STAGES)
+    return tuple(KernelSchedule(block_m, keys, warps, count, "gluon", splits) for count in stages for splits in shared)
 
 
 def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
@@ -84,11 +102,7 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     costs = problem.costs
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     held = max(qk, v) if wide(problem.d_qk, problem.d_v) else qk + v
-    # in long tiles weights wait for ds, too: they spilled with a slope that takes a row's factor, as taylor's, and with
-    # what is read by distance
-    late = problem.costs.warps.slope_by_row or costs.warps.tables > 0
-    early = 0.5 * late if ks.block_m > ROWS else 0.5
-    tiles = 2 + early + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
+    tiles = 2.5 + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 
 

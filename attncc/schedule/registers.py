@@ -140,7 +140,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
 def register_limit(ks: KernelSchedule, device: Device) -> int:
     """Registers that a thread can have: the instruction set's limit, or its share of the SM's."""
     if ks.backend == "gluon":
-        return hopper.REGISTERS[ks.num_warps // 4]
+        return hopper.register_limit(ks)
     return min(device.regs_per_thread_max, device.regs_per_sm // (ks.num_warps * device.warp_size))
 
 

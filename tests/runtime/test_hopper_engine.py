@@ -115,7 +115,7 @@ def test_what_the_host_hands_over_compiles(monkeypatch, deterministic):
     kernel, arguments, meta = jobs[2]
     made = compile_kernel(kernel, signature(kernel, arguments, meta), GPUTarget("cuda", 90, 32))
     assert isinstance(made, Binary)
-    assert made.warps == 12
+    assert made.warps == (12 if deterministic else 16)  # dQ has a warpgroup, or a kernel of its own
     assert made.shared <= MEASURED.smem_per_block
 
 

@@ -74,6 +74,7 @@ def test_a_cached_schedule_is_for_its_own_problem(cache):
         ({"forward": 1}, "has exactly the fields"),
         (None, "has exactly the fields"),
         (Schedule(KernelSchedule(128, 128, 8, 4), SMALL, SMALL).to_json(), "takes 296,960 bytes of shared memory"),
+        (Schedule(SMALL, KernelSchedule(64, 64, 8, 2, "gluon"), SMALL).to_json(), "the Gluon backward has no tiling"),
     ],
 )
 def test_an_unusable_cached_schedule_is_ignored_with_a_warning(cache, data, reason):
