@@ -271,7 +271,7 @@ def test_the_model_notices_what_is_left_out(before, after):
     def broken(text):
         return text.replace(before, after)
 
-    heads = 8 if "ds_empty" in before else 3  # seldom is the third warpgroup two tiles behind
+    heads = 16 if "ds_empty" in before else 3  # seldom is the third warpgroup two tiles behind
     run = Run("full", Shape(1, heads, heads, 600, 130, d, d), broken)
     try:
         noticed = run.failures(run.backward())

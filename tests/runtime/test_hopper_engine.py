@@ -73,7 +73,7 @@ def test_in_a_fixed_order_programs_take_turns(monkeypatch, mode):
     op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=mode == "argument")
     torch.use_deterministic_algorithms(mode == "torch")
     try:
-        jobs = launched(monkeypatch, op, tensors())
+        jobs = launched(monkeypatch, op, tensors(d=128))
     finally:
         torch.use_deterministic_algorithms(False)
     assert names(jobs) == ["forward_kernel", "prepare_kernel", "dkdv_kernel", "finish_kernel"]
