@@ -196,16 +196,28 @@ def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
 
 def _lags(plan: Plan, f: dict[str, Any]) -> bool:
     """May a row's maximum and its sum stay with the four lanes that have the row, and the maximum lag behind? So it is
-    where a score is q k as it is, and the weights are a softmax's: made of nothing else that a row has."""
+    where a score is q k as it is, and the weights are a softmax's: made of nothing else that a row has, and of what all
+    rows of a head have, as a sink is."""
     if f["score"] != "qk" or not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"]:
         return False
     (maximum, moved), total = f["moves"][0], f["sums"][0]
+    known = {"s", "scale_log2", maximum, moved, *_of_head(f["outer"])}
     return (
         f["max_lines"] == [f"{moved} = tl.maximum({maximum}, tl.max(s, 1) * scale_log2)"]
         and f["sum_lines"] == [f"{total} = {total} * {f['acc_rescale']} + tl.sum(p, 1)"]
-        and set(free_names([*f["weight_lines"], *f["rescale_lines"]])) <= {"s", "scale_log2", maximum, moved}
+        and set(free_names([*f["weight_lines"], *f["rescale_lines"]])) <= known
         and any_shift_serves(plan.online, [e for _, e in plan.stored])
     )
+
+
+def _of_head(outer: list[str]) -> set[str]:
+    """What the statements `outer` set that no row differs in."""
+    by_row: set[str] = {"q_idx", "q_in_tile"}
+    same: set[str] = set()
+    for line in outer:
+        target = line.partition(" = ")[0]
+        (by_row if by_row & set(free_names([line])) else same).add(target)
+    return same
 
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:

@@ -26,7 +26,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.levels import varies_by_key
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, attached
+from attncc.ir.vocabulary import Read, attached, maximum
 from attncc.passes.algebra import row_ratio
 
 #: the row statistic that a kernel stores: log of the factor that turns a(s) exp(x(s)) into the weight
@@ -156,17 +156,35 @@ def stream(graph: VariantGraph) -> Online:
 
 def any_shift_serves(online: Online, stored: Iterable[sympy.Expr]) -> bool:
     """May the last pass keep a number in its maximum's place that is not the maximum? True where the row's factor and
-    all that is `stored` of it stay what they are when that number moves and the accumulators are rescaled for it."""
+    all that is `stored` of it stay what they are when that number moves and the accumulators are rescaled for it.
+
+    Where the formula has the maximum only as the larger of it and one other value of the row, as a sink is, the number
+    that moves is that: what it is made of does not matter."""
     if len(online.maxes) != 1 or online.before:
         return False
     (m,) = online.max_symbols
+    factors = [online.coefficient * online.scale, online.numerator.rescale, *(r.rescale for r in online.sums)]
+    expressions = [*factors, *stored]
+    larger = {e for e in sympy.Tuple(*expressions).atoms(maximum) if m in e.args}
+    if len(larger) == 1:
+        (joint,) = larger
+        number = sympy.Symbol("joint", real=True)
+        joined = {joint: number, joint.xreplace({m: renamed(m)}): renamed(number)}
+        expressions = [e.xreplace(joined) for e in expressions]
+        if any(e.has(m, renamed(m)) for e in expressions):
+            return False
+        m = number
     by = sympy.Symbol("by", real=True)
-    moved = {r.symbol: r.symbol * r.rescale.xreplace({renamed(m): m + by}) for r in online.sums}
+    factor, rescale, *rescales = (e.xreplace({renamed(m): m + by}) for e in expressions[: len(factors)])
+    moved = {r.symbol: r.symbol * e for r, e in zip(online.sums, rescales, strict=True)}
     moved[m] = m + by
-    factor = online.coefficient * online.scale
-    rescale = online.numerator.rescale.xreplace({renamed(m): m + by})
-    changes = [factor.xreplace(moved) * rescale - factor, *(e.xreplace(moved) - e for e in stored)]
-    return all(sympy.simplify(sympy.expand_log(change, force=True)) == 0 for change in changes)
+    changes = [factor.xreplace(moved) * rescale - factor, *(e.xreplace(moved) - e for e in expressions[len(factors) :])]
+    return all(_vanishes(change) for change in changes)
+
+
+def _vanishes(change: sympy.Expr) -> bool:
+    """Is it 0? Sums of logarithms are told so by their exponential."""
+    return bool(sympy.simplify(sympy.expand_log(change, force=True)) == 0 or sympy.simplify(sympy.exp(change)) == 1)
 
 
 def _with_ancestors(graph: VariantGraph, rows: set[str]) -> set[str]:

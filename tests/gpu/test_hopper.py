@@ -52,12 +52,19 @@ def test_head_dimensions(dims):
     assert backends(op) == {"gluon"}
 
 
+#: of four heads: below all scores, among them, and above
+SINKS = {"sink": torch.tensor([-40.0, 0.0, 6.0, 30.0])}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("name", "numbers"), [("full", {}), ("causal", {}), ("sliding_window", {"window": 200})])
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("full", {}), ("causal", {}), ("sliding_window", {"window": 200}), ("sink", SINKS)]
+)
 @pytest.mark.parametrize("d", [64, 128])
 def test_a_maximum_that_lags(name, numbers, d, dtype):
     """Scores that grow with the key, that fall, that are large, and that are all far below 0: weights pass no limit."""
     torch.manual_seed(0)
+    numbers = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in numbers.items()}
     op = ac.compile(name, backend="gluon", plan="parallel")
     slopes = torch.linspace(-6, 6, 700, device="cuda")[:, None]
     drawn = [torch.randn(1, 4, 700, d, device="cuda") for _ in range(3)]

@@ -166,7 +166,15 @@ def test_a_reduction_that_is_not_linear_in_the_weight_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "serves"),
-    [("causal", True), ("softmax1", True), ("alibi", True), ("cog", True), ("top_theta", False), ("sigmoid", False)],
+    [
+        ("causal", True),
+        ("softmax1", True),
+        ("alibi", True),
+        ("cog", True),
+        ("sink", True),
+        ("top_theta", False),
+        ("sigmoid", False),
+    ],
 )
 def test_whether_a_number_near_the_maximum_serves_as_well(name, serves):
     """Not where the maximum itself is stored, nor where there is none."""
@@ -183,6 +191,18 @@ def test_a_row_factor_that_reads_the_maximum_wants_the_maximum():
         return p / row.sum(p) * row.max(score)
 
     assert not any_shift_serves(of(by_peak), [])
+
+
+def test_the_larger_of_the_maximum_and_a_sink_may_be_any_number_the_maximum_beside_it_may_not():
+    def with_sink(score, row, left_out):
+        m = ac.maximum(row.max(score), 3.0)
+        p = ac.exp(score - m)
+        return p / (row.sum(p) + left_out(row.max(score), m))
+
+    online = of(lambda score, row: with_sink(score, row, lambda peak, m: ac.exp(3.0 - m)))
+    assert any_shift_serves(online, [online.lse])
+    assert not any_shift_serves(of(lambda score, row: with_sink(score, row, lambda peak, m: ac.exp(3.0 - peak))), [])
+    assert not any_shift_serves(of(lambda score, row: with_sink(score, row, lambda peak, m: 1.0)), [])
 
 
 def test_a_factor_common_to_a_case_and_its_condition_comes_out():
