@@ -158,8 +158,9 @@ def render(
             kernels.append(("cotangents.py.j2", {"k": slots}))
         if hopper_backward:
             in_warps |= kv["helpers"]
-            backward_template = "hopper_backward_wide.py.j2" if kv["wide"] else "hopper_backward.py.j2"
-            parts_of_backward = ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", backward_template)
+            narrow = ("hopper_backward_dq.py.j2", "hopper_backward.py.j2")
+            weighing = ("hopper_backward_wide.py.j2",) if kv["wide"] else narrow
+            parts_of_backward = ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", *weighing)
             kernels += [(template, {"f": kv}) for template in parts_of_backward]
             if kv["wide"]:
                 last = host["rows_dq"] = hopper_dq_slots(plan, d_qk, d_v)
