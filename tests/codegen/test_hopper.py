@@ -39,7 +39,8 @@ def plan(name):
 
 
 def source(name, d_qk=128, d_v=128):
-    both = not plan(name).facts.warps.no_backward
+    warps = plan(name).facts.warps
+    both = not warps.no_backward and hopper_backward.queries(d_qk, d_v, warps) is not None
     return render(plan(name), d_qk, d_v, True, forward_in="gluon", backward_in="gluon" if both else "triton")
 
 
