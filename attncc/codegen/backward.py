@@ -69,6 +69,7 @@ def tile_slots(
     settle: bool = False,
     by_tile: bool = False,
     hopper: bool = False,
+    streams: bool = False,
     factor: Any = None,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
@@ -79,8 +80,9 @@ def tile_slots(
 
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
-    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. factor: a
-    function of the query that meets the cotangents in a matmul.
+    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. streams: what is
+    read along the axis of the loop is `streamed`, so that a warp can read it early. factor: a function of the query
+    that meets the cotangents in a matmul.
     """
     tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
@@ -90,6 +92,7 @@ def tile_slots(
         plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
     )
     lowering.whole = WHOLE if in_loop and not hopper else ""
+    lowering.streamed = [] if streams else None
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
     # where v is part of k, one accumulator takes dk and dv
@@ -135,6 +138,7 @@ def tile_slots(
         "operand": similarity.made("operand", factor, QUERY, qk_chunks, lowering, base) if factor is not None else [],
         "outer": lowering.outer,
         "by_head": lowering.by_head,
+        "streamed": lowering.streamed or [],
         "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight, *e.dsums.values(), *e.dreads))),
         "tables": tables.count,
         "chains": chains,
@@ -331,10 +335,13 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
     }
 
 
-def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False) -> dict[str, Any]:
+def dkdv_slots(
+    plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False, streams: bool = False
+) -> dict[str, Any]:
     """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits.
 
-    hopper: for a kernel in which several groups of warps share a block of keys."""
+    hopper: for a kernel in which several groups of warps share a block of keys; streams: and what is read a query is
+    read by another warp."""
     wanted = [g for g in plan.gradients if g.kind == "col"]
     edges = [edge("q_idx", False), edge("kv_idx", False)]
     inside = "kv_idx < kv_len"
@@ -343,6 +350,7 @@ def dkdv_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: 
         many_heads=True,
         by_tile=by_tile,
         hopper=hopper,
+        streams=streams,
     )
     return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
 

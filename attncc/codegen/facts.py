@@ -156,6 +156,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         else False,
         columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
         tables=plan.tables.count,
+        asked=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.ROW}),
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
         no_backward=no_backward(plan) if has_backward else "",
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
+
 from attncc.codegen.backward import dkdv_slots, saw_a_key
 from attncc.codegen.chunks import Chunk, chunks
-from attncc.codegen.hopper import kernel_arguments, refuse, tile_slots, translated
+from attncc.codegen.hopper import kernel_arguments, keyed_values, refuse, tile_slots, translated
 from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
-from attncc.codegen.statements import free_names
+from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
 from attncc.schedule.hopper_backward import NARROW, holds_keys, queries, summed_apart, wide
 
@@ -50,7 +52,9 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
-    compute. `alive`: has a row seen any key? `in_turn`: where dQ is summed, can programs take turns?
+    compute. `asked`: what is read a query, which the warp that loads has early. `alive`: has a row seen any key?
+    `rotates`: do all blocks see the same tiles, of which each begins with its own? `in_turn`: where dQ is summed, can
+    programs take turns? `claims`: does who comes first to a tile of dQ store it, so that nobody writes zeros before?
     """
     _refuse(plan)
     if queries(d_qk, d_v, plan.facts.warps) is None:
@@ -60,8 +64,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             remedy="use backend='triton'",
         )
     qk_chunks = chunks(d_qk)
-    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True)
     is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
+    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not is_wide)
     if is_wide and k["gradients"]:
         raise UnsupportedError(
             f"the Gluon backward for heads of {d_qk} and {d_v} has two warpgroups at the queries of a key, and "
@@ -79,25 +83,32 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         *(f"{g.name.upper()}_PTR" for g in k["gradients"]),
     ]
     own = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["show"], *chain["grad_lines"]]
+    asked = keyed_values(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]], [*own, *chain["hide"]], chain["show"])
     own += [*k["outer"], *k["by_head"], *k["final_lines"], f"n = {chain['dqk_scale']}"]
     unmasked = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["grad_lines"]]
     wants_q_idx = "q_idx" in free_names(unmasked) or bool(chain["hide"])
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
-    loads, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
+    adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
+    loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
     slots = {key: translated(value) for key, value in {**k, **chain}.items()}
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,
         wanted=wanted,
         loads=[n for n in arguments if n in loads],
-        adds=[n for n in arguments if n in loads or n == "q_len"],
+        adds=[n for n in arguments if n in adds or n == "q_len"],
         grads=[n for n in arguments if n in grads or n in pointers],
         **tile_slots(bounds),
+        asked=asked.values,
+        asked_head=[in_gluon(line) for line in asked.block_lines],
+        asked_lines=[in_gluon(line) for line in asked.lines],
         wants_q_idx=wants_q_idx,
         alive=saw_a_key(plan),
         in_turn=takes_turns(plan, d_qk, d_v),
         wide=is_wide,
         third=third,
+        claims=not is_wide and not third,
+        rotates=not is_wide and not third and plan.graph["mask"].expr is sympy.true,
         held=holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
@@ -105,12 +116,20 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     return slots
 
 
-def finish_slots(plan: Plan, d_qk: int) -> dict[str, Any]:
-    """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, and the pieces they come in."""
+def finish_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
+    """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, the pieces they come in, and the
+    queries of a tile."""
     lowering = Lowering(plan.core, base_leaves(plan, {}))
     scale = lowering.emit(plan.backward.dqk_scale)
     lines = [*lowering.outer, *lowering.body]
-    return {"lines": lines, "scale": scale, "helpers": lowering.helpers, "pieces": pieces(chunks(d_qk), NARROW)}
+    return {
+        "lines": lines,
+        "scale": scale,
+        "helpers": lowering.helpers,
+        "pieces": pieces(chunks(d_qk), NARROW),
+        "claims": not summed_apart(d_qk, d_v, plan.facts.warps),
+        "queries": queries(d_qk, d_v, plan.facts.warps),
+    }
 
 
 def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:

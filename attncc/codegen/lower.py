@@ -27,6 +27,10 @@ from attncc.passes.distances import NO_TABLES, Tables
 _INLINE = 48
 
 
+#: what another warp than those that compute knows of a query and of a key
+_INDICES = {"q_idx", "kv_idx"}
+
+
 @dataclass(frozen=True)
 class Leaf:
     """A value that the template has computed: its name in the kernel and its level."""
@@ -158,7 +162,8 @@ class Lowering:
     def define(self, name: str, text: str, expr: Any, level: Level, to_float: bool = False) -> None:
         """A statement `name = text`, among those of its level."""
         along = Level.COL if self._block_axis == Level.ROW else Level.ROW
-        if self.streamed is not None and any(self.level_of(r) == along for r in expr.atoms(Read)) and level == along:
+        read = level == along and any(self.level_of(r) == along for r in expr.atoms(Read))
+        if self.streamed is not None and read and self._varies_by(expr, along) <= _INDICES:
             inputs = frozenset(str(r.input) for r in expr.atoms(Read))
             self.streamed.append(Streamed(name, text, "float" if to_float else type_of(expr), inputs))
             return
@@ -166,6 +171,10 @@ class Lowering:
         if self._is_outer(expr, level):
             lines = self.by_head if self.many_heads and sym.H in expr.free_symbols else self.outer
         lines.append(f"{name} = {text}")
+
+    def _varies_by(self, expr: Any, level: Level) -> set[str]:
+        """What of a level an expression is made of, of all that the template provides."""
+        return {s.name for s in expr.free_symbols if s.name in self.leaves and self.leaves[s.name].level == level}
 
     def value(self, expr: Any) -> tuple[str, Level]:
         """The text of an expression and its level; what is shared, loaded or long has a name."""

@@ -168,7 +168,7 @@ def render(
                 bounds += _bounds(plan, "dq", plan.over_keys, last["bounds"])
                 kernels.append(("hopper_dq.py.j2", {"f": last}))
             else:
-                last = finish_slots(plan, d_qk)
+                last = finish_slots(plan, d_qk, d_v)
                 kernels.append(("hopper_finish.py.j2", {"f": last}))
             helpers |= last["helpers"]
         else:

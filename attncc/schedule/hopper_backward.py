@@ -89,9 +89,11 @@ def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
     """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, two of p or dQ of each warpgroup."""
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     resident = ks.block_n * (qk + v) * problem.dtype_bytes
-    ring = ks.num_stages * ks.block_m * ((qk + v) * problem.dtype_bytes + 4 * problem.costs.rows)
+    apart = wide(problem.d_qk, problem.d_v)
+    asked = 0 if apart else problem.costs.warps.asked
+    ring = ks.num_stages * ks.block_m * ((qk + v) * problem.dtype_bytes + 4 * (problem.costs.rows + asked))
     ds = 2 * ks.block_n * ks.block_m * problem.dtype_bytes
-    if wide(problem.d_qk, problem.d_v):
+    if apart:
         return resident + ring + 2 * ds
     return resident + ring + ds + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
 

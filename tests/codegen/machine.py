@@ -4,9 +4,9 @@ Gluon has no interpreter, and what goes wrong in these kernels is seldom arithme
 matmul still reads it, a barrier that is waited for in the wrong phase, a fence that is missing. So the model is of what
 is asynchronous. Every partition of warps is a thread, one of which runs at a time; at every barrier chance says which
 goes on. Copies and matmuls take place at a random moment between their issue and the wait for them, a warpgroup's
-matmuls in their order; what a store adds to memory is there for sure when that was waited for. Shared memory begins as
-NaN. Reading a result that was not waited for, writing by threads what
-the asynchronous units read with no fence between, and waiting for ever are errors.
+matmuls in their order. A tile that is stored is read first, and lies in memory for sure when that was waited for.
+Shared memory begins as NaN. Reading a result that was not waited for, writing by threads what the asynchronous units
+read with no fence in between, telling others of a store that is still on its way, and waiting for ever are errors.
 
 Layouts are not modelled, nor registers, nor the threads within a warpgroup; `cross_compile` has a say in those.
 """
@@ -262,13 +262,15 @@ class Pending:
 
 
 class Partition:
-    """A thread, the matmuls and the stores that it has under way."""
+    """A thread, the matmuls and the stores that it has under way; of those, what was read is `landing`. `acquired`: was
+    it told of what others had stored, with no fence since that the asynchronous units heed?"""
 
     def __init__(self, thread: threading.Thread):
         self.thread = thread
         self.matmuls: list[Callable[[], None]] = []
         self.stores: list[Callable[[], None]] = []
         self.landing: list[Callable[[], None]] = []  # stores that have read their tile
+        self.acquired = False
         self.until: Callable[[], bool] | None = None
         self.done = False
         self.rank = 0.0
@@ -434,17 +436,23 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.memory[at[shown]] = value[shown]
 
 
-def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, sem: str = "") -> Block:
-    program = _current()
-    if sem == "release" and program.own.landing:
-        raise MachineError("a turn is passed on before what was added is in memory")
-    if sem == "acquire":  # in a loop, and those before have ended
-        program.asked += 1
-        if program.asked > _PATIENCE:
-            raise MachineError("a turn that never comes")
-    before = _load(pointer, mask)
-    _store(pointer, before + value, mask)
-    return before
+def _atomic(change: Callable[..., Any]) -> Callable[..., Block]:
+    """An atomic operation: `change` makes what is stored from what was there and the operation's arguments."""
+
+    def atomic(pointer: Pointer, *args: Any, mask: Any = None, sem: str = "relaxed") -> Block:
+        program = _current()
+        if sem == "release" and program.own.landing:
+            raise MachineError("others are told of a store that is still on its way")
+        if sem == "acquire":  # in a loop, and those before have ended
+            program.own.acquired = True
+            program.asked += 1
+            if program.asked > _PATIENCE:
+                raise MachineError("a turn that never comes")
+        before = _load(pointer, mask)
+        _store(pointer, change(before, *args), mask)
+        return before
+
+    return atomic
 
 
 _PATIENCE = 1000  # tiles of a program, and more
@@ -455,11 +463,12 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return Block(torch.tanh(args[0].v))
     if text.startswith("rcp"):
         return Block(1 / args[0].v)
-    if text == "mov.u32 $0, 0;":
-        return Block(0)
-    if text == "cp.async.bulk.wait_group 0; mov.u32 $0, 1;":
+    if text.startswith("cp.async.bulk.wait_group 0;"):
         _land(_current().own)
-        return Block(1)
+    if text.startswith("fence.proxy.async.global;"):
+        _current().own.acquired = False
+    if text.endswith("mov.u32 $0, 0;"):
+        return Block(0)
     if "@never pmevent" in text:
         return args[0]
     if "vote.sync.any.pred over" in text:
@@ -520,14 +529,16 @@ def _copy_out(add: bool) -> Callable[..., None]:
     def issue(box: Box, at: Sequence[Any], source: Shared) -> None:
         place = [int(x) for x in at]
         view = source.asynchronous()
+        own = _current().own
+        if add and own.acquired:
+            raise MachineError("the asynchronous units do not see what others had stored")
 
-        def happen() -> None:
+        def read() -> None:
             inside, where = box.part(place)
             moved = view.reshape(tuple(box.block_shape))[where].clone()
             own.landing.append(lambda: inside.copy_(inside + moved if add else moved))
 
-        own = _current().own
-        own.stores.append(happen)
+        own.stores.append(read)
 
     return issue
 
@@ -596,7 +607,10 @@ def _language() -> ModuleType:
     gl.sum = lambda x, axis: Block(_value(x).sum(axis, dtype=_value(x).dtype))
     gl.max = lambda x, axis: Block(_value(x).amax(axis))
     gl.min = lambda x, axis: Block(_value(x).amin(axis))
-    gl.load, gl.store, gl.atomic_add, gl.inline_asm_elementwise = _load, _store, _atomic_add, _assembly
+    gl.load, gl.store, gl.inline_asm_elementwise = _load, _store, _assembly
+    gl.atomic_add = _atomic(lambda before, value: before + value)
+    gl.atomic_xchg = _atomic(lambda before, value: value)
+    gl.atomic_cas = _atomic(lambda before, expected, value: value if int(before) == expected else before)
     for name in ("maximum", "minimum", "where", "exp2", "log", "log2", "abs", "sqrt", "rsqrt", "floor", "sin", "cos"):
         setattr(gl, name, _elementwise(getattr(torch, name)))
     gl.erf = _elementwise(torch.erf)

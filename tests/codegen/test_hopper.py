@@ -121,13 +121,18 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     tiling = hopper.tilings("dkdv", sized, H100)[0]
     kernels = backward_compiled(name, tiling, *dims, dtype, group)
     kernel = kernels["dkdv_kernel"]
-    assert [k.spills for k in kernels.values()] == [0, 0, 0]
+    # where a program has several heads, one constant that each warp reads again
+    assert kernel.spills <= (8 if group > 1 else 0)
+    assert [k.spills for k in kernels.values() if k is not kernel] == [0, 0]
     assert not kernel.faults
     counted = hopper.shared_memory("dkdv", tiling, sized)
     assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
     assert "cp.reduce.async.bulk.tensor" in kernel.ptx
     assert "red.global" not in kernel.ptx
-    assert "atom.global" not in kernel.ptx
+    # who comes first to a tile of dQ claims it, and says when it is there
+    claims = {"atom.global.acquire.gpu.cas.b32", "atom.global.gpu.release.exch.b32"}
+    third = hopper_backward.summed_apart(*dims, plan(name).facts.warps)
+    assert set(re.findall(r"atom\.global\S*", kernel.ptx)) == (set() if third else claims)
     # one instruction for each 16 of a matmul's depth: scores, twice, dp, dV and dK of both warpgroups, dQ in pieces
     qk, v = (sum(head_chunks(dim)) for dim in dims)
     keys = tiling.block_m // 16
