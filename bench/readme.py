@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 #: the card whose figures the README shows, as its results folder is called
 SHOWN_GPU = "nvidia-h100-80gb-hbm3"
 #: the card on which flash-linear-attention ran beside
-LINEAR_GPU = "nvidia-h200"
+LINEAR_GPU = "nvidia-h100-80gb-hbm3"
 #: the card on which the suite `shelf` ran
 SHELF_GPU = "nvidia-h200"
 
