@@ -45,17 +45,23 @@ def words() -> tuple[int, int, int]:
     return tuple(found)
 
 
-def fill_with_nan() -> None:
-    """As many programs as the GPU has processors, twice, each of which fills one."""
+def _filled() -> torch.Tensor:
+    """As many programs as the GPU has processors, twice, each of which fills one; what each then read."""
     programs = 2 * torch.cuda.get_device_properties("cuda").multi_processor_count
     seen = torch.empty(programs, device="cuda", dtype=torch.int32)
     fill[(programs,)](seen, NAN, *words(), num_warps=32)
-    assert (seen == 3 * NAN).all()
+    return seen
 
 
-def nan_is_there() -> bool:
-    """Does a kernel find what `fill_with_nan` has left?"""
+def fill_with_nan() -> None:
+    """NaN wherever a kernel's shared memory may be."""
+    assert (_filled() == 3 * NAN).all()
+
+
+def share_that_finds_nan() -> float:
+    """Of the programs of a kernel that is launched right behind, how many find NaN in all of their memory?"""
     programs = torch.cuda.get_device_properties("cuda").multi_processor_count
     seen = torch.empty(programs, device="cuda", dtype=torch.int32)
+    _filled()
     peek[(programs,)](seen, words()[0], num_warps=32)
-    return not bool(seen.any())
+    return float((seen == 0).float().mean())
