@@ -126,6 +126,30 @@ def hopper_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def formulas_table(folder: Path) -> str:
+    """TFLOP/s forward / backward of other formulas, in the run of `hopper_table`: beside FlexAttention where it can say
+    them at such a cost, else beside our own softmax under the same mask."""
+    data = results(folder, "hopper")
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if any(name in row["peers"] for name in ("flex", "own softmax")):
+            cells.setdefault(row["case"], {})[row["mode"]] = row
+    lines = [
+        "| TFLOP/s forward / backward | attncc | FlexAttention | our softmax | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for case, modes in cells.items():
+        rows = [modes[mode] for mode in ("forward", "backward")]
+        ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
+        names = ("flex", "own softmax")
+        peers = [" / ".join(_entry(row["peers"][name]) for row in rows if name in row["peers"]) for name in names]
+        ratios = " / ".join(f"{row['reached']:.2f}x" for row in rows)
+        lines.append(f"| {' | '.join((TITLES.get(case, case), f'**{ours}**', *peers, ratios))} |")
+    first = next(iter(cells.values()))["forward"]
+    lines += ["", f"bf16, S={first['M'] // 1024}k, D={first['Dqk']}. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
 def latency_table(folder: Path) -> str:
     """Seconds to the first result, and microseconds of host time a call, beside the peers."""
     compiled, host = results(folder, "compile"), results(folder, "host")
@@ -284,6 +308,7 @@ def outputs_table(folder: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "dense": dense_table,
     "hopper": hopper_table,
+    "formulas": formulas_table,
     "decode": decode_table,
     "latency": latency_table,
     "linear": linear_table,

@@ -69,6 +69,25 @@ def test_plain_attention_is_shown_beside_the_better_of_the_best_peers(folder):
     assert "cog" not in text
 
 
+def test_other_formulas_are_shown_beside_whom_they_ran_with(folder):
+    def shown(case, mode, ours, reached, **peers):
+        entries = {name.replace("_", " "): {"ms": 1.0, "tflops": t} for name, t in peers.items()}
+        return {**row(case, mode, ours, 1.0), "peers": entries, "reached": reached, "Dqk": 128}
+
+    rows = [
+        shown("softcap", "forward", 520.0, 2.6, flex=200.0, triton=400.0),
+        shown("softcap", "backward", 500.0, 2.5, flex=200.0, triton=400.0),
+        shown("sink", "forward", 600.0, 0.923, own_softmax=650.0),
+        shown("sink", "backward", 500.0, 0.909, own_softmax=550.0),
+        shown("causal", "forward", 600.0, 1.0, fa4=600.0),
+    ]
+    (folder / SHOWN_GPU / "hopper.json").write_text(json.dumps({**HEAD, "rows": rows}))
+    text = readme.formulas_table(folder)
+    assert "| softcap + causal | **520 / 500** | 200 / 200 |  | 2.60x / 2.50x |" in text
+    assert "| sink | **600 / 500** |  | 650 / 550 | 0.92x / 0.91x |" in text
+    assert "| causal |" not in text
+
+
 def test_decoding_is_shown_in_bytes_a_second(folder):
     one = {"case": "causal", "B": 8, "M": 1, "N": 65536, "attncc": {"tbps": 3.0}, "peers": {"cudnn": {"tbps": 3.031}}}
     (folder / SHOWN_GPU / "decode.json").write_text(json.dumps({**HEAD, "rows": [one, {**one, "M": 4}]}))
