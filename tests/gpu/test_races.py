@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.gpu.kernels import FAMILIES
-from tests.gpu.shared_memory import fill_with_nan, share_that_finds_nan
+from tests.gpu.shared_memory import fill_with_nan, nan_is_found
 
 LAUNCHES = 30
 
@@ -38,5 +38,5 @@ def test_many_launches_on_nan_give_the_same_bits(name):
 
 
 def test_nan_in_shared_memory_is_found():
-    """Or the test above would see nothing. Kernels of other processes may come between, so that it takes some tries."""
-    assert max(share_that_finds_nan() for _ in range(100)) > 0.5
+    """Or the test above would see nothing. Kernels of other processes may come between now and then."""
+    assert any(nan_is_found() for _ in range(20))
