@@ -121,8 +121,8 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     tiling = hopper.tilings("dkdv", sized, H100)[0]
     kernels = backward_compiled(name, tiling, *dims, dtype, group)
     kernel = kernels["dkdv_kernel"]
-    # where a program has several heads, one constant that each warp reads again
-    assert kernel.spills <= (8 if group > 1 else 0)
+    # softcap, where a program has several heads: one constant that each warp reads again
+    assert kernel.spills <= (8 if (name, group) == ("softcap", 4) else 0)
     assert [k.spills for k in kernels.values() if k is not kernel] == [0, 0]
     assert not kernel.faults
     counted = hopper.shared_memory("dkdv", tiling, sized)

@@ -59,8 +59,8 @@ def fill_with_nan() -> None:
 
 
 def nan_is_found() -> bool:
-    """Does every program of a kernel that is launched right behind find NaN in all of its memory? PyTorch's kernels would
-    leave something else there, so that nothing is looked at in between."""
+    """Does every program of a kernel that is launched right behind find NaN in all of its memory? PyTorch's kernels
+    would leave something else there, so that nothing is looked at in between."""
     programs = torch.cuda.get_device_properties("cuda").multi_processor_count
     seen = torch.empty(programs, device="cuda", dtype=torch.int32)
     _filled()
