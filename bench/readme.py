@@ -150,6 +150,28 @@ def formulas_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def sigmoid_table(folder: Path) -> str:
+    """Sigmoid attention beside our own softmax and plain PyTorch: TFLOP/s forward / backward / one after the other."""
+    data = results(folder, "sigmoid")
+    cells: dict[int, dict[str, dict[str, Any]]] = {}
+    for row in data["rows"]:
+        if row["case"] == "sigmoid":
+            cells.setdefault(row["M"], {})[row["mode"]] = row
+    lines = [
+        "| TFLOP/s forward / backward / both | S | attncc | our softmax | ratio | plain PyTorch, compiled | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for length, modes in cells.items():
+        rows = [modes[mode] for mode in ("forward", "backward", "both")]
+        fields = [f"**{' / '.join(_entry(row['attncc']) for row in rows)}**"]
+        for peer in ("own softmax", "torch.compile"):
+            fields.append(" / ".join(_entry(row["peers"][peer]) for row in rows))
+            fields.append(" / ".join(f"{row['ratio'][peer]:.2f}x" for row in rows))
+        lines.append(f"| sigmoid + causal | {length // 1024}k | {' | '.join(fields)} |")
+    lines += ["", f"Plain PyTorch holds whole maps, so it has two sequences. {_provenance(data)}"]
+    return "\n".join(lines)
+
+
 def latency_table(folder: Path) -> str:
     """Seconds to the first result, and microseconds of host time a call, beside the peers."""
     compiled, host = results(folder, "compile"), results(folder, "host")
@@ -309,6 +331,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "dense": dense_table,
     "hopper": hopper_table,
     "formulas": formulas_table,
+    "sigmoid": sigmoid_table,
     "decode": decode_table,
     "latency": latency_table,
     "linear": linear_table,

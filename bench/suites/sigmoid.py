@@ -1,4 +1,4 @@
-"""Causal sigmoid attention beside our own causal softmax and torch.compile of plain PyTorch."""
+"""Causal sigmoid attention beside our own causal softmax, in one race, and torch.compile of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 import attncc as ac
 from bench import area
-from bench.case import Case, Shape
+from bench.case import Case, Shape, Tensors
 from bench.compare import MODES, Builder, compare, contestant, figures, table
 from bench.dense_cases import CAUSAL
-from bench.peers import compiled_sigmoid
+from bench.peers import Attend, compiled_sigmoid
 from bench.run import Run
 from bench.suites.dense import LENGTHS, shape
 from bench.timing import race
@@ -40,9 +40,15 @@ def plain(wanted: Shape) -> dict[str, dict[str, Any]]:
     }
 
 
-#: ours by name, and what they are beside
-CASES = {"sigmoid": SIGMOID, "causal": CAUSAL}
 PLAIN: dict[str, Builder] = {"plain": lambda case, shape, inputs: compiled_sigmoid(shape)}
+#: ours, by name, of which the one is timed beside the other
+CASES = {"sigmoid": SIGMOID, "causal": CAUSAL}
+
+
+def own_softmax(case: Case, shape: Shape, inputs: Tensors) -> Attend:
+    """Our own causal softmax."""
+    op = ac.compile(CAUSAL.variant, plan="parallel")
+    return lambda *operands: op(*operands)
 
 
 def prepared(piece: tuple[int, str]) -> Any:
@@ -51,6 +57,27 @@ def prepared(piece: tuple[int, str]) -> Any:
     if name == "plain":
         return contestant(SIGMOID, two(shape(length)), name, PLAIN)
     return contestant(CASES[name], shape(length), "attncc", {})
+
+
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    """Our TFLOP/s over each peer's."""
+    timed = {name: peer["tflops"] for name, peer in row["peers"].items() if "tflops" in peer}
+    return {name: round(row["attncc"]["tflops"] / tflops, 3) for name, tflops in timed.items()}
+
+
+def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a training step, from those of its modes: milliseconds are added, work is, too."""
+
+    def both(entries: list[dict[str, Any]]) -> dict[str, float]:
+        ms = sum(entry["ms"] for entry in entries)
+        return {"ms": round(ms, 4), "tflops": round(sum(e["ms"] * e["tflops"] for e in entries) / ms, 1)}
+
+    first = rows[0]
+    ours = {**both([row["attncc"] for row in rows]), "schedule": first["attncc"]["schedule"]}
+    peers = {name: both([row["peers"][name] for row in rows]) for name in first["ratio"]}
+    kept = {key: value for key, value in first.items() if key not in ("attncc", "peers", "ratio", "mode", "area")}
+    row = {**kept, "mode": "both", "attncc": ours, "peers": peers}
+    return {**row, "ratio": ratios(row)}
 
 
 def suite(run: Run) -> None:
@@ -63,17 +90,13 @@ def suite(run: Run) -> None:
     for length in lengths:
         if run.out_of_time(results, f"length {length}"):
             break
-        checked = {name: ready[length, name].value for name in CASES}
-        causal = compare(run, results, CAUSAL, shape(length), peers={}, checked=checked["causal"])
-        softmax = {row["mode"]: row for row in causal}
-        rows = compare(run, results, SIGMOID, shape(length), peers={}, checked=checked["sigmoid"])
-        if not (softmax and rows):
+        checked, beside = ready[length, "sigmoid"].value, {"own softmax": own_softmax}
+        rows = compare(run, results, SIGMOID, shape(length), peers=beside, checked=checked)
+        if not rows:
             continue
         peer = plain(shape(length))
         for row in rows:
-            own = {key: softmax[row["mode"]]["attncc"][key] for key in ("ms", "tflops", "spread")}
-            row["peers"] = {"own softmax": own, "torch.compile": peer[row["mode"]]}
-            row["ratio"] = {n: round(row["attncc"]["tflops"] / e["tflops"], 3) for n, e in row["peers"].items()}
-        results.write()
-        shown += rows
+            row["peers"]["torch.compile"] = peer[row["mode"]]
+            row["ratio"] = ratios(row)
+        shown += [*rows, results.add(**together(rows))]
     table(run, f"sigmoid, TFLOP/s, {results.meta['gpu']}", shown, sizes=("M",))

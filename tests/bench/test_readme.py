@@ -4,6 +4,7 @@ import pytest
 
 from bench import readme
 from bench.readme import SHOWN_GPU, dense_table, latency_table, refresh
+from bench.suites.sigmoid import ratios, together
 
 HEAD = {
     "suite": "dense",
@@ -86,6 +87,20 @@ def test_other_formulas_are_shown_beside_whom_they_ran_with(folder):
     assert "| softcap + causal | **520 / 500** | 200 / 200 |  | 2.60x / 2.50x |" in text
     assert "| sink | **600 / 500** |  | 650 / 550 | 0.92x / 0.91x |" in text
     assert "| causal |" not in text
+
+
+def test_sigmoid_is_shown_by_mode_and_as_a_training_step(folder):
+    def timed(mode, ms, ours):
+        peers = {"own softmax": {"ms": ms, "tflops": 500.0}, "torch.compile": {"ms": 4 * ms, "tflops": 100.0}}
+        found = {**row("sigmoid", mode, ours, 1.0), "attncc": {"ms": ms, "tflops": ours, "schedule": {}}}
+        return {**found, "peers": peers, "ratio": ratios({**found, "peers": peers})}
+
+    rows = [timed("forward", 2.0, 900.0), timed("backward", 6.0, 500.0)]
+    rows.append(together(rows))
+    (folder / SHOWN_GPU / "sigmoid.json").write_text(json.dumps({**HEAD, "rows": rows}))
+    text = readme.sigmoid_table(folder)
+    assert "| sigmoid + causal | 8k | **900 / 500 / 600** | 500 / 500 / 500 | 1.80x / 1.00x / 1.20x |" in text
+    assert "| 100 / 100 / 100 | 9.00x / 5.00x / 6.00x |" in text
 
 
 def test_decoding_is_shown_in_bytes_a_second(folder):
