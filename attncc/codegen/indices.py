@@ -162,8 +162,8 @@ def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) 
     moved = _moved(read, declared) if kind == "band" else None
     if moved is not None:  # a dimension that runs along the distances, from another one on
         at, offset = moved
-        first = TorchIndexPrinter(plan.graph).doprint(offset + 1 - sym.Q_LEN)
-        lines.append(f"    {name} = _shifted({name}, {dims.index('distance')}, {first}, {read.input}.shape[{at}])")
+        start = TorchIndexPrinter(plan.graph).doprint(offset + 1 - sym.Q_LEN)
+        lines.append(f"    {name} = _shifted({name}, {dims.index('distance')}, {start}, {read.input}.shape[{at}])")
         names[at] = "distance"
     direct = all(name in dims for name in names) and len(set(names)) == len(names)
     lines.append(f"    dims = {dims!r}")
