@@ -116,6 +116,10 @@ def command(
         wrong = sum(not row.ok for rows in results.values() for row in rows)
         checks = sum(len(rows) for rows in results.values())
         out.print(f"{checks - wrong} of {checks} results are right", style="bold red" if wrong else "bold green")
+    for variant in (*chosen, *([inline] if inline else [])):
+        reason = _without_gradients(variant, results.get(variant.name, []))
+        if reason is not None:
+            err.print(f"{variant.name}: outputs alone were checked: {reason}", style="yellow")
     for name, failure in failures.items():
         err.print(f"{name}: no results: {failure}", style="bold red")
     if failures or not all(row.ok for rows in results.values() for row in rows):
@@ -135,6 +139,16 @@ class Case:
 def verified(case: Case) -> list[Row]:
     """The results of a case."""
     return _rows(named(case.spec), case.device, case.dtype, case.quick)
+
+
+def _without_gradients(variant: Variant, rows: list[Row]) -> str | None:
+    """Why the results of a variant have no gradients, if they have none."""
+    from attncc.codegen.plan import Plan
+
+    if not rows or any(row.check.name.split()[0] == "dq" for row in rows):
+        return None
+    refusal = Plan(variant.graph).has_backward
+    return None if refusal is None else refusal.reason
 
 
 def _rows(variant: Variant, device: str, dtype: str, quick: bool) -> list[Row]:

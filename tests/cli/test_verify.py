@@ -44,6 +44,16 @@ def test_a_wrong_result_is_marked_and_fails(attncc, verified):
     assert rows[0]["max_error"] is None
 
 
+def test_what_has_no_backward_says_so(attncc, tmp_path):
+    spec = tmp_path / "pairs.toml"
+    lines = ('name = "pairs"', "[stages]", 'similarity = "sum_d(tanh(q_vec + r[q_idx * kv_idx]))"', "[inputs]")
+    spec.write_text("\n".join((*lines, 'r = { index = ["place", "d"], grad = true }', "")))
+    result = attncc("verify", str(spec), "--device", "cpu", "--quick")
+    assert result.exit_code == 0
+    assert "2 of 2 results are right" in result.stdout
+    assert "outputs alone were checked: no kernel makes the gradient of r[" in " ".join(result.stderr.split())
+
+
 def test_several_processes_find_what_one_finds(attncc):
     words = ("verify", "causal", "relu", "--device", "cpu", "--quick", "--json")
     alone, beside = attncc(*words), attncc(*words, "--jobs", "2")
