@@ -9,12 +9,12 @@ import sympy
 
 from attncc.codegen.bounds import bound_lines
 from attncc.codegen.chunks import Chunk
-from attncc.codegen.components import gradient_slots
+from attncc.codegen.components import band_slots, gradient_slots
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
 from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
 from attncc.codegen.plan import InputGradient, Plan
-from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots
+from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
 from attncc.ir import symbols as sym
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
@@ -45,6 +45,23 @@ def _after_slots(
     }
 
 
+def _band_slots(
+    similarity: SimilaritySlots,
+    band: VectorGradient | None,
+    qk_chunks: tuple[Chunk, ...],
+    kernel: Lowering,
+    base: dict[str, Leaf],
+) -> dict[str, Any]:
+    """What turns the cotangents of a sum over components into those of a table of distances: the matmul's `operand`, or
+    the loop over `components`."""
+    if band is None or band.loop is None:
+        return {"operand": [], "components": None}
+    if not band.looped:
+        return {"operand": similarity.made("operand", band.expr, QUERY, qk_chunks, kernel, base), "components": None}
+    slots = band_slots(similarity.plan, band.loop, band.read, f"{band.name}_tile", kernel, base)
+    return {"operand": [], "components": slots}
+
+
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
     extra = {name: Leaf(name, Level.ROW) for name in plan.saved_names}
     for part in plan.parts:
@@ -70,7 +87,7 @@ def tile_slots(
     by_tile: bool = False,
     hopper: bool = False,
     streams: bool = False,
-    factor: Any = None,
+    band: VectorGradient | None = None,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
@@ -81,8 +98,8 @@ def tile_slots(
     in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
     only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
     what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. streams: what is
-    read along the axis of the loop is `streamed`, so that a warp can read it early. factor: a function of the query
-    that meets the cotangents in a matmul.
+    read along the axis of the loop is `streamed`, so that a warp can read it early. band: a table of distances that a
+    sum over components reads: it gets a matmul of the cotangents with a function of the query, or is looped over.
     """
     tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
@@ -135,7 +152,7 @@ def tile_slots(
         "bounds": bounds,
         **similarity_slots(similarity, resident, qk_chunks, lowering, base),
         **(_after_slots(similarity, resident, qk_chunks, lowering, base) if in_loop else {}),
-        "operand": similarity.made("operand", factor, QUERY, qk_chunks, lowering, base) if factor is not None else [],
+        **_band_slots(similarity, band, qk_chunks, lowering, base),
         "outer": lowering.outer,
         "by_head": lowering.by_head,
         "streamed": lowering.streamed or [],

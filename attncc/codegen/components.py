@@ -121,6 +121,18 @@ def gradient_slots(
     return {"tile": tile, "flows": found != 0, "wanted": wanted, **_loop(scope, exprs)}
 
 
+def band_slots(
+    plan: Plan, loop: Loop, read: Read, tile: str, kernel: Lowering, base: Mapping[str, Leaf]
+) -> dict[str, Any]:
+    """Slots of a loop over `tile`, which has the cotangents of a loop's sum: what a table of distances gets from each
+    pair, a component at a time."""
+    found = lower_exp(slope((loop,), read))
+    scope = _scope(plan, True, kernel, {**base, cotangent(loop).name: Leaf(tile, Level.PAIR)})
+    scope.count([found, *(power.base for power in found.atoms(sympy.Pow))])
+    value = scope.tile(found)
+    return {"value": value, **_loop(scope, [found])}
+
+
 def _scope(plan: Plan, rows_first: bool, kernel: Lowering, base: Mapping[str, Leaf]) -> Lowering:
     """A lowering for the body of a loop, beside that of a kernel, whose names it does not reuse."""
     running = frozenset(_LEAVES)

@@ -25,9 +25,11 @@ from attncc.passes.tiles import TilePlan
 _COMMENT = 110
 
 
-def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient, factor: Any = None) -> dict[str, Any]:
-    """Slots of pair_grad.py.j2, for one element read that varies by pair; `factor`: what multiplies it, where it has an
-    entry a component."""
+def pair_slots(
+    plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient, band: VectorGradient | None = None
+) -> dict[str, Any]:
+    """Slots of pair_grad.py.j2, for one element read that varies by pair; `band`: that of a sum over components, of
+    whose cotangent `gradient` is."""
     edges = [edge("q_idx", True), edge("kv_idx", True)]
     common = tile_slots(
         plan,
@@ -39,11 +41,13 @@ def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient
         edges,
         "q_idx < q_len",
         in_loop=False,
-        factor=factor,
+        band=band,
     )
+    operand = band is not None and not band.looped and sym.Q_VEC in band.expr.free_symbols
     return {
         **common,
-        "reads_q": common["reads_q"] or (factor is not None and sym.Q_VEC in factor.free_symbols),
+        "reads_q": common["reads_q"] or operand,
+        "by_component": band is not None and band.vector,
         "gradient": gradient,
         "by_b": sym.B in gradient.read.free_symbols,
         "by_h": bool({sym.H, sym.H_KV} & gradient.read.free_symbols),
@@ -51,9 +55,9 @@ def pair_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient
 
 
 def table_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], band: VectorGradient) -> dict[str, Any]:
-    """Slots of pair_grad.py.j2, for a table with an entry a component of each distance."""
+    """Slots of pair_grad.py.j2, for a table of distances that a sum over components reads."""
     (cotangent,) = (e for s, e in plan.backward.dsums if band.loop is not None and s == band.loop.symbol)
-    return pair_slots(plan, qk_chunks, InputGradient(band.read, cotangent, "band", band.number), band.expr)
+    return pair_slots(plan, qk_chunks, InputGradient(band.read, cotangent, "band", band.number), band)
 
 
 def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def render(
         kernels.append(("merge.py.j2", {"f": f}))
     for t in terms:
         helpers |= t["helpers"]
-    host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "bands": (), "saved": (), "pair": {}}
+    host: dict[str, Any] = {"f": f, "gradients": (), "vector_gradients": (), "saved": (), "pair": {}}
     host |= {
         "tables": {},
         "packs_heads": f.get("packed", False),
@@ -185,7 +185,6 @@ def render(
             gradients=plan.gradients,
             vector_gradients=similarity.gradients,
             saved=plan.saved,
-            bands=similarity.bands,
             collects=collects,
             shifts=any("_shifted(" in line for line in collects),
             nested_reads=nested_reads((*plan.gradients, *similarity.gradients, *similarity.bands)),

@@ -49,9 +49,9 @@ KEY = Side("k", sym.K_VEC, "kv_idx", "kv_len", "BLOCK_N")
 class VectorGradient:
     """The cotangent of an input that a sum over the head dimension reads: `expr` at each component of each row.
 
-    kind: "row" or "col" where the input has an entry a query or a key, "band" where it is read by their distance, in
-    which case `expr` is what the sum of `loop` multiplies it by, else "program"; vector: has it an entry a
-    component, too? looped: it is that of a pair, which a loop over the components has added up.
+    kind: "row" or "col" where the input has an entry a query or a key, "band" where the sum of `loop` reads it by their
+    distance, else "program"; vector: has it an entry a component, too? looped: it is that of a pair, which a loop over
+    the components adds up; one that is read by distance and is not, is multiplied by `expr` in the sum, and no more.
     """
 
     read: Read
@@ -185,12 +185,14 @@ class SimilaritySlots:
         """One entry a differentiable table of distances, and loop that reads it."""
         wanted = {d.name for d in self.plan.graph.inputs if d.grad}
         number = len(self.plan.gradients) + len(self.gradients)
-        found = [x for x in self.flowing_loops if x.table is not None and x.table.input in wanted]
-        return tuple(
-            VectorGradient(x.table, x.factor, QUERY, "band", number + i, loop=x)
-            for i, x in enumerate(found)
-            if x.table is not None
-        )
+        found: list[VectorGradient] = []
+        for loop in self.flowing_loops:
+            for read in sorted((r for r in loop.summand.atoms(Read) if r.input in wanted), key=str):
+                factor = loop.factor if read == loop.table else slope((loop,), read)
+                if level(read) == Level.PAIR and factor != 0:
+                    looped = read != loop.table
+                    found.append(VectorGradient(read, factor, QUERY, "band", number + len(found), looped, loop))
+        return tuple(found)
 
     def looped(self, side: Side) -> tuple[VectorGradient, ...]:
         """The gradients that the loops over components add up beside that of a side."""

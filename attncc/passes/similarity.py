@@ -20,7 +20,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, Stage, VariantGraph
 from attncc.ir.levels import Level, level
-from attncc.ir.similarity import kind_of, sides
+from attncc.ir.similarity import by_distance, kind_of, sides
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
 
@@ -114,17 +114,16 @@ def similarity(graph: VariantGraph) -> Similarity:
 
 def refuse_gradients(graph: VariantGraph) -> None:
     """UnsupportedError for an input whose gradient would need a value for every component of every pair. That of a
-    table of distances that a function of the query multiplies is a matmul."""
+    table of distances is added up along diagonals."""
     for stage, read in _wanted_in_loops(graph):
-        _, of_keys, table = sides(stage)
-        if level(read) == Level.PAIR and (kind_of(stage) != "band" or of_keys != 1 or read != table):
+        if level(read) == Level.PAIR and not by_distance(read):
             raise UnsupportedError(
                 f"no kernel makes the gradient of {formula(read)} inside sum_d({formula(stage.expr)}) yet: it is read "
-                "at a place that hangs on the query and on the key",
+                "at a place that hangs on the query and on the key, and not on their distance alone",
                 stage="similarity",
                 span=stage.span,
-                remedy="declare the input without a gradient; or multiply it with q (or k) before the op, and read the "
-                "products by q_idx (or kv_idx) and distance, as transformer_xl does",
+                remedy="declare the input without a gradient; or let ac.recipes.pairwise have the scores made by "
+                "PyTorch, a block of queries at a time, with every gradient",
             )
 
 

@@ -155,6 +155,23 @@ UNSHIPPED = {
         ),
         inputs={"r": ac.Input("h", "distance", "d", grad=True), "t": ac.Input("distance", "d")},
     ),
+    "tables of distances in functions": ac.Variant(
+        similarity=lambda q_vec, k_vec, h, q_idx, kv_idx, r, s, w: (
+            ac.dot(ac.tanh(q_vec * s[h, q_idx - kv_idx] + k_vec + r[h, (kv_idx - q_idx + 8) // 2]), w[h])
+            + ac.dot(q_vec, r[h, kv_idx - q_idx + 4])
+        ),
+        inputs={
+            "r": ac.Input("h", "distance", "d", grad=True),
+            "s": ac.Input("h", "distance", grad=True),
+            "w": ac.Input("h", "d", grad=True),
+        },
+        mask=ac.causal,
+    ),
+    "a table at two distances": ac.Variant(
+        similarity=lambda q_vec, k_vec: -ac.sum_d(ac.abs(q_vec - k_vec)),
+        score=lambda score, q_idx, kv_idx, t: score + t[kv_idx - q_idx + 4] * t[kv_idx - q_idx + 5],
+        inputs={"t": ac.Input("distance", grad=True)},
+    ),
     "weights without a gradient": ac.Variant(
         similarity=lambda q_vec, k_vec: ac.sum_d(ac.abs(q_vec - k_vec)), normalizer=lambda score, row: ac.sign(score)
     ),
@@ -185,13 +202,13 @@ def test_a_network_of_two_layers():
 def test_a_gradient_of_what_a_loop_reads_by_pair_is_refused():
     inputs = {"r": ac.Input("h", "distance", "d", grad=True)}
     variant = ac.Variant(
-        similarity=lambda q_vec, h, q_idx, kv_idx, r: ac.sum_d(ac.tanh(q_vec + r[h, q_idx - kv_idx])),
+        similarity=lambda q_vec, h, q_idx, kv_idx, r: ac.sum_d(ac.tanh(q_vec + r[h, q_idx * kv_idx])),
         mask=ac.causal,
         inputs=inputs,
     )
     op = ac.compile(variant)
     q = draw(1, 1, 4, 4).float().requires_grad_()
-    with pytest.raises(ac.UnsupportedError, match=r"no kernel makes the gradient of r\[(.|\n)*without a gradient") as e:
+    with pytest.raises(ac.UnsupportedError, match=r"no kernel makes the gradient of r\[(.|\n)*recipes.pairwise") as e:
         op(q, q, q, r=torch.randn(1, 4, 4)).sum().backward()
     assert "test_pairs.py" in str(e.value)
 
