@@ -52,7 +52,8 @@ class Role:
     lift: the operands have a feature 1 besides, alpha for a and beta for b; total: the row sums are stored; last: what
     stands in the state's last column; contracted: the sum over features is multiplied by `constant`. Where the sum runs
     backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too. channel: each
-    feature decays on its own, those that are summed over, or those of the result (result_decays).
+    feature decays on its own, those that are summed over, or those of the result (result_decays). diagonal: a token's
+    own product is multiplied by a factor of each feature.
 
     own: the vector of which the result is the gradient. product: the features' product with it is stored, one value a
     token; steps: so is the gradient of the decay's steps, for which the states between chunks are kept, `kept_size`
@@ -91,6 +92,7 @@ class Role:
     scaled_later: bool = False
     own: MappedTile | None = None
     channel: bool = False
+    diagonal: bool = False
     epilogue: tuple[str, ...] = ()
 
     @property
@@ -140,6 +142,21 @@ class LinearSlots:
     def state_shape(self) -> tuple[int, int]:
         """The state's features and values."""
         return self.d_qk + self.extra[0], self.d_v + self.extra[1]
+
+    @property
+    def plain_diagonal(self) -> bool:
+        """Is a token's own product q.k among the pairs as it is?"""
+        return not self.plan.late or self.plan.diagonal == 1
+
+    @property
+    def has_diagonal(self) -> bool:
+        """Is there a factor of each of its channels?"""
+        return self.plan.diagonal not in (None, 1)
+
+    @property
+    def diagonal_by_token(self) -> bool:
+        """Has each token one of its own?"""
+        return self.plan.diagonal is not None and sym.KV_IDX in self.plan.diagonal.free_symbols
 
     def tiles(self) -> dict[str, MappedTile]:
         """q, k, v, do as the kernels read them; q and k are their features where there is a map."""
@@ -334,6 +351,7 @@ class LinearSlots:
                     steps=True,
                     kept_size=size_v * self.d_qk,
                     own=MappedTile("own", self.d_qk, tiles[name[1]].head),
+                    diagonal=self.has_diagonal,
                 )
                 continue
             rows = ("through",) if name in ("states", "dstates") else ("pair", "through")
@@ -426,7 +444,7 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     if plan.total:
         parts.append(text("linear_delta.py.j2"))
     parts.append(text("linear_host.py.j2" if plan.causal else "linear_full_host.py.j2"))
-    if own_product(plan.own) is not None:
+    if own_product(plan.own) is not None and plan.diagonal is None:
         parts.append(text("linear_own.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
     slots.helpers |= {"_summed"} if channel else set()

@@ -32,7 +32,7 @@ from attncc.ir.similarity import kind_of
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, detach, sum_d, to_float
 from attncc.passes.decays import Monomial, T, channel_decay, decay_step, monomial, refuse, token
-from attncc.passes.diagonal import Parts, apart, positions
+from attncc.passes.diagonal import Parts, apart, own_product, positions
 from attncc.passes.differentiate import shift_invariant
 from attncc.passes.phases import phases
 from attncc.passes.similarity import Dot, similarity
@@ -83,9 +83,17 @@ class Linear:
 
     @property
     def alike(self) -> bool:
-        """Are all steps of a head one number? A plan that reads late is given those of the tokens before, and 0 for
-        the first."""
-        return self.decay == "head" and not self.late
+        """Are all steps of a head one number?"""
+        return self.decay == "head"
+
+    @property
+    def diagonal(self) -> sympy.Expr | None:
+        """What the channels of a token's own product q.k are multiplied by in `own`, where each channel decays: the
+        kernels of pairs have it. Else None."""
+        product = own_product(self.own) if self.decay == "channel" else None
+        factor = sympy.S.Zero if product is None else sympy.Mul(*product)
+        plain = self.late and factor == 1
+        return factor if plain or sym.COMPONENT in factor.free_symbols else None
 
     @property
     def degree(self) -> int:
@@ -179,7 +187,7 @@ def linearize(graph: VariantGraph) -> Linear:
         own = _own(parts, found.dots, gain, late)
         proof.append(f"of itself a token has the weight {formula(parts.own)}, one value a token")
         if late:
-            proof.append("what is before it is read before its own step: k, v and the decay are shifted by one token")
+            proof.append("what is before it is read before its own step, D[i-1] in the place of D[i]")
     if scale == 1 and powers is None:  # what is no part of a row sum joins the query's factor
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One

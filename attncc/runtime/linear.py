@@ -60,7 +60,7 @@ class LinearOp:
         self.engine = self._kernels = LinearEngine(self.graph, self.linear, precision)
         self._rows = self._kernels.rows
         self._key = library.register(f"{self.graph.digest}:{precision}", self._kernels)
-        if self.linear.own is not None:
+        if self.linear.own not in (None, 0) and self.linear.diagonal is None:
             self._own = OwnWeight(self._terms.core, self.linear, self._kernels, str(precision))
         elif not self._terms.names:
             self._calls = LinearCalls(self._kernels)
@@ -128,20 +128,15 @@ class LinearOp:
         want_last: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """out, and the last state or None. stands: where tokens of packed sequences stand."""
-        names, rows = self._kernels.names, self._rows.tokens(bound, q.device, places=stands)
-        key, value, given_rows = k, v, rows
-        if self._own is not None and self.linear.late:
-            key, value, given_rows = self._own.before(k, v, names, rows, cu_seqlens)
+        rows = self._rows.tokens(bound, q.device, places=stands)
         constant = self._rows.constant(bound)
         then_backward = _wants_gradient(q, k, v, initial, *rows)
         out, _, last = library.forward_op(
-            *(q, key, value, given_rows, constant, initial, cu_seqlens, stepwise, chunk, want_last),
-            *(then_backward, [x.requires_grad for x in given_rows], self._key),
+            *(q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last),
+            *(then_backward, [x.requires_grad for x in rows], self._key),
         )
         if self._own is not None:
             out = self._own.add(out, bound, q, k, v, stands)
-            if want_last and self.linear.late:
-                last = self._own.behind(last, k, v, names, rows, cu_seqlens)
         return out, last if want_last else None
 
     def _eager(

@@ -203,7 +203,7 @@ class LinearEngine:
                 delta = module.delta(out, dout)
                 given["weight"], slope = self.rows.weight_and_slope(total, named.get("gain"))
                 given["dtotal"], given["slope"] = delta * slope, slope
-            dq, dk, dv, dinitial, of_q, of_k, steps = module.backward(
+            dq, dk, dv, dinitial, of_q, of_k, steps, of_diagonal = module.backward(
                 *(q, k, v, given, constant, initial, dout, None if dlast is None else dlast.contiguous()),
                 *(want_initial, self._asked(wants)),
                 *(cut, schedule.kernels, options),
@@ -217,14 +217,15 @@ class LinearEngine:
             steps = steps if self.plan.decay == "channel" else steps.sum(0)
             steps = steps.sum(2, keepdim=True) if self.plan.alike else steps
             found["step"] = steps.to(named["step"].dtype)
+        if of_diagonal is not None:
+            found["diagonal"] = _gathered(of_diagonal, named["diagonal"], cut["count"])
         if wants.get("gain") and delta is not None:
             found["gain"] = delta / named["gain"]
         return dq, dk, dv, dinitial if want_initial else None, [found.get(n) for n in self.names]
 
     def _asked(self, wants: dict[str, bool]) -> tuple[bool, ...]:
-        """Which gradients of factors the kernels are to note: the query's, the key's, the decay's."""
-        row, col, step = (wants.get(name, False) for name in ("row", "col", "step"))
-        return row, col, step
+        """Which gradients of factors the kernels are to note: the query's, the key's, the decay's, the diagonal's."""
+        return tuple(wants.get(name, False) for name in ("row", "col", "step", "diagonal"))
 
     def _refuse(self, wants: dict[str, bool]) -> None:
         bias = wants.get("alpha") or wants.get("beta") or (self.plan.bias is not None and wants.get("step"))
@@ -233,6 +234,15 @@ class LinearEngine:
                 "the part of the weight that is free of the score has a gradient that is not derived yet",
                 remedy="plan='parallel' has it, in quadratic time",
             )
+
+
+def _gathered(found: Tensor, factor: Tensor, segments: int) -> Tensor:
+    """The gradient of a diagonal from its parts, those of tokens (B, H, L, D) or of segments (segments, H, D)."""
+    if found.dim() == 3:
+        batch = factor.shape[0]
+        found = found.reshape(batch, segments // batch, *found.shape[1:]).sum(1).unsqueeze(2)
+    same = [i for i, size in enumerate(factor.shape) if size == 1 and found.shape[i] > 1]
+    return (found.sum(same, keepdim=True) if same else found).to(factor.dtype)
 
 
 __all__ = ["DTYPES", "LinearEngine"]

@@ -96,7 +96,7 @@ class TokenRows:
         spread: bool = True,
     ) -> list[Tensor]:
         """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given; steps
-        that are alike (B, H, 1), where that is asked for.
+        that are alike (B, H, 1), where that is asked for; the diagonal with sizes of 1 where it is the same.
 
         known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L);
         spread: else dimensions of which a factor knows nothing are of size 1.
@@ -186,8 +186,9 @@ class TokenRows:
         value = row.function(env)
         if not isinstance(value, Tensor):
             return torch.full(shape, float(value), dtype=torch.float32, device=device)
-        if not spread:
-            return value.float()
+        if not spread or row.name == "diagonal":
+            value = value if row.given else value.float()
+            return value if value.dim() < 4 or value.stride(3) == 1 else value.contiguous()
         if row.given:  # as large as k: read where it lies
             return value.expand(shape) if value.stride(-1) == 1 else value.expand(shape).contiguous()
         return value.float().expand(shape).contiguous()
@@ -203,6 +204,7 @@ def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
         "beta": beta,
         "gain": None if plan.gain == 1 else plan.gain,
         "step": plan.step,
+        "diagonal": None if plan.diagonal in (None, 1) else plan.diagonal,
     }
 
 
