@@ -19,12 +19,12 @@ from attncc.schedule.problem import Dtype, Precision
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
     *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR", "LEFT_PTR", "ASKED_PTR", "DK_SUM_PTR"),
-    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "KEPT_PTR", "FEATURES_PTR", "PAIR_PTR"),
+    *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "KEPT_PTR", "FEATURES_PTR", "PAIR_PTR", "DIAGONAL_PTR"),
 )
 _STATES = ("STATES_PTR", "DSTATES_PTR")
 _FLAGS = (
     *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
-    *("WANT_STEPS", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
+    *("WANT_STEPS", "WANT_DIAGONAL", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
 )
 #: what the host launches its small kernels with
 _SMALL = {"BLOCK": 1024, "num_warps": 4}
