@@ -424,7 +424,13 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     if channel:
         scans = {name: f"linear_channel{'' if name in ('dq', 'dk') else '_carry'}.py.j2" for name in scans}
     env = environment()
-    sizes: dict[str, Any] = {"d_qk": d_qk, "d_v": d_v, "tma": False, "channel": channel}
+    sizes: dict[str, Any] = {
+        "d_qk": d_qk,
+        "d_v": d_v,
+        "width_v": slots.tiles()["v"].width,
+        "tma": False,
+        "channel": channel,
+    }
     context = {**sizes, "slots": slots, "plan": plan, "roles": roles, "runs": slots.runs}
 
     def text(template: str, role: str = "") -> str:

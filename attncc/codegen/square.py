@@ -37,7 +37,9 @@ def render_square(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
         "plan": plan,
         "channel": False,
     }
-    names = ("helpers", "square", "linear_link", "square_step", "square_host")
+    names = ["helpers", "square", "linear_link", "square_step", "square_host"]
+    if plan.total or plan.gain != 1:
+        names.insert(-1, "linear_delta")
     parts = [environment().get_template(f"{name}.py.j2").render(context) for name in names]
     parts.insert(0, header(graph, "Attention in linear time for", "linear form", plan.proof, d_qk, d_v))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")

@@ -14,7 +14,7 @@ from attncc.ir.symbols import KV_LEN, Q_LEN
 from attncc.ir.text import formula
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
-from attncc.runtime.linear_calls import Kind, LinearCalls
+from attncc.runtime.linear_calls import Calls, Kind, LinearCalls
 from attncc.runtime.linear_cut import places
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
@@ -39,7 +39,7 @@ class LinearOp:
     engine: LinearEngine | SquareEngine
     #: what a plan may have besides its kernels: a weight of the token for itself; calls that can be replayed
     _own: OwnWeight | None = None
-    _calls: LinearCalls | None = None
+    _calls: Calls | None = None
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class LinearOp:
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         then_backward = _wants_gradient(q, k, v, first, *tensors.values())
         asked = (plan, outputs if isinstance(outputs, str) else tuple(outputs), want_last, chunk, then_backward)
-        precision = self._calls.engine.precision() if q.dtype == torch.float32 else None
+        precision = self._calls.precision() if q.dtype == torch.float32 else None
         key = (key_of(q, k, v, scale, {**inputs, "initial_state": first}), asked, precision)
         kind = self._calls.known(key)
         if kind is None:
@@ -168,7 +168,7 @@ class LinearOp:
             bound = bind(self.graph, q, k, v, scale, inputs)
             self._check_state(q, v, first, None)
             self._places(q, None, None, first is not None)
-            constant = self._calls.engine.rows.constant(bound)
+            constant = self._calls.constant(bound)
             kind = Kind(bound, constant, chosen == "recurrent", chunk, want_last, then_backward)
             kind = self._calls.keep(key, kind, tensors)
         out, last = self._calls(key, kind, q, k, v, first, tensors)

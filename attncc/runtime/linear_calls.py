@@ -6,6 +6,7 @@ gradient the factors of tokens are part of what is replayed; else PyTorch comput
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,19 @@ from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.recordings import Recordings, keep
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound
+from attncc.schedule.problem import Precision
 
 
 @dataclass(frozen=True)
 class Kind:
     """What calls of one kind have in common. Of the caller's tensors `bound` has ghosts.
 
-    chunk: tokens a chunk as the caller says; then_backward: somebody may ask for gradients.
+    constant: what `Calls.constant` says; chunk: tokens a chunk as the caller says; then_backward: somebody may ask for
+    gradients.
     """
 
     bound: Bound
-    constant: float
+    constant: Any
     stepwise: bool
     chunk: int | None
     want_last: bool
@@ -46,11 +49,10 @@ class Call:
     names: tuple[str, ...] | None
 
 
-class LinearCalls:
-    """The calls of one engine by kind."""
+class Calls(ABC):
+    """The calls of one plan by kind."""
 
-    def __init__(self, engine: LinearEngine):
-        self.engine = engine
+    def __init__(self) -> None:
         self._kinds: dict[Any, Kind] = {}
         self._forwards, self._backwards = Recordings(), Recordings()
 
@@ -66,6 +68,36 @@ class LinearCalls:
         )
         keep(self._kinds, key, kept)
         return kept
+
+    @abstractmethod
+    def constant(self, bound: Bound) -> Any:
+        """What is the same number for the whole of a call, or several."""
+
+    @abstractmethod
+    def precision(self) -> Precision:
+        """How float32 operands meet in a matmul."""
+
+    @abstractmethod
+    def __call__(
+        self, key: Any, kind: Kind, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """out, and the last state or None. `inputs`: the tensors that the caller gave besides, by name."""
+
+
+class LinearCalls(Calls):
+    """Those of weights of degree 1."""
+
+    def __init__(self, engine: LinearEngine):
+        super().__init__()
+        self.engine = engine
+
+    def constant(self, bound: Bound) -> float:
+        """The factor that is one number."""
+        return self.engine.rows.constant(bound)
+
+    def precision(self) -> Precision:
+        """As the engine has it."""
+        return self.engine.precision()
 
     def __call__(
         self, key: Any, kind: Kind, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, inputs: Mapping[str, Tensor]
@@ -153,4 +185,4 @@ class EagerLinear(torch.autograd.Function):
         return None, dq, dk, dv, dfirst, *of_rows
 
 
-__all__ = ["Call", "EagerLinear", "Kind", "LinearCalls"]
+__all__ = ["Call", "Calls", "EagerLinear", "Kind", "LinearCalls"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
-from attncc.passes.linearize import TOTAL, Linear
+from attncc.passes.linearize import Linear
 from attncc.runtime import square_library as library
 from attncc.runtime.closures import closure
 from attncc.runtime.linear_rows import TokenRows, numbers
@@ -28,7 +28,6 @@ class SquareCall:
         self.rows = TokenRows(core, plan)
         assert plan.powers is not None
         self._powers = [closure(p) for p in plan.powers]
-        self._scale = closure(plan.scale)
         self._maps = [
             None if expr == vector else (closure(expr), vector.name)
             for expr, vector in ((plan.left, sym.Q_VEC), (plan.right, sym.K_VEC))
@@ -48,6 +47,36 @@ class SquareCall:
         want_last: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """out in q's dtype, and the last state or None. places: where tokens of packed sequences stand."""
+        left, right, value, gain = self.operands(bound, q, k, v, places)
+        call = (left, right, value, list(self.powers(bound)))
+        sums, total, last = library.forward_op(*call, initial, cu_seqlens, stepwise, chunk, want_last, self._key)
+        out = sums * self.factor(total, gain).unsqueeze(-1)
+        return out.to(q.dtype), last if want_last else None
+
+    @property
+    def plain(self) -> bool:
+        """Are the kernels' operands q, k and v as they are?"""
+        return not self.rows.names and self._maps == [None, None]
+
+    def powers(self, bound: Bound) -> tuple[float, ...]:
+        """The weight's numbers for a call."""
+        env = numbers(bound)
+        return tuple(float(p(env)) for p in self._powers)
+
+    def factor(self, total: Tensor, gain: Tensor | None) -> Tensor:
+        """What a sum of weighted values is multiplied by, float32 (B, H, L)."""
+        found, _ = self.rows.weight_and_slope(total, gain)
+        return found if isinstance(found, Tensor) else torch.full_like(total, found)
+
+    def slope(self, total: Tensor) -> Tensor:
+        """The derivative of its logarithm by the row's total."""
+        _, found = self.rows.weight_and_slope(total, None)
+        return found if isinstance(found, Tensor) else torch.full_like(total, found)
+
+    def operands(
+        self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, places: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Features of degree 1 with their tokens' factors, the values, and each row's own factor of the output."""
         rows = dict(zip(self.rows.names, self.rows.tokens(bound, q.device, places=places), strict=True))
         env = numbers(bound)
         left, right = (self._features(x, side, env) for side, x in enumerate((q, k)))
@@ -59,13 +88,7 @@ class SquareCall:
                 right, v = right.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
                 group = 1
             right = right.float() * rows["col"][:, ::group].unsqueeze(-1)
-        powers = [float(p(env)) for p in self._powers]
-        call = (left.to(q.dtype), right.to(k.dtype), v, powers)
-        sums, total, last = library.forward_op(*call, initial, cu_seqlens, stepwise, chunk, want_last, self._key)
-        factor: Any = self._scale({**env, TOTAL.name: total})
-        factor = factor * rows["gain"] if "gain" in rows else factor
-        out = sums * (factor.unsqueeze(-1) if isinstance(factor, Tensor) else factor)
-        return out.to(q.dtype), last if want_last else None
+        return left.to(q.dtype), right.to(k.dtype), v, rows.get("gain")
 
     def _features(self, x: Tensor, side: int, env: dict[str, Any]) -> Tensor:
         """The features of degree 1, without the factors of tokens."""

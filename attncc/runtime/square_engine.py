@@ -7,6 +7,7 @@ kernels, and the output of the two sums, behind them. It costs little beside Dqk
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,12 @@ class SquareEngine:
         """The state's features and values."""
         return state_shape(d_qk, d_v)
 
+    def precision(self) -> Precision:
+        """How float32 operands meet in a matmul: as asked for, else as PyTorch's own matmuls do."""
+        if self._precision is not None:
+            return self._precision
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
     ) -> tuple[ModuleType, LinearSchedule, Any, dict[str, Any], list[int]]:
@@ -76,15 +83,14 @@ class SquareEngine:
         packed = None if cu_seqlens is None else ends
         segments = cut(q, packed, schedule.span) if self.plan.causal else cut_sides(q, v, schedule.span)
         module = self.module(d_qk, v.shape[3], device.is_interpreter)
-        precision = self._precision or ("tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee")
-        return module, schedule, segments, dot_options(q.dtype, precision, device), ends
+        return module, schedule, segments, dot_options(q.dtype, self.precision(), device), ends
 
     def forward(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        powers: list[float],
+        powers: Sequence[float],
         initial: Tensor | None,
         cu_seqlens: Tensor | None,
         stepwise: bool,
@@ -110,7 +116,7 @@ class SquareEngine:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        powers: list[float],
+        powers: Sequence[float],
         initial: Tensor | None,
         want_last: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -151,14 +157,41 @@ class SquareEngine:
         want_initial: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """dq, dk, dv and that of the initial state."""
-        module, schedule, cut, options, _ = self._prepare(q, v, cu_seqlens, chunk)
         # a token's own factor is kept apart, so that the rest fits 16 bits
         weight = torch.maximum(dsums.abs().amax(-1), dtotal.abs()).clamp_min(1e-30)
-        dout = (dsums / weight.unsqueeze(-1)).to(q.dtype)
+        dout, share = (dsums / weight.unsqueeze(-1)).to(q.dtype), dtotal / weight
+        return self.gradients(
+            *(q, k, v, powers, initial, cu_seqlens, chunk),
+            *(dout, weight.contiguous(), share.contiguous(), dlast, want_initial),
+        )
+
+    def gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        powers: Sequence[float],
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        chunk: int | None,
+        dout: Tensor,
+        weight: Tensor,
+        share: Tensor,
+        dlast: Tensor | None,
+        want_initial: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The same where the gradients of both sums are weight * dout, in q's dtype, and weight * share, (B, H, L)."""
+        module, schedule, cut, options, _ = self._prepare(q, v, cu_seqlens, chunk)
         last = None if dlast is None else dlast.contiguous()
         with on_device(q.device):
             found: tuple[Tensor, Tensor, Tensor, Tensor | None] = module.backward(
-                *(q, k, v, powers, initial, dout, weight.contiguous(), (dtotal / weight).contiguous(), last),
-                *(want_initial, cut, schedule.kernels, options),
+                *(q, k, v, powers, initial, dout, weight, share, last, want_initial, cut, schedule.kernels, options)
             )
+        return found
+
+    def delta(self, q: Tensor, sums: Tensor, dout: Tensor) -> Tensor:
+        """sum_d dout * sums, float32 (B, H, L), for a plan with row totals or gains."""
+        module = self.module(q.shape[3], sums.shape[3], device_of(q.device).is_interpreter)
+        with on_device(q.device):
+            found: Tensor = module.delta(sums, dout)
         return found

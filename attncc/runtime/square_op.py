@@ -10,6 +10,7 @@ from attncc.runtime.linear import LinearOp
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.shapes import Bound
 from attncc.runtime.square import SquareCall
+from attncc.runtime.square_calls import SquareCalls
 from attncc.schedule.device import Device
 from attncc.schedule.linear import LinearSizes, PlanName
 from attncc.schedule.problem import Precision
@@ -24,6 +25,8 @@ class SquareOp(LinearOp):
         self.engine, self._rows = self._square.engine, self._square.rows
         if self.linear.own is not None:
             self._own = OwnWeight(self._terms.core, self.linear)
+        else:
+            self._calls = SquareCalls(self._square, self._terms)
 
     def _computed(
         self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, stands: Tensor | None, *call: Any

@@ -21,6 +21,7 @@ def case(name):
     inputs = {
         "linear_attention": {},
         "simple_gla": {"g": F.logsigmoid(torch.randn(1, 2, 20))},
+        "rwkv6": {"g": F.logsigmoid(torch.randn(1, 2, 20, 16)), "u": torch.randn(2, 16)},
     }
     k = F.normalize(k, dim=-1)
     return (q, k, v), inputs[name]
@@ -38,7 +39,10 @@ def results(op, call, tensors, inputs, wanted):
     return [out.detach(), last.detach(), *grads]
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("linear_attention", False), ("simple_gla", False), ("simple_gla", True)])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("linear_attention", False), ("simple_gla", False), ("simple_gla", True), ("rwkv6", False), ("rwkv6", True)],
+)
 def test_the_two_ways_agree(name, wanted):
     op = ac.compile(name, plan="chunk")
     assert isinstance(op._calls, LinearCalls)
@@ -54,6 +58,57 @@ def test_the_two_ways_agree(name, wanted):
     for _ in range(2):  # the second call is of a known kind
         found = results(op, eager, tensors, inputs, wanted)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def scaled(score, row, b, h, q_idx, kv_idx, tau, beta, gate):
+    """Factors of both sides, a denominator that is no sum alone, and a gain of each query."""
+    s = tau[h] * score * beta[b, h, kv_idx]
+    p = 0.5 * s + 2 * s**2
+    return gate[b, h, q_idx] * p / (row.sum(p) + 3)
+
+
+def gated(score, b, h, q_idx, gate):
+    """No denominator."""
+    return gate[b, h, q_idx] * (1 + score**2)
+
+
+BY_TOKEN = {"gate": ac.Input("b", "h", "q_idx", grad=True)}
+SQUARES = {
+    "taylor_causal": ac.variants.get("taylor_causal"),
+    "even": ac.Variant(name="even", mask=ac.causal, normalizer=lambda score: 1 + score**2),
+    "gated": ac.Variant(name="gated", mask=ac.causal, normalizer=gated, inputs=BY_TOKEN),
+    "scaled": ac.Variant(
+        name="scaled",
+        mask=ac.causal,
+        normalizer=scaled,
+        similarity=lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
+        inputs={"tau": ac.Input("h", grad=True), "beta": ac.Input("b", "h", "kv_idx", grad=True), **BY_TOKEN},
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float32) for name in SQUARES), ("scaled", torch.float16)])
+def test_the_two_ways_of_degree_2(name, dtype):
+    """Both states and all inputs, with gradients; 16 bits agree to their rounding."""
+    op = ac.compile(SQUARES[name], plan="chunk")
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 2, 20, d).to(dtype) for d in (4, 4, 8)]
+    known = {"tau": torch.tensor([0.7, 1.1]), "beta": torch.rand(1, 2, 20), "gate": 0.5 + torch.rand(1, 2, 20)}
+    leaves = [x.requires_grad_() for x in (*tensors, 0.1 * torch.rand(1, 2, *op.engine.state_shape(4, 8)))]
+    own = {x.name: known[x.name].requires_grad_() for x in op.graph.inputs}
+    weights = torch.linspace(-1, 1, 8), torch.rand_like(leaves[3])
+
+    def results(out, last):
+        total = (out.float() * weights[0]).sum() + (last * weights[1]).sum()
+        return [out, last, *torch.autograd.grad(total, [*leaves, *own.values()])]
+
+    options = {"initial_state": leaves[3], "output_final_state": True, "chunk_size": 16}
+    expected = results(*op(*leaves[:3], **own, **options))
+    for _ in range(2):  # the second call is of a known kind
+        found = results(*op._eager(*leaves[:3], "chunk", "out", None, leaves[3], True, 16, own))
+        for ours, theirs in zip(found, expected, strict=True):
+            allowed = (1e-5 if dtype == torch.float32 else 3e-3) * theirs.float().square().mean().sqrt()
+            assert (ours.float() - theirs.float()).square().mean().sqrt() <= allowed
 
 
 def test_a_call_without_gradients_and_its_errors():
