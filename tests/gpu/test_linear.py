@@ -142,7 +142,7 @@ def test_default_rates_are_replayed():
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["constants", "learned"])
-@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "gla", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "gla", "rwkv6", "gated_delta_net"])
 def test_a_replay_is_the_call(name, learned):
     """The third call of a kind is the first that is replayed; other tensors each time, beside the dispatcher's way."""
     op, plain = ac.compile(name, plan="chunk"), ac.compile(name, plan="chunk")

@@ -47,3 +47,20 @@ def test_a_state_carries_a_sequence_on():
         out, state = op(*cut, plan=plan, initial_state=state, output_final_state=True)
         parts.append(out)
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["taylor_causal", "taylorshift"])
+def test_a_replay_is_the_call(name):
+    """The third call of a kind is the first that is replayed; other tensors each time, beside a first call."""
+    op = ac.compile(name, plan="chunk")
+    for seed in range(4):
+        found = []
+        for way in (op, ac.compile(name, plan="chunk")):
+            generator = torch.Generator("cuda").manual_seed(seed)
+            x = [torch.randn(1, 2, 1700, 32, generator=generator, device="cuda").bfloat16() for _ in range(4)]
+            inputs = {"tau": torch.ones(2, device="cuda")} if name == "taylorshift" else {}
+            leaves = [each.requires_grad_() for each in x[:3]]
+            out = way(*leaves, **inputs)
+            found.append([out, *torch.autograd.grad(out, leaves, x[3])])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(op._calls._forwards) == len(op._calls._backwards) == 1
