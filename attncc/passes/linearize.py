@@ -187,7 +187,7 @@ def linearize(graph: VariantGraph) -> Linear:
         own = _own(parts, found.dots, gain, late)
         proof.append(f"of itself a token has the weight {formula(parts.own)}, one value a token")
         if late:
-            proof.append("what is before it is read before its own step, D[i-1] in the place of D[i]")
+            proof.append("what is before it is read before its own step: D[i-1] in the place of D[i]")
     if scale == 1 and powers is None:  # what is no part of a row sum joins the query's factor
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One

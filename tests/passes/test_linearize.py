@@ -241,7 +241,7 @@ def test_what_a_token_has_of_itself(what):
 def test_a_late_read_of_channels():
     plan = linearize(ac.variants.get("rwkv6").graph)
     assert (plan.decay, plan.late, formula(plan.own)) == ("channel", True, "sum_d(k_vec*q_vec*u[h])")
-    assert "shifted by one token" in " ".join(plan.proof)
+    assert "read before its own step: D[i-1]" in " ".join(plan.proof)
     assert plan.proof[-1] == "out_t = q state_(t-1) + (sum_d(k_vec*q_vec*u[h])) * v_t"
 
 
