@@ -189,9 +189,10 @@ class TokenRows:
         if not spread or row.name == "diagonal":
             value = value if row.given else value.float()
             return value if value.dim() < 4 or value.stride(3) == 1 else value.contiguous()
+        value = value if tuple(value.shape) == shape else value.expand(shape)
         if row.given:  # as large as k: read where it lies
-            return value.expand(shape) if value.stride(-1) == 1 else value.expand(shape).contiguous()
-        return value.float().expand(shape).contiguous()
+            return value if value.stride(-1) == 1 else value.contiguous()
+        return value.float().contiguous()
 
 
 def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
@@ -225,8 +226,9 @@ def _viewed(view: _View, bound: Bound, by_channel: bool) -> Tensor:
     tensor = bound.tensors[view.input]
     tensor = tensor if view.order is None else tensor.permute(view.order)
     tensor = tensor.float() if tensor.is_floating_point() and not by_channel else tensor
-    for axis, missing in enumerate(view.missing):
-        tensor = tensor.unsqueeze(axis) if missing else tensor
+    if any(view.missing):  # in one step: a replay repeats each
+        own = iter(tensor.shape)
+        tensor = tensor.view([1 if missing else next(own) for missing in view.missing])
     if view.by_kv_head and tensor.shape[1] > 1:
         return tensor.repeat_interleave(bound.sizes["h"] // bound.sizes["h_kv"], 1)
     return tensor
