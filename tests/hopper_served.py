@@ -15,7 +15,7 @@ NO_FORWARD = {
 }
 _MORE = "the Gluon backward multiplies q with k alone"
 _KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd", "forgetting", "bee_rag", "slots", "reversed")
-_TWO_WAIT = ("elu1", "bounded_sum", "cog", "top_theta", "softpick", "local_gaussian")
+_TWO_WAIT = ("elu1", "bounded_sum", "top_theta", "softpick", "local_gaussian")
 NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),

@@ -21,6 +21,7 @@ from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.distances import INDICES, Tables
 from attncc.passes.fold import S
+from attncc.passes.magnitudes import WEIGHT, ends_with, over_weight
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
 
@@ -199,9 +200,13 @@ def _backward_exprs(
     if SimilaritySlots(part).has_dot:
         sums = {part.own("ds"): backward.dqk if one_scale else backward.dqk * backward.dqk_scale, **sums}
     names = list(sums) if in_loop else []
-    dsums = [tables.apart(_over_raw(part, sums[name]), place) for name in names]
     summed = [g for g in gradients if not g.row_only]
-    dreads = [tables.apart(_over_raw(part, g.expr), place) for g in summed]
+
+    def cotangent(expr: Any) -> Any:
+        over = over_weight(expr, backward.weight)
+        return tables.apart(_over_raw(part, expr if over is None else over), place).xreplace({WEIGHT: weight})
+
+    dsums, dreads = [cotangent(sums[name]) for name in names], [cotangent(g.expr) for g in summed]
     weight_alone = sympy.Dummy("weight")
     outer = weight
     others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
@@ -285,11 +290,24 @@ def split_slope(dscore: Any) -> tuple[Any, Any] | None:
     return dscore / sympy.Mul(*late), sympy.Mul(*late)
 
 
+def slope_of(part: Plan) -> Any:
+    """What a part's dp waits for in the cotangent of its score, if that is one value a pair; else None."""
+    backward = part.backward
+    if over_weight(backward.dqk, backward.weight) is not None:
+        return part.folded.apply(backward.weight)
+    found = split_slope(_over_raw(part, backward.dqk))
+    return None if found is None else found[0]
+
+
 def _over_slope(dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str | None]:
     """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, and the name
-    of that; the cotangent as it is, and None, where it is no such multiple."""
+    of that; the cotangent as it is, and what it is 0 with, or None, where it is no such multiple."""
     found = split_slope(dscore)
-    if found is None or lowering.level_of(found[0]) != Level.PAIR:
+    if found is None:
+        beside = dscore.xreplace({weight: sympy.S.One, DP: sympy.S.One})
+        alone = lowering.level_of(beside) != Level.PAIR and ends_with(dscore, weight)
+        return dscore, "p" if alone else None
+    if lowering.level_of(found[0]) != Level.PAIR:
         return dscore, None
     slope, rest = found
     if slope == weight:

@@ -128,16 +128,11 @@ def facts_of(plan: Plan) -> Facts:
 
 
 def _warps(plan: Plan, has_backward: bool) -> WarpWork:
-    from attncc.codegen.backward import split_slope
+    from attncc.codegen.backward import slope_of
     from attncc.codegen.forward import vanishes
     from attncc.codegen.hopper_backward import no_backward
     from attncc.codegen.lower import Leaf, Lowering
     from attncc.codegen.pairs import base_leaves
-
-    def slope_of(part: Plan) -> Any:
-        raw = {sym.RAW_SCORE: part.core["raw_score"].expr}
-        found = split_slope(part.folded.apply(part.backward.dqk.xreplace(raw)))
-        return None if found is None else found[0]
 
     def by_row(part: Plan, slope: Any) -> bool:
         """Has the slope a factor that is a row's, besides those that make it a multiple of the weight?"""

@@ -25,7 +25,7 @@ from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
 from attncc.passes.distances import NO_TABLES, Tables
-from attncc.passes.fold import S, exp2
+from attncc.passes.fold import S, exp2, with_sign
 from attncc.passes.reverse import first_at, ties, trimmed
 from attncc.passes.stream import LSE, Implicit, Online, Running, Sweep, renamed
 
@@ -69,6 +69,13 @@ class _Terms:
         (peak,) = self.operands
         stand_in = sympy.Dummy("peak", real=True)
         return peak if all(_ends(t.xreplace({peak: stand_in}), stand_in) for t in self.terms) else None
+
+    @property
+    def side(self) -> Any:
+        """What gives weights their sign, where no sum needs that: they take it when they are rounded. As long, it is
+        all that is kept of the scores beside the tile of their peaks. Else None."""
+        lead = None if self.peak is None else self.terms[0]
+        return lead.args[1] if isinstance(lead, with_sign) else None
 
 
 def _terms(part: Plan, step: Sweep | Online) -> _Terms:
@@ -183,17 +190,23 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         hidden = own("shown")
         lowering.assign(hidden, peak, Level.PAIR)
         peak_lines = take(lowering)
-    max_lines, places = [], []
+    terms, sign_lines = list(t.terms), []
+    if t.side is not None:
+        lowering.helpers |= {"_side", "_on_side"}
+        terms[0] = terms[0].args[0]
+        peak_lines.append(f"{own('side')} = _side({lowering.tile(t.side)})")
+        sign_lines = [f"{own(lead)} = _on_side({own(lead)}.to(DOT), {own('side')})"]
+    max_lines, places, raises = [], [], []
     if t.row_part != 0:
-        offset = lowering.emit(t.row_part, Level.ROW)
-        max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {offset}"]
+        row_part = lowering.emit(t.row_part, Level.ROW)
+        max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {row_part}"]
     for number, (m, operand) in enumerate(zip(t.maxima, t.operands, strict=True)):
         # unit is positive, so it can multiply the row's maximum and not every pair
         by_unit = operand == t.scaled and unit != 1
         text = own("s") if operand == t.scaled else lowering.tile(operand)
         factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
-        if t.row_part != 0:
-            factor += f" + {lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True))}"
+        offset = lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True)) if t.row_part != 0 else ""
+        factor += f" + {offset}" if offset else ""
         max_lines += take(lowering)
         if hidden is None:
             name = own(f"shown_{number}")
@@ -204,10 +217,11 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
             max_lines += _place_lines(part, m, text, factor)
             places += [own(first_at(m).name), own(ties(m).name)]
         else:
+            raises.append((text, lowering.hoisted(unit) if by_unit else "1.0", offset))
             max_lines.append(f"{own(renamed(m).name)} = tl.maximum({own(m.name)}, tl.max({text}, 1){factor})")
     weight_lines: list[str] = []
     names: dict[Any, str] = {}
-    for k, term in enumerate(t.terms):
+    for k, term in enumerate(terms):
         if term not in names:
             names[term] = own(f"term_{k - 1}" if k else lead)
             lowering.assign(names[term], term, Level.PAIR)
@@ -226,7 +240,7 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
             rescale_lines.append(f"{name} = {text}")
     sums = [
         (own(r.symbol.name), term, rescale)
-        for r, term, rescale in zip(t.runnings, t.terms, t.rescales, strict=True)
+        for r, term, rescale in zip(t.runnings, terms, t.rescales, strict=True)
         if sym.is_row_name(r.symbol.name)
     ]
     sum_lines = []
@@ -245,11 +259,13 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         "hidden": hidden,
         "peak_lines": peak_lines,
         "max_lines": max_lines,
+        "raises": raises,
         "weight_lines": weight_lines,
         "hide": hide,
         "rescale_lines": rescale_lines,
         "acc_rescale": factor_names.get(t.rescales[0]) if t.rescales else None,
         "sum_lines": sum_lines,
+        "sign_lines": sign_lines,
         "moves": [(own(m.name), own(renamed(m).name)) for m in t.maxima],
         "sums": [*(name for name, _, _ in sums), *places],
     }
@@ -410,14 +426,15 @@ def _alive(part: Plan, step: Sweep | Online) -> str | None:
 
 
 def vanishes(part: Plan) -> bool:
-    """Is a score of -inf all that hides a pair from the last pass?"""
-    return _terms(part, part.online).vanishes
+    """Is a score of -inf, or a peak of -inf beside which no score lives, all that hides a pair from the last pass?"""
+    t = _terms(part, part.online)
+    return t.vanishes or replace(t, by_peak=True).side is not None
 
 
 def _ends(term: Any, peak: sympy.Symbol) -> bool:
     """Is the term 0 where `peak` is -inf, whatever else a tile holds?"""
-    if isinstance(term, voc.where):
-        return all(_ends(e, peak) for e in term.args[1:])
+    if isinstance(term, with_sign):
+        return _ends(term.args[0], peak)
     number, rest = term.as_coeff_Mul()
     return number == 0 or _vanishes(rest, peak)
 

@@ -10,7 +10,7 @@ import sympy
 
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import chunks
-from attncc.codegen.forward import forward_slots
+from attncc.codegen.forward import ROW_OFFSET, forward_slots
 from attncc.codegen.loads import MapTile
 from attncc.codegen.lower import Streamed
 from attncc.codegen.plan import Plan
@@ -45,7 +45,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         state.append(("seen", "tl.zeros([ROWS], tl.int32, layout=BY_ROW)"))
     names = [name for name, _ in state]
     weigh = [*f["score_lines"], f"s = {f['score']}", *f["peak_lines"], *f["visible"], *f["max_lines"]]
-    weigh += [*f["weight_lines"], *f["hide"], *f["rescale_lines"], *f["sum_lines"]]
+    weigh += [*f["weight_lines"], *f["hide"], *f["rescale_lines"], *f["sum_lines"], *f["sign_lines"]]
     keyed = keyed_values(plan, f.pop("streamed"), f["outer"], weigh, f["visible"])
     own = {"qk", "phase", *names, *(value.name for value in keyed.values)}
     taken = [n for n in free_names(weigh) if n not in own]
@@ -74,7 +74,13 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         state = [(maximum, f"tl.full_like(none, {f['negative']})"), (total, "tl.zeros_like(none)")]
     slots = {key: translated(value) for key, value in f.items()}
     if quick:
-        slots["weight_lines"] = [re.sub(r"(\w+)\[:, None\]", r"_spread(\1, s)", line) for line in slots["weight_lines"]]
+        tile, _, offset = f["raises"][0]
+        if offset:
+            at = next(i for i, line in enumerate(slots["max_lines"]) if line.startswith(f"{ROW_OFFSET} = "))
+            slots["max_lines"].insert(at + 1, f"{ROW_OFFSET} = _of_lanes({ROW_OFFSET}, {f['moves'][0][0]})")
+        slots["weight_lines"] = [
+            re.sub(r"(\w+)\[:, None\]", rf"_spread(\1, {tile})", line) for line in slots["weight_lines"]
+        ]
     by_row = bool(f["final"]) and (f["guard"] or f["final"].endswith("[:, None]"))
     slots.update(
         state=[(name, in_gluon(start)) for name, start in state],
@@ -196,14 +202,14 @@ def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
 
 def _lags(plan: Plan, f: dict[str, Any]) -> bool:
     """May a row's maximum and its sum stay with the four lanes that have the row, and the maximum lag behind? So it is
-    where a score is q k as it is, and the weights are a softmax's: made of nothing else that a row has, and of what all
-    rows of a head have, as a sink is."""
-    if f["score"] != "qk" or not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"]:
+    where the weights are a softmax's of the tile that the maximum is of: made of nothing else that a row has, but for
+    what its score adds to all of a tile, and of what all rows of a head have, as a sink is."""
+    if not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"] or len(f["raises"]) != 1:
         return False
-    (maximum, moved), total = f["moves"][0], f["sums"][0]
-    known = {"s", "scale_log2", maximum, moved, *_of_head(f["outer"])}
+    (maximum, moved), total, (tile, unit, offset) = f["moves"][0], f["sums"][0], f["raises"][0]
+    known = {tile, unit, maximum, moved, ROW_OFFSET, offset, *_of_head(f["outer"])}
     return (
-        f["max_lines"] == [f"{moved} = tl.maximum({maximum}, tl.max(s, 1) * scale_log2)"]
+        tile.isidentifier()
         and f["sum_lines"] == [f"{total} = {total} * {f['acc_rescale']} + tl.sum(p, 1)"]
         and set(free_names([*f["weight_lines"], *f["rescale_lines"]])) <= known
         and any_shift_serves(plan.online, [e for _, e in plan.stored])

@@ -14,7 +14,7 @@ from attncc.errors import UnsupportedError
 from attncc.ir import vocabulary as voc
 from attncc.ir.levels import Level
 from attncc.ir.vocabulary import ByDistance, Read, type_of
-from attncc.passes.fold import LN2, exp2, lower_exp, per_ln2
+from attncc.passes.fold import LN2, exp2, lower_exp, per_ln2, with_sign
 
 if TYPE_CHECKING:
     from attncc.codegen.lower import Lowering
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 #: one-argument functions that print as one call
 _CALLS = {
     exp2: "tl.exp2",
-    voc.absolute: "tl.abs",
     voc.erf: "tl.erf",
     voc.sin: "tl.sin",
     voc.cos: "tl.cos",
@@ -153,6 +152,21 @@ def _hoist_own(scope: Lowering, expr: Any, level: Level) -> str:
 def _tanh(scope: Lowering, expr: Any, level: Level) -> str:
     scope.helpers.add("_tanh")
     return f"_tanh({unwrap(scope.operand(expr.args[0], level, True))}, FAST_MATH)"
+
+
+def _absolute(scope: Lowering, expr: Any, level: Level) -> str:
+    (x,) = expr.args
+    text = unwrap(scope.operand(x, level, type_of(expr) == "float"))
+    if not (isinstance(x, sympy.Symbol) and level == Level.PAIR):
+        return f"tl.abs({text})"
+    scope.helpers.add("_magnitude")
+    return f"_magnitude({text}, FAST_MATH)"
+
+
+def _with_sign(scope: Lowering, expr: Any, level: Level) -> str:
+    scope.helpers.add("_with_sign")
+    value, of = (unwrap(scope.operand(e, level, True)) for e in expr.args)
+    return f"_with_sign({value}, {of}, FAST_MATH)"
 
 
 def _log(scope: Lowering, expr: Any, level: Level) -> str:
@@ -307,7 +321,9 @@ _KINDS: dict[type, Callable[[Lowering, Any, Level], str]] = {
     Read: read,
     ByDistance: by_distance,
     sympy.log: _log,
+    voc.absolute: _absolute,
     voc.tanh: _tanh,
+    with_sign: _with_sign,
     voc.softplus: _softplus,
     voc.sigmoid: _sigmoid,
     voc.silu: _silu,

@@ -13,7 +13,7 @@ from attncc.ir import vocabulary as voc
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level
 from attncc.ir.vocabulary import ByDistance, Read
-from attncc.passes.fold import exp2
+from attncc.passes.fold import exp2, with_sign
 from attncc.passes.numeric import evaluate
 from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
 from attncc.schedule.problem import LiveTiles, PairCosts
@@ -25,6 +25,8 @@ SCANNED = 4
 TABLE_WORK = 3
 # Instructions of a division by a constant, which is a multiplication, and by what the compiler does not know.
 CONSTANT_DIVISION, DIVISION = 4, 20
+# Instructions that give a value another's sign.
+SIGN = 3
 
 _BOOLEAN_OPERATIONS = (sympy.And, sympy.Or, sympy.Not)
 
@@ -62,6 +64,8 @@ def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
             sfu += 0 if e.exp.is_Integer and e.exp > 0 else 1
         elif isinstance(e, exp2):
             sfu += 1
+        elif isinstance(e, with_sign):
+            fma += SIGN
         elif type(e) in voc.SFU_COST:
             sfu += voc.SFU_COST[type(e)]
         else:

@@ -30,6 +30,12 @@ class exp2(voc.Op):
     nargs = 1
 
 
+class with_sign(voc.Op):
+    """f * sign(x), of f and x; only kernels see it."""
+
+    nargs = 2
+
+
 @dataclass(frozen=True)
 class Folded:
     """The score of a kernel: score = unit * S, with S computed by `score` and `unit` > 0 the same for the whole
@@ -42,18 +48,19 @@ class Folded:
     def apply(self, expr: sympy.Basic) -> sympy.Basic:
         """A formula over SCORE in terms of S, with exp as exp2."""
         result = expr.xreplace({sym.SCORE: (LN2 if self.log2 else 1) * self.unit * S})
-        return nested(signed(lower_exp(result), LN2 if self.log2 else sympy.S.One))
+        return nested(signed(lower_exp(scaled_after(result)), LN2 if self.log2 else sympy.S.One))
 
     def apply_online(self, expr: sympy.Basic, maxima: tuple[sympy.Symbol, ...]) -> sympy.Basic:
         """The same for a formula over running maxima, which the forward keeps in the score's unit."""
         if not self.log2:
-            return nested(signed(lower_exp(expr.xreplace({sym.SCORE: self.unit * S}))))
+            return nested(signed(lower_exp(scaled_after(expr.xreplace({sym.SCORE: self.unit * S})))))
         units: dict[sympy.Basic, sympy.Basic] = {}
         for m in maxima:
             units[m] = LN2 * m
             new = sympy.Symbol(f"{m.name}_new", real=True)
             units[new] = LN2 * new
-        return nested(signed(lower_exp(expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S})), LN2))
+        result = expr.xreplace({**units, sym.SCORE: LN2 * self.unit * S})
+        return nested(signed(lower_exp(scaled_after(result)), LN2))
 
     def maximum_of(self, expr: sympy.Expr) -> sympy.Expr:
         """The operand of a running maximum, in the unit the forward keeps it in."""
@@ -117,8 +124,8 @@ def lower_exp(expr: sympy.Basic) -> sympy.Basic:
 
 
 def signed(expr: sympy.Basic, unit: sympy.Expr = sympy.S.One) -> sympy.Basic:
-    """Every f * sign(x) as f, -f or 0 by comparing x: no multiply, and a tile less that lives.
-    A score is compared in `unit`, which is positive."""
+    """Every f * sign(x) as f, -f or 0 by comparing x, and as one operation of a kernel where f is made of a pair's
+    exponentials, which are finite. A score is compared in `unit`, which is positive."""
     if not expr.has(voc.sign):
         return expr
     expr = expr.func(*(signed(a, unit) for a in expr.args))
@@ -129,9 +136,22 @@ def signed(expr: sympy.Basic, unit: sympy.Expr = sympy.S.One) -> sympy.Basic:
     if not rest.free_symbols or rest.is_Add:
         return expr
     x = signs[0].args[0]
+    if S in rest.free_symbols and all(isinstance(f, exp2) for f in sympy.Mul.make_args(rest)):
+        return with_sign(rest, _positive_factor(x)[1])
     if S in sympy.Mul.make_args(x):
         x = x / unit  # by which exponents have the same product
     return voc.where(x > 0, rest, voc.where(x < 0, -rest, sympy.S.Zero))
+
+
+def scaled_after(expr: sympy.Basic) -> sympy.Basic:
+    """Every |k * x|, with k > 0 the same for the whole program, as k * |x|: part of a multiplication."""
+    if not expr.has(voc.absolute):
+        return expr
+    expr = expr.func(*(scaled_after(a) for a in expr.args))
+    if not isinstance(expr, voc.absolute):
+        return expr
+    factor, rest = _positive_factor(expr.args[0])
+    return factor * voc.absolute(rest)
 
 
 def nested(expr: sympy.Basic) -> sympy.Basic:

@@ -89,6 +89,17 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return Block(torch.tanh(args[0].v))
     if text.startswith("rcp"):
         return Block(1 / args[0].v)
+    if text.startswith("abs.f32"):
+        return Block(args[0].v.abs())
+    if "fma.rn.sat.f32 side" in text:
+        return Block(args[0].v * torch.sign(args[1].v))
+    if "set.neu.u32.bf16x2 all" in text:
+        bits = args[0].v.contiguous().view(torch.int32)
+        some = torch.where((bits & 0x7FFF0000) != 0, 0x7FFF, 0)
+        return Block(some.short() | torch.where(bits < 0, -0x8000, 0).short())
+    if text.endswith("0x80008000, 0xC8;"):
+        value, side = args[0].v.contiguous().view(torch.int16), args[1].v
+        return Block((value & side | side & -0x8000).view(args[0].v.dtype))
     if text.startswith("cp.async.bulk.wait_group 0;"):
         land(current().own)
     if text.startswith("fence.proxy.async.global;"):

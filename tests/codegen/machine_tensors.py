@@ -27,7 +27,7 @@ class Type:
         return self.name
 
 
-_NAMES = ("float16", "bfloat16", "float32", "int8", "int32", "int64")
+_NAMES = ("float16", "bfloat16", "float32", "int8", "int16", "int32", "int64")
 TYPES = {name: Type(name, getattr(torch, name)) for name in _NAMES}
 OF = {t.torch: t for t in TYPES.values()} | {torch.bool: Type("int1", torch.bool)}
 

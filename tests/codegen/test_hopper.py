@@ -211,12 +211,21 @@ def test_the_widest_heads_fit(name):
 
 
 def test_a_score_that_is_weighed_by_its_size_has_one_copy_of_its_stages():
-    """Where the maximum is of |score|, that of a hidden pair is -inf, and its sign is one of 0."""
+    """Where the maximum is of |score|, that of a hidden pair is -inf; of the score 16 bits are kept, its sign."""
     text = source("cog")
     assert 'shown = gl.where(visible, shown, float("-inf"))' in text
     assert "phase: gl.constexpr" not in text
-    assert compiled("cog", KernelSchedule(128, 64, 8, 2, "gluon")).spills == 0
+    assert compiled("cog", KernelSchedule(128, 128, 8, 2, "gluon")).spills <= 48  # around the loops
     assert "phase: gl.constexpr" in source("sigmoid")
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_weight_with_a_sign_alone_waits_for_dp(d):
+    """Its cotangent is dp |p| - delta p: dp, the sign and the magnitude had spilled 168 bytes."""
+    assert re.search(r"ds = \(dp \* gl.abs\(p\)\) - \(p \* delta\[None, :\]\)", source("cog", d, d))
+    sized = replace(problem(), d_qk=d, d_v=d, costs=replace(problem().costs, warps=plan("cog").facts.warps))
+    tiling = hopper.tilings("dkdv", sized, H100)[0]
+    assert backward_compiled("cog", tiling, d, d, "bf16")["dkdv_kernel"].spills <= {64: 8, 128: 0, 256: 64}[d]
 
 
 def test_accumulators_that_are_wide_are_rescaled_behind_a_branch():
@@ -240,7 +249,10 @@ def test_rows_of_a_softmax_stay_with_their_lanes(d, tile):
     assert kernel.ptx.count("vote.sync.any.pred over") == 2 * tile[0] // 64
     for name in ("full", "sliding_window", "document", "sink", "softmax1"):
         assert "_moved(s, row_max_0, scale_log2)" in source(name, d, d)
-    for name in ("softcap", "alibi", "sigmoid", "cog"):  # the score is not q k, or there is no maximum of it
+    assert "_moved(s, row_max_0, 1.0, row_offset)" in source("alibi", d, d)
+    assert "_moved(s, row_max_0, " in source("softcap", d, d)
+    assert "_moved(shown, row_max_0, 1.0)" in source("cog", d, d)
+    for name in ("sigmoid", "softpick", "top_theta"):  # there is no maximum, or no score of it hides a pair
         assert "_moved" not in source(name, d, d)
 
 

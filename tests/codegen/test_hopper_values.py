@@ -40,9 +40,22 @@ def schedule(shape, sums=True, rows=128, splits=1):
     }
 
 
+def two_norm(score, row):
+    p = ac.exp(score - row.max(score))
+    return p / ac.sqrt(row.sum(p * p))
+
+
+#: a row's sum is of other terms than its weights
+TWO_NORM = ac.Variant(name="two_norm", mask=ac.causal, normalizer=two_norm)
+
+
+def variant(name):
+    return TWO_NORM if name == TWO_NORM.name else ac.variants.get(name)
+
+
 @cache
 def source(name, d_qk, d_v):
-    plan = Plan(ac.variants.get(name).graph)
+    plan = Plan(variant(name).graph)
     return render(plan, d_qk, d_v, True, forward_in="gluon", backward_in="gluon")
 
 
@@ -57,7 +70,7 @@ class Run:
 
     def __init__(self, name, shape, change=lambda text: text, rows=128):
         self.name, self.shape = name, shape
-        self.plan = Plan(ac.variants.get(name).graph)
+        self.plan = Plan(variant(name).graph)
         self.sample = sample_inputs(self.plan.graph, shape, torch.float16)
         self.module = machine.load(change(poisoned(source(name, shape.d_qk, shape.d_v))), name)
         s = self.sample
@@ -81,7 +94,7 @@ class Run:
         leaf = {n: x.clone().to(kind).requires_grad_() if x.is_floating_point() else x for n, x in leaf.items()}
         numbers = {n: x for n, x in s.inputs.items() if not isinstance(x, torch.Tensor)}
         wanted = ["q", "k", "v", *(d.name for d in self.plan.graph.inputs if d.grad)]
-        out = attend(self.name, **leaf, **numbers)
+        out = attend(variant(self.name), **leaf, **numbers)
         found = torch.autograd.grad(out, [leaf[n] for n in wanted], self.dout.to(out.dtype), materialize_grads=True)
         return out.detach(), dict(zip(wanted, found, strict=True))
 
@@ -199,7 +212,10 @@ def test_wide_heads(name, shape, options):
     assert not run.failures(run.backward(**options))
 
 
-@pytest.mark.parametrize(("name", "threshold"), [("causal", "row_max + {}"), ("softcap", "> {}")])
+@pytest.mark.parametrize(
+    ("name", "threshold"),
+    [("causal", "row_max + {}"), ("alibi", "offset + {}"), ("cog", "row_max + {}"), ("two_norm", "> {}")],
+)
 def test_a_maximum_that_moves_seldom(name, threshold):
     """At the threshold that is generated a random sample's moves once; at a lower one it does for some of the rows."""
     generated = threshold.format("8.0")

@@ -54,11 +54,17 @@ def test_head_dimensions(dims):
 
 #: of four heads: below all scores, among them, and above
 SINKS = {"sink": torch.tensor([-40.0, 0.0, 6.0, 30.0])}
+#: the same: none, some, and such as raise and lower scores by hundreds from tile to tile
+SLOPES = {"slopes": torch.tensor([0.0, 0.01, 1.5, -1.5])}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("name", "numbers"), [("full", {}), ("causal", {}), ("sliding_window", {"window": 200}), ("sink", SINKS)]
+    ("name", "numbers"),
+    [
+        *(("full", {}), ("causal", {}), ("sliding_window", {"window": 200}), ("sink", SINKS)),
+        *(("alibi", SLOPES), ("cog", {}), ("softcap", {})),
+    ],
 )
 @pytest.mark.parametrize("d", [64, 128])
 def test_a_maximum_that_lags(name, numbers, d, dtype):
@@ -77,6 +83,25 @@ def test_a_maximum_that_lags(name, numbers, d, dtype):
         assert (out - exact).norm() < 5e-3 * exact.norm()
         assert (lse - expected).abs().max() < 1e-4 * expected.abs().max()
     assert backends(op) == {"gluon"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [64, 96, 128, 256])
+def test_a_score_of_0_has_no_sign(d, dtype):
+    """Rows and keys of zeros: cog gives them weights and gradients of 0, and counts them in the row's sum."""
+    torch.manual_seed(0)
+    op = ac.compile("cog", backend="gluon", plan="parallel")
+    drawn = [torch.randn(1, 2, 300, d, device="cuda", dtype=dtype) for _ in range(4)]
+    drawn[0][:, :, ::3], drawn[1][:, :, ::2] = 0, 0
+    found = [x.clone().requires_grad_() for x in drawn[:3]]
+    exact = [x.double().requires_grad_() for x in drawn[:3]]
+    out, expected = op(*found), reference("cog", *exact)
+    grads = torch.autograd.grad(out, found, drawn[3]), torch.autograd.grad(expected, exact, drawn[3].double())
+    assert not out[:, :, ::3].any()
+    assert not grads[0][0][:, :, ::3].any()
+    for x, y in zip((out, *grads[0]), (expected, *grads[1]), strict=True):
+        assert (x - y).norm() < 8e-3 * y.norm()
+    assert backends(op) == backward_backends(op) == {"gluon"}
 
 
 def test_tensors_that_tma_cannot_copy_go_to_triton():

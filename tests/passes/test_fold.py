@@ -11,7 +11,7 @@ import torch
 import attncc as ac
 from attncc.ir import symbols as sym
 from attncc.ir.vocabulary import absolute, maximum, sign, where
-from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, nested, per_ln2, signed
+from attncc.passes.fold import LN2, S, exp2, fold, lower_exp, nested, per_ln2, scaled_after, signed, with_sign
 from attncc.passes.similarity import similarity
 from attncc.passes.stream import renamed, stream
 from attncc.runtime.evaluate import evaluate
@@ -24,7 +24,8 @@ SHAPE = Shape(2, 4, 2, 5, 7, 4, 3)
 
 def plain(expr):
     """A kernel's expression in the vocabulary of the reference."""
-    return expr.replace(exp2, lambda x: sympy.exp(LN2 * x)).xreplace({LN2: sympy.Float(math.log(2.0), 17)})
+    expr = expr.replace(exp2, lambda x: sympy.exp(LN2 * x)).replace(with_sign, lambda f, x: f * sign(x))
+    return expr.xreplace({LN2: sympy.Float(math.log(2.0), 17)})
 
 
 def folded(name):
@@ -133,13 +134,17 @@ def test_a_sign_times_something_compares_instead():
         )
 
 
-def test_the_sign_of_a_score_is_that_of_an_exponents_product():
+def test_exponentials_take_the_sign_of_a_score_in_one_operation():
     graph = ac.variants.get("cog").graph
     folded = fold(graph, stream(graph))
-    unit = folded.unit * S
-    assert folded.apply(sign(sym.SCORE) * sympy.exp(sym.SCORE)) == where(
-        unit > 0, exp2(unit), where(unit < 0, -exp2(unit), 0)
-    )
+    assert folded.apply(sign(sym.SCORE) * sympy.exp(sym.SCORE)) == with_sign(exp2(folded.unit * S), S)
+    # which is a product: what may be infinite where the sign is 0 is chosen
+    assert not folded.apply(sign(sym.SCORE) / sym.SCORE).has(with_sign)
+
+
+def test_a_magnitude_is_taken_before_its_positive_factor():
+    k = sympy.Symbol("k", positive=True)
+    assert scaled_after(absolute(k * LN2 * S) + absolute(-S)) == k * LN2 * absolute(S) + absolute(-S)
 
 
 def test_a_polynomial_of_the_score_is_nested():
