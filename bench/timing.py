@@ -6,9 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from triton.testing import do_bench
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -30,20 +33,25 @@ def race(contestants: Mapping[str, Callable[[], object]], *, rounds: int = 3, re
     }
 
 
-def host_us(run: Callable[[], object], calls: int = 200, rounds: int = 12) -> float:
+def host_us(
+    contestants: Mapping[Name, Callable[[], object]], *, rounds: int = 15, calls: int = 100
+) -> dict[Name, float]:
     """Microseconds of host time a call, the GPU not waited for: those of the fastest round, since whatever else a host
-    does only adds to it."""
-    for _ in range(20):
-        run()
-    taken = []
+    does only adds to it.
+
+    Each round times every contestant once, in the same order: a host that is shared is slower for seconds at a time.
+    """
+    taken: dict[Name, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        taken.append((time.perf_counter() - start) / calls * 1e6)
+        for name, run in contestants.items():
+            run()  # of several that take turns in the processor's caches, the one before was another
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            taken[name].append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return min(taken)
+    return {name: min(us) for name, us in taken.items()}
 
 
 class Budget:

@@ -74,8 +74,8 @@ class Cells:
         self._values += scratch
         places += map(ctypes.addressof, scratch)
         self.addresses = (ctypes.c_void_p * len(places))(*places)
+        self.addresses.of = self._values, self._boxes  # type: ignore[attr-defined]  # live as long as their addresses
 
-    def movers(self, slots: Mapping[int, int]) -> tuple[list[tuple[Any, int]], list[tuple[Box, int]]]:
-        """The cells and descriptors to write where the call is made on other tensors, each with its slot."""
-        cells = [(cell, slots[position]) for position, cell in self._cells.items()]
-        return cells, [(box, slots[position]) for position, box in self._boxes.items()]
+    def movable(self) -> tuple[list[Any], list[Box]]:
+        """The cells of addresses, and the descriptors: what is written where the call is made on other tensors."""
+        return list(self._cells.values()), list(self._boxes.values())

@@ -34,7 +34,6 @@ _PREFER_SHARED = 1
 _ELEMENTS = {**{i: i for i in range(16)}, 8: 10, 9: 8, 10: 9}
 _MAP_BYTES, _MAP_ALIGNED = 128, 64
 _L2_PROMOTION_128_BYTES = 2
-_ONE = ctypes.c_uint(1)
 _MAY_START_EARLY = 6
 
 
@@ -93,29 +92,36 @@ class Function:
             _check(driver.cuFuncSetCacheConfig(function, _PREFER_SHARED), "cannot configure shared memory")
             status = driver.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, ctypes.c_int(shared))
             _check(status, f"cannot give {name} {shared} bytes of shared memory")
-        self.name = name
-        self._handle = function
-        self._threads, self._shared = ctypes.c_uint(32 * warps), ctypes.c_uint(shared)
-        self._launch = self._launch_early if early else driver.cuLaunchKernel
+        self.name, self.handle, self.early = name, function, early
+        self.threads, self.shared = 32 * warps, shared
 
-    def launch(self, grid: ctypes.c_uint, stream: ctypes.c_void_p, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
-        """Queue `grid` programs on a stream. `arguments` are the addresses of the parameters' values, read at once."""
-        sizes = (grid, _ONE, _ONE, self._threads, _ONE, _ONE, self._shared)
-        status = self._launch(self._handle, *sizes, stream, arguments, None)
+    def ready(self, grid: int, arguments: ctypes.Array[ctypes.c_void_p]) -> Launch:
+        """A launch of `grid` programs; `arguments` are the addresses of the parameters' values."""
+        return Launch(self, grid, arguments)
+
+
+class Launch:
+    """A launch that may be made again and again, by one thread at a time: all that the driver is told of it lies ready,
+    and is read while a call lasts."""
+
+    def __init__(self, function: Function, grid: int, arguments: ctypes.Array[ctypes.c_void_p]):
+        attributes = (ctypes.pointer(_EARLY), 1) if function.early else (None, 0)
+        self._config = _Config((grid, 1, 1), (function.threads, 1, 1), function.shared, None, *attributes)
+        self._stream = 0
+        self._function = function
+        self._told = ctypes.byref(self._config), function.handle, arguments, None
+        self._launch = _driver().cuLaunchKernelEx
+
+    def __call__(self, stream: int) -> None:
+        """Queue the programs on a stream."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
+        status = self._launch(*self._told)
         if status == _INVALID_CONTEXT:  # this thread has not used the device yet
-            _ensure_context(self.device)
-            status = self._launch(self._handle, *sizes, stream, arguments, None)
+            _ensure_context(self._function.device)
+            status = self._launch(*self._told)
         if status:
-            _check(status, f"cannot launch {self.name}")
-
-    def _launch_early(self, handle: Any, grid: Any, *rest: Any) -> int:
-        """cuLaunchKernel, but the programs may start early."""
-        _, _, threads, _, _, shared, stream, arguments, extra = rest
-        one = (1, 1)
-        sizes = ((ctypes.c_uint * 3)(grid.value, *one), (ctypes.c_uint * 3)(threads.value, *one), shared)
-        config = _Config(*sizes, stream, ctypes.pointer(_EARLY), 1)
-        status: int = _driver().cuLaunchKernelEx(ctypes.byref(config), handle, arguments, extra)
-        return status
+            _check(status, f"cannot launch {self._function.name}")
 
 
 class Box:
@@ -149,16 +155,14 @@ class Box:
         )
         _check(status, f"cannot describe a tensor of shape {tuple(shape)}, strides {tuple(strides)}")
         self._map, self._replace = ctypes.c_void_p(self.address), _driver().cuTensorMapReplaceAddress
-        self._pointer = pointer
+        self.pointer = pointer
 
     def point(self, pointer: int) -> None:
-        """Describe the tensor at another address."""
-        if pointer == self._pointer:  # as in each step of a training, whose memory is given out in the same order
-            return
+        """Describe the tensor at another address; for that of `pointer` there is nothing to do."""
         status = self._replace(self._map, ctypes.c_void_p(pointer))
         if status:
             _check(status, "cannot move a descriptor")
-        self._pointer = pointer
+        self.pointer = pointer
 
 
 def _ensure_context(device: int) -> None:

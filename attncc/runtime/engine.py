@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton.language as tl
@@ -50,12 +50,15 @@ _DTYPES: dict[torch.dtype, tuple[Dtype, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Route:
-    """How calls of one kind are replayed, and what they are bound to; of the caller's tensors it has ghosts."""
+class Kind(NamedTuple):
+    """Calls that differ in the addresses and values of their tensors alone. `key` says all else; `names` are the inputs
+    that they are given, in order. Where `recording` replays them, `bound` has ghosts of the caller's tensors."""
 
-    recording: Recording
+    engine: Engine
+    key: Any
     bound: Bound
+    names: tuple[str, ...]
+    recording: Recording | None = None
 
 
 class Engine:
@@ -76,7 +79,9 @@ class Engine:
         facts = self.plan.facts
         # places among the results of a forward
         self.saved_at = tuple(1 + facts.results.index(name) for name in facts.saved)
+        self._rows = tuple(f" {name}" for name in facts.saved)  # no input's name begins with a blank
         self.lse_at = 1 + facts.results.index("lse") if "lse" in facts.results else None
+        self.graded = tuple(d.name for d in graph.inputs if d.grad)
         self._fixed = schedule
         self._precision = precision
         self._backend = backend
@@ -84,7 +89,7 @@ class Engine:
         self._sources: dict[tuple[int, int, bool, Form, int, int, Backend], str] = {}
         self._modules: dict[tuple[int, int, bool, Form, int, int, Backend, bool], ModuleType] = {}
         self._prepared: dict[Any, Prepared] = {}
-        self._routes: dict[Any, Route] = {}
+        self._kinds: dict[Any, Kind] = {}  # that are replayed
         self._recordings = Recordings(at_once=True)  # of backwards, whose kernels compile while the forward runs
         self._seen: dict[Any, None] = {}  # kinds of calls that came once
         self._opaque: set[Any] = set()  # forwards that cannot be replayed
@@ -327,13 +332,14 @@ class Engine:
                 ),
             )
 
-    def route(
+    def known(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]
-    ) -> tuple[Any, Route | None]:
-        """The key of a call's kind, and how such a call is replayed; None where it is not known, or is watched."""
-        precision = self.precision() if q.dtype == torch.float32 else None
-        key = (key_of(q, k, v, scale, inputs), precision)
-        return key, None if watched() else self._routes.get(key)
+    ) -> tuple[Any, Kind | None]:
+        """The key of a call's kind, and the kind where such calls are replayed; none is while somebody watches."""
+        key: Any = key_of(q, k, v, scale, inputs)
+        if q.dtype == torch.float32:
+            key = key, self.precision()
+        return key, None if watched() else self._kinds.get(key)
 
     def run(
         self,
@@ -348,31 +354,34 @@ class Engine:
         scale = scale if self.graph.has_scale else None
         if not q.is_cuda:
             return self.forward(bind(self.graph, q, k, v, scale, inputs), q, k, v, then_backward)
-        key, route = self.route(q, k, v, scale, inputs)
+        key, kind = self.known(q, k, v, scale, inputs)
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-        if route is not None:
-            return route.recording.play((q, k, v, *tensors.values()))
-        return self.infer(key, bind(self.graph, q, k, v, scale, inputs), tuple(tensors), q, k, v, then_backward)
+        if kind is None:
+            kind = Kind(self, key, bind(self.graph, q, k, v, scale, inputs), tuple(tensors))
+        return self.infer(kind, (q, k, v, *tensors.values()), then_backward)
 
-    def infer(
-        self, key: Any, bound: Bound, names: Sequence[str], q: Tensor, k: Tensor, v: Tensor, then_backward: bool = False
-    ) -> tuple[Tensor, ...]:
-        """`forward` of CUDA tensors, kept as the route of calls with this key from the second on: a cache that grows
-        by a key a call never brings one. `names`: the inputs that the caller gave, in the order of the key."""
-        if key in self._opaque or key not in self._seen:
-            keep(self._seen, key, None)
+    def infer(self, kind: Kind, given: tuple[Tensor, ...], then_backward: bool = False) -> tuple[Tensor, ...]:
+        """The results of a call with q, k, v and the inputs of `kind.names`: on a GPU replayed from the third call of
+        its kind on. A cache that grows by a key a call never brings a kind again."""
+        if kind.recording is not None:
+            return kind.recording.play(given)
+        q, k, v, *inputs = given
+        own = dict(zip(kind.names, inputs, strict=True))
+        bound, key = kind.bound.among(own), kind.key
+        if not q.is_cuda or key in self._opaque or key not in self._seen:
+            if q.is_cuda:
+                keep(self._seen, key, None)
             return self.forward(bound, q, k, v, then_backward)
         # before anything is noted
         self._ready(("forward",), bound, q, k, v, then_backward and self.plan.facts.has_backward)
-        given = [bound.tensors[name] for name in names]
-        defaults = [x for name, x in bound.tensors.items() if name not in names]
-        results, recording = record(lambda: self.forward(bound, q, k, v, then_backward), [q, k, v, *given], defaults)
+        defaults = [x for name, x in bound.tensors.items() if name not in own]
+        results, recording = record(lambda: self.forward(bound, q, k, v, then_backward), given, defaults)
         if recording is None:
             self._opaque.add(key)
         elif not capturing() and not watched():
             # of the caller's tensors only the kind is kept
-            own = bound.among({name: ghost(bound.tensors[name]) for name in names})
-            keep(self._routes, key, Route(recording, own))
+            ghosts = bound.among({name: ghost(x) for name, x in own.items()})
+            keep(self._kinds, key, Kind(self, key, ghosts, kind.names, recording))
         return results
 
     def gradients(
@@ -388,12 +397,12 @@ class Engine:
         wanted: tuple[str, ...],
     ) -> tuple[Tensor | None, ...]:
         """`backward`, which a call of a known kind replays."""
-        rows = {f" {name}": row for name, row in zip(self.plan.facts.saved, saved, strict=True)}
-        own = {" out": out, " dout": dout, **rows, **bound.tensors}  # no input's name begins with a blank
+        own = {" out": out, " dout": dout, **dict(zip(self._rows, saved, strict=True)), **bound.tensors}
         if dlse is not None:
             own[" dlse"] = dlse
         precision = self.precision() if q.dtype == torch.float32 else None
-        key = (key_of(q, k, v, bound.scale, {**own, **bound.scalars}), precision, wanted, self.ordered())
+        numbers = {**own, **bound.scalars} if bound.scalars else own
+        key = (key_of(q, k, v, bound.scale, numbers), precision, wanted, self.ordered())
         call = (bound, q, k, v, out, saved, dout, dlse, wanted)
         if not q.is_cuda:
             return self.backward(*call)

@@ -6,7 +6,6 @@ than pointers and numbers, or is watched by a profiler, goes through Triton.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -25,6 +24,8 @@ from attncc.runtime.cuda import Function
 from attncc.runtime.interpreter import compiling
 from attncc.runtime.specialize import Signature, signature
 from attncc.schedule.cache import Cache
+
+_KNOBS = triton.knobs.runtime
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ trace = Trace()
 
 def watched() -> bool:
     """Has a profiler hooks on launches? They go through Triton's front end then."""
-    runtime = triton.knobs.runtime
-    return bool(_hooks(runtime.launch_enter_hook) or _hooks(runtime.launch_exit_hook))
+    return bool(_hooks(_KNOBS.launch_enter_hook) or _hooks(_KNOBS.launch_exit_hook))
 
 
 def _hooks(hook: Any) -> Any:
@@ -110,9 +110,8 @@ class Launcher:
             if isinstance(found, Binary):
                 function = self._function(found, device)
                 call = Call(function, grid, *_runtime(special, arguments), found.boxes)
-                stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(device))
                 cells = Cells(call.kinds, call.arguments, call.boxes, addresses_of(call.arguments))
-                function.launch(ctypes.c_uint(grid), stream, cells.addresses)
+                function.ready(grid, cells.addresses)(torch._C._cuda_getCurrentRawStream(device))
             else:
                 call = Call(found, grid, _all(kernel, arguments, meta))
                 launch_compiled(found, grid, torch._C._cuda_getCurrentRawStream(device), call.arguments)

@@ -6,14 +6,14 @@ them an op works under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncc.runtime.engine import Engine, Route
+from attncc.runtime.engine import Engine, Kind
 from attncc.runtime.first_order import first_order
-from attncc.runtime.shapes import Bound, bind
+from attncc.runtime.shapes import bind
 
 _engines: dict[str, Engine] = {}
 
@@ -144,61 +144,53 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 forward_op.register_autograd(_backward, setup_context=_setup)
 
 
-class EagerCall(NamedTuple):
-    """What a call brings besides tensors: what it is bound to, the names of the tensors after q, k, v, and whether
-    somebody asks for the stored rows. `key` is the call's kind; `route` how that kind is replayed, if it was seen."""
-
-    engine: Engine
-    bound: Bound
-    names: tuple[str, ...]
-    only_out: bool
-    key: Any = None
-    route: Route | None = None
-
-
 class EagerAttention(torch.autograd.Function):
     """The same pair without the dispatcher, which costs tens of microseconds a call."""
 
     @staticmethod
-    def forward(ctx: Any, call: EagerCall, q: Tensor, k: Tensor, v: Tensor, *inputs: Tensor) -> Any:
-        """out, and the stored rows unless `call.only_out`."""
-        engine, route = call.engine, call.route
-        if route is not None:
-            results = route.recording.play((q, k, v, *inputs))
-        else:
-            bound = call.bound.among(dict(zip(call.names, inputs, strict=True)))
-            if q.is_cuda:
-                results = engine.infer(call.key, bound, call.names, q, k, v, then_backward=True)
-            else:
-                results = engine.forward(bound, q, k, v, then_backward=True)
-        ctx.call = call
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, kind: Kind, only_out: bool, *tensors: Tensor) -> Any:
+        """out, and the stored rows unless `only_out`. `tensors`: q, k, v and the inputs of `kind.names`."""
+        engine = kind.engine
+        results = engine.infer(kind, tensors, then_backward=True)
+        ctx.kind = kind
         if engine.plan.facts.has_backward:
-            ctx.save_for_backward(q, k, v, *inputs, results[0], *(results[i] for i in engine.saved_at))
-        if call.only_out:
+            ctx.save_for_backward(*tensors, results[0], *[results[i] for i in engine.saved_at])
+        if only_out:
             return results[0]
-        rows = [r for i, r in enumerate(results) if i not in (0, engine.lse_at)]
-        ctx.mark_non_differentiable(*rows)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[r for i, r in enumerate(results) if i not in (0, engine.lse_at)])
         return results
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Gradients by the derived backward."""
-        call: EagerCall = ctx.call
-        engine, names = call.engine, call.names
+        kind: Kind = ctx.kind
+        engine, names = kind.engine, kind.names
         engine.plan.refuse_gradients()
-        dlse = None if call.only_out or engine.lse_at is None else grads[engine.lse_at]
+        dlse = None if len(grads) == 1 or engine.lse_at is None else grads[engine.lse_at]
         if grads[0] is None and dlse is None:
-            return (None,) * (4 + len(names))
+            return (None,) * (5 + len(names))
         q, k, v, *rest = ctx.saved_tensors
         inputs, out, saved = rest[: len(names)], rest[len(names)], tuple(rest[len(names) + 1 :])
         dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
-        needed = dict(zip(names, ctx.needs_input_grad[4:], strict=True))
-        decls = [d for d in engine.graph.inputs if d.grad]
-        wanted = tuple(d.name for d in decls if needed.get(d.name))
-        bound = call.bound.among(dict(zip(names, inputs, strict=True)))
+        needed = dict(zip(names, ctx.needs_input_grad[5:], strict=True))
+        wanted = tuple([name for name in engine.graded if needed.get(name)])
+        bound = kind.bound.among(dict(zip(names, inputs, strict=True)))
         dq, dk, dv, *found = engine.gradients(bound, q, k, v, out, saved, dout, dlse, wanted)
-        of_inputs = dict(zip((d.name for d in decls), found, strict=True))
+        of_inputs = dict(zip(engine.graded, found, strict=True))
         dv = dv if engine.graph.value is None else None  # that of a part of k is in dk
-        return None, dq, dk, dv, *(of_inputs.get(name) for name in names)
+        return None, None, dq, dk, dv, *map(of_inputs.get, names)
+
+
+_apply = super(torch.autograd.Function, EagerAttention).apply
+
+
+def attend(kind: Kind, only_out: bool, *tensors: Tensor) -> Any:
+    """`EagerAttention.apply` of a kind that is replayed.
+
+    Its own `apply` first looks at every argument for what torch.func may have left behind, which has no address and so
+    no kind. While torch.func is at work it refuses, with the reason.
+    """
+    apply = EagerAttention.apply if torch._C._are_functorch_transforms_active() else _apply
+    return apply(kind, only_out, *tensors)

@@ -13,7 +13,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.phases import phases
 from attncc.passes.running import running_sums, without_running_sums
 from attncc.runtime import library
-from attncc.runtime.engine import Engine
+from attncc.runtime.engine import Engine, Kind
 from attncc.runtime.made import Maker
 from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
@@ -110,24 +110,22 @@ class AttentionOp:
             scalars = [float(x) for x in bound.scalars.values()]
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
             return results[0] if outputs == "out" else self._pick(results, outputs)
-        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-        key, route = self.engine.route(q, k, v, scale, inputs) if q.is_cuda else (None, None)
-        bound = bind(graph, q, k, v, scale, inputs) if route is None else route.bound
+        tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)} if inputs else inputs
+        key, kind = self.engine.known(q, k, v, scale, inputs) if q.is_cuda else (None, None)
+        only_out = outputs == "out"
         if _wants_gradient(q, k, v, tensors):
-            if route is None:
+            if kind is not None:
+                results = library.attend(kind, only_out, q, k, v, *tensors.values())
+            else:
                 for decl in self._constant:
                     refuse_gradient(decl, inputs.get(decl.name))
-            only_out = outputs == "out"
-            call = library.EagerCall(self.engine, bound, tuple(tensors), only_out, key, route)
-            results = library.EagerAttention.apply(call, q, k, v, *tensors.values())
+                kind = Kind(self.engine, key, bind(graph, q, k, v, scale, inputs), tuple(tensors))
+                results = library.EagerAttention.apply(kind, only_out, q, k, v, *tensors.values())
             return results if only_out else self._pick(results, outputs)
-        if route is not None:
-            results = route.recording.play((q, k, v, *tensors.values()))
-        elif q.is_cuda:
-            results = self.engine.infer(key, bound, tuple(tensors), q, k, v)
-        else:
-            results = self.engine.forward(bound, q, k, v)
-        return results[0] if outputs == "out" else self._pick(results, outputs)
+        if kind is None:
+            kind = Kind(self.engine, key, bind(graph, q, k, v, scale, inputs), tuple(tensors))
+        results = self.engine.infer(kind, (q, k, v, *tensors.values()))
+        return results[0] if only_out else self._pick(results, outputs)
 
     def kernel_inputs(self, q: Tensor, k: Tensor, scale: float | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """A call's inputs with those that kernels have beside: captured ones, what other ops make, running sums."""

@@ -8,19 +8,19 @@ says everything that any of those depended on, alignment of pointers included.
 
 from __future__ import annotations
 
-import ctypes
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attncc.runtime.arguments import Cells, moved, tensors_of, without_tensors
-from attncc.runtime.cuda import Function
-from attncc.runtime.launch import Call, launch_compiled, trace
+from attncc.runtime.arguments import tensors_of, without_tensors
+from attncc.runtime.launch import Call, trace
+from attncc.runtime.steps import Direct, Foreign, Make, Operator, Slot, Step, forget, read, tensors_in
+from attncc.runtime.straight import straight
 
 _ALIGNED = 16
 _ATEN = torch.ops.aten
@@ -32,108 +32,21 @@ _ALLOCATES = {
     _ATEN.new_empty_strided.default,
 }
 _BY_VALUE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-#: the tensors of a replay by slot; None until a step makes one
-Values: TypeAlias = list[Any]
-
-try:  # what TorchInductor's own output allocates with: half the time of torch.empty_strided
-    from torch._C._dynamo.guards import _empty_strided_cuda as _empty  # type: ignore[attr-defined]
-except ImportError:
-
-    def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
-
-
-class _Slot(int):
-    """A tensor's place among the values of a replay, where it stands for an argument."""
-
-
-class _Make:
-    """An allocation."""
-
-    def __init__(self, slot: int, made: Tensor):
-        self.slot, self.tensor = slot, made
-        self.facts = (tuple(made.shape), made.stride(), made.dtype)
-
-    def __call__(self, values: Values, stream: int) -> None:
-        values[self.slot] = _empty(*self.facts)
-
-
-class _Operator:
-    """A call of one of PyTorch's operators."""
-
-    def __init__(self, function: Any, args: Any, kwargs: Any, slots: Sequence[int] = (), view: Tensor | None = None):
-        self.function, self.args, self.kwargs, self.slots, self.view = function, args, kwargs, slots, view
-
-    def __call__(self, values: Values, stream: int) -> None:
-        found = self.function(*_filled(self.args, values), **_filled(self.kwargs, values))
-        for slot, tensor in zip(self.slots, _tensors(found), strict=True):
-            values[slot] = tensor
-
-
-class _Direct:
-    """A launch of a binary. Each thread that replays it takes a set of cells from the shelf, and puts it back."""
-
-    def __init__(self, call: Call, slots: Mapping[int, int]):
-        self._function: Function = call.kernel
-        self._grid = ctypes.c_uint(call.grid)
-        self._call, self.slots = call, slots
-        self._shelf: list[Any] = []
-
-    def __call__(self, values: Values, stream: int) -> None:
-        try:
-            entry = self._shelf.pop()
-        except IndexError:
-            tensors = {position: values[slot].data_ptr() for position, slot in self.slots.items()}
-            made = Cells(self._call.kinds, self._call.arguments, self._call.boxes, tensors)
-            entry = made, *made.movers(self.slots)
-        arguments, cells, boxes = entry
-        for cell, slot in cells:
-            cell.value = values[slot].data_ptr()
-        for box, slot in boxes:
-            box.point(values[slot].data_ptr())
-        self._function.launch(self._grid, ctypes.c_void_p(stream), arguments.addresses)
-        self._shelf.append(entry)
-
-
-class _Foreign:
-    """A launch that Triton makes."""
-
-    def __init__(self, call: Call, slots: Mapping[int, int]):
-        self._compiled, self._grid, self._arguments, self.slots = call.kernel, call.grid, call.arguments, slots
-
-    def __call__(self, values: Values, stream: int) -> None:
-        arguments = list(self._arguments)
-        for position, slot in self.slots.items():
-            box, tensor = arguments[position], values[slot]
-            arguments[position] = tensor if box is None else moved(box, tensor)
-        launch_compiled(self._compiled, self._grid, stream, arguments)
-
-
-_Step: TypeAlias = _Make | _Operator | _Direct | _Foreign
 
 
 class Recording:
-    """One kind of call."""
+    """One kind of call on a device: `function` makes it, on a stream and the call's tensors."""
 
-    def __init__(
-        self, steps: Sequence[_Step], count: int, results: Sequence[int | None], device: int, defaults: Sequence[Tensor]
-    ):
-        self._steps, self._blank, self._results = tuple(steps), (None,) * count, tuple(results)
-        self._device, self._defaults = device, tuple(defaults)
+    def __init__(self, steps: Sequence[Step], function: Callable[..., tuple[Any, ...]], device: int):
+        self.steps, self._function, self._device = tuple(steps), function, device
 
     def play(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run the call on other tensors of the same kind; returns its results."""
-        if torch._C._cuda_getDevice() != self._device:
-            with torch.cuda.device(self._device):
-                return self._play(tensors)
-        return self._play(tensors)
-
-    def _play(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        values: Values = [*tensors, *self._defaults, *self._blank]
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        for step in self._steps:
-            step(values, stream)
-        return tuple([None if slot is None else values[slot] for slot in self._results])
+        device = self._device
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                return self._function(torch._C._cuda_getCurrentRawStream(device), *tensors)
+        return self._function(torch._C._cuda_getCurrentRawStream(device), *tensors)
 
 
 class _Tape(TorchDispatchMode):
@@ -142,7 +55,7 @@ class _Tape(TorchDispatchMode):
     def __init__(self, given: Sequence[Tensor]):
         super().__init__()
         self.given = list(given)
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self.count = 0
         self.failure = ""
         self._made: dict[Any, int] = {}
@@ -157,19 +70,19 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        made = _tensors(results)
+        made = tensors_in(results)
         if trace.jobs is not None or any(t.is_meta for t in made):
             return results  # host code that runs for its launches alone, or for shapes
         if func in _ALLOCATES:
-            self.steps.append(_Make(self._new(results), results))
+            self.steps.append(Make(self._new(results), results))
             return results
         if _BY_VALUE & set(func.tags):
             self.failure = f"{func} depends on values"
         if func is _ATEN.lift_fresh.default:  # a tensor of numbers that the host code wrote out
-            stored = _Operator(_ATEN.clone.default, args, {})
+            stored = Operator(_ATEN.clone.default, args, {})
         else:
             view = made[0] if len(made) == 1 and _is_view(func) else None
-            stored = _Operator(func, self._stored(args), self._stored(kwargs), view=view)
+            stored = Operator(func, self._stored(args), self._stored(kwargs), view, isinstance(results, Tensor))
         stored.slots = [self._new(t) for t in made]
         self.steps.append(stored)
         return results
@@ -178,7 +91,7 @@ class _Tape(TorchDispatchMode):
         """Note a launch."""
         slots = {position: self.slot(t) for position, t in tensors_of(call.arguments).items()}
         kept = replace(call, arguments=without_tensors(call.arguments))
-        self.steps.append((_Direct if call.kinds else _Foreign)(kept, slots))
+        self.steps.append((Direct if call.kinds else Foreign)(kept, slots))
 
     def slot(self, tensor: Tensor) -> int:
         """Where a tensor lies among the values: a caller's own by identity, for two may share memory in one call and
@@ -205,7 +118,7 @@ class _Tape(TorchDispatchMode):
     def _stored(self, argument: Any) -> Any:
         """An operator's argument with slots for its tensors."""
         if isinstance(argument, Tensor):
-            return _Slot(self.slot(argument))
+            return Slot(self.slot(argument))
         if isinstance(argument, list | tuple):
             return type(argument)(map(self._stored, argument))
         if isinstance(argument, dict):
@@ -222,71 +135,36 @@ def _place(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _tensors(results: Any) -> list[Tensor]:
-    """The tensors that an operator returns, in order."""
-    found = results if isinstance(results, list | tuple) else (results,)
-    return [t for t in found if isinstance(t, Tensor)]
-
-
-def _filled(argument: Any, values: Values) -> Any:
-    """An operator's argument with tensors in its slots."""
-    if type(argument) is _Slot:
-        return values[argument]
-    if isinstance(argument, list | tuple):
-        return type(argument)([_filled(a, values) for a in argument])
-    if type(argument) is dict:
-        return {name: _filled(value, values) for name, value in argument.items()}
-    return argument
-
-
-def _slots_in(argument: Any) -> set[int]:
-    """The slots that an operator's argument reads."""
-    if type(argument) is _Slot:
-        return {int(argument)}
-    if isinstance(argument, list | tuple):
-        return set().union(*map(_slots_in, argument))
-    if type(argument) is dict:
-        return _slots_in(list(argument.values()))
-    return set()
-
-
-def _read(step: _Step) -> set[int]:
-    """The slots that a step reads."""
-    if isinstance(step, _Make):
-        return set()
-    return _slots_in((step.args, step.kwargs)) if isinstance(step, _Operator) else set(step.slots.values())
-
-
-def _needed(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
+def _needed(steps: Sequence[Step], results: set[int]) -> list[Step]:
     """The steps that the results, a launch or a change in place depend on."""
-    kept: list[_Step] = []
+    kept: list[Step] = []
     wanted = set(results)
     for step in reversed(steps):
-        if isinstance(step, _Make):
+        if isinstance(step, Make):
             idle = step.slot not in wanted
-        elif isinstance(step, _Operator):
+        elif isinstance(step, Operator):
             idle = not (step.function._schema.is_mutable or wanted.intersection(step.slots))
         else:
             idle = False
         if not idle:
-            wanted |= _read(step)
+            wanted |= read(step)
             kept.append(step)
     return kept[::-1]
 
 
-def _merged(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
+def _merged(steps: Sequence[Step], results: set[int]) -> list[Step]:
     """A fresh tensor of which only one view is used, such as a transposed one, is made as that view."""
     uses = Counter(results)
     for step in steps:
-        uses.update(_read(step))
-    fresh = {step.slot: step for step in steps if isinstance(step, _Make)}
-    merged: list[_Step] = []
+        uses.update(read(step))
+    fresh = {step.slot: step for step in steps if isinstance(step, Make)}
+    merged: list[Step] = []
     for step in steps:
-        if isinstance(step, _Operator) and step.view is not None:
-            (base,) = (fresh.get(slot) for slot in _read(step))
+        if isinstance(step, Operator) and step.view is not None:
+            (base,) = (fresh.get(slot) for slot in read(step))
             whole = base is not None and step.view.numel() == base.tensor.numel()
             if base is not None and whole and uses[base.slot] == 1:
-                seen = fresh[step.slots[0]] = _Make(step.slots[0], step.view)
+                seen = fresh[step.slots[0]] = Make(step.slots[0], step.view)
                 merged[merged.index(base)] = seen
                 continue
         merged.append(step)
@@ -296,24 +174,24 @@ def _merged(steps: Sequence[_Step], results: set[int]) -> list[_Step]:
 def key_of(q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]) -> Any:
     """What a recording depends on."""
     pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    key: list[Any] = [q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device]
     # which arguments are one and the same tensor: a recording tells slots apart by identity
-    rest: list[Any] = [(k is q, v is q, v is k)]
-    seen = [q, k, v]
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            pointers |= value.data_ptr()
-            rest.append(next((i for i, t in enumerate(seen) if t is value), -1))
-            seen.append(value)
-            rest.append((name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad))
-        else:
-            rest.append((name, type(value), value))
+    key += v.shape, v.stride(), v.dtype, v.device, scale, k is q, v is q, v is k
+    if inputs:
+        own = [id(q), id(k), id(v)]
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                pointers |= value.data_ptr()
+                key += name, value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+                place = id(value)
+                key.append(own.index(place) if place in own else -1)
+                own.append(place)
+            else:
+                key += name, type(value), value
     if pointers % _ALIGNED:
-        rest.append(tuple(t.data_ptr() % _ALIGNED for t in seen))
-    return (
-        *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
-        *(q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, scale),
-        *rest,
-    )
+        tensors = [q, k, v, *(x for x in inputs.values() if isinstance(x, Tensor))]
+        key += None, tuple(t.data_ptr() % _ALIGNED for t in tensors)  # None is no input's name
+    return tuple(key)
 
 
 def record(
@@ -335,9 +213,6 @@ def record(
         return results, None
     wanted = {slot for slot in slots if slot is not None}
     steps = _merged(_needed(tape.steps, wanted), wanted)
-    for step in steps:  # no tensor of the recorded call stays alive
-        if isinstance(step, _Make):
-            del step.tensor
-        elif isinstance(step, _Operator):
-            del step.view
-    return results, Recording(steps, tape.count, slots, tensors[0].get_device(), defaults)
+    forget(steps)
+    replay = straight(steps, len(tensors), defaults, slots)
+    return results, Recording(steps, replay, tensors[0].get_device())

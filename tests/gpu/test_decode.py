@@ -135,10 +135,10 @@ def test_a_cache_that_grows_is_compiled_once():
         exact = ac.reference("causal", q.double(), k.double(), v.double())
         assert (op(q, k, v) - exact).abs().max() < 4e-3
     assert len(op.engine._modules) == 1
-    assert not op.engine._routes  # no length came twice
+    assert not op.engine._kinds  # no length came twice
     for _ in range(3):
         assert torch.equal(op(q, k, v), op(q, k, v))
-    assert len(op.engine._routes) == 1
+    assert len(op.engine._kinds) == 1
 
 
 def test_offsets_beyond_32_bits():

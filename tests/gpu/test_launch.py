@@ -11,6 +11,7 @@ import attncc as ac
 from attncc.codegen.module import load_source
 from attncc.runtime import launch, replay
 from attncc.runtime.launch import Launcher
+from attncc.runtime.steps import Direct, Foreign, Make
 from attncc.schedule.cache import Cache
 
 COPY = '''"""Copies a matrix by tiles."""
@@ -42,14 +43,14 @@ def test_descriptors_move_to_the_tensors_of_a_replayed_call(own_cache):
     x = torch.randn(128, 64, device="cuda")
     (out,), recording = replay.record(lambda: call(x), [x], [])
     assert torch.equal(out, 2 * x)
-    assert [type(step) for step in recording._steps] == [replay._Make, replay._Direct]
+    assert [type(step) for step in recording.steps] == [Make, Direct]
     for _ in range(3):
         y = torch.randn(128, 64, device="cuda")
         assert torch.equal(recording.play([y])[0], 2 * y)
     # and the same through Triton's own launcher
     (out,), recording = replay.record(lambda: _watched(lambda: call(x)), [x], [])
     assert torch.equal(out, 2 * x)
-    assert [type(step) for step in recording._steps] == [replay._Make, replay._Foreign]
+    assert [type(step) for step in recording.steps] == [Make, Foreign]
     assert torch.equal(recording.play([y])[0], 2 * y)
 
 

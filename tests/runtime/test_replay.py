@@ -9,9 +9,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 import attncc as ac
-from attncc.runtime import launch, recordings, replay
+from attncc.runtime import launch, recordings, replay, straight
 from attncc.runtime.launch import Launcher
 from attncc.runtime.specialize import signature
+from attncc.runtime.steps import Direct, Make
 from attncc.schedule.cache import Cache
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -38,8 +39,11 @@ class FakeFunction:
     def __init__(self, image, name, warps, shared, device, early):
         self.name = name
 
-    def launch(self, grid, stream, addresses):
-        FakeFunction.calls.append((self.name, grid.value, [ctypes.string_at(a, 8) for a in addresses]))
+    def ready(self, grid, addresses):
+        return lambda stream: self.launch(grid, addresses)
+
+    def launch(self, grid, addresses):
+        FakeFunction.calls.append((self.name, grid, [ctypes.string_at(a, 8) for a in addresses]))
         out, _, _, delta = (ctypes.cast(a, ctypes.POINTER(ctypes.c_uint64))[0] for a in addresses[:4])
         ctypes.memmove(delta, out, 64)  # the first 32 numbers of out, as 16 of delta
 
@@ -53,7 +57,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
-    monkeypatch.setattr(replay, "_empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype))
+    monkeypatch.setattr(
+        straight, "_empty", lambda shape, stride, dtype: torch.empty_strided(shape, stride, dtype=dtype)
+    )
 
 
 def read(call, position, kind):
@@ -203,7 +209,7 @@ def test_a_fresh_tensor_seen_through_one_view_is_made_as_it(kernel, tmp_path, gp
         return (delta,)
 
     (made,), recording = replay.record(call, [out, dout], [])
-    assert [type(step).__name__ for step in recording._steps] == ["_Make", "_Direct"]
+    assert [type(step) for step in recording.steps] == [Make, Direct]
     (delta,) = recording.play([out, dout])
     assert delta.shape == made.shape
     assert delta.stride() == made.stride()
@@ -247,7 +253,7 @@ def test_host_code_that_runs_for_its_launches_alone_leaves_no_step(kernel, tmp_p
         return host(launcher, kernel, out, dout)
 
     _, recording = replay.record(call, [out, dout], [])
-    assert [type(step).__name__ for step in recording._steps] == ["_Make", "_Direct"]
+    assert [type(step) for step in recording.steps] == [Make, Direct]
 
 
 @pytest.mark.parametrize("change", ["shape", "stride", "dtype", "alignment", "which is misaligned", "same", "scalar"])
@@ -282,7 +288,7 @@ def test_threads_that_replay_one_recording_keep_their_tensors_apart(kernel, tmp_
     _, recording = replay.record(lambda: host(launcher, kernel, out, dout), [out, dout], [])
     seen = []
 
-    def slow(self, grid, stream, addresses):
+    def slow(self, grid, addresses):
         before = ctypes.string_at(addresses[0], 8)
         time.sleep(0.002)
         seen.append((before, ctypes.string_at(addresses[0], 8)))
