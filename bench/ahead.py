@@ -13,6 +13,7 @@ from typing import Any
 from attncc.codegen.crosscompile import gpu_target
 from attncc.runtime.launch import launches
 from attncc.runtime.op import AttentionOp
+from attncc.runtime.operands import Operands
 from attncc.schedule import Device
 from bench.regret_cells import REACHES, Cell, Mode, Plan, Trial, bound_of, op_of, plan
 
@@ -79,9 +80,10 @@ def compile_trial(cell: Cell, trial: Trial, direction: Mode, device: Device) -> 
     try:
         engine = AttentionOp(op_of(cell.variant).graph, trial.schedule).engine
         bound, qkv = bound_of(cell)
+        call = Operands(bound, *qkv)
         prepared = engine.prepare_for(device, bound, cell.shape.dtype)
-        forward = launches(lambda: engine.host_code(prepared, bound, *qkv, False))
-        both = launches(lambda: engine.host_code(prepared, bound, *qkv, direction == "backward"))
+        forward = launches(lambda: engine.host_code(prepared, call, False))
+        both = launches(lambda: engine.host_code(prepared, call, direction == "backward"))
         for job in forward if direction == "forward" else both[len(forward) :]:
             job.finish(gpu_target(device))
     except Exception as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from attncc.runtime.operands import Operands
 from attncc.runtime.shapes import bind, value_of
 from attncc.schedule.candidates import candidates
 from attncc.schedule.cost import predict
@@ -21,7 +22,7 @@ def schedule_of(op: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | Non
     """The schedule that a call uses."""
     v = value_of(op.graph, k, v)
     bound = bind(op.graph, q, k, v, None, inputs)
-    schedule: Schedule = op.engine.prepare(bound, q, k, v).schedule
+    schedule: Schedule = op.engine.prepare(Operands(bound, q, k, v)).schedule
     return schedule
 
 
@@ -38,7 +39,7 @@ def limits(
     v = value_of(op.graph, k, v)
     bound = bind(op.graph, q, k, v, None, inputs)
     problem = op.engine.problem(bound.sizes, q.dtype, bound.scalars)
-    schedule, device = op.engine.prepare(bound, q, k, v).schedule, device_of(q.device)
+    schedule, device = op.engine.prepare(Operands(bound, q, k, v)).schedule, device_of(q.device)
     kernels = [kernel for kernel in USED[mode] if kernel == "forward" or op.engine.plan.facts.has_backward]
     apart = schedule.dkdv.backend == "triton"  # Gluon's dkdv makes dQ, too
     found: dict[str, Any] = {}

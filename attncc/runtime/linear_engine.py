@@ -18,10 +18,11 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.passes.similarity import similarity
 from attncc.resources import fingerprint
-from attncc.runtime.engine import dot_options, load_module, on_device
+from attncc.runtime.engine import dot_options, on_device
 from attncc.runtime.launch import collect, ghost
 from attncc.runtime.linear_cut import cut, cut_sides, sequence_lengths
 from attncc.runtime.linear_rows import TokenRows
+from attncc.runtime.modules import load_module
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import device_of
 from attncc.schedule.linear import LinearSchedule, LinearSizes, linear_schedule

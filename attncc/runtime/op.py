@@ -13,7 +13,8 @@ from attncc.ir.graph import VariantGraph
 from attncc.passes.phases import phases
 from attncc.passes.running import running_sums, without_running_sums
 from attncc.runtime import library
-from attncc.runtime.engine import Engine, Kind
+from attncc.runtime.engine import Engine
+from attncc.runtime.kinds import Kind, Kinds
 from attncc.runtime.made import Maker
 from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
@@ -68,7 +69,8 @@ class AttentionOp:
         self.plan = self.engine.plan
         asked = (schedule, precision, backend, deterministic)
         self._token = "" if asked == (None, None, None, False) else f":{asked}"
-        self._key = library.register(f"{self.engine.graph.digest}{self._token}", self.engine)
+        self.kinds = Kinds(self.engine)
+        self._key = library.register(f"{self.engine.graph.digest}{self._token}", self.kinds)
         self._stored = self.plan.facts.stored
         self._calls: dict[tuple[str, ...], OutputsCall] = {}
 
@@ -111,7 +113,7 @@ class AttentionOp:
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
             return results[0] if outputs == "out" else self._pick(results, outputs)
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)} if inputs else inputs
-        key, kind = self.engine.known(q, k, v, scale, inputs) if q.is_cuda else (None, None)
+        key, kind = self.kinds.known(q, k, v, scale, inputs) if q.is_cuda else (None, None)
         only_out = outputs == "out"
         if _wants_gradient(q, k, v, tensors):
             if kind is not None:
@@ -119,12 +121,12 @@ class AttentionOp:
             else:
                 for decl in self._constant:
                     refuse_gradient(decl, inputs.get(decl.name))
-                kind = Kind(self.engine, key, bind(graph, q, k, v, scale, inputs), tuple(tensors))
+                kind = Kind(self.kinds, key, bind(graph, q, k, v, scale, inputs), tuple(tensors))
                 results = library.EagerAttention.apply(kind, only_out, q, k, v, *tensors.values())
             return results if only_out else self._pick(results, outputs)
         if kind is None:
-            kind = Kind(self.engine, key, bind(graph, q, k, v, scale, inputs), tuple(tensors))
-        results = self.engine.infer(kind, (q, k, v, *tensors.values()))
+            kind = Kind(self.kinds, key, bind(graph, q, k, v, scale, inputs), tuple(tensors))
+        results = self.kinds.forward(kind, (q, k, v, *tensors.values()))
         return results[0] if only_out else self._pick(results, outputs)
 
     def kernel_inputs(self, q: Tensor, k: Tensor, scale: float | None, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class AttentionOp:
         if names not in self._calls:
             from attncc.runtime.outputs_call import OutputsCall
 
-            self._calls[names] = OutputsCall(self._plain, names, self.engine, self._token)
+            self._calls[names] = OutputsCall(self._plain, names, self.kinds, self._token)
         call = self._calls[names]
         return call, read_inputs(self.graph, call.graph, inputs)
 

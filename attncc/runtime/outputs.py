@@ -19,7 +19,10 @@ from attncc.ir.outputs import Output
 from attncc.passes.cotangents import Cotangents, cotangents, place_of, with_places
 from attncc.passes.outputs import final_weight, named
 from attncc.runtime.cells import finish
-from attncc.runtime.engine import Engine, load_module, on_device
+from attncc.runtime.engine import Engine, on_device
+from attncc.runtime.kinds import Kinds
+from attncc.runtime.modules import load_module
+from attncc.runtime.operands import Adjoint, Operands
 from attncc.runtime.recordings import Recordings
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound
@@ -60,7 +63,7 @@ class LightPasses:
     def _run(self, bound: Bound, q: Tensor, k: Tensor, v: Tensor, rows: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         tensors = [bound.tensors[d.name] for d in self.graph.inputs]
         numbers = [bound.scalars[s.name] for s in self.graph.scalars]
-        prepared = self.core.prepare(core_bound(self.core, bound), q, k, v)
+        prepared = self.core.prepare(Operands(core_bound(self.core, bound), q, k, v))
         key = (bound.sizes["d_qk"], in_warps(prepared.schedule, bound.sizes["d_qk"]), prepared.interpreted)
         with self._lock:
             if key not in self._modules:
@@ -108,8 +111,9 @@ def check_extent(graph: VariantGraph, sizes: Mapping[str, int]) -> None:
 class OutputsEngine:
     """A variant's engine together with the auxiliary outputs that one kind of call asks for."""
 
-    def __init__(self, graph: VariantGraph, core: Engine):
-        self.graph, self.core = graph, core
+    def __init__(self, graph: VariantGraph, kinds: Kinds):
+        core = kinds.engine
+        self.graph, self.core, self._kinds = graph, core, kinds
         self.light = LightPasses(graph, core)
         self.placed = with_places(graph)
         #: for calls that want gradients: the same with the places of maxima
@@ -129,7 +133,7 @@ class OutputsEngine:
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """(out and the stored rows, the outputs in the graph's order, the residuals)."""
         own = core_bound(self.core, bound)
-        results = self.core.run(q, k, v, own.scale, {**own.tensors, **own.scalars}, with_residuals)
+        results = self._kinds.run(q, k, v, own.scale, {**own.tensors, **own.scalars}, with_residuals)
         rows = {name: x for (name, _), x in zip(self.core.plan.stored, results[1:], strict=True)}
         light = self.light_placed if with_residuals else self.light
         values = light(bound, q, k, v, rows)
@@ -198,7 +202,7 @@ class OutputsEngine:
             missing = carry(full, q, k, v, rows)[carry.names[0]]
             dlse = -missing if dlse is None else dlse - missing
         saved = tuple(rows[name] for name in engine.plan.saved_names)
-        return engine.backward(full, q, k, v, out, saved, dout, dlse, wanted)
+        return engine.backward(Operands(full, q, k, v), Adjoint(out, saved, dout, dlse, wanted))
 
     def _backward(self, given: tuple[str, ...]) -> tuple[Cotangents, Engine, LightPasses | None]:
         with self._lock:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attncc.ir.graph import VariantGraph
 from attncc.runtime import outputs_library
-from attncc.runtime.engine import Engine
+from attncc.runtime.kinds import Kinds
 from attncc.runtime.outputs import OutputsEngine, check_extent
 from attncc.runtime.shapes import bind, no_statistic, output_names, refuse_gradient
 
@@ -17,11 +17,11 @@ from attncc.runtime.shapes import bind, no_statistic, output_names, refuse_gradi
 class OutputsCall:
     """The calls of one op with one choice of auxiliary outputs."""
 
-    def __init__(self, graph: VariantGraph, names: tuple[str, ...], core: Engine, token: str):
+    def __init__(self, graph: VariantGraph, names: tuple[str, ...], core: Kinds, token: str):
         self.graph = graph.select(names)
         self.engine = OutputsEngine(self.graph, core)
         self._key = outputs_library.register(f"{self.graph.digest}:{','.join(names)}{token}", self.engine)
-        self._stored = [name for name, _ in core.plan.stored]
+        self._stored = [name for name, _ in core.engine.plan.stored]
 
     def __call__(
         self,

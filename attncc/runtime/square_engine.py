@@ -19,9 +19,10 @@ from attncc.codegen.square import render_square, state_shape
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.resources import fingerprint
-from attncc.runtime.engine import dot_options, load_module, on_device
+from attncc.runtime.engine import dot_options, on_device
 from attncc.runtime.linear_cut import cut, cut_evenly, cut_sides, sequence_lengths
 from attncc.runtime.linear_engine import DTYPES
+from attncc.runtime.modules import load_module
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.device import device_of
 from attncc.schedule.linear import STEPS, LinearSchedule, LinearSizes

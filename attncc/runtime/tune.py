@@ -24,10 +24,11 @@ from attncc.runtime.fullsize import FullSize
 from attncc.runtime.gputime import median_us
 from attncc.runtime.launch import launches
 from attncc.runtime.op import AttentionOp
+from attncc.runtime.operands import Operands
 from attncc.runtime.prepared import Prepared
 from attncc.runtime.race import BATCH, LostDeviceError, TrialError
 from attncc.runtime.samples import Sample, Shape, sample_inputs
-from attncc.runtime.shapes import Bound, bind, value_of
+from attncc.runtime.shapes import bind, value_of
 from attncc.runtime.verify import Exam
 from attncc.schedule.cache import Cache
 from attncc.schedule.problem import Dtype, Kernel, Schedule
@@ -85,7 +86,7 @@ class Track:
             for kernel, schedule in trials:
                 op = self._op(schedule)
                 try:
-                    op.engine.warm(*self._bound(op, of(kernel)), kernel != "forward")
+                    op.engine.warm(*self._call_of(op, of(kernel)), kernel != "forward")
                 except AttnccError:  # said again by the check, for that candidate alone
                     continue
 
@@ -152,20 +153,20 @@ class Track:
         """And on the slice."""
         return self._exam(kernel).sample
 
-    def _bound(self, op: AttentionOp, sample: Sample) -> tuple[Prepared, Bound, Tensor, Tensor, Tensor]:
+    def _call_of(self, op: AttentionOp, sample: Sample) -> tuple[Prepared, Operands]:
         """A call as the engine has it."""
         v = value_of(self.graph, sample.k, sample.v)
         inputs = op.kernel_inputs(sample.q, sample.k, None, sample.inputs)
-        bound = bind(op.engine.graph, sample.q, sample.k, v, None, inputs)
-        return op.engine.prepare(bound, sample.q, sample.k, v), bound, sample.q, sample.k, v
+        call = Operands(bind(op.engine.graph, sample.q, sample.k, v, None, inputs), sample.q, sample.k, v)
+        return op.engine.prepare(call), call
 
     def _compiled(self, op: AttentionOp, kernel: Kernel) -> None:
         """Wait for what `begin` compiles, before the GPU is taken."""
         if self.device.type == "cuda":
             target = current_target(self.device.index or 0)
             for of in (self._full, self._sliced):
-                bound = self._bound(op, of(kernel))
-                for job in launches(lambda: op.engine.host_code(*bound, kernel != "forward")):  # noqa: B023
+                call = self._call_of(op, of(kernel))
+                for job in launches(lambda: op.engine.host_code(*call, kernel != "forward")):  # noqa: B023
                     job.finish(target)
 
     def _call(self, op: AttentionOp, kernel: Kernel) -> Callable[[], Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import attncc as ac
+from attncc.runtime.operands import Operands
 from attncc.runtime.shapes import bind
 from attncc.runtime.verify import Shape, check, eager, verify_variant
 from attncc.schedule.device import device_of
@@ -35,7 +36,7 @@ def attends(name):
 
 
 def splits_of(op, q, k, v):
-    return op.engine.prepare(bind(op.graph, q, k, v, None, {}), q, k, v).schedule.forward.splits
+    return op.engine.prepare(Operands(bind(op.graph, q, k, v, None, {}), q, k, v)).schedule.forward.splits
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_a_cache_that_grows_is_compiled_once():
         k, v = cache[:, :, :length].transpose(2, 3)
         exact = ac.reference("causal", q.double(), k.double(), v.double())
         assert (op(q, k, v) - exact).abs().max() < 4e-3
-    assert len(op.engine._modules) == 1
-    assert not op.engine._kinds  # no length came twice
+    assert len(op.engine.modules) == 1
+    assert not len(op.kinds)  # no length came twice
     for _ in range(3):
         assert torch.equal(op(q, k, v), op(q, k, v))
-    assert len(op.engine._kinds) == 1
+    assert len(op.kinds) == 1
 
 
 def test_offsets_beyond_32_bits():

@@ -23,6 +23,7 @@ from attncc.runtime import binaries, compiler, launch, specialize
 from attncc.runtime.binaries import Binaries
 from attncc.runtime.compiler import Binary, compile_kernel
 from attncc.runtime.lines import without_lines
+from attncc.runtime.modules import Features
 from attncc.runtime.specialize import signature
 from attncc.schedule.cache import Cache
 
@@ -32,7 +33,7 @@ META = {"BLOCK_M": 32, "HAS_DLSE": False}
 
 @pytest.fixture(scope="module")
 def kernel():
-    return ac.compile("causal").engine.module(16, 16).delta_kernel
+    return ac.compile("causal").engine.modules.load(Features(16, 16)).delta_kernel
 
 
 def arguments(length=48, dtype=torch.float16):
@@ -155,7 +156,7 @@ def test_each_language_is_compiled_as_what_it_is(kernel, monkeypatch):
     monkeypatch.setattr(compiler, "_stages", spy)
     with pytest.raises(Seen, match="^ASTSource"):
         compile_kernel(kernel, signature(kernel, arguments(), META), H100)
-    gluon = ac.compile("causal", backend="gluon").engine.module(64, 64, form="gluon").forward_kernel
+    gluon = ac.compile("causal", backend="gluon").engine.modules.load(Features(64, 64, form="gluon")).forward_kernel
     plain = len([p for p in gluon.params if not p.is_constexpr])
     special = signature(gluon, [2] * plain, {p.name: 128 for p in gluon.params if p.is_constexpr})
     with pytest.raises(Seen, match="^GluonASTSource"):
@@ -270,7 +271,7 @@ def test_a_profiler_sees_launches_through_triton(monkeypatch):
 
 
 def test_a_dtype_is_a_constant(kernel):
-    forward = ac.compile("causal").engine.module(16, 16).forward_kernel
+    forward = ac.compile("causal").engine.modules.load(Features(16, 16)).forward_kernel
     constants = {p.name: 16 for p in forward.params if p.is_constexpr}
     values = [torch.empty(64, dtype=torch.float16)] * 5 + [16] * (len(forward.params) - 5 - len(constants))
     found = signature(forward, values, {**constants, "DOT": tl.float16})

@@ -7,6 +7,7 @@ import attncc as ac
 from attncc.runtime import binaries, compilers
 from attncc.runtime.binaries import Binaries
 from attncc.runtime.compiler import compile_kernel
+from attncc.runtime.modules import Features
 from attncc.runtime.specialize import signature
 from attncc.schedule.cache import Cache
 from tests.runtime.test_binaries import H100, META, arguments
@@ -14,7 +15,7 @@ from tests.runtime.test_binaries import H100, META, arguments
 
 @pytest.fixture(scope="module")
 def kernel():
-    return ac.compile("causal", backend="triton").engine.module(64, 64).delta_kernel
+    return ac.compile("causal", backend="triton").engine.modules.load(Features(64, 64)).delta_kernel
 
 
 def test_a_kernel_that_another_process_compiled_is_the_same(kernel, tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import attncc as ac
 from attncc.errors import UnsupportedError
 from attncc.runtime import launch
 from attncc.runtime.launch import collect, ghost
+from attncc.runtime.modules import Features
+from attncc.runtime.operands import Operands
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.shapes import bind
 from attncc.runtime.verify import check, eager, verify_variant
@@ -165,7 +167,7 @@ def test_gradients_through_merged_rows(name):
 def test_few_rows_split_their_keys_by_themselves(q_len, kv_len, splits):
     op = ac.compile("causal")
     q, k, v = (torch.randn(1, heads, length, 16) for heads, length in ((4, q_len), (2, kv_len), (2, kv_len)))
-    schedule = op.engine.prepare(bind(op.graph, q, k, v, None, {}), q, k, v).schedule
+    schedule = op.engine.prepare(Operands(bind(op.graph, q, k, v, None, {}), q, k, v)).schedule
     assert (schedule.forward.splits > 1) == splits
     assert (op(q, k, v) - ac.reference("causal", *map(double, (q, k, v)))).abs().max() < 1e-5
 
@@ -181,7 +183,7 @@ def test_several_passes_over_the_keys_own_their_rows():
 def test_the_host_code_runs_for_its_launches_alone():
     """As a CUDA graph and a replay need it: no value is looked at, and every buffer is the call's own."""
     op = split("document", 4)
-    module = op.engine.module(16, 16, form="decode")
+    module = op.engine.modules.load(Features(16, 16, form="decode"))
     q, k = (ghost(torch.empty(1, heads, length, 16)) for heads, length in ((4, 1), (2, 64)))
     doc = ghost(torch.empty(1, 64, dtype=torch.int32))
     meta = {"forward": {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "splits": 4}}

@@ -7,6 +7,7 @@ import torch
 
 import attncc as ac
 from attncc.runtime import engine
+from attncc.runtime.modules import Modules
 from attncc.runtime.samples import Shape
 from attncc.runtime.verify import verify_variant
 from attncc.schedule.device import device_for, loads_boxes
@@ -21,13 +22,13 @@ def boxed(monkeypatch):
     hopper = device_for("sm_90")
     monkeypatch.setattr(engine, "loads_boxes", lambda device, dtype, *dims: loads_boxes(hopper, "fp16", *dims))
     made = []
-    module = engine.Engine.module
+    load = Modules.load
 
-    def noted(self, d_qk, d_v, interpreted=False, tma=False, *more):
-        made.append(tma)
-        return module(self, d_qk, d_v, interpreted, tma, *more)
+    def noted(self, features, interpreted=False):
+        made.append(features.tma)
+        return load(self, features, interpreted)
 
-    monkeypatch.setattr(engine.Engine, "module", noted)
+    monkeypatch.setattr(Modules, "load", noted)
     return made
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import attncc as ac
 from attncc.codegen.plan import Plan
+from attncc.runtime.modules import Features
 from attncc.runtime.verify import Shape, verify_variant
 
 # several blocks of keys and of queries, the last of each cut; three query heads a key head
@@ -53,7 +54,8 @@ def test_a_loop_for_each_head(name):
 
 def test_the_loop_is_one_where_it_can_be():
     one, nested = (
-        ac.compile(variant).engine.source(16, 16) for variant in (ONE_LOOP["causal"], NESTED["window of each head"])
+        ac.compile(variant).engine.modules.source(Features(16, 16))
+        for variant in (ONE_LOOP["causal"], NESTED["window of each head"])
     )
     assert "for turn in tl.range(0, tiles * GROUP)" in one
     assert "for in_group in tl.range(0, GROUP)" in nested

@@ -10,6 +10,7 @@ import attncc as ac
 from attncc.runtime import engine as engines
 from attncc.runtime import launch
 from attncc.runtime.compiler import Binary, compile_kernel
+from attncc.runtime.operands import Operands
 from attncc.runtime.shapes import bind
 from attncc.runtime.specialize import signature
 from attncc.schedule import device_for
@@ -36,7 +37,7 @@ def launched(monkeypatch, op, qkv, **inputs):
     jobs = []
     monkeypatch.setattr(launch.Launcher, "begin", lambda self, kernel, *rest: jobs.append((kernel, *rest[:2])))
     bound, made = prepared(op, qkv, **inputs)
-    op.engine.warm(made, bound, *qkv, backward=True)
+    op.engine.warm(made, Operands(bound, *qkv), backward=True)
     return jobs
 
 
@@ -127,5 +128,5 @@ def test_which_gradients_are_summed_in_a_free_order(deterministic, kv_heads, fre
     op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
     assert op.free_sums() == set()
     qkv = tensors(4096, kv_heads=kv_heads)
-    op.engine.prepare(bind(op.engine.graph, *qkv, None, {}), *qkv)
+    op.engine.prepare(Operands(bind(op.engine.graph, *qkv, None, {}), *qkv))
     assert op.free_sums() == free

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import attncc as ac
 from attncc.codegen.crosscompile import cross_compile
 from attncc.errors import InputError, SpecError, UnsupportedError
+from attncc.runtime.modules import Features
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.verify import verify_variant
 from attncc.schedule import KernelSchedule, Schedule, device_for
@@ -330,7 +331,7 @@ def test_compiled_and_interpreted_kernels_take_turns():
     small = KernelSchedule(16, 16, 4, 1)
 
     def compiled():
-        module = op.engine.module(16, 16)
+        module = op.engine.modules.load(Features(16, 16))
         schedule = Schedule(small, small, small)
         found = cross_compile(module, op.graph, schedule, device_for("sm_90"), "fp16", only=("forward_kernel",))
         return found["forward_kernel"].ptx

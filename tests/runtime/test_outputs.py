@@ -7,6 +7,7 @@ import torch
 
 import attncc as ac
 from attncc.errors import InputError, UnsupportedError
+from attncc.runtime.modules import Features
 
 ready = ac.outputs
 
@@ -221,7 +222,7 @@ def test_nothing_is_computed_or_required_that_is_not_asked_for():
     plain = ac.compile(ac.Variant(mask=ac.causal))
     assert torch.equal(op(q, k, v), plain(q, k, v))
     assert torch.equal(op(q, k, v, segment=segment), plain(q, k, v))
-    assert op.engine.source(24, 8) == plain.engine.source(24, 8)
+    assert op.engine.modules.source(Features(24, 8)) == plain.engine.modules.source(Features(24, 8))
     assert op(q, k, v, outputs="received").shape == (2, 4, 27)
     with pytest.raises(InputError, match="needs the input 'segment'"):
         op(q, k, v, outputs="segment2")

@@ -10,6 +10,7 @@ import torch
 
 import attncc as ac
 from attncc.runtime import engine as engines
+from attncc.runtime.operands import Operands
 from attncc.runtime.shapes import bind
 from attncc.schedule import Cache, choose, device_for
 
@@ -40,7 +41,7 @@ def compiled(monkeypatch):
 
 def ready(op, *kernels):
     q, k, v = (torch.empty(1, 2, 256, 64, dtype=torch.bfloat16) for _ in range(3))
-    return op.engine._ready(kernels, bind(op.engine.graph, q, k, v, None, {}), q, k, v, True)
+    return op.engine.ready(kernels, Operands(bind(op.engine.graph, q, k, v, None, {}), q, k, v), True)
 
 
 def first_choice(op):

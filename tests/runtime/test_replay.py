@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 import attncc as ac
 from attncc.runtime import launch, recordings, replay, straight
 from attncc.runtime.launch import Launcher
+from attncc.runtime.modules import Features
 from attncc.runtime.specialize import signature
 from attncc.runtime.steps import Direct, Make
 from attncc.schedule.cache import Cache
@@ -21,7 +22,7 @@ META = {"BLOCK_M": 32, "HAS_DLSE": False}
 
 @pytest.fixture(scope="module")
 def kernel():
-    return ac.compile("causal").engine.module(16, 16).delta_kernel
+    return ac.compile("causal").engine.modules.load(Features(16, 16)).delta_kernel
 
 
 def arguments(length=48, dtype=torch.float16):

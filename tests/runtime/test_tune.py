@@ -11,6 +11,7 @@ from attncc.runtime import fullsize, yardstick
 from attncc.runtime.explain import sizes_of
 from attncc.runtime.gputime import median_us
 from attncc.runtime.launch import launches
+from attncc.runtime.operands import Operands
 from attncc.runtime.race import TrialError, race
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.shapes import bind
@@ -54,7 +55,7 @@ def test_a_slice_needs_no_backward_of_its_own():
         )
         bound = bind(op.engine.graph, q, k, v, None, op.kernel_inputs(q, k, None, sample.inputs))
         prepared = op.engine.prepare_for(device_for("h100"), bound, torch.bfloat16)
-        jobs = launches(lambda: op.engine.host_code(prepared, bound, q, k, v, True))  # noqa: B023
+        jobs = launches(lambda: op.engine.host_code(prepared, Operands(bound, q, k, v), True))  # noqa: B023
         found.append({job.kernel.__name__: signature(job.kernel, job.arguments, job.meta) for job in jobs})
     assert {"dkdv_kernel", "dq_kernel"} <= set(found[0])
     assert all(found[0][name] == found[1][name] for name in ("dkdv_kernel", "dq_kernel"))
@@ -71,7 +72,7 @@ def test_what_is_made_before_the_kernels_is_bound(name):
     """The inputs that other ops and running sums make: a race compiles kernels from a call that has them all."""
     own = Track(ac.variants.get(name).graph, SHAPE, "fp32", torch.device("cpu"), {})
     op = ac.AttentionOp(own.graph)
-    _, bound, *_ = own._bound(op, own.sample)
+    bound = own._call_of(op, own.sample)[1].bound
     assert {d.name for d in op.engine.graph.inputs} == set(bound.tensors) != set(own.sample.inputs)
 
 
