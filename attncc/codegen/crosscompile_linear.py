@@ -18,13 +18,13 @@ from attncc.schedule.problem import Dtype, Precision
 
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
-    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DADDED_PTR", "LEFT_PTR", "ASKED_PTR", "DK_SUM_PTR"),
+    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DRIGHT_PTR", "RECALLED_PTR"),
     *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "KEPT_PTR", "FEATURES_PTR", "PAIR_PTR", "DIAGONAL_PTR"),
 )
 _STATES = ("STATES_PTR", "DSTATES_PTR")
 _FLAGS = (
     *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
-    *("WANT_STEPS", "WANT_DIAGONAL", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
+    *("WANT_STEPS", "WANT_ROW", "WANT_DIAGONAL", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
 )
 #: what the host launches its small kernels with
 _SMALL = {"BLOCK": 1024, "num_warps": 4}
@@ -49,15 +49,19 @@ def cross_compile_linear(
     for name in kernel_names(module):
         if only is not None and name not in only:
             continue
+        if name == "forward_kernel" and "carry" in schedule.kernels and "forward" not in schedule.kernels:
+            continue  # another kernel makes the output on its way
         kernel = getattr(module, name)
         of_host = {**_SMALL, "CHUNK": schedule.chunk if name == "runs_kernel" else 32}
         meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), of_host))
         options = {key: meta.pop(key) for key in ("num_warps", "num_stages") if key in meta}
         constants: dict[str, Any] = {
-            **meta,
             **dict.fromkeys(_FLAGS, True),
+            **meta,
             "PACKED": False,
             "REVERSE": False,
+            "AGAIN": False,
+            "READ": "forward" not in schedule.kernels,
             "STEPS": 16,
             "DOT": TYPES[dtype],
             "PRECISION": precision if dtype == "fp32" else "ieee",

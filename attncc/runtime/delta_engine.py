@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +18,11 @@ from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.delta import delta_schedule, solve_precision
 from attncc.schedule.device import device_of
-from attncc.schedule.linear import LinearSchedule
+from attncc.schedule.linear import LinearSchedule, LinearSizes
 from attncc.schedule.problem import Precision
+
+#: tokens of a sequence that is not short
+_LONG = 1 << 20
 
 
 class DeltaEngine(LinearEngine):
@@ -31,6 +36,9 @@ class DeltaEngine(LinearEngine):
 
     def render(self, d_qk: int, d_v: int) -> str:
         return render_delta(self.graph, self.delta, d_qk, d_v)
+
+    def sizes(self, q: Tensor, v: Tensor, ends: list[int] | None) -> LinearSizes:
+        return replace(super().sizes(q, v, ends), decays=self.plan.decay != "none")
 
     def state_shape(self, d_qk: int, d_v: int) -> tuple[int, int]:
         return d_qk, d_v
@@ -47,6 +55,28 @@ class DeltaEngine(LinearEngine):
         module = self.module(q.shape[3], v.shape[3], device.is_interpreter)
         return module, schedule, cut(q, ends, schedule.span), options
 
+    def widths(self, q: Tensor, v: Tensor, chunk: int | None) -> tuple[int, ...]:
+        """Of what tokens add, and of the inverse of their chunk's equations: as many columns as a chunk of a long
+        sequence has tokens, for how long packed ones are is not known where calls are traced."""
+        sizes = replace(self.sizes(q, v, None), length=_LONG)
+        return v.shape[3], delta_schedule(sizes, device_of(q.device), chunk).chunk
+
+    def _forward(
+        self, module: Any, stepwise: bool, keep: tuple[int, ...], *call: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+        """Token after token nothing is kept."""
+        if stepwise:
+            return (*module.step(*call), [])
+        return module.forward(*call, keep)
+
+    def _derive(self, module: Any, kept: list[Tensor], of_forward: Sequence[Any], *call: Any) -> Any:
+        """The module's backward, which needs what the forward by chunks keeps: made here if it was another."""
+        *_, cut, schedule, options = call
+        if not kept:
+            keep = (of_forward[2].shape[3], schedule["prepare"]["CHUNK"])
+            *_, kept = module.forward(*of_forward, False, cut, schedule, options, keep)
+        return module.backward(*of_forward, kept, *call)
+
     def backward(
         self,
         q: Tensor,
@@ -57,8 +87,9 @@ class DeltaEngine(LinearEngine):
         initial: Tensor | None,
         cu_seqlens: Tensor | None,
         chunk: int | None,
-        out: Tensor,
+        out: Tensor | None,
         total: Tensor | None,
+        kept: list[Tensor],
         dout: Tensor,
         dlast: Tensor | None,
         wanted: list[bool],
@@ -71,8 +102,8 @@ class DeltaEngine(LinearEngine):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         dlast = None if dlast is None else dlast.contiguous()
         with on_device(q.device):
-            dq, dk, dv, dinitial, found, _ = module.backward(
-                *(q, k, v, named, constant, initial, dout, dlast, want_initial),
+            dq, dk, dv, dinitial, found = self._derive(
+                *(module, kept, (q, k, v, named, constant, initial), dout, dlast, want_initial),
                 *(self._asked(wants), cut, schedule.kernels, options),
             )
         return dq, dk, dv, dinitial, [found.get(n) if wants[n] else None for n in self.names]

@@ -131,7 +131,7 @@ class LinearOp:
         rows = self._rows.tokens(bound, q.device, places=stands)
         constant = self._rows.constant(bound)
         then_backward = _wants_gradient(q, k, v, initial, *rows)
-        out, _, last = library.forward_op(
+        out, _, last, *_ = library.forward_op(
             *(q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last),
             *(then_backward, [x.requires_grad for x in rows], self._key),
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from attncc.runtime.first_order import first_order
 from attncc.runtime.launch import ghost
 from attncc.runtime.linear_engine import LinearEngine
+from attncc.runtime.linear_library import like
 from attncc.runtime.recordings import Recordings, keep
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound
@@ -117,7 +118,7 @@ class LinearCalls(Calls):
     def forward(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, *tensors: Tensor
     ) -> tuple[Any, ...]:
-        """out, the row totals or None, the last state or None, then the factors of tokens."""
+        """out, the row totals or None, the last state or None, then what is kept, then the factors of tokens."""
         kind, engine = call.kind, self.engine
 
         def run() -> tuple[Any, ...]:
@@ -127,7 +128,8 @@ class LinearCalls(Calls):
                 rows = engine.rows.tokens(bound, q.device)
             wanted = [call.names is None and x.requires_grad for x in rows]
             of_plan = (None, kind.stepwise, kind.chunk, kind.want_last, kind.then_backward, wanted)
-            return (*engine.forward(q, k, v, rows, kind.constant, first, *of_plan), *rows)
+            *found, kept = engine.forward(q, k, v, rows, kind.constant, first, *of_plan)
+            return (*found, *kept, *rows)
 
         given = [q, k, v, *tensors] if first is None else [q, k, v, first, *tensors]
         # inputs are part of the call's key; what PyTorch made of them is not
@@ -141,18 +143,18 @@ class LinearCalls(Calls):
         self, call: Call, given: tuple[Any, ...], rows: list[Tensor], wanted: list[bool], want_first: bool
     ) -> tuple[Any, ...]:
         """dq, dk, dv, that of the first state or None, then those of the factors of tokens. `given`: q, k, v, the first
-        state, out, the row totals, and the gradients of out and of the last state."""
-        q, k, v, first, out, total, dout, dlast = given
+        state, out where there are row totals, these, what is kept, and the gradients of out and of the last state."""
+        q, k, v, first, out, total, kept, dout, dlast = given
         kind = call.kind
 
         def run() -> tuple[Any, ...]:
-            of_out = (None, kind.chunk, out, total, dout, dlast)
+            of_out = (None, kind.chunk, out, total, kept, dout, dlast)
             dq, dk, dv, dfirst, found = self.engine.backward(
                 q, k, v, rows, kind.constant, first, *of_out, wanted, want_first
             )
             return dq, dk, dv, dfirst, *found
 
-        others = {str(i): x for i, x in enumerate((first, out, total, dout, dlast, *rows))}
+        others = {str(i): x for i, x in enumerate((first, out, total, dout, dlast, *rows, *kept))}
         key = (call.key, key_of(q, k, v, None, others), tuple(wanted), want_first)
         return self._backwards.run(key, run, [q, k, v, *(x for x in others.values() if x is not None)])
 
@@ -163,23 +165,26 @@ class EagerLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, *tensors: Tensor) -> Any:
         """out, and with it the last state where it is wanted."""
-        out, total, last, *rows = call.calls.forward(call, q, k, v, first, *tensors)
+        out, total, last, *others = call.calls.forward(call, q, k, v, first, *tensors)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, first, out, total, *rows)
+        needed = None if total is None else out
+        ctx.save_for_backward(q, k, v, first, needed, total, *others)
         return (out, last) if call.kind.want_last else out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor | None, dlast: Tensor | None = None) -> tuple[Any, ...]:
         """Gradients by the derived backward."""
-        q, k, v, first, out, total, *rows = ctx.saved_tensors
+        q, k, v, first, out, total, *others = ctx.saved_tensors
+        count = len(others) - len(ctx.call.calls.engine.names)
+        kept, rows = others[:count], others[count:]
         needed = ctx.needs_input_grad[5:]
         if dout is None and dlast is None:
             return (None,) * (5 + len(needed))
         wanted = [False] * len(rows) if ctx.call.names is not None else list(needed)
-        dout = torch.zeros_like(out) if dout is None else dout
-        given = (q, k, v, first, out, total, dout, dlast)
+        dout = like(q, q.shape[1], v.shape[3]).zero_() if dout is None else dout
+        given = (q, k, v, first, out, total, kept, dout, dlast)
         dq, dk, dv, dfirst, *drows = ctx.call.calls.backward(ctx.call, given, rows, wanted, ctx.needs_input_grad[4])
         of_rows = drows if ctx.call.names is None else [None] * len(needed)
         return None, dq, dk, dv, dfirst, *of_rows

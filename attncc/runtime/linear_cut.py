@@ -55,14 +55,15 @@ def places(cu_seqlens: Tensor, length: int) -> Tensor:
 
 
 def cut_packed(ends: list[int], span: int, device: torch.device) -> dict[str, Any]:
-    """Packed sequences: a segment lies within one of them."""
+    """Packed sequences: a segment lies within one of them. Behind the last is one without tokens, for kernels that look
+    ahead."""
     segments: list[int] = []
     firsts = [0]
     for lo, hi in pairwise(ends):
         for start in range(lo, hi, span):
             segments += (start, min(start + span, hi))
         firsts.append(len(segments) // 2)
-    tables = [torch.tensor(x, dtype=torch.int32, device=device) for x in (segments or [0, 0], firsts, ends)]
+    tables = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([*segments, 0, 0], firsts, ends)]
     return {
         "span": span,
         "per_sequence": 0,

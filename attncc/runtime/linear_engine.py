@@ -118,22 +118,35 @@ class LinearEngine:
         want_last: bool,
         then_backward: bool = False,
         wanted: Sequence[bool] = (),
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """out, the row totals or None, and the last state or None.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+        """out, the row totals or None, the last state or None, and what the backward is to be given of it (`kept`).
 
-        then_backward: compile the backward meanwhile, with the gradients of the factors of tokens that are `wanted`.
+        then_backward: keep that, and compile the backward meanwhile, with the gradients of the factors of tokens that
+        are `wanted`.
         """
         module, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
-        run = module.step if stepwise else module.forward
         named = dict(zip(self.names, rows, strict=True))
         if q.is_cuda:
-            call = (options, (q, k, v), named, initial, stepwise, want_last)
-            self._warm(module, schedule, cut, *call, wanted if then_backward else None)
+            of_kind = (options, (q, k, v), named, initial, stepwise, want_last, chunk)
+            self._warm(module, schedule, cut, *of_kind, wanted if then_backward else None)
         with on_device(q.device):
-            found: tuple[Tensor, Tensor | None, Tensor | None] = run(
-                q, k, v, named, constant, initial, want_last, cut, schedule.kernels, options
-            )
-        return found
+            keep = self.widths(q, v, chunk) if then_backward else ()
+            call = (q, k, v, named, constant, initial, want_last, cut, schedule.kernels, options)
+            return self._forward(module, stepwise, keep, *call)
+
+    def widths(self, q: Tensor, v: Tensor, chunk: int | None) -> tuple[int, ...]:
+        """What forward keeps for a backward: the last sizes of tensors (B, H, L, size) in q's dtype."""
+        return ()
+
+    def _forward(
+        self, module: Any, stepwise: bool, keep: tuple[int, ...], *call: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor]]:
+        """What the module finds, and with it what it keeps."""
+        return (*(module.step if stepwise else module.forward)(*call), [])
+
+    def _derive(self, module: Any, kept: list[Tensor], of_forward: Sequence[Any], *call: Any) -> Any:
+        """The module's backward. `of_forward`: q, k, v, rows, constant and initial state."""
+        return module.backward(*of_forward, *call)
 
     def _warm(
         self,
@@ -146,6 +159,7 @@ class LinearEngine:
         initial: Tensor | None,
         stepwise: bool,
         want_last: bool,
+        chunk: int | None,
         wanted: Sequence[bool] | None,
     ) -> None:
         """Start to compile what this call launches, all kernels side by side; once for each kind."""
@@ -161,16 +175,16 @@ class LinearEngine:
         first = None if initial is None else ghost(initial)
 
         def run() -> None:
-            forward = module.step if stepwise else module.forward
-            out, total, last = forward(*qkv, named, 1.5, first, want_last, cut, schedule.kernels, options)
+            keep = () if wanted is None else self.widths(q, tensors[2], chunk)
+            call = (*qkv, named, 1.5, first, want_last, cut, schedule.kernels, options)
+            out, total, last, kept = self._forward(module, stepwise, keep, *call)
             if wanted is not None:
                 given = dict(named)
                 if total is not None:
                     given["weight"], given["dtotal"], given["slope"] = module.delta(out, out), total, total
                 wants = self._asked(dict(zip(self.names, wanted, strict=True)))
-                module.backward(
-                    *(*qkv, given, 1.5, first, out, last, first is not None, wants, cut, schedule.kernels, options)
-                )
+                of_backward = (out, last, first is not None, wants, cut, schedule.kernels, options)
+                self._derive(module, kept, (*qkv, given, 1.5, first), *of_backward)
 
         collect(run, q.get_device())
 
@@ -184,14 +198,16 @@ class LinearEngine:
         initial: Tensor | None,
         cu_seqlens: Tensor | None,
         chunk: int | None,
-        out: Tensor,
+        out: Tensor | None,
         total: Tensor | None,
+        kept: list[Tensor],
         dout: Tensor,
         dlast: Tensor | None,
         wanted: list[bool],
         want_initial: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor | None]]:
-        """dq, dk, dv, that of the initial state, and those of the factors of tokens that are wanted."""
+        """dq, dk, dv, that of the initial state, and those of the factors of tokens that are wanted. out: where there
+        are row totals."""
         module, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
         named = dict(zip(self.names, rows, strict=True))
         wants = dict(zip(self.names, wanted, strict=True))
@@ -204,9 +220,9 @@ class LinearEngine:
                 delta = module.delta(out, dout)
                 given["weight"], slope = self.rows.weight_and_slope(total, named.get("gain"))
                 given["dtotal"], given["slope"] = delta * slope, slope
-            dq, dk, dv, dinitial, of_q, of_k, steps, of_diagonal = module.backward(
-                *(q, k, v, given, constant, initial, dout, None if dlast is None else dlast.contiguous()),
-                *(want_initial, self._asked(wants)),
+            dq, dk, dv, dinitial, of_q, of_k, steps, of_diagonal = self._derive(
+                *(module, kept, (q, k, v, given, constant, initial)),
+                *(dout, None if dlast is None else dlast.contiguous(), want_initial, self._asked(wants)),
                 *(cut, schedule.kernels, options),
             )
         found: dict[str, Any] = {}

@@ -42,11 +42,12 @@ def forward_op(
     wanted: list[bool],
     key: str,
 ) -> list[Tensor]:
-    """out, the row totals (empty where there are none), the last state (empty where it is not wanted)."""
+    """out, the row totals (empty where there are none), the last state (empty where it is not wanted), and what is kept
+    for the backward."""
     call = (q, k, v, rows, constant, initial, cu_seqlens, stepwise, chunk, want_last, then_backward, wanted)
-    found = _engines[key].forward(*call)
+    *found, kept = _engines[key].forward(*call)
     # a schema's list of tensors has no place for None
-    return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in found]
+    return [*(q.new_empty(0, dtype=torch.float32) if x is None else x for x in found), *kept]
 
 
 @forward_op.register_fake
@@ -70,7 +71,9 @@ def _(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (sequences, heads, *engine.state_shape(q.shape[3], v.shape[3]))
     total = q.new_empty(q.shape[:3] if engine.plan.total else (0,), dtype=torch.float32)
-    return [like(q, heads, v.shape[3]), total, q.new_empty(state if want_last else (0,), dtype=torch.float32)]
+    last = q.new_empty(state if want_last else (0,), dtype=torch.float32)
+    keep = engine.widths(q, v, chunk) if then_backward and not stepwise else ()
+    return [like(q, heads, v.shape[3]), total, last, *(q.new_empty((*q.shape[:3], size)) for size in keep)]
 
 
 @torch.library.custom_op("attncc::linear_backward", mutates_args=())
@@ -83,8 +86,9 @@ def backward_op(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk: int | None,
-    out: Tensor,
+    out: Tensor | None,
     total: Tensor,
+    kept: list[Tensor],
     dout: Tensor,
     dlast: Tensor | None,
     wanted: list[bool],
@@ -94,7 +98,7 @@ def backward_op(
     """dq, dk, dv, that of the initial state, then those of the rows; empty where they are not wanted."""
     engine = _engines[key]
     row_totals = total if engine.plan.total else None
-    call = (q, k, v, rows, constant, initial, cu_seqlens, chunk, out, row_totals, dout, dlast)
+    call = (q, k, v, rows, constant, initial, cu_seqlens, chunk, out, row_totals, kept, dout, dlast)
     dq, dk, dv, dinitial, drows = engine.backward(*call, wanted, want_initial)
     return [q.new_empty(0, dtype=torch.float32) if x is None else x for x in (dq, dk, dv, dinitial, *drows)]
 
@@ -109,8 +113,9 @@ def _(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk: int | None,
-    out: Tensor,
+    out: Tensor | None,
     total: Tensor,
+    kept: list[Tensor],
     dout: Tensor,
     dlast: Tensor | None,
     wanted: list[bool],
@@ -125,19 +130,23 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     q, k, v, rows, constant, initial, cu_seqlens, _, chunk, want_last, *_, key = inputs
-    ctx.save_for_backward(q, k, v, initial, cu_seqlens, *output[:2], *rows)
+    out, total, _, *kept = output
+    needed = out if _engines[key].plan.total else None
+    ctx.save_for_backward(q, k, v, initial, cu_seqlens, needed, total, *kept, *rows)
+    ctx.rows = len(rows)
     ctx.call = (constant, chunk, want_last, key)
     ctx.wanted = [r.requires_grad for r in rows]
     ctx.want_initial = initial is not None and initial.requires_grad
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    q, k, v, initial, cu_seqlens, out, total, *rows = ctx.saved_tensors
+    q, k, v, initial, cu_seqlens, out, total, *others = ctx.saved_tensors
+    kept, rows = others[: len(others) - ctx.rows], others[len(others) - ctx.rows :]
     constant, chunk, want_last, key = ctx.call
-    dout = grads[0] if grads[0] is not None else torch.zeros_like(out)
+    dout = grads[0] if grads[0] is not None else like(q, q.shape[1], v.shape[3]).zero_()
     dlast = grads[2] if want_last else None
     dq, dk, dv, dinitial, *drows = backward_op(
-        *(q, k, v, rows, constant, initial, cu_seqlens, chunk, out, total, dout, dlast),
+        *(q, k, v, rows, constant, initial, cu_seqlens, chunk, out, total, kept, dout, dlast),
         *(ctx.wanted, ctx.want_initial, key),
     )
     found = [g if want else None for g, want in zip(drows, ctx.wanted, strict=True)]

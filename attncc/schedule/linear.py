@@ -35,7 +35,8 @@ WAVES: int | None = None
 class LinearSizes:
     """A call as its kernels see it. `length` is that of the longest sequence; by_channel: a decay for each feature;
     normalized: weights are divided by a sum of them, whose gradient wants all features of a query in one program;
-    divided: by a sum of whatever kind; rows: float32 factors of a token that the kernels load."""
+    divided: by a sum of whatever kind; rows: float32 factors of a token that the kernels load; decays: of a delta rule,
+    does its state?"""
 
     dtype: Dtype
     sequences: int
@@ -47,6 +48,7 @@ class LinearSizes:
     normalized: bool = False
     divided: bool = False
     rows: int = 0
+    decays: bool = False
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def test_facts_of_some(entries):
     assert by_name["retention"]["linear"]
     assert not by_name["causal"]["linear"]
     assert by_name["gated_delta_net"]["gradients"] == ["q", "k", "v", "initial_state", "beta", "g"]
-    assert {"prepare", "carry", "carry_back", "solve_back"} <= set(by_name["delta_net"]["kernels"])
+    assert {"prepare", "carry", "prepare_back", "carry_back", "gradients"} <= set(by_name["delta_net"]["kernels"])
     assert all(e["gradients"] and e["kernels"] for e in entries)
 
 
