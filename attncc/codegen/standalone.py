@@ -15,7 +15,7 @@ from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.problem import Dtype, Schedule
 
 #: what its exported function calls something of its own
-_LOCAL = frozenset({"q", "k", "v", "scale", "return_lse", "results"})
+_LOCAL = frozenset({"q", "k", "v", "scale", "return_lse", "results", "sizes"})
 
 
 def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype, device: Device) -> str:
@@ -25,10 +25,10 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
             f"'{plan.graph.name}' needs {plan.made[0].name}, which another op makes: it is no single file",
             remedy="use attncc.compile, or hand that input over from an op of its own",
         )
-    written, named = coded(plan)
+    written, users = coded(plan)
     graph = written.graph
     # what its caller passes is called as in the spec, though not within the kernels
-    named = {name: name if own in _LOCAL else own for name, own in named.items()}
+    named = {name: name if own in _LOCAL else own for name, own in users.items()}
     backward = plan.has_backward is None
     tma = backward and not plan.similarity.loops and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)
     hopper_backward = backward and schedule.dkdv.backend == "gluon"
@@ -45,7 +45,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         "hopper": schedule.forward.backend == "gluon",
         "hopper_backward": hopper_backward,
         "refusal": str(plan.has_backward or ""),
-        "grad_names": repr(tuple(d.name if d.grad else None for d in graph.inputs)),
+        "grad_names": repr(tuple(users[d.name] if d.grad else None for d in graph.inputs)),
         "named": named,
         "parameters": "".join(f"{named[d.name]}, " for d in graph.inputs)
         + "".join(f"{named[s.name]}={s.default!r}, " for s in graph.scalars),

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -220,21 +220,34 @@ def test_a_standalone_file_needs_torch_and_triton_alone(tmp_path):
     assert "must be on one GPU" in run.stdout
 
 
-def test_a_standalone_file_computes_the_variant(tmp_path):
-    """Its host code with the launches sent to the interpreter."""
-    path = file_of("sink", tmp_path)
-    spec = importlib.util.spec_from_file_location("sink_kernel", path)
+@pytest.mark.parametrize("name", ["sink", "base"])  # `base` is a name of the code's own
+def test_a_standalone_file_computes_the_variant_and_its_gradients_on_a_cpu(tmp_path, name):
+    text = "exp(score - row.max(score)) / (row.sum(exp(score - row.max(score))) + exp({0}[h] - row.max(score)))"
+    variant = ac.loads_toml(
+        f'[stages]\nnormalizer = "{text.format(name)}"\n[inputs]\n{name} = {{ index = ["h"], grad = true }}'
+    )
+    path = tmp_path / "kernel.py"
+    schedule = Schedule(SMALL, SMALL, SMALL)
+    path.write_text(standalone(Plan(variant.graph), 16, 16, schedule, "fp32", device_for("h100")))
+    spec = importlib.util.spec_from_file_location("interpreted_kernel", path)
     kernel = importlib.util.module_from_spec(spec)
     with interpreter.decorating():
         spec.loader.exec_module(kernel)
-    q, k, v = (torch.randn(1, 2, 9, 16) for _ in range(3))
-    sink = torch.tensor([0.5, -1.0])
+    leaves = [x.requires_grad_() for x in (*torch.randn(3, 1, 2, 9, 16), torch.tensor([0.5, -1.0]))]
+
+    def results(attend, **more):
+        out, lse = attend(*leaves[:3], **{name: leaves[3]}, **more)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), leaves)
+
     with interpreter.interpreting():
-        options = kernel._options(q) | {"FAST_MATH": False}
-        out, lse = kernel.forward(q, k, v, sink, 0.25, kernel.SCHEDULE, options)
-    exact = eager("sink", q, k, v, sink=sink, outputs=("out", "lse"))
-    for found, expected in zip((out, lse), exact, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        found = results(kernel.attention, return_lse=True)
+    expected = results(partial(eager, variant), outputs=("out", "lse"))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+    with pytest.raises(ValueError, match=rf"{name} \(3,\) does not fit its pattern \(h=2\)"):
+        kernel.attention(*leaves[:3], **{name: torch.zeros(3)})
+    with pytest.raises(ValueError, match=f"{name} must be on cpu, and of floats"):
+        kernel.attention(*leaves[:3], **{name: torch.zeros(2, dtype=torch.int32)})
 
 
 def test_a_standalone_file_says_why_it_has_no_backward(monkeypatch):
