@@ -178,8 +178,6 @@ def _tiling(name: str, schedule: Schedule) -> Any:
     for loop, tiling in light_tilings(schedule).items():
         if name.startswith(f"{loop}_"):
             return tiling
-    if name.startswith("cotangents"):
-        return schedule.dq
     if name == "dq_of_rows_kernel":
         return DQ_OF_ROWS
     if name == "merge_kernel":
@@ -236,5 +234,10 @@ def resources(name: str, result: Any, device: Device) -> CompiledKernel:
 
 def spilled(kernels: Mapping[str, CompiledKernel], schedule: Schedule) -> dict[tuple[Kernel, KernelSchedule], int]:
     """What kernels that were compiled with a schedule spill, as the scheduler takes note of it."""
-    found = ((kernel_of(name), kernel) for name, kernel in kernels.items())
-    return {(kernel, schedule.of(kernel)): compiled.spills for kernel, compiled in found if kernel is not None}
+    found: dict[tuple[Kernel, KernelSchedule], int] = {}
+    for name, compiled in kernels.items():
+        kernel = kernel_of(name)
+        if kernel is not None:
+            key = kernel, schedule.of(kernel)
+            found[key] = max(compiled.spills, found.get(key, 0))
+    return found

@@ -11,8 +11,11 @@ EVEN_REGISTERS = {2: 168, 3: 128}
 
 
 def kernel_of(name: str) -> Kernel | None:
-    """Which of the scheduler's kernels a generated one is; None for those that are tiled like another."""
+    """Which of the scheduler's kernels a generated one is, or is a companion of, which loops over the same tiles in the
+    same tiling: what it spills is a reason against that, too. None for the others that are tiled like another."""
     known: dict[str, Kernel] = {"forward": "forward", "decode": "forward", "dkdv": "dkdv", "dq": "dq"}
+    if name.startswith("cotangents"):
+        return "dq"
     return known.get(name.removesuffix("_kernel"))
 
 

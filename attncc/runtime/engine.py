@@ -68,7 +68,7 @@ class Engine:
         self._backend = backend
         self._deterministic = deterministic
         self._prepared: dict[Any, Prepared] = {}
-        self._warmed: dict[Any, dict[Kernel, Future[Any]]] = {}
+        self._warmed: dict[Any, dict[Kernel, list[Future[Any]]]] = {}
         self._lock = threading.RLock()
 
     def sibling(self, graph: VariantGraph, extra: PairCotangents) -> Engine:
@@ -197,8 +197,11 @@ class Engine:
         with self._lock:
             if kind not in self._warmed:
                 run = partial(self.host_code, prepared, call, backward, wanted)
-                started = collect(run, call.q.get_device())
-                self._warmed[kind] = {of: future for name, future in started if (of := kernel_of(name)) is not None}
+                started: dict[Kernel, list[Future[Any]]] = {}
+                for name, future in collect(run, call.q.get_device()):
+                    if (kernel := kernel_of(name)) is not None:
+                        started.setdefault(kernel, []).append(future)
+                self._warmed[kind] = started
             prepared.started.update(self._warmed[kind])
 
     def host_code(

@@ -19,7 +19,7 @@ class Prepared:
     """What a kind of call needs: the module, the schedule in launch words, and the constants of the kernels.
 
     `chosen_for`: the problem and device of a schedule that nobody gave or measured here. `started`: kernels that are
-    compiled, or will be soon.
+    compiled, or will be soon, each with its companions.
     """
 
     module: ModuleType
@@ -28,7 +28,7 @@ class Prepared:
     options: dict[str, Any]
     interpreted: bool
     chosen_for: tuple[Problem, Device] | None = None
-    started: dict[Kernel, Future[Any]] = field(default_factory=dict)
+    started: dict[Kernel, list[Future[Any]]] = field(default_factory=dict)
 
 
 def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -> bool:
@@ -39,8 +39,9 @@ def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -
     problem, device = prepared.chosen_for
     found: dict[tuple[Kernel, KernelSchedule], int] = {}
     for kernel in kernels:
-        tiling, started = prepared.schedule.of(kernel), prepared.started.get(kernel)
+        tiling = prepared.schedule.of(kernel)
         # what does not compile fails again at its launch, with its reason
-        if started is not None and started.exception() is None and not problem.spilled(kernel, tiling):
-            found[kernel, tiling] = spilled_bytes(started.result())
+        started = [future.result() for future in prepared.started.get(kernel, ()) if future.exception() is None]
+        if started and not problem.spilled(kernel, tiling):
+            found[kernel, tiling] = max(map(spilled_bytes, started))
     return note_spills(found, problem, device, cache)

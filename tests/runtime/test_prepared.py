@@ -27,7 +27,7 @@ def compiled(monkeypatch):
         found.schedules.append(run.args[0].schedule)  # of host_code(prepared, ...)
         number = len(found.schedules) - 1
         started = []
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, "cotangents"):
             future = Future()
             future.set_result(found.spills(number, kernel))
             started.append((f"{kernel}_kernel", future))
@@ -65,6 +65,14 @@ def test_the_next_tiling_is_taken_in_this_process_and_the_next(compiled):
     assert ready(op, *KERNELS).schedule == after == first_choice(ac.compile("causal", plan="parallel"))
     problem, device = ready(op).chosen_for
     assert choose(problem, device, Cache()) == after  # what `attncc compile` and `explain` ask
+
+
+def test_a_companion_that_spills_is_a_reason_against_its_tiling(compiled):
+    op = ac.compile("causal", plan="parallel")
+    compiled.spills = lambda number, kernel: 16 if (number, kernel) == (0, "cotangents") else 0
+    before, after = first_choice(op), ready(op, "dkdv", "dq").schedule
+    assert after.dq != before.dq
+    assert (after.forward, after.dkdv) == (before.forward, before.dkdv)
 
 
 def test_where_all_spill_the_search_ends(compiled):
