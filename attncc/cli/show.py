@@ -97,7 +97,11 @@ def drawing(graph: VariantGraph, q_len: int, kv_len: int, head: int, heads: int,
         notes.append(f"a dot is {drawn.step} x {drawn.step} pairs, of which any is visible")
     used = graph["mask"].expr.free_symbols
     names = {s.name for s in used}
-    notes += [f"{name} = {value}" for name, value in drawn.scalars.items() if name in names]
+    defaults = {s.name: s.default for s in graph.scalars}
+    for name, value in drawn.scalars.items():
+        if name in names:
+            own = "" if name in given or value == defaults[name] else f", not {defaults[name]}, to be seen at this size"
+            notes.append(f"{name} = {value}{own}")
     sampled = [d.name for d in graph.inputs if d.name in {str(r.args[0]) for r in graph.reads} and d.name in names]
     notes += [f"{', '.join(sampled)}: sample values"] if sampled else []
     out.print(f"  {'; '.join(notes)}", style="dim")

@@ -8,7 +8,8 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
-from attncc.errors import AttnccError, SpecError
+from attncc.errors import AttnccError, Diagnostic, SpecError
+from attncc.language.places import traceback_span
 from attncc.language.textform import from_texts, load_toml
 from attncc.language.variant import Variant
 
@@ -78,6 +79,8 @@ def _execute(path: Path) -> ModuleType:
     sys.path.insert(0, folder)  # as when Python itself runs the file
     try:
         found.loader.exec_module(module)
+    except Diagnostic as error:  # without a place where no formula is at fault: then it is the line that the file ran
+        raise error.at(traceback_span(error)) from None
     except AttnccError:
         raise
     except Exception as error:  # the user's program may raise anything; what counts is where and why

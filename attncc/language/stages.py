@@ -210,7 +210,8 @@ def check_name(name: str) -> None:
 def cannot_name(name: str) -> SpecError | None:
     """Why `name` can name no input and no scalar, or None where it can."""
     if name in _RESERVED or name in functions.TABLE:
-        return SpecError(f"the input name '{name}' already means something else", remedy="rename the input")
+        what = f"the function {name}()" if name in functions.TABLE else "a word of the language"
+        return SpecError(f"the input name '{name}' already means something else: {what}", remedy="rename the input")
     if not name.isidentifier() or keyword.iskeyword(name):
         return SpecError(f"'{name}' cannot name an input", remedy="use an identifier: letters, digits and underscores")
     if re.fullmatch(_STAGE_NAME, name):

@@ -289,6 +289,13 @@ def lift(x: Any) -> Value:
             "a tensor is captured by the formula",
             "declare it: inputs={'name': ac.Input(...)}, and read it as name[...]",
         )
+    stage = getattr(x, "stage", None)
+    if isinstance(stage, str):  # a Mask or a ScoreMod
+        joined = "mask=ac.causal & function" if stage == "mask" else "score=ac.alibi() >> function"
+        what = "a mask" if stage == "mask" else "a modifier of scores"
+        fail(f"{what} is no value of a formula", f"join the two where the variant is made: {joined}")
+    if callable(x):
+        fail(f"a function, {getattr(x, '__name__', x)}, is no value of a formula", "call it")
     fail(f"{type(x).__name__} is not a value of a formula", "numbers, booleans, indices and inputs are")
 
 

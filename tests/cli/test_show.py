@@ -59,7 +59,9 @@ def test_show_prints_formulas_declarations_and_the_mask(attncc):
     assert "scalar       window = 4096" in text
     drawn = [line.strip() for line in text.splitlines() if set(line.strip()) and set(line.strip()) <= set("█▀▄·")]
     assert drawn == ["█▄······", "▀██▄····", "··▀██▄··", "····▀██▄"]
-    assert "window = 3" in text
+    assert "window = 3\n" in text
+    text = attncc("show", "gemma2_local", "--q-len", "8").stdout
+    assert re.search(r"window = \d, not 4096, to be seen at this size\n", text)
 
 
 def test_show_ir(attncc):

@@ -74,7 +74,12 @@ def test_a_python_file_without_the_variant_says_what_it_has(attncc, python, name
 
 
 @pytest.mark.parametrize(
-    ("text", "finding"), [("x = 1 / 0\n", ":1: ZeroDivisionError"), ("\nx = (\n", ":2: SyntaxError")]
+    ("text", "finding"),
+    [
+        ("x = 1 / 0\n", ":1: ZeroDivisionError"),
+        ("\nx = (\n", ":2: SyntaxError"),
+        ("import attncc as ac\nx = ac.Variant(inputs={'exp': ac.Input('h')})\n", ":2: the input name 'exp' already"),
+    ],
 )
 def test_a_python_file_that_does_not_run_says_where(attncc, tmp_path, text, finding):
     path = tmp_path / "broken.py"

@@ -240,7 +240,16 @@ def test_the_caret_stands_under_the_users_expression(build, stage, pointed, mess
         (lambda: ac.Variant(inputs={"cap": ac.Scalar(3)}), "the scalar 'cap' is declared but no stage reads it"),
         (lambda: ac.Variant(inputs={"slopes": 3.0}), r"inputs\['slopes'\] is int|is float"),
         (lambda: ac.Variant(inputs={"score": SLOPES}), "'score' already means something else"),
-        (lambda: ac.Variant(inputs={"exp": SLOPES}), "'exp' already means something else"),
+        (lambda: ac.Variant(inputs={"exp": SLOPES}), r"'exp' already means something else: the function exp\(\)"),
+        (
+            lambda: ac.Variant(mask=lambda q_idx: (q_idx > 3) & ac.causal),
+            "a mask is no value(.|\n)*=ac.causal & ",
+        ),
+        (lambda: ac.Variant(score=lambda score: score + ac.alibi()), "a modifier of scores is no value(.|\n)* >> "),
+        (
+            lambda: ac.Variant(score=lambda score: score + SLOPES.declare),
+            "a function, declare, is no value(.|\n)*call it",
+        ),
         (lambda: ac.Variant(inputs={"scale": ac.Scalar(1.0)}), "'scale' already means something else"),
         (lambda: ac.Variant(inputs={"row_max_0": SLOPES}), "'row_max_0' is one that derived formulas use"),
         (lambda: ac.Variant(inputs={"delta": SLOPES}), "'delta' is one that derived formulas use"),
