@@ -8,11 +8,14 @@ gemma.toml:4: mask: expected a boolean, got an index
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 _INDENT = "   "
+_PACKAGE = "attncc."
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,14 @@ class ScheduleError(AttnccError):
 
 class AttnccWarning(UserWarning):
     """Something that the user should know of, and that went on: an unreadable cache entry, a spec with a risk."""
+
+
+def warn(message: str, category: type[Warning] = AttnccWarning) -> None:
+    """Warn at the line outside of this package from which the call came."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _rebuild(cls: type[AttnccError], attributes: dict[str, Any]) -> AttnccError:

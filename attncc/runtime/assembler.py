@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-import warnings
 from pathlib import Path
 
 import triton
 
 from attncc.codegen.wgmma import wgmma_faults
+from attncc.errors import warn
 
 
 def sound(name: str, ptx: str, image: bytes) -> bytes:
@@ -39,7 +39,7 @@ def sound(name: str, ptx: str, image: bytes) -> bytes:
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"{what} TRITON_PTXAS_PATH may name another assembler.", RuntimeWarning, stacklevel=3)
+    warn(f"{what} TRITON_PTXAS_PATH may name another assembler.", RuntimeWarning)
 
 
 def assembled(ptx: str, tool: str, options: tuple[str, ...] = ()) -> bytes:

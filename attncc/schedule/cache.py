@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from attncc.errors import AttnccWarning, InputError
+from attncc.errors import InputError, warn
 from attncc.version import __version__
 
 if TYPE_CHECKING:
@@ -67,7 +66,6 @@ class Cache:
         chosen = directory or os.environ.get("ATTNCC_CACHE_DIR") or platformdirs.user_cache_dir("attncc")
         self.directory = Path(chosen)
         self._unwritten: dict[str, dict[str, Any]] = {}
-        self._warned: set[str] = set()
         self._locks: dict[str, BaseFileLock] = {}
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -96,7 +94,7 @@ class Cache:
             value = make()
             _encode(key, value)  # what cannot be stored is refused all the same
             self._unwritten[key] = self._copy(value)
-            self._warn_once(
+            _warn_once(
                 str(self.directory),
                 f"the cache folder {self.directory} cannot be written ({error}): entries last as long as this process. "
                 "Set ATTNCC_CACHE_DIR to a folder that can be written",
@@ -153,15 +151,21 @@ class Cache:
         return len(entries)
 
     def clear(self) -> int:
-        """Remove every entry, readable or not, and left-over temporary files; returns how many entries went."""
+        """Remove every entry, readable or not, and left-over temporary files; returns how many entries went. InputError
+        where the folder cannot be written."""
+        from filelock import Timeout
+
         held = len(self._unwritten)
         self._unwritten.clear()
         if not self.directory.is_dir():
             return held
-        with self._locked():
-            files = list(self._files())
-            for path in [*files, *self.directory.glob(".*.tmp")]:
-                path.unlink(missing_ok=True)
+        try:
+            with self._locked():
+                files = list(self._files())
+                for path in [*files, *self.directory.glob(".*.tmp")]:
+                    path.unlink(missing_ok=True)
+        except (OSError, Timeout) as error:
+            raise InputError(f"the cache folder {self.directory} cannot be cleared: {error}") from error
         return held + len(files)
 
     def _path(self, key: str) -> Path:
@@ -171,7 +175,7 @@ class Cache:
 
     def _files(self) -> Iterator[Path]:
         """The files that are named like entries; what else lies in the folder is not ours."""
-        return (path for path in self.directory.glob("*.json") if _KEY.fullmatch(path.stem))
+        return (path for path in self.directory.glob("*.json") if _KEY.fullmatch(path.stem) and not path.is_dir())
 
     def _locked(self) -> BaseFileLock:
         from filelock import FileLock  # what only reads needs no lock, and no import
@@ -185,24 +189,29 @@ class Cache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            self._warn_once(str(path), f"the cache entry {path} cannot be read ({error}); it is ignored")
+            _warn_once(str(path), f"the cache entry {path} cannot be read ({error}); it is ignored")
             return None
         try:
             return _decode(path.stem, text)
         except ValueError as error:
-            self._warn_once(str(path), f"the cache entry {path} is ignored: {error}. It is replaced at the next write")
+            _warn_once(str(path), f"the cache entry {path} is ignored: {error}. It is replaced at the next write")
             return None
-
-    def _warn_once(self, subject: str, message: str) -> None:
-        if subject not in self._warned:
-            self._warned.add(subject)
-            warnings.warn(message, AttnccWarning, stacklevel=4)
 
     @staticmethod
     def _copy(value: Mapping[str, Any]) -> dict[str, Any]:
         """What a round through the disk would give: a caller can change neither what is stored nor what others get."""
         copied: dict[str, Any] = json.loads(json.dumps(value))
         return copied
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(subject: str, message: str) -> None:
+    """Each op has a cache of its own, and one warning a process is enough of a file or folder."""
+    if subject not in _warned:
+        _warned.add(subject)
+        warn(message)
 
 
 def _encode(key: str, value: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attncc import resources
-from attncc.errors import AttnccWarning
+from attncc.errors import warn
 from attncc.schedule import decode, hopper
 from attncc.schedule.cache import Cache, bucket, cache_key
 from attncc.schedule.candidates import candidates
@@ -207,20 +206,18 @@ def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any)
     try:
         found = replace(Schedule.from_json(data), origin=origin)
     except ValueError as error:
-        warnings.warn(f"{what} is ignored: {error}", AttnccWarning, stacklevel=4)
+        warn(f"{what} is ignored: {error}")
         return None
     for kernel in KERNELS:
         needed = shared_memory(kernel, found.of(kernel), problem, device)
         if needed > device.smem_per_block:
-            warnings.warn(
+            warn(
                 f"{what} is ignored: its {kernel} kernel ({found.of(kernel)}) takes {needed:,} bytes of shared memory, "
-                f"and {device.title} has {device.smem_per_block:,}",
-                AttnccWarning,
-                stacklevel=4,
+                f"and {device.title} has {device.smem_per_block:,}"
             )
             return None
     if found.dkdv.backend == "gluon" and found.dkdv not in hopper.tilings("dkdv", problem, device):
-        warnings.warn(f"{what} is ignored: the Gluon backward has no tiling {found.dkdv}", AttnccWarning, stacklevel=4)
+        warn(f"{what} is ignored: the Gluon backward has no tiling {found.dkdv}")
         return None
     if found.pair is None and problem.pairs:
         found = replace(found, pair=first_choice("pair", problem, device))
