@@ -46,6 +46,10 @@ def compile(
         raise UnsupportedError(f"there is no backend '{backend}'", remedy=f"backends: {', '.join(get_args(Backend))}")
     if precision not in (None, "ieee", "tf32"):
         raise InputError(f"precision is {precision!r}", remedy="one of 'ieee', 'tf32'")
+    given: object = schedule
+    if not isinstance(given, Schedule | None):
+        remedy = "pass ac.Schedule(forward, dkdv, dq), each an ac.KernelSchedule"
+        raise InputError(f"schedule is of type {type(given).__name__}, not Schedule", remedy=remedy)
     if isinstance(variant, str | Path):
         variant = _named(variant)
     graph = variant.graph if isinstance(variant, Variant) else variant

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attncc.codegen.plan import Plan
+from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.phases import phases
 from attncc.passes.running import running_sums, without_running_sums
@@ -16,11 +17,11 @@ from attncc.runtime import library
 from attncc.runtime.engine import Engine
 from attncc.runtime.kinds import Kind, Kinds
 from attncc.runtime.made import Maker
+from attncc.runtime.refusals import no_statistic
 from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
     auxiliary_names,
     bind,
-    no_statistic,
     output_names,
     read_inputs,
     refuse_gradient,
@@ -112,6 +113,8 @@ class AttentionOp:
             scalars = [float(x) for x in bound.scalars.values()]
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
             return results[0] if outputs == "out" else self._pick(results, outputs)
+        if torch._C._are_functorch_transforms_active():
+            refuse_transforms(q, k, v, *inputs.values())
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)} if inputs else inputs
         key, kind = self.kinds.known(q, k, v, scale, inputs) if q.is_cuda else (None, None)
         only_out = outputs == "out"
@@ -247,6 +250,15 @@ def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
         or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def refuse_transforms(*values: Any) -> None:
+    """Raise UnsupportedError for a tensor that torch.func has wrapped: no kernel can read it."""
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in values):
+        raise UnsupportedError(
+            "torch.func's transforms (vmap, grad, jvp, ...) do not go through an attncc op",
+            remedy="make what vmap goes over a part of the batch; take gradients by torch.autograd",
+        )
 
 
 def _wants_gradient(q: Tensor, k: Tensor, v: Tensor, inputs: Mapping[str, Any]) -> bool:

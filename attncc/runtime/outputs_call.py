@@ -11,7 +11,8 @@ from attncc.ir.graph import VariantGraph
 from attncc.runtime import outputs_library
 from attncc.runtime.kinds import Kinds
 from attncc.runtime.outputs import OutputsEngine, check_extent
-from attncc.runtime.shapes import bind, no_statistic, output_names, refuse_gradient
+from attncc.runtime.refusals import no_statistic
+from attncc.runtime.shapes import bind, output_names, refuse_gradient
 
 
 class OutputsCall:

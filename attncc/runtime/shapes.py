@@ -11,17 +11,33 @@ B, M and N may be 0: with no queries there is nothing to compute, and with no ke
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from attncc.errors import InputError, UnsupportedError
+from attncc.errors import InputError
 from attncc.ir.graph import LOOP_DIMS, InputDecl, ScalarDecl, VariantGraph
+from attncc.runtime.refusals import (
+    cast_to,
+    dimensions,
+    dtype_name,
+    fail_device,
+    fail_dimensions,
+    fail_dtype,
+    fail_scale,
+    fail_sizes,
+    fail_strides,
+    fail_unknown,
+    fail_vector,
+    kind_of,
+    pattern_of,
+    required_inputs,
+    wanted_of,
+)
 
 #: what the kernels compute in; the reference also takes float64
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
@@ -29,27 +45,6 @@ REFERENCE_DTYPES = KERNEL_DTYPES | {torch.float64}
 #: what a call may ask for, besides the variant's auxiliary outputs
 OUTPUTS = ("out", "lse")
 _INT_DTYPES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64})
-#: what a call takes besides inputs, and what people look for there, though it belongs in a spec
-_OPTIONS = ("scale", "outputs")
-_ELSEWHERE = {
-    **{stage: f"it is a stage of the variant: ac.Variant({stage}=...)" for stage in ("score", "mask", "normalizer")},
-    **dict.fromkeys(("score_mod", "mask_mod", "block_mask"), "ac.from_flex(score_mod, mask_mod) makes a variant of it"),
-    "attn_mask": "a mask is a formula of the variant; a dense one is an input: ac.compile('dense_bias')",
-    "is_causal": "it is the mask of the variant: ac.Variant(mask=ac.causal)",
-    "plan": "it is for variants that are linear in time; `attncc explain` says why this one is not",
-    "enable_gqa": "fewer heads of k and v than of q need no word",
-    **dict.fromkeys(
-        ("initial_state", "output_final_state", "chunk_size", "position", "plan"),
-        "it is of a form in linear time: ac.compile(..., plan='chunk') gives it, or says which factor does not split",
-    ),
-    "cu_seqlens": "packed sequences are a mask, as in 'document'; what has a form in linear time, ac.compile(..., "
-    "plan='chunk'), takes their sums of lengths",
-}
-_DIMENSIONS = {
-    "q": "(batch, heads, queries, head dim)",
-    "k": "(batch, key/value heads, keys, head dim)",
-    "v": "(batch, key/value heads, keys, value dim)",
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ def bind(
         v_batch, v_heads, v_len, d_v = v.shape
         dtype, device = q.dtype, q.device
     except (AttributeError, ValueError):
-        _fail_dimensions(q=q, k=k, v=v)
+        fail_dimensions(q=q, k=k, v=v)
     if (
         k_batch != batch
         or v_batch != batch
@@ -109,17 +104,17 @@ def bind(
         or d_qk < 1
         or d_v < 1
     ):
-        _fail_sizes(q, k, v, graph.branches)
+        fail_sizes(q, k, v, graph.branches)
     if k.dtype != dtype or v.dtype != dtype or dtype not in dtypes:
-        _fail_dtype(q, k, v, dtypes)
+        fail_dtype(q, k, v, dtypes)
     if k.device != device or v.device != device:
-        _fail_device(device, {"k": k, "v": v})
+        fail_device(device, {"k": k, "v": v})
     if (q.stride(3) != 1 and d_qk > 1) or (k.stride(3) != 1 and d_qk > 1) or (v.stride(3) != 1 and d_v > 1):
-        _fail_strides(q=q, k=k, v=v)
+        fail_strides(q=q, k=k, v=v)
     if scale is None:
         scale = (d_qk // graph.branches) ** -0.5
     elif not graph.has_scale:
-        _fail_scale(graph)
+        fail_scale(graph)
     else:
         scale = _scale(scale)
     sizes = {
@@ -143,7 +138,7 @@ def bind(
 def check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What `bind` asks first, for those who look at sizes before it: InputError unless all have 4 dimensions."""
     if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
-        _fail_dimensions(q=q, k=k, v=v)
+        fail_dimensions(q=q, k=k, v=v)
 
 
 def value_of(graph: VariantGraph, k: Tensor, v: Tensor | None) -> Tensor:
@@ -168,7 +163,7 @@ def with_captured(captured: Sequence[InputDecl], q: Tensor, k: Tensor, inputs: M
     """
     missing = [d for d in captured if inputs.get(d.name) is None]
     if q.dim() != 4 or k.dim() != 4:
-        _fail_dimensions(q=q, k=k)
+        fail_dimensions(q=q, k=k)
     sizes = {"b": q.shape[0], "h": q.shape[1], "h_kv": k.shape[1], "q_idx": q.shape[2], "kv_idx": k.shape[2]}
     made = {}
     for decl in missing:
@@ -226,7 +221,7 @@ def _bind_inputs(
         used += decl.name in inputs
         _check_input(decl, value, sizes, device, dtypes)
         if decl.name in graph.vectors and value.shape[-1] != sizes["d_qk"] // graph.branches:
-            _fail_vector(decl, value, sizes["d_qk"] // graph.branches)
+            fail_vector(decl, value, sizes["d_qk"] // graph.branches)
         tensors[decl.name] = value
     for scalar in graph.scalars:
         if scalar.name in inputs:
@@ -235,14 +230,14 @@ def _bind_inputs(
         else:
             scalars[scalar.name] = scalar.default
     if used != len(inputs):
-        _fail_unknown(graph, inputs)
+        fail_unknown(graph, inputs)
     return tensors, scalars
 
 
 def _default(graph: VariantGraph, decl: InputDecl, sizes: dict[str, int], device: torch.device) -> Tensor:
     if decl.default is None:
-        others = ", ".join(f"{name}=..." for name in _required(graph))
-        raise InputError(f"'{graph.name}' needs the input '{decl.name}' {_pattern(decl)}", remedy=f"pass {others}")
+        others = ", ".join(f"{name}=..." for name in required_inputs(graph))
+        raise InputError(f"'{graph.name}' needs the input '{decl.name}' {pattern_of(decl)}", remedy=f"pass {others}")
     found = decl.default(sizes)
     if decl.captured and isinstance(found, Tensor):
         return found.to(device) if found.dim() == 0 else found
@@ -255,27 +250,27 @@ def _check_input(
 ) -> None:
     if not isinstance(value, Tensor):
         raise InputError(
-            f"the input '{decl.name}' {_pattern(decl)} is {_kind(value)}, not a tensor",
-            remedy=f"pass torch.tensor(...) of {_wanted(decl)} on {device}",
+            f"the input '{decl.name}' {pattern_of(decl)} is {kind_of(value)}, not a tensor",
+            remedy=f"pass torch.tensor(...) of {wanted_of(decl)} on {device}",
         )
     if value.dim() != len(decl.pattern):
         raise InputError(
             f"the input '{decl.name}' has shape {tuple(value.shape)}, "
-            f"expected {_dims(len(decl.pattern))}: {_pattern(decl)}"
+            f"expected {dimensions(len(decl.pattern))}: {pattern_of(decl)}"
         )
     for axis, (dim, size) in enumerate(zip(decl.pattern, value.shape, strict=True)):
         if dim in LOOP_DIMS and size != sizes[dim] and size != 1:
             raise InputError(
-                f"dimension {axis} of the input '{decl.name}' {_pattern(decl)} has size {size}, expected {sizes[dim]}, "
-                f"the size of {dim}, or 1"
+                f"dimension {axis} of the input '{decl.name}' {pattern_of(decl)} has size {size}, "
+                f"expected {sizes[dim]}, the size of {dim}, or 1"
             )
     if value.dtype not in (_INT_DTYPES if decl.dtype == "int" else dtypes):
         raise InputError(
-            f"the input '{decl.name}' is {_name(value.dtype)}, declared as {decl.dtype}",
-            remedy=_cast(decl, value, dtypes),
+            f"the input '{decl.name}' is {dtype_name(value.dtype)}, declared as {decl.dtype}",
+            remedy=cast_to(decl, value, dtypes),
         )
     if value.device != device:
-        _fail_device(device, {f"the input '{decl.name}'": value})
+        fail_device(device, {f"the input '{decl.name}'": value})
     if not decl.grad and torch.is_grad_enabled():
         refuse_gradient(decl, value)
 
@@ -296,7 +291,7 @@ def _scalar(decl: ScalarDecl, value: Any) -> int | float:
         remedy = f"pass a Python number, e.g. {decl.name}={decl.default!r}"
         if isinstance(value, Tensor):
             remedy += "; for a value that lives in a tensor, declare ac.Input() instead of ac.Scalar(...)"
-        raise InputError(f"the scalar '{decl.name}' is {_kind(value)}, expected {wanted}", remedy=remedy)
+        raise InputError(f"the scalar '{decl.name}' is {kind_of(value)}, expected {wanted}", remedy=remedy)
     if not math.isfinite(value):
         raise InputError(f"the scalar '{decl.name}' is {value}, expected a finite number")
     return value if decl.is_int else float(value)
@@ -305,138 +300,8 @@ def _scalar(decl: ScalarDecl, value: Any) -> int | float:
 def _scale(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(
-            f"scale is {_kind(value)}, expected a number", remedy="a learned scale belongs in the score stage"
+            f"scale is {kind_of(value)}, expected a number", remedy="a learned scale belongs in the score stage"
         )
     if not (math.isfinite(value) and value > 0):
         raise InputError(f"scale is {value}, expected a positive, finite number")
     return float(value)
-
-
-# Below here only failures are described: nothing of it runs in a call that succeeds.
-
-
-def _fail_dimensions(**tensors: Any) -> NoReturn:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{name} is {_kind(tensor)}, not a tensor")
-        if tensor.dim() != 4:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected {_dims(4)} {_DIMENSIONS[name]}")
-    raise AssertionError("q, k and v have 4 dimensions each")
-
-
-def _fail_sizes(q: Tensor, k: Tensor, v: Tensor, branches: int) -> NoReturn:
-    sizes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    for axis, what in ((0, "batch"), (2, "number of keys")):
-        if k.shape[axis] != v.shape[axis]:
-            raise InputError(f"k and v differ in their {what}: {k.shape[axis]} and {v.shape[axis]}", remedy=sizes)
-    if k.shape[1] and (v.shape[1] < 1 or v.shape[1] % k.shape[1]):
-        reason = f"k and v differ in their number of key/value heads: {k.shape[1]} and {v.shape[1]}"
-        raise InputError(f"{reason}, which is no multiple", remedy=sizes)
-    if q.shape[0] != k.shape[0]:
-        raise InputError(f"q and k differ in their batch: {q.shape[0]} and {k.shape[0]}", remedy=sizes)
-    if q.shape[3] % branches:
-        raise InputError(f"the head dim of q, {q.shape[3]}, does not divide among {branches} branches", remedy=sizes)
-    if branches > 1 and k.shape[3] not in (q.shape[3], q.shape[3] // branches):
-        wanted = f"{q.shape[3]}, or {q.shape[3] // branches} for one that all {branches} branches share"
-        raise InputError(f"the head dim of k is {k.shape[3]}, expected {wanted}", remedy=sizes)
-    if branches == 1 and q.shape[3] != k.shape[3]:
-        raise InputError(f"q and k differ in their head dim: {q.shape[3]} and {k.shape[3]}", remedy=sizes)
-    if q.shape[3] < 1 or v.shape[3] < 1:
-        raise InputError("a head dim is 0", remedy=sizes)
-    if q.shape[1] < 1 or k.shape[1] < 1:
-        raise InputError("there is no head", remedy=sizes)
-    layout = f"dimension 1 counts heads: {sizes}; a tensor (batch, length, heads, dim) is passed as x.transpose(1, 2)"
-    raise InputError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key/value heads", remedy=layout)
-
-
-def _fail_dtype(q: Tensor, k: Tensor, v: Tensor, dtypes: Collection[torch.dtype]) -> NoReturn:
-    if not all(isinstance(t, Tensor) for t in (q, k, v)):
-        _fail_dimensions(q=q, k=k, v=v)
-    if not q.dtype == k.dtype == v.dtype:
-        raise InputError(
-            f"q, k and v differ in dtype: {_name(q.dtype)}, {_name(k.dtype)}, {_name(v.dtype)}",
-            remedy="cast them to one",
-        )
-    raise InputError(f"q, k and v are {_name(q.dtype)}", remedy=f"supported: {_names(dtypes)}")
-
-
-def _fail_device(device: torch.device, tensors: dict[str, Tensor]) -> NoReturn:
-    name, tensor = next((n, t) for n, t in tensors.items() if t.device != device)
-    raise InputError(f"{name} is on {tensor.device}, but q is on {device}", remedy=f"move it with .to('{device}')")
-
-
-def _fail_strides(**tensors: Tensor) -> NoReturn:
-    name, tensor = next((n, t) for n, t in tensors.items() if t.stride(3) != 1 and t.shape[3] > 1)
-    raise InputError(
-        f"the last dimension of {name} is not contiguous: strides {tuple(tensor.stride())}",
-        remedy=f"pass {name}.contiguous(), or permute so that the head dim stays last",
-    )
-
-
-def _fail_scale(graph: VariantGraph) -> NoReturn:
-    raise InputError(f"the similarity of '{graph.name}' has no scale", remedy="leave scale out, or use it there")
-
-
-def _fail_vector(decl: InputDecl, value: Tensor, dim: int) -> NoReturn:
-    raise InputError(
-        f"the input '{decl.name}' {_pattern(decl)} has shape {tuple(value.shape)}: its last dimension must be "
-        f"{dim}, the head dimension of q and k"
-    )
-
-
-def _fail_unknown(graph: VariantGraph, inputs: Mapping[str, Any]) -> NoReturn:
-    known = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
-    name = next(n for n in inputs if n not in known)
-    near = difflib.get_close_matches(name, [*known, *_OPTIONS], n=1)
-    takes = f"it takes {', '.join(known)}" if known else "it takes none"
-    remedy = _ELSEWHERE.get(name) or (f"did you mean '{near[0]}'?" if near else takes)
-    raise InputError(f"'{graph.name}' has no input '{name}'", remedy=remedy)
-
-
-def no_statistic(graph: VariantGraph, name: str) -> UnsupportedError:
-    """What to raise where lse is asked of weights that have no denominator."""
-    return UnsupportedError(
-        f"the normalizer of '{graph.name}' has no row statistic, so there is no output '{name}'",
-        stage="normalizer",
-        remedy="ask for 'out' alone; the sum of a row's weights is ac.outputs.row_mass()",
-    )
-
-
-def _required(graph: VariantGraph) -> list[str]:
-    return [d.name for d in graph.inputs if d.default is None]
-
-
-def _pattern(decl: InputDecl) -> str:
-    return f"[{', '.join(decl.pattern)}]"
-
-
-def _dims(count: int) -> str:
-    return f"{count} dimension{'s' * (count != 1)}"
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return "None" if value is None else f"of type {type(value).__name__}"
-
-
-def _wanted(decl: InputDecl) -> str:
-    return "integers (torch.int32)" if decl.dtype == "int" else "floats (torch.float32)"
-
-
-def _cast(decl: InputDecl, value: Tensor, dtypes: Collection[torch.dtype]) -> str:
-    if decl.dtype == "int":
-        if value.is_floating_point():
-            return f"pass {decl.name}.to(torch.int32), or declare ac.Input(...) without dtype='int'"
-        return f"pass {decl.name}.to(torch.int32)"
-    if value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
-        return f"supported: {_names(dtypes)}"
-    return f"pass {decl.name}.float(), or declare ac.Input(..., dtype='int')"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _names(dtypes: Collection[torch.dtype]) -> str:
-    return ", ".join(sorted(_name(d) for d in dtypes))

@@ -255,6 +255,8 @@ def test_findings_about_inputs_reach_the_caller():
         ac.compile("causal")(*(x.double() for x in (q, k, v)))
     with pytest.raises(InputError, match="precision"):
         ac.compile("causal", precision="fp8")
+    with pytest.raises(InputError, match="KernelSchedule, not Schedule(.|\n)*forward, dkdv, dq"):
+        ac.compile("causal", schedule=KernelSchedule(16, 16, 4, 1))
     with pytest.raises(UnsupportedError, match="no backend 'cuda'"):
         ac.compile("causal", backend="cuda")
 
@@ -398,3 +400,14 @@ def test_documents_with_numbers_of_64_bits(base):
     doc = base + 2**32 * torch.randint(0, 5, (1, 150), generator=generator).sort(-1).values
     exact = ac.reference("document", q.double(), k.double(), v.double(), doc=doc)
     torch.testing.assert_close(ac.compile("document")(q, k, v, doc=doc).double(), exact, atol=2e-6, rtol=2e-6)
+
+
+def test_transforms_of_torch_func_are_refused_where_they_reach_a_tensor():
+    q, k, v = tensors()
+    op = ac.compile("causal")
+    with pytest.raises(UnsupportedError, match="vmap, grad, jvp(.|\n)*part of the batch"):
+        torch.vmap(lambda x: op(x, k, v))(q[None])
+    with pytest.raises(UnsupportedError, match=r"torch\.autograd"):
+        torch.func.grad(lambda x: op(q, k, x).sum())(v)
+    found = torch.vmap(lambda x: x + op(q, k, v).sum())(torch.zeros(2))
+    assert torch.equal(found, op(q, k, v).sum().expand(2))

@@ -124,6 +124,7 @@ def test_defaults_are_made_for_the_call():
         ((q(dtype=torch.float64), k(dtype=torch.float64), v(dtype=torch.float64)), "float64(.|\n)*bfloat16, float16"),
         ((q(dtype=torch.int32), k(dtype=torch.int32), v(dtype=torch.int32)), "q, k and v are int32"),
         ((q(), k(device="meta"), v()), r"k is on meta, but q is on cpu(.|\n)*\.to\('cpu'\)"),
+        ((q().to_sparse(), k(), v()), r"q is sparse_coo, not dense(.|\n)*q\.to_dense\(\)"),
         ((q(), k(), v(B, HKV, DV, N).mT), r"last dimension of v is not contiguous(.|\n)*v\.contiguous\(\)"),
     ],
 )
