@@ -16,7 +16,7 @@ from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
-from attncc.schedule.hopper_backward import NARROW, holds_keys, queries, summed_apart, wide
+from attncc.schedule.hopper_backward import NARROW, holds_keys, queries, shares_keys, summed_apart, wide
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST_MATH")
@@ -48,13 +48,14 @@ def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
 
 
 def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
-    """Slots of hopper_backward.py.j2 or of hopper_backward_wide.py.j2: those of dkdv.py.j2 in Gluon, and which names
-    each function is handed.
+    """Slots of hopper_backward.py.j2, or of hopper_backward_own.py.j2 or hopper_backward_wide.py.j2 where heads are
+    wide: those of dkdv.py.j2 in Gluon, and which names each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
     compute. `asked`: what is read a query, which the warp that loads has early. `alive`: has a row seen any key?
     `rotates`: do all blocks see the same tiles, of which each begins with its own? `in_turn`: where dQ is summed, can
     programs take turns? `claims`: does who comes first to a tile of dQ store it, so that nobody writes zeros before?
+    `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys?
     """
     _refuse(plan)
     if queries(d_qk, d_v, plan.facts.warps) is None:
@@ -65,8 +66,9 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         )
     qk_chunks = chunks(d_qk)
     is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
-    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not is_wide)
-    if is_wide and k["gradients"]:
+    shares = shares_keys(d_qk, d_v, plan.facts.warps)
+    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not shares)
+    if shares and k["gradients"]:
         raise UnsupportedError(
             f"the Gluon backward for heads of {d_qk} and {d_v} has two warpgroups at the queries of a key, and "
             f"'{plan.graph.name}' sums over them",
@@ -75,7 +77,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     (chain,) = k.pop("chains")
     bounds = k["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
-    place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if is_wide else [])]
+    place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if shares else [])]
     wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
     pointers = [
         "DK_SUM_PTR",
@@ -106,6 +108,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         alive=saw_a_key(plan),
         in_turn=takes_turns(plan, d_qk, d_v),
         wide=is_wide,
+        shares=shares,
         third=third,
         claims=not is_wide and not third,
         rotates=not is_wide and not third and plan.graph["mask"].expr is sympy.true,

@@ -19,9 +19,11 @@ def kernel_of(name: str) -> Kernel | None:
     return known.get(name.removesuffix("_kernel"))
 
 
-def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward") -> dict[str, int]:
+def launch_meta(
+    schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward", wide: bool = False
+) -> dict[str, int]:
     """A kernel's schedule in the words of its launch. A Gluon forward that does not split the keys has as
-    many programs as `device` has SMs; a Gluon backward sums dQ unless it is told otherwise, or heads are wide, and
+    many programs as `device` has SMs; a Gluon backward sums dQ unless it is told otherwise, or heads are `wide`, and
     `splits` programs have a group's heads."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
@@ -31,8 +33,7 @@ def launch_meta(schedule: KernelSchedule, device: Device | None = None, kernel: 
     if kernel == "forward" and schedule.splits:
         return {**tiles, **{k: x for k, x in options.items() if k != "STAGES"}, "splits": schedule.splits}
     if kernel == "dkdv":
-        sums = schedule.block_n == hopper_backward.KEYS  # of wide heads, with fewer keys, dQ has a kernel of its own
-        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": sums, "ORDERED": False}
+        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": not wide, "ORDERED": False}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
 
 
@@ -41,9 +42,10 @@ def in_fixed_order(meta: dict[str, int]) -> dict[str, int]:
     return {**meta, "ORDERED": True, "SPLITS": 1}
 
 
-def schedule_meta(schedule: Schedule, device: Device) -> dict[str, dict[str, int]]:
+def schedule_meta(schedule: Schedule, device: Device, d_qk: int, d_v: int) -> dict[str, dict[str, int]]:
     """Launch words for every kernel. The bands of a pair kernel are diagonals, so its tiles are square."""
-    meta: dict[str, dict[str, int]] = {name: launch_meta(schedule.of(name), device, name) for name in KERNELS}
+    wide = hopper_backward.wide(d_qk, d_v)
+    meta: dict[str, dict[str, int]] = {name: launch_meta(schedule.of(name), device, name, wide) for name in KERNELS}
     pair = launch_meta(schedule.pair or schedule.dq, device)
     side = min(pair["BLOCK_M"], pair["BLOCK_N"])
     meta["pair"] = {**pair, "BLOCK_M": side, "BLOCK_N": side}

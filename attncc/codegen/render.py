@@ -158,8 +158,9 @@ def render(
             kernels.append(("cotangents.py.j2", {"k": slots}))
         if hopper_backward:
             in_warps |= kv["helpers"]
-            narrow = ("hopper_backward_dq.py.j2", "hopper_backward.py.j2")
-            weighing = ("hopper_backward_wide.py.j2",) if kv["wide"] else narrow
+            weighing: tuple[str, ...] = ("hopper_backward_dq.py.j2", "hopper_backward.py.j2")
+            if kv["wide"]:
+                weighing = ("hopper_backward_wide.py.j2" if kv["shares"] else "hopper_backward_own.py.j2",)
             parts_of_backward = ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", *weighing)
             kernels += [(template, {"f": kv}) for template in parts_of_backward]
             if kv["wide"]:

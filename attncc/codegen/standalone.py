@@ -37,7 +37,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
         "d_qk": d_qk,
         "d_v": d_v,
         "where": f"Chosen for {device.title}, {dtype} ({schedule.origin}).",
-        "schedule": schedule_meta(schedule, device),
+        "schedule": schedule_meta(schedule, device, d_qk, d_v),
         "stored_names": repr(plan.results),
         "saved_names": repr(plan.saved if backward else ()),
         "has_lse": plan.has_lse,

@@ -256,7 +256,7 @@ def on_device(device: torch.device) -> Any:
 def _meta(schedule: Schedule, problem: Problem, device: Device) -> dict[str, dict[str, int]]:
     if schedule.pair is None and problem.pairs:
         schedule = replace(schedule, pair=candidates("pair", problem, device)[0])
-    return schedule_meta(schedule, device)
+    return schedule_meta(schedule, device, problem.d_qk, problem.d_v)
 
 
 def dot_options(dtype: torch.dtype, precision: Precision, device: Device) -> dict[str, Any]:

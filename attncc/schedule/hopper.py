@@ -64,7 +64,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:
             return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"
-    if kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v) and problem.costs.warps.columns:
+    warps = problem.costs.warps
+    if kernel == "dkdv" and hopper_backward.shares_keys(problem.d_qk, problem.d_v, warps) and warps.columns:
         return "of heads as wide two warpgroups share the queries of a key, and this variant sums over those"
     if not _fitting(kernel, problem, device):
         return "no tiling fits its registers and shared memory in Gluon"

@@ -1,5 +1,6 @@
-"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, and queries that stream by;
-or, where heads are wide, one for dK and one for dV of the same 64, and a kernel for dQ."""
+"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, and queries that stream by.
+Where heads are wide dQ has a kernel of its own; where they are wider still one warpgroup has dK and one dV of the same
+64 keys."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ DQ_STAGES = ((3, 3), (3, 2), (2, 2), (2, 1))
 DQ_TILE_BYTES = 231424
 #: the widest head of which one warpgroup computes all columns of dQ, for half of the rows
 NARROW = 64
+#: the widest heads of q and v, added up, of which a warpgroup has dK and dV of 64 keys and one tile of scores, or of dp
+OWN_KEYS = 320
 #: matmuls of a pair: of the head dimension of v, of that of q and k; and the same where dQ has a kernel of its own
 MATMULS_V, MATMULS_QK = 2, 3
 WIDE_MATMULS_V, WIDE_MATMULS_QK = 3, 4
@@ -36,8 +39,15 @@ FIT = model().gluon_backward
 
 
 def wide(d_qk: int, d_v: int) -> bool:
-    """Are dK and dV of 64 keys too many for one warpgroup? Then one has dK, the other dV."""
+    """Are dK and dV of 64 keys so many that dQ has a kernel of its own?"""
     return max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) > 2 * NARROW
+
+
+def shares_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
+    """Of wide heads, have both warpgroups the same 64 keys, one dK and the other dV? Else each has both of keys of its
+    own, for which a quarter less goes through shared memory. Beside those one value a pair may wait for dp, no more."""
+    both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
+    return wide(d_qk, d_v) and (both > OWN_KEYS or not warps.slope or warps.columns > 0)
 
 
 def summed_apart(d_qk: int, d_v: int, warps: WarpWork) -> bool:
@@ -76,11 +86,11 @@ def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
     """The tilings there are, none for sums a key that two warpgroups would share. The query heads of a group may be one
     program's, or have a program each, which then add up dK and dV in float32 in any order."""
     heads = (problem.d_qk, problem.d_v)
-    block_m, apart = queries(*heads, problem.costs.warps), wide(*heads)
-    if block_m is None or (apart and problem.costs.warps.columns):
+    block_m, shares = queries(*heads, problem.costs.warps), shares_keys(*heads, problem.costs.warps)
+    if block_m is None or (shares and problem.costs.warps.columns):
         return ()
     shared = (0, problem.group) if problem.group > 1 else (0,)
-    keys = ROWS if apart else KEYS
+    keys = ROWS if shares else KEYS
     warps, stages = (12, STAGES_APART) if summed_apart(*heads, problem.costs.warps) else (8, STAGES)
     return tuple(KernelSchedule(block_m, keys, warps, count, "gluon", splits) for count in stages for splits in shared)
 
@@ -89,12 +99,12 @@ def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
     """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, two of p or dQ of each warpgroup."""
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     resident = ks.block_n * (qk + v) * problem.dtype_bytes
-    apart = wide(problem.d_qk, problem.d_v)
-    asked = 0 if apart else problem.costs.warps.asked
+    apart, shares = wide(problem.d_qk, problem.d_v), shares_keys(problem.d_qk, problem.d_v, problem.costs.warps)
+    asked = 0 if shares else problem.costs.warps.asked
     ring = ks.num_stages * ks.block_m * ((qk + v) * problem.dtype_bytes + 4 * (problem.costs.rows + asked))
     ds = 2 * ks.block_n * ks.block_m * problem.dtype_bytes
     if apart:
-        return resident + ring + 2 * ds
+        return resident + ring + (2 * ds if shares else 0)
     return resident + ring + ds + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
 
 
@@ -103,8 +113,11 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     early, and what the stages keep beside them."""
     costs = problem.costs
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
-    held = max(qk, v) if wide(problem.d_qk, problem.d_v) else qk + v
-    tiles = 2.5 + (0 if costs.warps.slope else 1) + costs.warps.columns + 2 * costs.backward.loads
+    apart, shares = wide(problem.d_qk, problem.d_v), shares_keys(problem.d_qk, problem.d_v, costs.warps)
+    held = max(qk, v) if shares else qk + v
+    # of wide heads a warpgroup with keys of its own has its matmuls one after the other
+    tiles = (1.5 if apart and not shares else 2.5) + (0 if costs.warps.slope else 1)
+    tiles += costs.warps.columns + 2 * costs.backward.loads
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 
 

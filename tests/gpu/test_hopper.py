@@ -125,7 +125,10 @@ def test_a_recorded_call_serves_other_tensors():
     assert len(op.kinds) == 1
 
 
-BACKWARD_DIMS = ((64, 64), (96, 96), (128, 128), (80, 128), (128, 64), (192, 128), (256, 256), (64, 256))
+BACKWARD_DIMS = (
+    *((64, 64), (96, 96), (128, 128), (80, 128), (128, 64)),
+    *((192, 128), (128, 192), (160, 160), (256, 256), (64, 256), (192, 160)),
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -134,6 +137,14 @@ def test_backward_head_dimensions(dims, dtype):
     op = ac.compile("causal", backend="gluon")
     for group in (1, 3):
         assert not wrong("causal", Shape(2, 2 * group, 2, 333, 517, *dims, strided=True), dtype, op)
+    assert backward_backends(op) == {"gluon"}
+
+
+@pytest.mark.parametrize("name", ["full", "alibi", "document", "softcap", "cog", "sigmoid", "taylor", "qk_temperature"])
+def test_backward_of_wide_heads(name):
+    """Two warpgroups with both gradients of keys of their own, one matmul after the other."""
+    op = ac.compile(name, backend="gluon", plan="parallel")
+    assert not wrong(name, Shape(2, 4, 2, 333, 517, 192, 128, strided=True), torch.bfloat16, op)
     assert backward_backends(op) == {"gluon"}
 
 
