@@ -27,7 +27,7 @@ _FLAGS = (
     *("WANT_STEPS", "WANT_ROW", "WANT_DIAGONAL", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
 )
 #: what the host launches its small kernels with
-_SMALL = {"BLOCK": 1024, "num_warps": 4}
+_SMALL = {"BLOCK": 1024, "SIZE": 128 * 128, "num_warps": 4}
 #: elements from a token to the next: 16 heads of 128
 _TOKEN = 2048
 

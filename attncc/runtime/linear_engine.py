@@ -232,8 +232,7 @@ class LinearEngine:
             found["col"] = of_k.sum(0)
         if steps is not None:
             steps = steps if self.plan.decay == "channel" else steps.sum(0)
-            steps = steps.sum(2, keepdim=True) if self.plan.alike else steps
-            found["step"] = steps.to(named["step"].dtype)
+            found["step"] = _summed(steps, named["step"])
         if of_diagonal is not None:
             found["diagonal"] = _gathered(of_diagonal, named["diagonal"], cut["count"])
         if wants.get("gain") and delta is not None:
@@ -258,6 +257,11 @@ def _gathered(found: Tensor, factor: Tensor, segments: int) -> Tensor:
     if found.dim() == 3:
         batch = factor.shape[0]
         found = found.reshape(batch, segments // batch, *found.shape[1:]).sum(1).unsqueeze(2)
+    return _summed(found, factor)
+
+
+def _summed(found: Tensor, factor: Tensor) -> Tensor:
+    """The gradient of a factor from that of each place that it is used at."""
     same = [i for i, size in enumerate(factor.shape) if size == 1 and found.shape[i] > 1]
     return (found.sum(same, keepdim=True) if same else found).to(factor.dtype)
 

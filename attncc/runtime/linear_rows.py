@@ -96,7 +96,7 @@ class TokenRows:
         spread: bool = True,
     ) -> list[Tensor]:
         """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given; steps
-        that are alike (B, H, 1), where that is asked for; the diagonal with sizes of 1 where it is the same.
+        that are alike (B, H, 1), where that is asked for, and the diagonal, with sizes of 1 where they are the same.
 
         known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L);
         spread: else dimensions of which a factor knows nothing are of size 1.
@@ -186,9 +186,9 @@ class TokenRows:
         value = row.function(env)
         if not isinstance(value, Tensor):
             return torch.full(shape, float(value), dtype=torch.float32, device=device)
-        if not spread or row.name == "diagonal":
+        if not spread or row.name == "diagonal" or (self._short and row.name == "step"):
             value = value if row.given else value.float()
-            return value if value.dim() < 4 or value.stride(3) == 1 else value.contiguous()
+            return value if not row.by_channel or value.stride(3) == 1 else value.contiguous()
         value = value if tuple(value.shape) == shape else value.expand(shape)
         if row.given:  # as large as k: read where it lies
             return value if value.stride(-1) == 1 else value.contiguous()
