@@ -28,7 +28,6 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level
 from attncc.passes.calculus import derivative
-from attncc.passes.diagonal import own_product
 from attncc.passes.fold import lower_exp
 from attncc.passes.linearize import TOTAL, Linear
 
@@ -450,7 +449,7 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     if plan.total:
         parts.append(text("linear_delta.py.j2"))
     parts.append(text("linear_host.py.j2" if plan.causal else "linear_full_host.py.j2"))
-    if own_product(plan.own) is not None and plan.diagonal is None:
+    if plan.product is not None:
         parts.append(text("linear_own.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
     slots.helpers |= {"_summed"} if channel else set()

@@ -56,7 +56,8 @@ def apart(weight: sympy.Expr) -> Parts | sympy.Expr:
 
 
 def own_product(own: sympy.Expr | None) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """(factor, weight) where a token's own weight is weight * sum_d(factor * q_vec * k_vec), else None."""
+    """(factor, weight) where a token's own weight is weight * sum_d(factor * q_vec * k_vec), else None. What does not
+    differ by channel is in `weight`."""
     sums = set() if own is None else own.atoms(sum_d)
     if own is None or len(sums) != 1:
         return None
@@ -67,7 +68,8 @@ def own_product(own: sympy.Expr | None) -> tuple[sympy.Expr, sympy.Expr] | None:
         weight.free_symbols | factor.free_symbols
     ):
         return None
-    return factor, weight
+    alike, factor = factor.as_independent(sym.COMPONENT, as_Add=False)
+    return factor, weight * alike
 
 
 def _settled(condition: sympy.Expr, behind: sympy.Expr) -> sympy.Expr:

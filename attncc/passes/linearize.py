@@ -96,6 +96,12 @@ class Linear:
         return factor if plain or sym.COMPONENT in factor.free_symbols else None
 
     @property
+    def product(self) -> tuple[sympy.Expr, sympy.Expr] | None:
+        """(factor, weight) of an `own` that is weight * sum_d(factor * q_vec * k_vec), which a kernel adds; None where
+        it is of another form, or `diagonal` has it, or the weight is of degree 2."""
+        return own_product(self.own) if self.diagonal is None and self.powers is None else None
+
+    @property
     def degree(self) -> int:
         """Of the weight in the dot product."""
         return 1 if self.powers is None else 2

@@ -60,8 +60,9 @@ class LinearOp:
         self.engine = self._kernels = LinearEngine(self.graph, self.linear, precision)
         self._rows = self._kernels.rows
         self._key = library.register(f"{self.graph.digest}:{precision}", self._kernels)
-        if self.linear.own not in (None, 0) and self.linear.diagonal is None:
-            self._own = OwnWeight(self._terms.core, self.linear, self._kernels, str(precision))
+        by_kernels = self.linear.own in (None, 0) or (self.linear.diagonal or self.linear.product) is not None
+        if not by_kernels:
+            self._own = OwnWeight(self._terms.core, self.linear)
         elif not self._terms.names:
             self._calls = LinearCalls(self._kernels)
 

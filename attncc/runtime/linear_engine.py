@@ -38,6 +38,9 @@ class LinearEngine:
         self.graph, self.plan = graph, plan
         self.rows = TokenRows(similarity(graph).core, plan, short=True)
         self.names = self.rows.names
+        beside = {"diagonal", "own_factor", "own_weight"}
+        #: float32 factors of a token that its kernels load
+        self._loaded = len(set(self.names) - beside) - self.plan.alike
         self._precision = precision
         self._cache = Cache()
         self._sources: dict[tuple[int, int], str] = {}
@@ -91,7 +94,7 @@ class LinearEngine:
             batch, length = len(ends) - 1, max((b - a for a, b in pairwise(ends)), default=0)
         by_channel, normalized = self.plan.decay == "channel", self.plan.total and self.plan.bias is None
         call = LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel, normalized)
-        return replace(call, divided=self.plan.total, rows=len(self.names) - self.plan.alike)
+        return replace(call, divided=self.plan.total, rows=self._loaded)
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
@@ -220,24 +223,20 @@ class LinearEngine:
                 delta = module.delta(out, dout)
                 given["weight"], slope = self.rows.weight_and_slope(total, named.get("gain"))
                 given["dtotal"], given["slope"] = delta * slope, slope
-            dq, dk, dv, dinitial, of_q, of_k, steps, of_diagonal = self._derive(
+            dq, dk, dv, dinitial, found = self._derive(
                 *(module, kept, (q, k, v, given, constant, initial)),
                 *(dout, None if dlast is None else dlast.contiguous(), want_initial, self._asked(wants)),
                 *(cut, schedule.kernels, options),
             )
-        found: dict[str, Any] = {}
-        if of_q is not None:  # a share of each block of features
-            found["row"] = of_q.sum(0)
-        if of_k is not None:
-            found["col"] = of_k.sum(0)
-        if steps is not None:
-            steps = steps if self.plan.decay == "channel" else steps.sum(0)
-            found["step"] = _summed(steps, named["step"])
-        if of_diagonal is not None:
-            found["diagonal"] = _gathered(of_diagonal, named["diagonal"], cut["count"])
+        for name in ("row", "col", *(("step",) if self.plan.decay != "channel" else ())):
+            if found.get(name) is not None:  # a share of each block of features
+                found[name] = found[name].sum(0)
+        if found.get("diagonal") is not None:
+            found["diagonal"] = _of_tokens(found["diagonal"], named["diagonal"], cut["count"])
+        drows = {name: _summed(x, named[name]) for name, x in found.items() if x is not None}
         if wants.get("gain") and delta is not None:
-            found["gain"] = delta / named["gain"]
-        return dq, dk, dv, dinitial if want_initial else None, [found.get(n) for n in self.names]
+            drows["gain"] = delta / named["gain"]
+        return dq, dk, dv, dinitial if want_initial else None, [drows.get(n) for n in self.names]
 
     def _asked(self, wants: dict[str, bool]) -> tuple[bool, ...]:
         """Which gradients of factors the kernels are to note: the query's, the key's, the decay's, the diagonal's."""
@@ -252,12 +251,12 @@ class LinearEngine:
             )
 
 
-def _gathered(found: Tensor, factor: Tensor, segments: int) -> Tensor:
-    """The gradient of a diagonal from its parts, those of tokens (B, H, L, D) or of segments (segments, H, D)."""
-    if found.dim() == 3:
-        batch = factor.shape[0]
-        found = found.reshape(batch, segments // batch, *found.shape[1:]).sum(1).unsqueeze(2)
-    return _summed(found, factor)
+def _of_tokens(found: Tensor, factor: Tensor, segments: int) -> Tensor:
+    """The gradient of a diagonal (B | 1, H, L | 1, D) from that of tokens or of segments, (segments, H, D)."""
+    if found.dim() == 4:
+        return found
+    batch = factor.shape[0]
+    return found.reshape(batch, segments // batch, *found.shape[1:]).sum(1).unsqueeze(2)
 
 
 def _summed(found: Tensor, factor: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ _AXES = {"b": 0, "h": 1, "h_kv": 1, "q_idx": 2, "kv_idx": 2, "place": 2, "d": 3}
 _PLACE = sympy.Symbol("place", integer=True, nonnegative=True)
 #: factors of queries; the others are of keys
 _OF_QUERIES = ("row", "alpha", "gain")
+#: those of the channels of a token's own product
+_OF_CHANNELS = ("diagonal", "own_factor")
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,14 @@ class TokenRows:
         device: torch.device,
         known: Mapping[str, Tensor] | None = None,
         places: Tensor | None = None,
-        spread: bool = True,
     ) -> list[Tensor]:
         """The factors of a call in the order of `names`: (B, H, L) float32, contiguous, or (B, H, L, D) as given; steps
-        that are alike (B, H, 1), where that is asked for, and the diagonal, with sizes of 1 where they are the same.
+        that are alike (B, H, 1), where that is asked for, and factors of a token's own product, with sizes of 1 where
+        they are the same.
 
-        known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L);
-        spread: else dimensions of which a factor knows nothing are of size 1.
+        known: what else the formulas name, in the same shapes; places: where tokens of packed sequences stand, (L).
         """
-        return [self._value(row, bound, device, known or {}, places, spread) for row in self._rows]
+        return [self._value(row, bound, device, known or {}, places) for row in self._rows]
 
     def beyond(self, with_state: bool, placed: bool) -> str | None:
         """What the factors read that a part of a sequence, or one of several that are packed, does not have, if
@@ -165,7 +166,6 @@ class TokenRows:
         device: torch.device,
         known: Mapping[str, Tensor],
         places: Tensor | None,
-        spread: bool,
     ) -> Tensor:
         sizes = bound.sizes
         length = 1 if self._short and row.name == "step" else sizes[row.side]
@@ -186,9 +186,9 @@ class TokenRows:
         value = row.function(env)
         if not isinstance(value, Tensor):
             return torch.full(shape, float(value), dtype=torch.float32, device=device)
-        if not spread or row.name == "diagonal" or (self._short and row.name == "step"):
+        if row.name in _OF_CHANNELS or (self._short and row.name == "step"):
             value = value if row.given else value.float()
-            return value if not row.by_channel or value.stride(3) == 1 else value.contiguous()
+            return value if row.name == "step" or value.stride(3) == 1 else value.contiguous()
         value = value if tuple(value.shape) == shape else value.expand(shape)
         if row.given:  # as large as k: read where it lies
             return value if value.stride(-1) == 1 else value.contiguous()
@@ -198,6 +198,7 @@ class TokenRows:
 def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
     """Each factor's formula, None where it is 1 or is not there."""
     alpha, beta = plan.bias or (None, None)
+    factor, weight = plan.product or (None, None)
     return {
         "row": None if plan.row == 1 else plan.row,
         "col": None if plan.col == 1 else plan.col,
@@ -206,6 +207,8 @@ def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
         "gain": None if plan.gain == 1 else plan.gain,
         "step": plan.step,
         "diagonal": None if plan.diagonal in (None, 1) else plan.diagonal,
+        "own_factor": None if factor == 1 else factor,
+        "own_weight": None if weight == 1 else weight,
     }
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import attncc as ac
 from attncc.runtime.verify import Exam, Shape, check, eager, verify_variant
 from attncc.schedule import linear as schedule_linear
+from tests.runtime.test_linear_calls import BONUS
 
 SHAPES = (
     Shape(1, 2, 1, 520, 520, 256, 128),
@@ -142,17 +143,19 @@ def test_default_rates_are_replayed():
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["constants", "learned"])
-@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "gla", "rwkv6", "gated_delta_net"])
+@pytest.mark.parametrize("name", ["linear_attention", "simple_gla", "gla", "rwkv6", "bonus", "gated_delta_net"])
 def test_a_replay_is_the_call(name, learned):
     """The third call of a kind is the first that is replayed; other tensors each time, beside the dispatcher's way."""
-    op, plain = ac.compile(name, plan="chunk"), ac.compile(name, plan="chunk")
+    op, plain = (ac.compile(BONUS if name == "bonus" else name, plan="chunk") for _ in range(2))
     plain._calls = None
     for seed in range(4):
         generator = torch.Generator("cuda").manual_seed(seed)
         size = (1, 4, 300, 64)
         q, k, v, grad = (torch.randn(size, generator=generator, device="cuda").bfloat16() for _ in range(4))
         k = F.normalize(k.float(), dim=-1).bfloat16()
-        inputs = gate_of("simple_gla" if name == "gated_delta_net" else name, 300, generator)
+        inputs = gate_of("simple_gla" if name in ("bonus", "gated_delta_net") else name, 300, generator)
+        if name == "bonus":
+            inputs["rate"] = torch.rand(4, generator=generator, device="cuda")
         if name == "gated_delta_net":
             inputs["beta"] = torch.rand(1, 4, 300, generator=generator, device="cuda")
         first = torch.randn(1, 4, *op.engine.state_shape(64, 64), generator=generator, device="cuda")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import attncc as ac
 from attncc.runtime.linear_calls import LinearCalls
 from attncc.runtime.recordings import Recordings
+from tests.passes.test_linearize import with_bonus
 
 
 @pytest.fixture(autouse=True)
@@ -15,12 +16,23 @@ def nothing_is_recorded(monkeypatch):
     monkeypatch.setattr(Recordings, "run", lambda self, key, call, tensors, defaults=(): call())
 
 
+#: a token's own product by a rate, and the state before its own gate
+BONUS = ac.Variant(
+    name="bonus",
+    mask=ac.causal,
+    normalizer="identity",
+    score=with_bonus,
+    inputs={"g": ac.Input("b", "h", "kv_idx", grad=True), "rate": ac.Input("h", grad=True)},
+)
+
+
 def case(name):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
     inputs = {
         "linear_attention": {},
         "simple_gla": {"g": F.logsigmoid(torch.randn(1, 2, 20))},
+        "bonus": {"g": F.logsigmoid(torch.randn(1, 2, 20)), "rate": torch.tensor([-0.4, 0.3])},
         "rwkv6": {"g": F.logsigmoid(torch.randn(1, 2, 20, 16)), "u": torch.randn(2, 16)},
     }
     k = F.normalize(k, dim=-1)
@@ -41,10 +53,10 @@ def results(op, call, tensors, inputs, wanted):
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("linear_attention", False), ("simple_gla", False), ("simple_gla", True), ("rwkv6", False), ("rwkv6", True)],
+    [("linear_attention", False), *((n, wanted) for n in ("simple_gla", "rwkv6", "bonus") for wanted in (False, True))],
 )
 def test_the_two_ways_agree(name, wanted):
-    op = ac.compile(name, plan="chunk")
+    op = ac.compile(BONUS if name == "bonus" else name, plan="chunk")
     assert isinstance(op._calls, LinearCalls)
     tensors, inputs = case(name)
 
