@@ -233,7 +233,7 @@ class LinearEngine:
                 found[name] = found[name].sum(0)
         if found.get("diagonal") is not None:
             found["diagonal"] = _of_tokens(found["diagonal"], named["diagonal"], cut["count"])
-        drows = {name: _summed(x, named[name]) for name, x in found.items() if x is not None}
+        drows = {name: _summed(x, named[name]) for name, x in found.items() if x is not None and wants[name]}
         if wants.get("gain") and delta is not None:
             drows["gain"] = delta / named["gain"]
         return dq, dk, dv, dinitial if want_initial else None, [drows.get(n) for n in self.names]
