@@ -28,6 +28,8 @@ from attncc.schedule.device import device_of
 from attncc.schedule.linear import LinearSchedule, LinearSizes, linear_schedule
 from attncc.schedule.problem import Dtype, Precision
 
+#: factors that are none of the pairs, which kernels that go over them do not load
+_OF_ITSELF = {"diagonal", "own_factor", "own_weight"}
 DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -38,9 +40,6 @@ class LinearEngine:
         self.graph, self.plan = graph, plan
         self.rows = TokenRows(similarity(graph).core, plan, short=True)
         self.names = self.rows.names
-        beside = {"diagonal", "own_factor", "own_weight"}
-        #: float32 factors of a token that its kernels load
-        self._loaded = len(set(self.names) - beside) - self.plan.alike
         self._precision = precision
         self._cache = Cache()
         self._sources: dict[tuple[int, int], str] = {}
@@ -94,7 +93,7 @@ class LinearEngine:
             batch, length = len(ends) - 1, max((b - a for a, b in pairwise(ends)), default=0)
         by_channel, normalized = self.plan.decay == "channel", self.plan.total and self.plan.bias is None
         call = LinearSizes(DTYPES[q.dtype], batch, heads, length, d_qk, v.shape[3], by_channel, normalized)
-        return replace(call, divided=self.plan.total, rows=self._loaded)
+        return replace(call, divided=self.plan.total, rows=len(set(self.names) - _OF_ITSELF) - self.plan.alike)
 
     def _prepare(
         self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int | None
