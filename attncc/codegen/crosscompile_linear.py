@@ -54,7 +54,7 @@ def cross_compile_linear(
         kernel = getattr(module, name)
         of_host = {**_SMALL, "CHUNK": schedule.chunk if name == "runs_kernel" else 32}
         meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), of_host))
-        options = {key: meta.pop(key) for key in ("num_warps", "num_stages") if key in meta}
+        options = {key: meta.pop(key) for key in ("num_warps", "num_stages", "maxnreg") if key in meta}
         constants: dict[str, Any] = {
             **dict.fromkeys(_FLAGS, True),
             **meta,

@@ -72,7 +72,7 @@ def recurrence_text(found: Mapping[str, Any]) -> str:
 
 def tiles_of(meta: Mapping[str, int]) -> str:
     """A kernel's sizes as text: "chunk 64, block 32, 4 warps, 1 stage"."""
-    counted = {"num_warps": "warp", "num_stages": "stage"}
+    counted = {"num_warps": "warp", "num_stages": "stage", "maxnreg": "register"}
     words = (
         f"{size} {counted[key]}{'s' * (size > 1)}" if key in counted else f"{key.lower()} {size}"
         for key, size in meta.items()

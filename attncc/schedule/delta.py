@@ -47,7 +47,7 @@ def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None)
     kernels["recall"] = _carried(sizes, chunk, device, 0)
     if not _reads(sizes, device, kernels["carry"]):
         kernels["forward"] = _scanned(sizes, chunk, device)
-    kernels["prepare_back"] = _prepared(sizes, chunk, device)
+    kernels["prepare_back"] = _prepared(sizes, chunk, device, twice=True)
     kernels["carry_back"] = _carried(sizes, chunk, device, 2)
     warps = _warps(sizes.dtype, device, wide=padded(sizes.d_qk) > 128)
     kernels["gradients"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": warps, "num_stages": 1}
@@ -58,9 +58,10 @@ def _reads(sizes: LinearSizes, device: Device, carry: Mapping[str, int]) -> bool
     """Is out made on the way from chunk to chunk, the states of chunks never stored?
 
     That saves nearly half of a forward's bytes, and every step of the way takes longer: for programs that fill the
-    device. Measured on an H200 without decays, at 64 tokens and 32 columns: 0.351 ms in place of 0.413.
+    device. Measured on an H200 without decays, at 64 tokens: 0.351 ms in place of 0.413 at 32 columns, 0.343 in place
+    of 0.438 at 64.
     """
-    measured = device.target.startswith("sm_9") and not sizes.decays and carry["CHUNK"] == 64 and carry["BLOCK"] == 32
+    measured = device.target.startswith("sm_9") and not sizes.decays and carry["CHUNK"] == 64 and carry["BLOCK"] >= 32
     rows = sizes.sequences * sizes.heads
     return measured and sizes.d_qk <= 128 and 4 * rows * -(-sizes.d_v // carry["BLOCK"]) >= 3 * device.sms
 
@@ -78,16 +79,20 @@ def _warps(dtype: Dtype, device: Device, wide: bool = False) -> int:
     return (256 if wide or dtype == "fp32" else 128) // device.warp_size
 
 
-def _prepared(sizes: LinearSizes, chunk: int, device: Device) -> dict[str, int]:
-    """How a chunk's equations are solved: columns that are multiplied at once, and warps.
+def _prepared(sizes: LinearSizes, chunk: int, device: Device, twice: bool = False) -> dict[str, int]:
+    """How a chunk's equations are solved, or passed backwards: columns that are multiplied at once, and warps.
 
     At 64 tokens and 16 bits they are multiplied by wgmma. One whose right operand has fewer columns than 64 is what the
-    assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`).
+    assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`). On Hopper three programs of so many registers share a
+    multiprocessor, for each waits for its own loads and matmuls most of the time: 137 us in place of 164 of an H200.
     """
     block = max(16, _columns(sizes.dtype, sizes.d_v) // 2)
+    tiles = {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device), "num_stages": 1}
     if chunk == 64 and sizes.dtype != "fp32":
-        block = max(COLUMNS, _columns(sizes.dtype, sizes.d_v, twice=True))
-    return {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device), "num_stages": 1}
+        tiles["BLOCK"] = max(COLUMNS, _columns(sizes.dtype, sizes.d_v, twice))
+        if device.target.startswith("sm_9"):
+            tiles["maxnreg"] = 168
+    return tiles
 
 
 def _shared(sizes: LinearSizes, chunk: int) -> int:
@@ -104,7 +109,7 @@ def _carried(sizes: LinearSizes, chunk: int, device: Device, tiles: int) -> dict
         block //= 2
     while block > 16 and _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
         block //= 2
-    stages = 2 if sizes.dtype == "fp32" else 3 if tiles else 4
+    stages = 2 if sizes.dtype == "fp32" else 3 if tiles else 6
     while stages > 1 and stages * _stage(sizes.dtype, width, block, chunk, tiles) > device.smem_per_block:
         stages -= 1
     warps = _warps(sizes.dtype, device, wide=tiles > 1 and width > 128)

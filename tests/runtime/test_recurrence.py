@@ -410,7 +410,9 @@ def test_every_kernel_compiles_for_a_gpu(name, target):
     assert ("forward" in schedule.kernels) == (target != "sm_90" or name != "delta_net")
     for kernel in found.values():
         assert kernel.shared <= device.smem_per_block
-        # what three kernels did before in 533 us of an H200 takes one, with more spills than these, 384
-        allowed = 232 if (name, kernel.name) == ("gated_delta_net", "gradients_kernel") else 0
+        # Spills and all one kernel takes 384 us of an H200 with a gate for what took three of them 533. In prepare and
+        # prepare_back, 143 and 117 us for 178 and 141 without, three programs share a multiprocessor.
+        gradients = 656 if name == "gated_delta_net" else 8
+        allowed = {"gradients_kernel": gradients, "prepare_kernel": 8, "prepare_back_kernel": 64}.get(kernel.name, 0)
         assert kernel.spills <= allowed or target != "sm_90"
         assert not kernel.faults
