@@ -10,6 +10,7 @@ import sympy
 from attncc.codegen.bounds import bound_lines
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.components import band_slots, gradient_slots
+from attncc.codegen.loads import MapTile
 from attncc.codegen.lower import Leaf, Lowering
 from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
 from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
@@ -63,6 +64,12 @@ def _band_slots(
     return {"operand": [], "components": slots}
 
 
+def _boxed(tile: MapTile) -> dict[str, Any]:
+    """A map's tile as the templates load it: `at` are the places of its dimensions but the last two."""
+    at = [f"_entry({index}, stride_{tile.input}_{d})" for d, index in enumerate(tile.at)]
+    return {"name": tile.name, "input": tile.input, "upper": tile.input.upper(), "text": tile.text, "at": at}
+
+
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
     extra = {name: Leaf(name, Level.ROW) for name in plan.saved_names}
     for part in plan.parts:
@@ -89,6 +96,7 @@ def tile_slots(
     hopper: bool = False,
     streams: bool = False,
     band: VectorGradient | None = None,
+    boxes: bool = False,
 ) -> dict[str, Any]:
     """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
 
@@ -101,6 +109,7 @@ def tile_slots(
     what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. streams: what is
     read along the axis of the loop is `streamed`, so that a warp can read it early. band: a table of distances that a
     sum over components reads: it gets a matmul of the cotangents with a function of the query, or is looped over.
+    boxes: tiles are loaded through descriptors, those of inputs with an entry a pair, too, where they can be (`maps`).
     """
     tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
@@ -110,6 +119,7 @@ def tile_slots(
         plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
     )
     lowering.whole = WHOLE if in_loop and not hopper else ""
+    lowering.maps = [] if boxes else None
     lowering.streamed = [] if streams else None
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
@@ -157,6 +167,7 @@ def tile_slots(
         "outer": lowering.outer,
         "by_head": lowering.by_head,
         "streamed": lowering.streamed or [],
+        "maps": [_boxed(m) for m in lowering.maps or ()],
         "by_tile": uses_tiles(*(x for e in computed for x in (*e.score, e.weight, *e.dsums.values(), *e.dreads))),
         "tables": tables.count,
         "chains": chains,
@@ -168,7 +179,7 @@ def tile_slots(
         "gradients": [g for g in wanted if not g.own],
         "summed": [g for g in wanted if not g.row_only],
         "settled": settled,
-        "helpers": lowering.helpers,
+        "helpers": lowering.helpers | ({"_entry"} if lowering.maps else set()),
     }
 
 
@@ -373,7 +384,8 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
 def dkdv_slots(
     plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False, streams: bool = False
 ) -> dict[str, Any]:
-    """Slots of dkdv.py.j2; `by_tile`: distances are taken apart by tile, which is exact enough for 16 bits.
+    """Slots of dkdv.py.j2; `by_tile`: in 16 bits, whose tiles come through descriptors, distances are taken apart by
+    tile, which is exact enough there.
 
     hopper: for a kernel in which several groups of warps share a block of keys; streams: and what is read a query is
     read by another warp."""
@@ -386,6 +398,7 @@ def dkdv_slots(
         by_tile=by_tile,
         hopper=hopper,
         streams=streams,
+        boxes=by_tile and not hopper,
     )
     return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
 
@@ -402,6 +415,7 @@ def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bo
         settle=not hopper,
         by_tile=by_tile,
         hopper=hopper,
+        boxes=by_tile and not hopper,
     )
 
 

@@ -140,7 +140,8 @@ def _compile(
             signature[p] = _box((2 * int(p.removeprefix("SUMS_DESC_")), 32), "fp32")
         elif p.endswith("_BOXES"):
             dims = len(graph.input(p.removesuffix("_BOXES").lower()).pattern)
-            signature[p] = _box((*[1] * (dims - 2), hopper.ROWS, tiling.block_n), dtype)
+            box = (*[1] * (dims - 2), hopper.ROWS if gluon else tiling.block_m, tiling.block_n)
+            signature[p] = _box(box, dtype) if gluon else f"tensordesc<{dtype}{list(box)}>"
         elif "_DESC_" in p:
             signature[p] = _descriptor(p, name, tiling, dtype)
         elif p == "ROWS_DESC":

@@ -96,12 +96,12 @@ def _read_map(scope: Lowering, expr: Read) -> str:
     at = scope.leaves[across.name].name
     scope.helpers.add("_pairs")
     tile = f"_pairs({lines}, {at}, {strides[across]}, {lengths[across]}, {scope.whole})"
-    if scope.ahead is not None:
-        name = scope.fresh(f"{decl.name}_tile")
-        if scope.maps is not None and expr.index[-2:] == (sym.Q_IDX, sym.KV_IDX) and decl.dtype == "float":
-            scope.maps.append(MapTile(name, decl.name, tile, decl.pattern[:-2]))
-        else:
-            scope.ahead.append(f"{name} = {tile}")
+    name = scope.fresh(f"{decl.name}_tile") if scope.maps is not None or scope.ahead is not None else tile
+    if scope.maps is not None and expr.index[-2:] == (sym.Q_IDX, sym.KV_IDX) and decl.dtype == "float":
+        scope.maps.append(MapTile(name, decl.name, tile, decl.pattern[:-2]))
+        tile = name
+    elif scope.ahead is not None:
+        scope.ahead.append(f"{name} = {tile}")
         tile = name
     if decl.dtype == "int":
         scope.helpers.add("_integer")

@@ -192,6 +192,7 @@ def render(
             cotangents=swept,
             by_row=by_row(plan),
         )
+    host["maps"] = any(slots.get("maps") for slots in (f, *((kv, dq) if backward else ())))
     readers = [slots["tables"] for name, slots in host.items() if name in ("f", "kv", "dq", "rows_dq")]
     if any((*readers, *(p["tables"] for p in host["pair"].values()))):
         tables = plan.tables if backward else plan.score_tables

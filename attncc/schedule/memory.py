@@ -238,7 +238,8 @@ def _row_vectors(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, pr
 def _pair_inputs(kernel: Kernel, tiles: Tiling, op: Instruction, stages: int, problem: Problem) -> int:
     pair = problem.costs.pair(kernel)
     loads = 0 if op == "mfma" else pair.loads + pair.tables
-    return int(loads * max(stages - 1, 0) * tiles.rows * tiles.cols * PAIR_BYTES)
+    boxes = problem.costs.warps.maps > 0 and kernel in ("dkdv", "dq")  # one lies there even where none is loaded ahead
+    return int(loads * max(stages - 1, boxes) * tiles.rows * tiles.cols * PAIR_BYTES)
 
 
 def tensor_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> int:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 import attncc as ac
+from attncc.codegen.module import load_source
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
 from attncc.runtime import engine
 from attncc.runtime.modules import Modules
 from attncc.runtime.samples import Shape
@@ -85,6 +90,35 @@ def test_an_incoming_gradient_of_any_layout_is_taken(boxed, d):
     assert all(boxed)
     for a, b in zip(expanded, whole, strict=True):
         assert torch.equal(a, b)
+
+
+zeros = partial(torch.zeros, dtype=torch.float16)
+MAPS = {
+    "as it is": (True, lambda: zeros(2, 3, 20, 24)),
+    "one for all sequences": (True, lambda: zeros(1, 3, 20, 24)),
+    "repeated": (True, lambda: zeros(1, 3, 20, 24).expand(2, -1, -1, -1)),
+    "a part of longer rows": (True, lambda: zeros(2, 3, 20, 32)[..., :20]),
+    "odd rows": (False, lambda: zeros(2, 3, 20, 21)),
+    "transposed": (False, lambda: zeros(2, 3, 24, 24).mT),
+    "one row for all queries": (False, lambda: zeros(2, 3, 1, 24).expand(-1, -1, 20, -1)),
+    "from an odd place on": (False, lambda: zeros(2, 3, 20, 24)[..., 1:]),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_which_maps_come_as_boxes(name):
+    whole, make = MAPS[name]
+    module = load_source(render(Plan(ac.variants.get("dense_bias").graph), 16, 16, True, tma=True), "maps")
+    assert module._map_boxes(make(), 16, 16)[1] == whole
+    assert not module._map_boxes(make().float(), 16, 16)[1]
+
+
+@pytest.mark.parametrize("broadcast", [(), ("b",), ("h",)])
+@pytest.mark.parametrize("keys", [24, 21])
+def test_maps_as_boxes_and_by_pointers(boxed, broadcast, keys):
+    shape = Shape(2, 4, 2, 37, keys, 16, 16, broadcast=broadcast)
+    assert failures(verify_variant(ac.variants.get("dense_bias"), dtype=torch.float16, shapes=[shape])) == []
+    assert all(boxed)
 
 
 def test_only_16_bit_rows_of_16_byte_multiples():
