@@ -63,6 +63,11 @@ class InputDecl:
     captured: bool = field(default=False, compare=False)
     beyond: int = 0
 
+    @property
+    def is_vector(self) -> bool:
+        """Has it an entry a component of the head dimension, so that a similarity may read it as a vector?"""
+        return self.pattern[-1:] == (HEAD_DIM,)
+
 
 @dataclass(frozen=True)
 class ScalarDecl:

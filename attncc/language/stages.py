@@ -284,7 +284,8 @@ def environment(
         env[name] = Value(sym.scalar_symbol(name, scalar.is_int))
     for name, decl in inputs.items():
         tensor = InputTensor(decl, vectors)
-        env[name] = tensor if decl.pattern else tensor[()]
+        indexed = decl.pattern[:-1] if vectors and decl.is_vector else decl.pattern
+        env[name] = tensor if indexed else tensor[()]
     return env
 
 

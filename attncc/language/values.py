@@ -16,7 +16,7 @@ from sympy.core.relational import Relational
 
 from attncc.errors import SpecError
 from attncc.ir import vocabulary as voc
-from attncc.ir.graph import HEAD_DIM, InputDecl
+from attncc.ir.graph import InputDecl
 from attncc.ir.similarity import is_vector
 from attncc.ir.symbols import COMPONENT, QK, RAW_SCORE, SCORE, V_VEC, input_symbol
 from attncc.ir.text import formula
@@ -220,7 +220,7 @@ class InputTensor(Indexed):
     def __getitem__(self, index: Any) -> Value:
         index = index if isinstance(index, tuple) else (index,)
         pattern = self._decl.pattern
-        whole = pattern[-1:] == (HEAD_DIM,) and len(index) == len(pattern) - 1
+        whole = self._decl.is_vector and len(index) == len(pattern) - 1
         if whole and not self._vectors:
             fail(
                 f"'{self._decl.name}[{', '.join(pattern[:-1])}]' is a vector over the head dimension",
@@ -245,8 +245,10 @@ class InputTensor(Indexed):
         return Value(voc.Read(self._symbol, *exprs))
 
     def _how(self) -> tuple[str, str]:
-        name, pattern = self._decl.name, ", ".join(self._decl.pattern)
-        return f"the input '{name}' is a tensor and must be indexed", f"write {name}[{pattern}]"
+        name, pattern = self._decl.name, self._decl.pattern[: -1 if self._decl.is_vector else None]
+        if self._decl.is_vector and not self._vectors:
+            return f"'{name}' is a vector over the head dimension", "only the similarity stage sees vectors"
+        return f"the input '{name}' is a tensor and must be indexed", f"write {name}[{', '.join(pattern)}]"
 
 
 class Weights(Indexed):

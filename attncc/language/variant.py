@@ -32,6 +32,7 @@ class Input:
     Input("h", "dist", grad=True)    a learned table: `dist` is a free dimension, of whatever size the tensor has
 
     Input("h", "d", grad=True)       a vector of each query head, as long as q_vec and k_vec: read as u[h]
+    Input("d", grad=True)            one vector for all: read as u
 
     Dimensions named b, h, h_kv, q_idx, kv_idx have the size of the call's (size 1 broadcasts); other names are free.
     The similarity stage reads an input whose last dimension is named d as a vector, without that index.
