@@ -132,7 +132,7 @@ def tile_slots(
     settle = settle and len(plan.parts) == 1
     settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle else []
     for gradient in settled:
-        slope = tables.apart(_over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
+        slope = tables.apart(over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
         computed[0].dreads.append(slope.xreplace(computed[0].inlined))
         computed[0].names.append(f"{gradient.name}_by_delta_tile")
     if settled:
@@ -215,7 +215,7 @@ def _backward_exprs(
 
     def cotangent(expr: Any) -> Any:
         over = over_weight(expr, backward.weight)
-        return tables.apart(_over_raw(part, expr if over is None else over), place).xreplace({WEIGHT: weight})
+        return tables.apart(over_raw(part, expr if over is None else over), place).xreplace({WEIGHT: weight})
 
     dsums, dreads = [cotangent(sums[name]) for name in names], [cotangent(g.expr) for g in summed]
     weight_alone = sympy.Dummy("weight")
@@ -237,7 +237,7 @@ def _backward_exprs(
     )
 
 
-def _over_raw(part: Plan, expr: Any) -> Any:
+def over_raw(part: Plan, expr: Any) -> Any:
     """A formula over the raw score in terms of q k and the kernel's score."""
     return part.folded.apply(expr.xreplace({sym.RAW_SCORE: part.core["raw_score"].expr}))
 
@@ -306,7 +306,7 @@ def slope_of(part: Plan) -> Any:
     backward = part.backward
     if over_weight(backward.dqk, backward.weight) is not None:
         return part.folded.apply(backward.weight)
-    found = split_slope(_over_raw(part, backward.dqk))
+    found = split_slope(over_raw(part, backward.dqk))
     return None if found is None else found[0]
 
 
@@ -334,51 +334,6 @@ def saw_a_key(part: Plan) -> str:
     if part.own(LSE.name) in names or (part.by_reverse and names):
         return f'{names[0]} > float("-inf")'
     return " | ".join(f"({n} != 0.0)" for n in names) or "q_idx < q_len"
-
-
-def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of cotangents.py.j2: the sums that a part's gradient through row statistics needs, and the cotangents of
-    those."""
-    folded, backward, mask = part.folded, part.backward, part.graph["mask"].expr
-    similarity, base = SimilaritySlots(plan), backward_leaves(plan)
-    score = part.tagged(folded.score)
-    parts = {part.own(s.name): part.tagged(_over_raw(part, e)) for s, e in backward.parts}
-    blank = blank_tile(similarity, rows_first=True)
-    lowering = Lowering(plan.core, base, running=frozenset(parts), blank=blank)
-    lowering.count([score, mask, *parts.values()])
-    bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len")
-    score_text = lowering.tile(score)
-    visible = visible_lines(lowering, mask, [edge("kv_idx", True)])
-    score_lines = take(lowering)
-    for name, expr in parts.items():
-        lowering.assign(f"{name}_tile", expr, Level.PAIR)
-    part_lines = take(lowering)
-    after = lowering.after_loop()
-    cotangents = [(part.own(s.name), part.tagged(folded.apply(e))) for s, e in backward.cotangents]
-    texts = {name: after.emit(e, Level.ROW) for name, e in cotangents}
-    rows = [part.own(s.name) for s, _ in backward.saved]
-    return {
-        "name": f"cotangents{part.tag}_kernel",
-        "tag": part.tag,
-        "branch": part.branch,
-        "mask": formula(mask),
-        "bounds": bounds,
-        **similarity_slots(similarity, QUERY, qk_chunks, lowering, base),
-        "outer": lowering.outer,
-        "score": score_text,
-        "score_lines": score_lines,
-        "visible": visible,
-        "part_lines": part_lines,
-        "hide": [f"{name}_tile = tl.where(visible, {name}_tile, 0.0)" for name in parts],
-        "final_lines": take(after),
-        "loaded": (*rows, *((part.own("delta"),) if backward.sweep_needs_delta else ())),
-        "parts": tuple(parts),
-        "cotangents": tuple(texts),
-        "texts": texts,
-        "needs_dp": any(DP in e.free_symbols for _, e in backward.parts),
-        "alive": saw_a_key(part),
-        "helpers": lowering.helpers,
-    }
 
 
 def dkdv_slots(

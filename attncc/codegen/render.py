@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from attncc.codegen.backward import cotangent_slots, dkdv_slots, dq_slots, settles_delta
+from attncc.codegen.backward import dkdv_slots, dq_slots, settles_delta
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
 from attncc.codegen.components import WIDEST
@@ -23,6 +23,7 @@ from attncc.codegen.kernels import bounds_slots, distance_slots, pair_slots, sum
 from attncc.codegen.names import coded
 from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
+from attncc.codegen.row_cotangents import cotangent_slots
 from attncc.codegen.similarity import KEY, QUERY, SimilaritySlots, term_slots
 from attncc.codegen.statements import in_gluon
 from attncc.ir import symbols as sym

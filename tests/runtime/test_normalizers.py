@@ -174,6 +174,24 @@ def test_the_reference_against_plain_pytorch(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_what_cancels_is_not_multiplied(dtype):
+    """A row that sees one key has a deviation of 0 and no gradient; what rounding leaves of that meets 1 / 1e-3."""
+
+    def standardized(score, row):
+        mean = row.mean(score)
+        z = (score - mean) / ac.sqrt(row.mean((score - mean) ** 2) + 1e-6)
+        p = ac.exp(z - row.max(z))
+        return p / row.sum(p)
+
+    op = ac.compile(ac.Variant(normalizer=standardized, mask=ac.causal))
+    q, k, v = (torch.randn(1, 2, 12, 16, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    dq, *_ = torch.autograd.grad(op(*leaves), leaves, torch.randn_like(v))
+    assert not dq[:, :, 0].any()
+    assert dq[:, :, 2:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_keys_that_tie_for_a_maximum_share_its_gradient(dtype):
     variant = ac.Variant(normalizer=lambda score, row: ac.relu(score - row.max(score) + 1))
     generator = torch.Generator().manual_seed(0)
