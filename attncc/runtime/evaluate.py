@@ -172,5 +172,9 @@ class _Evaluator:
         )
         if tensor.numel() == 0:
             return tensor.new_zeros(inside.shape) + tensor.sum()
-        value = tensor[tuple(torch.where(inside, i, 0) for i in index)]
+        flat = torch.zeros_like(index[0])
+        for i, size in zip(index, tensor.shape, strict=True):
+            flat = flat * size + torch.where(inside, i, 0)
+        # not tensor[index], whose gradient sorts all of the index, and adds what has one place one by one
+        value = tensor.reshape(-1).index_select(0, flat.reshape(-1)).reshape(flat.shape)
         return torch.where(inside, value, 0)

@@ -240,7 +240,7 @@ class Dense:
                 self.pairs[stage.name] = self._over_queries(stage)
             elif stage in graph.rows:
                 self.rows[stage.name] = self._reduce(stage)
-                self.pairs[stage.name] = self.rows[stage.name][self.row_of_pair]
+                self.pairs[stage.name] = self.rows[stage.name].index_select(0, self.row_of_pair)
 
     def named(self, name: str) -> Tensor:
         """An output by its name: out, lse, or an auxiliary one."""
@@ -354,7 +354,7 @@ class Dense:
         total = torch.zeros(self.visible.shape, dtype=self.number, device=self.device)
 
         def add(total: Tensor, d: int, q_d: Tensor, k_d: Tensor) -> Tensor:
-            env = {**self.pairs, "q_vec": q_d[rows], "k_vec": k_d[cols], "d_idx": d}
+            env = {**self.pairs, "q_vec": q_d.index_select(0, rows), "k_vec": k_d.index_select(0, cols), "d_idx": d}
             return total + evaluate(stage.expr, env, self.number, self.device)
 
         for d in range(q.shape[3]):
@@ -406,7 +406,7 @@ class Dense:
 
         def total(t: Tensor, term: Any, rest: Any) -> Tensor:
             spread = torch.zeros(self.row_count, dtype=t.dtype, device=self.device).index_put((self.live,), t)
-            env = {**self.pairs, sym.UNKNOWN.name: spread[self.row_of_pair]}
+            env = {**self.pairs, sym.UNKNOWN.name: spread.index_select(0, self.row_of_pair)}
             values = evaluate(term, env, self.number, self.device).expand(self.visible.shape)
             return self._spread(values, 0.0).sum(-1)[self.live] + row(rest, t)
 
