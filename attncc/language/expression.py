@@ -145,7 +145,7 @@ class _Reader:
             self.env[name] = self.eval(statement.value)
         if not isinstance(last, ast.Expr):
             if isinstance(last, ast.Assign):
-                self.refuse(last, "the stage must end with an expression, its result")
+                self.refuse(last, "the stage must end with an expression, its result", "to compare, write ==")
             self.refuse(last, f"{_describe(last)} is not part of the language")
         if self.stage == "normalizer" and isinstance(last.value, ast.Name) and last.value.id in normalizers.TABLE:
             return call_by_name(normalizers.TABLE[last.value.id], self.env, self.stage)
@@ -322,7 +322,9 @@ class _Reader:
         called = isinstance(target, ast.Call) and isinstance(target.func, ast.Name)
         named = target.func if called else target  # type: ignore[attr-defined]
         if not isinstance(named, ast.Name) or named.id not in _DOMAINS:
-            self.refuse(func, "attributes are not part of the language", f"only row.{', row.'.join(ROW)} have a dot")
+            known = func.attr in functions.TABLE
+            remedy = f"write {func.attr}(...)" if known else f"only row.{', row.'.join(ROW)} have a dot"
+            self.refuse(func, "attributes are not part of the language", remedy)
         if named.id not in self.env:
             raise unknown_name(named.id, self.stage, self.env)
         domain = self.env[named.id]

@@ -352,9 +352,9 @@ def assemble(
             return check(function({**base, **extra})), span
         except SpecError as error:
             if stage == "score":  # the user's name for what enters the stage
-                error = SpecError(
-                    error.reason.replace("raw_score", "score"), stage=stage, span=error.span, remedy=error.remedy
-                )
+                reason = error.reason.replace("raw_score", "score")
+                remedy = None if error.remedy is None else error.remedy.replace("raw_score", "score")
+                error = SpecError(reason, stage=stage, span=error.span, remedy=remedy)
             raise error.at(span, stage) from None
         except UnsupportedError as error:
             raise error.at(span, stage) from None
