@@ -2,7 +2,8 @@
 
 Within a chunk the tokens' equations are solved (`prepare`), all chunks side by side; from chunk to chunk goes the
 state, and with it is known what each token adds (`carry`). Behind that it is attention in linear time over those
-values: pairs within a chunk, and the state that it finds (`forward`).
+values: pairs within a chunk, and the state that it finds (`forward`). Where programs that go from chunk to chunk fill
+the device, `carry` makes that too, and no chunk's state is stored.
 
 For the backward the forward keeps what tokens add, and T, the inverse of a chunk's equations: Dv + chunk numbers a
 token. The states that chunks find are sums over what is added, and `carry` makes them again. Backwards the equations
@@ -10,8 +11,8 @@ are passed first, all chunks side by side (`prepare_back`): the gradient of thei
 by a chunk's own queries and, through the state, by those behind it. So it goes with the gradient of the state from
 chunk to chunk (`carry_back`), and then all gradients of a chunk are made at once (`gradients`).
 
-The gradient of a decay's step is summed by where a pair lies, before and behind it: a difference of sums over all
-tokens would be what is left of rounding.
+The gradient of a decay's step is that of the pairs which it parts: all pairs of the tokens behind it less those within
+them, sums of one tile in float32. Of pairs that were rounded apart the difference would be what is left of rounding.
 """
 
 from __future__ import annotations
