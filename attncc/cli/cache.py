@@ -53,7 +53,7 @@ def list_(json: Json = False) -> None:
     out.print(f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'} in {cache.directory}")
 
 
-@app.command("export")
+@app.command("export", short_help="Write every entry into one file, for another machine.")
 def export(file: Annotated[Path, typer.Argument(help="The JSON file to write.")]) -> None:
     """Write every entry into one file, for another machine with the same GPU."""
     try:
@@ -70,7 +70,7 @@ def import_(file: Annotated[Path, typer.Argument(help="A file that `attncc cache
     out.print(f"read {count} {'entry' if count == 1 else 'entries'} from {file}")
 
 
-@app.command("table")
+@app.command("table", short_help="Write the tuned schedules as a table that attncc ships.")
 def table(
     device: Annotated[str, typer.Argument(help="The device file whose GPU they were tuned on: h100, ...")],
     file: Annotated[Path, typer.Argument(help="The JSON file to write, e.g. schedules/tuned/h100/mine.json.")],

@@ -1,4 +1,4 @@
-"""Runs one variant: generates and loads its module for the head dimensions of a call, chooses a schedule, launches.
+"""Runs one variant: chooses a schedule for a call, has the module made that it needs, compiles ahead, launches.
 
 Everything is made on first use and kept; the second call of the same kind finds it in a dictionary.
 """
