@@ -1,5 +1,5 @@
-"""The steps of a recorded call as one Python function without a loop: what is the same in every call is a constant of it,
-and each tensor and address has a name of its own.
+"""The steps of a recorded call as one Python function without a loop: what is the same in every call is a constant of
+it, and each tensor and address has a name of its own.
 
     def replay(stream, t0, t1):                     the call's own tensors
         t2 = empty(shape2, strides2, dtype2)        an allocation
