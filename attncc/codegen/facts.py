@@ -112,7 +112,7 @@ def facts_of(plan: Plan) -> Facts:
         mask=mask,
         component=component,
         component_backward=component_backward,
-        vectors=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.COL}),
+        vectors=len({x for part in plan.parts for x in _streamed(part, Level.COL)}),
         rows=sum(len(part.backward.pair_rows) + plan.needs_delta for part in plan.parts) if has_backward else 0,
         distances=bool(plan.tables.formulas)
         or any(split_distances(part.folded.score) != part.folded.score for part in plan.parts),
@@ -151,10 +151,16 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         else False,
         columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
         tables=plan.tables.count,
-        asked=len({r for part in plan.parts for r in part.core.reads if level(r) == Level.ROW}),
+        asked=len({x for part in plan.parts for x in _streamed(part, Level.ROW)}),
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
         no_backward=no_backward(plan) if has_backward else "",
     )
+
+
+def _streamed(part: Plan, of: Level) -> list[Any]:
+    """What a part has of a query or of a key that takes a warp some time: reads, and logarithms of its index."""
+    logarithms = part.folded.score.atoms(sympy.log)
+    return [x for x in (*part.core.reads, *logarithms) if level(x) == of]
 
 
 def _turns(sweep: Sweep) -> int:

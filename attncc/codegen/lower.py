@@ -29,6 +29,8 @@ _INLINE = 48
 
 #: what another warp than those that compute knows of a query and of a key
 _INDICES = {"q_idx", "kv_idx"}
+#: what takes tens of instructions, which a warp that loads has time for
+_SLOW = (sympy.log,)
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ class Lowering:
     def define(self, name: str, text: str, expr: Any, level: Level, to_float: bool = False) -> None:
         """A statement `name = text`, among those of its level."""
         along = Level.COL if self._block_axis == Level.ROW else Level.ROW
-        read = level == along and any(self.level_of(r) == along for r in expr.atoms(Read))
-        if self.streamed is not None and read and self._varies_by(expr, along) <= _INDICES:
+        slow = any(self.level_of(e) == along for e in expr.atoms(Read, *_SLOW))
+        if self.streamed is not None and level == along and slow and self._varies_by(expr, along) <= _INDICES:
             inputs = frozenset(str(r.input) for r in expr.atoms(Read))
             self.streamed.append(Streamed(name, text, "float" if to_float else type_of(expr), inputs))
             return
