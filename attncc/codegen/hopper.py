@@ -98,7 +98,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         final_by_row=by_row,
         out_in_q=hopper.out_in_q(d_qk, d_v),
         shared_limit=hopper.TILE_BYTES,
-        light=_is_light(plan, f),
+        holds_q=_is_light(plan, f) or (quick and not f["by_tile"] and not _by_pair(plan)),
         uneven=plan.graph["mask"].expr is not sympy.true,
         seldom=_rescales_seldom(plan, f, d_v),
         quick=quick,
@@ -190,6 +190,11 @@ def refuse(plan: Plan) -> None:
         )
     if plan.only_triton:
         raise UnsupportedError(plan.only_triton, remedy="use backend='triton'")
+
+
+def _by_pair(plan: Plan) -> bool:
+    """Is anything read a pair?"""
+    return any(level(r) == Level.PAIR for r in plan.core.reads)
 
 
 def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
