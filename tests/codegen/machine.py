@@ -124,7 +124,9 @@ def _highest(scores: Tensor, limit: Tensor) -> Block:
 
 def _allocate(kind: Type, shape: Sequence[int], layout: Any) -> Any:
     if layout == "barriers":
-        return Barriers(shape[0])
+        found = Barriers(shape[0])
+        current().barriers += found.all
+        return found
     memory = SimpleNamespace(unfenced=set())
     current().memories.append(memory)
     filled = torch.full(tuple(shape), float("nan") if kind.torch.is_floating_point else -1, dtype=kind.torch)
@@ -133,6 +135,10 @@ def _allocate(kind: Type, shape: Sequence[int], layout: Any) -> Any:
 
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
+
+
+def _retire(barrier: Barrier) -> None:
+    barrier.retired = True
 
 
 def _wait(barrier: Barrier, phase: Any, pred: Any = True) -> None:
@@ -264,6 +270,7 @@ def _modules() -> dict[str, Any]:
     mbarrier = SimpleNamespace(
         MBarrierLayout=lambda: "barriers",
         init=_init,
+        invalidate=_retire,
         wait=_wait,
         arrive=_arrive,
         expect=lambda barrier, count: barrier.arrive(1, count),

@@ -40,6 +40,7 @@ class Program:
         self.overtaking = self.random.random() < 0.6  # is the last copy there first, when all wait?
         self.copies: list[Callable[[], None]] = []
         self.memories: list[Any] = []
+        self.barriers: list[Any] = []
         self.partitions: list[Partition] = []
         self.error: BaseException | None = None
         self.asked = 0
@@ -58,6 +59,8 @@ class Program:
             raise self.error
         if any(p.matmuls or p.stores for p in self.partitions):
             raise MachineError("a matmul or a store of a tile is never waited for")
+        if not all(barrier.retired for barrier in self.barriers):
+            raise MachineError("the memory of a barrier may be a tile's before the kernel ends")
         for p in self.partitions:
             land(p)
 

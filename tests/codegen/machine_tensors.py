@@ -210,8 +210,11 @@ class Barrier:
 
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
+        self.retired = False
 
     def arrive(self, count: int = 1, expected: int = 0) -> None:
+        if self.retired:
+            raise MachineError("an arrival at a barrier that is retired")
         self.pending -= count
         self.bytes += expected
         if self.pending < 0:

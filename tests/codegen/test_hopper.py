@@ -94,6 +94,8 @@ def test_nothing_spills_and_the_memory_is_what_the_scheduler_counts(name, tiling
     assert "wgmma.mma_async" in kernel.ptx
     assert "cp.async.bulk.tensor" in kernel.ptx
     assert "setmaxnreg" in kernel.ptx
+    assert kernel.ptx.count("mbarrier.init") == kernel.ptx.count("mbarrier.inval") == len(set(barriers(kernel)))
+    assert max(barriers(kernel)) - min(barriers(kernel)) < 256
 
 
 def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1, ordered=False):
@@ -160,6 +162,24 @@ def test_heads_of_a_group_in_programs_of_their_own_add_up_dk_and_dv_two_entries_
     assert kernel.spills == 0
     # a thread of either warpgroup has half of a row's entries in two rows; with and without a mask
     assert kernel.ptx.count(".add.v2.f32") == 2 * 2 * (128 + 96) // 4
+
+
+def barriers(kernel):
+    """Where the mbarriers of a kernel lie in shared memory."""
+    places = dict(re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", kernel.ptx))
+    at = re.findall(r"mbarrier\.init\.shared::cta\.b64 \[(%r\d+)\]", kernel.ptx)
+    return [int(places[register]) for register in at]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_no_tile_is_given_the_memory_of_a_barrier(splits, ordered):
+    # one that a kernel does not use, as that of the keys where a group's heads are apart, lay where ds does
+    tiling = KernelSchedule(64, 128, 8, 2, "gluon", splits=splits)
+    kernel = backward_compiled("causal", tiling, 128, 128, "bf16", group=4, ordered=ordered)["dkdv_kernel"]
+    found = barriers(kernel)
+    assert len(found) == len(set(found)) == kernel.ptx.count("mbarrier.inval")
+    assert max(found) - min(found) < 256
 
 
 def test_what_a_dq_apart_is_for_is_said():

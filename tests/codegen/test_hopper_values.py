@@ -163,6 +163,12 @@ def test_in_a_fixed_order_programs_add_to_a_tile_of_dq_in_their_turn(name, shape
     assert all(map(torch.equal, first[:3], second[:3]))
 
 
+def test_the_model_notices_a_barrier_whose_memory_a_tile_may_be_given():
+    run = Run("causal", GROUPED, lambda text: re.sub(r"\n    _retire\(ds_full, 2\)", "", text))
+    with pytest.raises(machine.MachineError, match="before the kernel ends"):
+        run.backward()
+
+
 def test_blocks_of_keys_with_two_runs_of_tiles_take_no_turns():
     run = Run("prefix_lm", GROUPED)
     assert not run.failures(run.backward(sums=False))
