@@ -18,7 +18,7 @@ from attncc.schedule.problem import Dtype, Precision
 
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
-    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DRIGHT_PTR", "RECALLED_PTR"),
+    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DRIGHT_PTR", "RECALLED_PTR", "WEIGHTS_PTR"),
     *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "KEPT_PTR", "FEATURES_PTR", "PAIR_PTR", "DIAGONAL_PTR"),
 )
 _STATES = ("STATES_PTR", "DSTATES_PTR")

@@ -3,7 +3,7 @@
 Within a chunk the tokens' equations are solved (`prepare`), all chunks side by side; from chunk to chunk goes the
 state, and with it is known what each token adds (`carry`). Behind that it is attention in linear time over those
 values: pairs within a chunk, and the state that it finds (`forward`). Where programs that go from chunk to chunk fill
-the device, `carry` makes that too, and no chunk's state is stored.
+the device, `carry` makes that too, and no chunk's state is stored; decayed weights of pairs it has of `prepare`.
 
 For the backward the forward keeps what tokens add, and T, the inverse of a chunk's equations: Dv + chunk numbers a
 token. The states that chunks find are sums over what is added, and `carry` makes them again. Backwards the equations

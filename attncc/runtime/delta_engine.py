@@ -18,7 +18,7 @@ from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.linear_rows import TokenRows
 from attncc.schedule.delta import delta_schedule, solve_precision
 from attncc.schedule.device import device_of
-from attncc.schedule.linear import LinearSchedule, LinearSizes
+from attncc.schedule.linear import LinearSchedule
 from attncc.schedule.problem import Precision
 
 #: tokens of a sequence that is not short
@@ -36,9 +36,6 @@ class DeltaEngine(LinearEngine):
 
     def render(self, d_qk: int, d_v: int) -> str:
         return render_delta(self.graph, self.delta, d_qk, d_v)
-
-    def sizes(self, q: Tensor, v: Tensor, ends: list[int] | None) -> LinearSizes:
-        return replace(super().sizes(q, v, ends), decays=self.plan.decay != "none")
 
     def state_shape(self, d_qk: int, d_v: int) -> tuple[int, int]:
         return d_qk, d_v

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from attncc.errors import InputError
@@ -42,9 +41,7 @@ def schedule_of(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, dev
     plan = recur(graph)
     by_channel = not isinstance(plan, Delta) and plan.decay == "channel"
     call = LinearSizes(dtype, sizes["b"], sizes["h"], sizes["kv_idx"], sizes["d_qk"], sizes["d_v"], by_channel)
-    if isinstance(plan, Delta):
-        return delta_schedule(replace(call, decays=plan.linear.decay != "none"), device)
-    return linear_schedule(call, device)
+    return (delta_schedule if isinstance(plan, Delta) else linear_schedule)(call, device)
 
 
 def recurrence_text(found: Mapping[str, Any]) -> str:

@@ -35,8 +35,7 @@ WAVES: int | None = None
 class LinearSizes:
     """A call as its kernels see it. `length` is that of the longest sequence; by_channel: a decay for each feature;
     normalized: weights are divided by a sum of them, whose gradient wants all features of a query in one program;
-    divided: by a sum of whatever kind; rows: float32 factors of a token that the kernels load; decays: of a delta rule,
-    does its state?"""
+    divided: by a sum of whatever kind; rows: float32 factors of a token that the kernels load."""
 
     dtype: Dtype
     sequences: int
@@ -48,7 +47,6 @@ class LinearSizes:
     normalized: bool = False
     divided: bool = False
     rows: int = 0
-    decays: bool = False
 
 
 @dataclass(frozen=True)

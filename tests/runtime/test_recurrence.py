@@ -403,16 +403,16 @@ def test_explain_says_what_was_proved():
 def test_every_kernel_compiles_for_a_gpu(name, target):
     variant, device = ac.variants.get(name).graph, device_for(target)
     module = load_source(render_delta(variant, recur(variant), 128, 128), name)
-    schedule = delta_schedule(LinearSizes("bf16", 2, 16, 8192, 128, 128, decays=name != "delta_net"), device)
+    schedule = delta_schedule(LinearSizes("bf16", 2, 16, 8192, 128, 128), device)
     found = cross_compile_linear(module, schedule, device, "bf16", states="bf16")
     names = {"prepare", "carry", "forward", "prepare_back", "carry_back", "gradients", "step"}
     assert set(found) == {f"{kernel}_kernel" for kernel in names if kernel != "forward" or kernel in schedule.kernels}
-    assert ("forward" in schedule.kernels) == (target != "sm_90" or name != "delta_net")
+    assert ("forward" in schedule.kernels) == (target != "sm_90")
     for kernel in found.values():
         assert kernel.shared <= device.smem_per_block
         # Spills and all one kernel takes 384 us of an H200 with a gate for what took three of them 533. In prepare and
         # prepare_back, 143 and 117 us for 178 and 141 without, three programs share a multiprocessor.
         gradients = 656 if name == "gated_delta_net" else 8
-        allowed = {"gradients_kernel": gradients, "prepare_kernel": 8, "prepare_back_kernel": 64}.get(kernel.name, 0)
+        allowed = {"gradients_kernel": gradients, "prepare_kernel": 16, "prepare_back_kernel": 64}.get(kernel.name, 0)
         assert kernel.spills <= allowed or target != "sm_90"
         assert not kernel.faults
