@@ -14,7 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attncc as ac
+from attncc.schedule.problem import Backend
 from bench.case import Case, Shape, Tensors
+from bench.dense_cases import CAUSAL, FULL
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -83,6 +85,13 @@ def triton(case: Case, shape: Shape, inputs: Tensors) -> Attend:
     """Our own Triton kernels, where ours are those of another backend."""
     op = ac.compile(case.variant, plan="parallel", backend="triton")
     return lambda *operands: op(*operands, **inputs)
+
+
+def own_softmax(case: Case, shape: Shape, inputs: Tensors, *, backend: Backend | None = None) -> Attend:
+    """Our own softmax over as many pairs, in the same race: figures of two races are of two clocks."""
+    plain = FULL if case.area(shape.m, shape.n) == shape.m * shape.n else CAUSAL
+    op = ac.compile(plain.variant, plan="parallel", backend=backend)
+    return lambda *operands: op(*operands)
 
 
 def compiled_sigmoid(shape: Shape) -> Attend:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import attncc as ac
-from bench.case import Case, Shape, Tensors
+from bench.case import Case, Shape
 from bench.compare import COMPILED, Builder, compare, contestant, standard_peers, table
 from bench.dense_cases import ALIBI, CAUSAL, DOCUMENTS_1024, FULL, SOFTCAP, WINDOW_1024
-from bench.peers import Attend, fa4, has_fa4, sdpa, triton
+from bench.peers import fa4, has_fa4, own_softmax, sdpa, triton
 from bench.run import Run
 from bench.suites import variants
 
@@ -77,15 +77,8 @@ def peers(cell: Cell) -> dict[str, Builder]:
     if cell.flex:
         found["flex"] = standard_peers(cell.case)["flex"]
     if set(found) == {"triton"}:
-        found["own softmax"] = own_softmax
+        found["own softmax"] = partial(own_softmax, backend="gluon")
     return found
-
-
-def own_softmax(case: Case, shape: Shape, inputs: Tensors) -> Attend:
-    """Our own softmax over as many pairs, in the same race: figures of two races are of two clocks."""
-    plain = FULL if case.area(shape.m, shape.n) == shape.m * shape.n else CAUSAL
-    op = ac.compile(plain.variant, plan="parallel", backend="gluon")
-    return lambda *operands: op(*operands)
 
 
 def judge(row: dict[str, Any], goal: float) -> None:

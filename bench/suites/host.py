@@ -79,7 +79,7 @@ def suite(run: Run) -> None:
     for piece, done in zip(work, run.ahead(prepared, work), strict=True):
         if done.error is not None:
             failed[piece] = done.error
-            run.fail(results, f"{piece[0]} {piece[1]}", NotReadyError(done.error), case=piece[0])
+            run.fail(results, f"{piece[0]} {piece[1]}", NotReadyError(done.error), case=piece[0], who=piece[1])
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     trained: dict[tuple[str, str], Callable[[], object]] = {}
     for case in CASES:

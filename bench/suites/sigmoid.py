@@ -9,10 +9,10 @@ import torch
 
 import attncc as ac
 from bench import area
-from bench.case import Case, Shape, Tensors
+from bench.case import Case, Shape
 from bench.compare import MODES, Builder, compare, contestant, figures, table
 from bench.dense_cases import CAUSAL
-from bench.peers import Attend, compiled_sigmoid
+from bench.peers import compiled_sigmoid, own_softmax
 from bench.run import Run
 from bench.suites.dense import LENGTHS, shape
 from bench.timing import race
@@ -43,12 +43,6 @@ def plain(wanted: Shape) -> dict[str, dict[str, Any]]:
 PLAIN: dict[str, Builder] = {"plain": lambda case, shape, inputs: compiled_sigmoid(shape)}
 #: ours, by name, of which the one is timed beside the other
 CASES = {"sigmoid": SIGMOID, "causal": CAUSAL}
-
-
-def own_softmax(case: Case, shape: Shape, inputs: Tensors) -> Attend:
-    """Our own causal softmax."""
-    op = ac.compile(CAUSAL.variant, plan="parallel")
-    return lambda *operands: op(*operands)
 
 
 def prepared(piece: tuple[int, str]) -> Any:
