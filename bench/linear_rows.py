@@ -84,3 +84,8 @@ def both(rows: list[dict[str, Any]]) -> list[str]:
     ]
     case = found[0]["case"].removesuffix(", both plans")
     return ["", f"`{case}`, one sequence, ms over all pairs / by chunks, and what `auto` takes: {', '.join(parts)}."]
+
+
+def behind(rows: list[dict[str, Any]]) -> list[str]:
+    """All that a run says of longer sequences, of decoding and of both plans."""
+    return [*longer(rows), *steps(rows), *both(rows)]

@@ -191,7 +191,10 @@ def latency_table(folder: Path) -> str:
         us = {name: f"{value:.0f} us" for name, value in row["us"].items()}
         fields = (f"host time: {TITLES.get(row['case'], row['case'])}, {row['mode']}", f"**{us['attncc']}**")
         lines.append(f"| {' | '.join(fields)} | {us.get('flex', '')} | {us.get('sdpa', '')} |")
-    lines += ["", f"Seconds are beyond imports and the CUDA context. {_provenance(compiled)}", "", _provenance(host)]
+    errors = dict.fromkeys(row["error"] for row in host["rows"] if "error" in row)
+    missing = f"What is not shown of the host's time failed: {'; '.join(errors)}. " if errors else ""
+    lines += ["", f"Seconds are beyond imports and the CUDA context. {_provenance(compiled)}"]
+    lines += ["", f"{missing}{_provenance(host)}"]
     return "\n".join(lines)
 
 
@@ -299,11 +302,10 @@ def linear_table(folder: Path) -> str:
     missing = f" Not shown, for a gradient was off by more than is allowed: {', '.join(failed)}." if failed else ""
     lines += ["", f"{size}{missing} {_provenance(data)}"]
     lines += linear_rows.limited(data["rows"])
-    apart = folder / LINEAR_GPU / f"{LONG}.json"
-    behind = load(apart) if apart.exists() and not any("mode" not in row for row in data["rows"]) else data
-    told = [line for part in (linear_rows.longer, linear_rows.steps, linear_rows.both) for line in part(behind["rows"])]
-    if behind is not data and told:
-        told += ["", _provenance(behind)]
+    told = linear_rows.behind(data["rows"])
+    if not told and (folder / LINEAR_GPU / f"{LONG}.json").exists():
+        longer = results(folder, LONG, LINEAR_GPU)
+        told = [*linear_rows.behind(longer["rows"]), "", _provenance(longer)]
     return "\n".join([*lines, *told])
 
 

@@ -178,6 +178,9 @@ def test_the_latency_table_shows_seconds_and_microseconds(tmp_path):
     assert "| host time: causal, no_grad | **20 us** | 63 us | 27 us |" in text
     assert "| host time: ALiBi + causal, autograd | **33 us** | 140 us |  |" in text
     assert "`python -m bench host`" in text
+    assert "failed" not in text
+    put(tmp_path, "host", [{"case": "causal", "error": "NotReadyError: late"}, *host])
+    assert "What is not shown of the host's time failed: NotReadyError: late." in latency_table(tmp_path)
 
 
 def limited(unit, ms, busy):
@@ -279,3 +282,9 @@ def test_linear_time_is_shown_by_mechanism_and_length_with_what_refuses_and_what
     assert "| `ssd` | 1 | 11.0 | 10.0 |\n| `ssd` | 8 | 7.0 |  |" in text
     assert "A step of decoding, 64 sequences, TB/s of the state, read and written: `ssd` 3.11 (a copy 3.60)." in text
     assert "512 tokens 0.020 / 0.050 (pairs), 4096 tokens 0.140 / 0.075 (chunks)." in text
+    # a later run had no time for what stands behind the table
+    put(folder, "linear-long", rows[5:], readme.LINEAR_GPU)
+    put(folder, "linear", rows[1:5], readme.LINEAR_GPU)
+    later = readme.linear_table(folder)
+    assert "| `ssd` | 1 | 11.0 | 10.0 |" in later
+    assert (text.count("Some GPU"), later.count("Some GPU")) == (1, 2)  # each with its own run
