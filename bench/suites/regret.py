@@ -10,12 +10,13 @@ alone by a profiler; the fastest and first choices then race in turns, so that h
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 import attncc as ac
 from attncc.runtime.op import AttentionOp
@@ -66,22 +67,28 @@ class Bench:
 
 
 def device_us(call: Callable[[], object], calls: int) -> dict[str, float]:
-    """Microseconds that one of `calls` keeps the GPU busy: "all" kernels, and those of PARTS, read by a profiler."""
+    """Microseconds that a call keeps the GPU busy, with "all" kernels and with those of PARTS, by a profiler."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    found = dict.fromkeys(("all", *PARTS), 0.0)
-    for event in profile.key_averages():
-        us = event.self_device_time_total / calls
-        found["all"] += us
-        for part in PARTS:
-            if event.key.startswith(f"{part}_kernel"):
-                found[part] += us
-    if not found["all"]:
+    ran = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    if not ran:
         raise RuntimeError("the profiler saw no kernel")
-    return found
+    kernels = [(event.name, event.time_range.start, event.time_range.end) for event in ran]
+    parts = {part: [(a, b) for name, a, b in kernels if name.startswith(f"{part}_kernel")] for part in PARTS}
+    return {name: busy(spans) / calls for name, spans in {"all": [(a, b) for _, a, b in kernels], **parts}.items()}
+
+
+def busy(spans: Iterable[tuple[float, float]]) -> float:
+    """How long at least one of these spans lasts: a kernel may begin while the one before it still runs, as what merges
+    the parts of a row does."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return total
 
 
 @dataclass(frozen=True)
@@ -211,8 +218,8 @@ def _agree(actual: Tensors, expected: Tensors) -> None:
 def suite(run: Run) -> None:
     """Run the suite."""
     results = run.results("regret")
-    wanted = run.options.get("variant")
-    chosen = [cell for cell in cells() if wanted is None or cell.variant in wanted]
+    variants, lengths = run.options.get("variant"), run.options.get("length")
+    chosen = [c for c in cells() if (not variants or c.variant in variants) and (not lengths or c.shape.m in lengths)]
     ahead = Ahead(run.take(chosen, quick=4), device_of("cuda"), run.options["workers"])
     standings: dict[Cell, Standing] = {}
     rows: dict[Cell, dict[str, Any]] = {}

@@ -124,6 +124,11 @@ def test_later_rounds_go_on_where_the_first_stopped(planned, monkeypatch):
     assert len(row["measured"]["whole"]) == len(forward.trials)
 
 
+def test_kernels_that_overlap_count_once():
+    assert regret.busy([(0.0, 10.0), (4.0, 12.0), (5.0, 6.0), (20.0, 21.0)]) == 13.0
+    assert regret.busy([]) == 0.0
+
+
 def test_first_choices_are_of_the_model_alone(planned):
     forward, _ = planned
     assert first_choices(problem_of(forward.cell), DEVICE) == forward.model
