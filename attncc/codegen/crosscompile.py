@@ -17,7 +17,7 @@ from attncc.codegen.launch import kernel_of, launch_meta
 from attncc.codegen.names import written
 from attncc.codegen.usage import usage_of_amdgcn, usage_of_cubin
 from attncc.codegen.wgmma import Fault, wgmma_faults
-from attncc.errors import UnsupportedError
+from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.schedule import hopper
 from attncc.schedule.device import Device
@@ -158,11 +158,20 @@ def _compile(
     source = (_gluon_source() if gluon else ASTSource)(kernel, signature, values, attributes)
     meta = launch_meta(tiling)
     options = {name: meta[name] for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
+    return resources(name, compiled(source, name, device, options), device)
+
+
+def compiled(source: Any, name: str, device: Device, options: Mapping[Any, int]) -> Any:
+    """What Triton makes of a kernel's source for a device. InputError: its cache has no place to be written to."""
     try:
-        result = triton.compile(source, target=gpu_target(device), options=options)
+        return triton.compile(source, target=gpu_target(device), options=dict(options))
+    except OSError as error:
+        raise InputError(
+            f"Triton cannot write what it compiles: {error}",
+            remedy="name a folder that can be written: TRITON_CACHE_DIR=folder attncc ...",
+        ) from error
     except Exception as error:
         raise UnsupportedError(f"{name} does not compile for {device.target}: {error}") from error
-    return resources(name, result, device)
 
 
 def _gluon_source() -> Any:

@@ -6,11 +6,9 @@ from collections.abc import Collection, Mapping
 from types import ModuleType
 from typing import Any
 
-import triton
 from triton.compiler import ASTSource
 
-from attncc.codegen.crosscompile import TYPES, CompiledKernel, gpu_target, kernel_names, resources
-from attncc.errors import UnsupportedError
+from attncc.codegen.crosscompile import TYPES, CompiledKernel, compiled, kernel_names, resources
 from attncc.schedule.delta import solve_precision
 from attncc.schedule.device import Device
 from attncc.schedule.linear import LinearSchedule
@@ -72,11 +70,7 @@ def cross_compile_linear(
         source = ASTSource(
             kernel, *_arguments(kernel, constants, {**dict.fromkeys(_TENSORS, dtype), **dict.fromkeys(_STATES, states)})
         )
-        try:
-            result = triton.compile(source, target=gpu_target(device), options=options)
-        except Exception as error:
-            raise UnsupportedError(f"{name} does not compile for {device.target}: {error}") from error
-        found[name] = resources(name, result, device)
+        found[name] = resources(name, compiled(source, name, device, options), device)
     return found
 
 

@@ -95,3 +95,12 @@ def test_an_unusual_formula_ends_up_without_spills(attncc, tmp_path):
     found = json.loads(attncc("compile", *words, "--json").stdout)
     assert [usage["spill_bytes"] for usage in found["kernels"].values()] == [0] * 4
     assert "spills" in attncc("explain", *words).stdout
+
+
+def test_a_compiler_that_cannot_write_is_said(attncc, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "below"))
+    result = attncc("compile", "causal", "--target", "sm_80", *SMALL)
+    assert result.exit_code == 2
+    assert "Triton cannot write what it compiles" in result.stderr
+    assert "TRITON_CACHE_DIR=folder" in result.stderr
