@@ -185,9 +185,11 @@ def _require(kernels: Sequence[Kernel], trials: Sequence[Trial], beside: Beside)
             )
 
 
-def _beside(first: Sequence[tuple[Kernel, KernelSchedule]], base: Schedule, problem: Problem, device: Device) -> Beside:
+def _beside(
+    entries: Sequence[tuple[Kernel, KernelSchedule]], base: Schedule, problem: Problem, device: Device
+) -> Beside:
     """The model's first choices as what candidates are measured beside; of kernels that do not race, what calls use."""
-    for kernel, ks in first:
+    for kernel, ks in dict(reversed(entries)).items():  # of each kernel the first
         base = with_tiling(base, kernel, ks, "model")
     apart = base.dkdv if base.dkdv.backend == "triton" else first_choice("dkdv", problem, device, "triton")
     return Beside(base, apart)
@@ -201,7 +203,8 @@ def order(
     backend: Backend | None = None,
 ) -> list[tuple[Kernel, KernelSchedule]]:
     """Candidates of all kernels in the order in which they race: in turn, the model's first choices first. Where
-    Gluon's dkdv is one, which makes dQ, too, those of dq come last: they matter only beside one of Triton's.
+    Gluon's dkdv is one, which makes dQ, too, those of dq come last: they matter beside one of Triton's, and where a
+    call wants the gradient of a row's input.
 
     Within a kernel by predicted time. But what the model gets wrong about a tile it gets wrong about all its warps and
     stages, so that each candidate moves back for those of its tile before it: a tenth of the search sees most tiles.

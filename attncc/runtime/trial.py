@@ -73,10 +73,16 @@ class Beside:
         """The fastest backward: its time, and the tilings of dkdv and dq. A backward as it was measured; or the best of
         Triton's dkdv with the best dq, each of which then saves what it saved alone."""
         trials = tuple(trials)
-        known = [(t.us, t.schedule, self.base.dq) for t in trials if t.kernel == "dkdv" and t.us is not None]
-        known += [(t.us, self.apart, t.schedule) for t in trials if t.kernel == "dq" and t.us is not None]
         of_dkdv = fastest((t for t in trials if t.schedule.backend == "triton"), "dkdv")
         of_dq = fastest(trials, "dq")
+        # beside Gluon's dkdv, too, calls may want dq: for the gradients of a row's inputs
+        own = self.base.dq if of_dq is None else of_dq.schedule
+        known = [
+            (t.us, t.schedule, own if t.schedule.backend == "gluon" else self.base.dq)
+            for t in trials
+            if t.kernel == "dkdv" and t.us is not None
+        ]
+        known += [(t.us, self.apart, t.schedule) for t in trials if t.kernel == "dq" and t.us is not None]
         neither = next((t.us for t in trials if t.kernel == "dq" and t.schedule == self.base.dq), None)
         if of_dkdv is not None and of_dq is not None and neither is not None:
             us = cast(float, of_dkdv.us) + cast(float, of_dq.us) - neither

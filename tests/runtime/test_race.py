@@ -149,6 +149,27 @@ def test_a_tiling_of_dq_is_measured_beside_a_dkdv_that_leaves_dq_to_it(problem):
     assert result.schedule.forward.backend == result.schedule.dkdv.backend == "gluon"
 
 
+def test_candidates_are_measured_beside_first_choices_and_a_schedule_has_the_best_dq(problem):
+    """Gluon's dkdv makes dQ, but calls that want the gradient of a row's input run dq beside it."""
+    measured = []
+
+    class Noting(Stick):
+        def time(self, kernel, schedule, best_us):
+            super().time(kernel, schedule, best_us)
+            measured.append((kernel, schedule))
+            ks = schedule.of(kernel)
+            return 50.0 if ks.backend == "gluon" else 90.0 if ks == self.lanes["dq"][3] else 100.0
+
+    stick = Noting(problem)
+    result = run(problem, stick)
+    first = {kernel: lane[0] for kernel, lane in stick.lanes.items()}
+    assert {s.dq for kernel, s in measured if kernel == "dkdv"} == {first["dq"]}
+    assert {s.forward for kernel, s in measured if kernel != "forward"} == {first["forward"]}
+    assert {s.dkdv for kernel, s in measured if kernel == "forward"} == {first["dkdv"]}
+    assert result.schedule.dkdv.backend == "gluon"
+    assert result.schedule.dq == stick.lanes["dq"][3]
+
+
 class Sums(Stick):
     """A backward takes what its dkdv and its dq take, each of which differs by candidate; Gluon's takes `gluon`."""
 
