@@ -61,6 +61,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return hopper_decode.refusal(problem, device)
     if kernel == "dkdv" and problem.costs.warps.no_backward:
         return problem.costs.warps.no_backward
+    if kernel == "dkdv" and problem.costs.warps.maps:
+        return "an input with an entry a pair comes entry by entry there, and in Triton a tile of it at once"
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:
             return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"
