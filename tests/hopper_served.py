@@ -20,6 +20,7 @@ NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
     **dict.fromkeys((*_KEPT_A_KEY, *_TWO_WAIT), "no tiling fits"),
+    "dense_bias": "an input with an entry a pair",
     "mla": "Gluon's backward loads v for itself",
     "sdm": "q and k have no gradient",
 }
