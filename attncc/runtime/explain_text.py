@@ -72,8 +72,12 @@ def _section(title: str, lines: list[str]) -> str:
     return "\n".join([title, *(f"  {line}" for line in lines)])
 
 
+#: a name longer than this, as of an entry of a table by a long index, does not push all others' right sides away
+_WIDEST_NAME = 40
+
+
 def _assigned(values: Mapping[str, str]) -> list[str]:
-    width = max(map(len, values), default=0)
+    width = max((len(name) for name in values if len(name) <= _WIDEST_NAME), default=0)
     return [f"{name:<{width}} = {text}" for name, text in values.items()]
 
 

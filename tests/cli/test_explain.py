@@ -81,6 +81,15 @@ def test_the_table_of_candidates_fits_a_terminal_of_80(attncc):
     assert all(row.count("*") == 1 for row in rows)
 
 
+def test_a_gradient_with_a_long_index_leaves_the_other_lines_as_wide_as_they_are(attncc):
+    """T5's bucket is ten comparisons long, and its gradient is named by it."""
+    lines = attncc("explain", "t5_bias", "--target", "h100").stdout.splitlines()
+    derived = lines[lines.index("backward, derived") :]
+    assert next(line for line in derived if line.startswith("  dv_vec ")).endswith("= weight*dout")
+    assert all(len(line) < 100 for line in derived[:8])
+    assert any(line.startswith("  dtable[minimum(abs(") and " = sum over the pairs" in line for line in derived)
+
+
 def test_a_variant_without_a_backward_says_why(attncc, monkeypatch):
     def refuse(*_):
         raise UnsupportedError("nobody knows its derivative")
