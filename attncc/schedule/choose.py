@@ -37,7 +37,7 @@ def choose(problem: Problem, device: Device, cache: Cache | None = None, backend
     tuned = _tuned(problem, device, cache)
     if tuned is not None and backend is None:
         return tuned
-    found, matched = (tuned, frozenset({"digest"})) if tuned is not None else _shipped(problem, device)
+    found, matched = (tuned, frozenset({"digest"})) if tuned is not None else _shipped(problem, device, backend)
     if found is not None and "q_bucket" in matched and backend is None:
         return found
     problem = with_known_spills(problem, device, cache)
@@ -182,14 +182,15 @@ def _measured_here(value: dict[str, Any], problem: Problem) -> bool:
     return {**here, "kv_len": 0} == {**there, "kv_len": 0} and len(set(keys)) == 1
 
 
-def _shipped(problem: Problem, device: Device) -> tuple[Schedule | None, frozenset[str]]:
+def _shipped(problem: Problem, device: Device, backend: Backend | None) -> tuple[Schedule | None, frozenset[str]]:
     """The row of the shipped tables that fits `problem` most narrowly, if any does, and what it matches on: for those
-    that name lengths both backends raced."""
+    that name lengths both backends raced, and where Gluon's won they say nothing to who asks for Triton's."""
     facts = _facts(problem)
     fitting = [
         (sum(name in row["match"] for name in MATCHED), number, row)
         for number, row in enumerate(_table(device.name))
         if all(facts.get(name, 1) == wanted for name, wanted in {"branches": 1, **row["match"]}.items())
+        and not (backend == "triton" and _in_gluon(row["schedule"]))
     ]
     if not fitting:
         return None, frozenset()
@@ -199,6 +200,11 @@ def _shipped(problem: Problem, device: Device) -> tuple[Schedule | None, frozens
         return None, frozenset()
     matched = frozenset(row["match"])
     return (_dealt if "q_bucket" in matched else _for_few_rows)(found, problem, device), matched
+
+
+def _in_gluon(schedule: Mapping[str, Any]) -> bool:
+    """Is a kernel of a row's schedule in Gluon?"""
+    return any(kernel is not None and kernel.get("backend") == "gluon" for kernel in map(schedule.get, _IN_GLUON))
 
 
 def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any) -> Schedule | None:

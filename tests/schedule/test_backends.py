@@ -13,7 +13,7 @@ from attncc.resources import path
 from attncc.schedule import device_for, hopper
 from attncc.schedule.choose import backend_of, choose, read_table
 from attncc.schedule.device import parse_device
-from attncc.schedule.problem import WarpWork
+from attncc.schedule.problem import KernelSchedule, WarpWork
 from tests.hopper_served import NO_BACKWARD, NO_FORWARD
 from tests.schedule.problems import full_live, problem
 
@@ -63,6 +63,18 @@ def test_a_shipped_schedule_keeps_what_is_in_its_backend():
     assert shipped.origin == "shipped"
     assert mixed.origin == "model"
     assert (mixed.dkdv, mixed.dq) == (shipped.dkdv, shipped.dq)
+
+
+def test_a_row_that_gluon_won_says_nothing_to_who_asks_for_triton():
+    """Of the length at which both raced, beside one of the same formula at any length, which is of Triton's kernels."""
+    rows = read_table(path("schedules") / "tuned" / "h100" / "regret.json")
+    row = next(r for r in rows if r["match"]["q_bucket"] == 8192 and r["schedule"]["forward"]["block_n"] == 64)
+    match = row["match"]
+    known = problem(match["dtype"], match["d_qk"], length=8192, digest=match["digest"])
+    assert choose(known, H100).forward == KernelSchedule.from_json(row["schedule"]["forward"])
+    asked = choose(known, H100, backend="triton")
+    assert asked.origin == "shipped"
+    assert backends(asked) == ("triton", "triton", "triton")
 
 
 @cache
