@@ -10,7 +10,6 @@ NO_FORWARD = {
     **dict.fromkeys(("gaussian_position", "gmm", "linear_attention", "gla", "rwkv6"), _OTHER),
     **dict.fromkeys(("additive", "l1_distance"), _OTHER),
     "afa": "no tiling fits",
-    "differential": "Gluon kernels have one score a pair",
     "mla": "where keys hold their values",
 }
 _MORE = "the Gluon backward multiplies q with k alone"

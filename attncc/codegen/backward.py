@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,8 @@ def tile_slots(
     """
     tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
-    leaves = {**base, **LEAVES, SLOPE: Leaf(SLOPE, Level.PAIR)}
+    slopes = [part.own(SLOPE) for part in plan.parts]
+    leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in slopes}}
     blank = blank_tile(similarity, rows_first)
     lowering = Lowering(
         plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
@@ -269,7 +271,11 @@ def _backward_chain(
         if less_delta:
             dsums, dreads = dict(zip(dsums, less, strict=False)), less[len(dsums) :]
         for name, e in dsums.items():
-            dsums[name], settled[name] = _over_slope(e, lowering, exprs.weight)
+            dsums[name], settled[name] = _over_slope(part, e, lowering, exprs.weight)
+            if part.tag:
+                settled |= {
+                    n: settled[name] for n, d in zip(exprs.names, dreads, strict=True) if _same_slope(part, d, e)
+                }
     weight_lines = take(lowering)
     hide = []
     for name, expr in (*dsums.items(), *zip(exprs.names, dreads, strict=True)):
@@ -285,7 +291,7 @@ def _backward_chain(
         "show": shown,
         "weight_lines": weight_lines,
         "flows": flows,
-        "slope": SLOPE in settled.values(),
+        "slope": part.own(SLOPE) in settled.values(),
         "grad_lines": take(lowering),
         "hide": hide,
         "less_delta": less_delta,
@@ -301,19 +307,37 @@ def split_slope(dscore: Any) -> tuple[Any, Any] | None:
     return dscore / sympy.Mul(*late), sympy.Mul(*late)
 
 
+def split_branch_slope(part: Plan, dscore: Any) -> tuple[Any, Any] | None:
+    """The same of a branch, whose dp has its factor and so belongs with what a row, or a key, has of its own: the slope
+    is the rest, which the score makes."""
+    late = [f for f in sympy.Mul.make_args(dscore) if DP in f.free_symbols]
+    of_pairs = {S, sym.QK, *map(part.tagged, (S, sym.QK))}
+    if not late or any(f.free_symbols & of_pairs for f in late):
+        return None
+    number, slope = (dscore / sympy.Mul(*late)).as_coeff_Mul()
+    return slope, number * sympy.Mul(*late)
+
+
+def _same_slope(part: Plan, dread: Any, dscore: Any) -> bool:
+    """Is what is summed for an input of a branch a multiple of the slope of its score?"""
+    found, own = split_branch_slope(part, dread), split_branch_slope(part, dscore)
+    return found is not None and own is not None and found[0] == own[0]
+
+
 def slope_of(part: Plan) -> Any:
     """What a part's dp waits for in the cotangent of its score, if that is one value a pair; else None."""
     backward = part.backward
     if over_weight(backward.dqk, backward.weight) is not None:
         return part.folded.apply(backward.weight)
-    found = split_slope(over_raw(part, backward.dqk))
+    dscore = over_raw(part, backward.dqk)
+    found = split_branch_slope(part, dscore) if part.tag else split_slope(dscore)
     return None if found is None else found[0]
 
 
-def _over_slope(dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str | None]:
+def _over_slope(part: Plan, dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str | None]:
     """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, and the name
     of that; the cotangent as it is, and what it is 0 with, or None, where it is no such multiple."""
-    found = split_slope(dscore)
+    found = split_branch_slope(part, dscore) if part.tag else split_slope(dscore)
     if found is None:
         beside = dscore.xreplace({weight: sympy.S.One, DP: sympy.S.One})
         alone = lowering.level_of(beside) != Level.PAIR and ends_with(dscore, weight)
@@ -323,8 +347,9 @@ def _over_slope(dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str 
     slope, rest = found
     if slope == weight:
         return dscore, "p"
-    lowering.assign(SLOPE, slope, Level.PAIR)
-    return sympy.Symbol(SLOPE, real=True) * rest, SLOPE
+    name = part.own(SLOPE)
+    lowering.assign(name, slope, Level.PAIR)
+    return sympy.Symbol(name, real=True) * rest, name
 
 
 def saw_a_key(part: Plan) -> str:
@@ -344,7 +369,7 @@ def dkdv_slots(
 
     hopper: for a kernel in which several groups of warps share a block of keys; streams: and what is read a query is
     read by another warp."""
-    wanted = [g for g in plan.gradients if g.kind == "col"]
+    wanted = [g for g in plan.gradients if g.kind == "col"] + (summed_by_key(plan) if hopper else [])
     edges = [edge("q_idx", False), edge("kv_idx", False)]
     inside = "kv_idx < kv_len"
     slots = tile_slots(
@@ -358,11 +383,27 @@ def dkdv_slots(
     return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
 
 
-def dq_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False) -> dict[str, Any]:
+def summed_by_key(plan: Plan) -> list[InputGradient]:
+    """Gradients with an entry a head that Gluon's kernel of dK and dV adds up, along the queries of a key first: those
+    of a branch's factor, which are sums of dp."""
+    if len(plan.parts) == 1:
+        return []
+    return [g for g in plan.gradients if g.kind == "program" and not g.row_only and not g.expr.has(DELTA)]
+
+
+def dq_slots(
+    plan: Plan,
+    qk_chunks: tuple[Chunk, ...],
+    by_tile: bool,
+    hopper: bool = False,
+    elsewhere: Sequence[InputGradient] = (),
+) -> dict[str, Any]:
     """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`.
 
-    hopper: for a kernel in which several groups of warps share a block of queries, and which has dQ alone."""
-    wanted = [] if hopper else [g for g in plan.gradients if g.kind in ("program", "row")]
+    hopper: for a kernel in which several groups of warps share a block of queries, and which has dQ alone; `elsewhere`:
+    gradients that another kernel has."""
+    wanted = [g for g in plan.gradients if g.kind in ("program", "row") and g not in elsewhere]
+    wanted = [] if hopper else wanted
     edges = [edge("kv_idx", True)]
     inside = "q_idx < q_len"
     return tile_slots(

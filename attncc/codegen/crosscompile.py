@@ -206,7 +206,7 @@ def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
     rows = tiling.block_m if of_queries and kernel == "dkdv_kernel" else tiling.block_n
     if kernel.startswith("by_key_in_warps"):
         rows = tiling.block_m if of_queries else hopper.ROWS
-    elif tensor in ("DQ", "DK", "DV") or (of_queries and kernel != "dkdv_kernel"):
+    elif tensor in ("DQ", "DK", "DV") or tensor.startswith("SHARE_") or (of_queries and kernel != "dkdv_kernel"):
         rows = hopper.ROWS
     return _box((1, 1, rows, int(columns)), dtype)
 

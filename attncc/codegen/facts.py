@@ -153,6 +153,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         tables=plan.tables.count,
         asked=len({x for part in plan.parts for x in _streamed(part, Level.ROW)}),
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
+        branches=len(plan.parts),
         no_backward=no_backward(plan) if has_backward else "",
     )
 

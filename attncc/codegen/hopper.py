@@ -28,30 +28,35 @@ _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
 _WIDE_OUTPUT, _WIDE_OF_PLAIN = 192, 128
 
 
-def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
+def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False) -> dict[str, Any]:
     """Slots of hopper_forward.py.j2: those of forward.py.j2 in Gluon, and which names each function is handed.
 
     `weigh` has the stages of one tile: it takes the running row values `state` and gives them back, after the tile's
     weights and the factor of the accumulator. `loads` and `attends` name the kernel's arguments that the warps need
-    which load, and those which compute.
+    which load, and those which compute. `branches`: what each of several branches has for itself; with one, that is
+    among the slots of the kernel.
     """
     refuse(plan)
-    f = forward_slots(plan, chunks(d_qk), hopper=True, tables=plan.score_tables)
-    (chain,) = f.pop("chains")
-    f = {**f, **chain, "visible": chain["show"]}
-    state = [(m, f"tl.full([ROWS], {f['negative']}, tl.float32, layout=BY_ROW)") for m, _ in f["moves"]]
-    state += [(s, "tl.zeros([ROWS], tl.float32, layout=BY_ROW)") for s in f["sums"]]
-    if f["count_seen"]:
-        state.append(("seen", "tl.zeros([ROWS], tl.int32, layout=BY_ROW)"))
-    names = [name for name, _ in state]
-    weigh = [*f["score_lines"], f"s = {f['score']}", *f["peak_lines"], *f["visible"], *f["max_lines"]]
-    weigh += [*f["weight_lines"], *f["hide"], *f["rescale_lines"], *f["sum_lines"], *f["sign_lines"]]
-    keyed = keyed_values(plan, f.pop("streamed"), f["outer"], weigh, f["visible"])
-    own = {"qk", "phase", *names, *(value.name for value in keyed.values)}
-    taken = [n for n in free_names(weigh) if n not in own]
+    if not hopper.whole_branches(d_qk, len(plan.parts)):
+        raise UnsupportedError(
+            f"Gluon kernels copy whole tiles of a branch, and the {d_qk} columns of q of '{plan.graph.name}' are none",
+            remedy="use backend='triton'",
+        )
+    qk_chunks = chunks(d_qk, len(plan.parts), shared_key)
+    f = forward_slots(plan, qk_chunks, hopper=True, tables=plan.score_tables)
+    chains = [{**f, **chain, "shown": chain["visible"], "visible": chain["show"]} for chain in f.pop("chains")]
+    shown = {chain["shown"]: chain["show"] for chain in reversed(chains)}
+    for chain in chains:
+        chain["visible"] = shown[chain["shown"]]
+        chain["weigh"] = _weigh_lines(chain)
+    visible = [line for chain in chains for line in chain["visible"]]
+    weigh = [line for chain in chains for line in chain["weigh"]]
+    keyed = keyed_values(plan, f.pop("streamed"), f["outer"], weigh, visible)
     bounds = f["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
-    final = [*f["final_lines"], f"final = {f['final']}", f"alive = {f['alive']}", *f["stores"]]
+    final = []
+    for chain in chains:
+        final += [*chain["final_lines"], f"final = {chain['final']}", f"alive = {chain['alive']}", *chain["stores"]]
     pointers = [f"{name.upper()}_PTR" for name, _ in plan.stored]
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     maps = [_boxed(m) for m in f["maps"]]
@@ -68,42 +73,74 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             *final,
         ]
     )
-    quick = _lags(plan, f)
-    if quick:
-        (maximum, _), total = f["moves"][0], f["sums"][0]
-        state = [(maximum, f"tl.full_like(none, {f['negative']})"), (total, "tl.zeros_like(none)")]
-    slots = {key: translated(value) for key, value in f.items()}
-    if quick:
-        tile, _, offset = f["raises"][0]
-        if offset:
-            at = next(i for i, line in enumerate(slots["max_lines"]) if line.startswith(f"{ROW_OFFSET} = "))
-            slots["max_lines"].insert(at + 1, f"{ROW_OFFSET} = _of_lanes({ROW_OFFSET}, {f['moves'][0][0]})")
-        slots["weight_lines"] = [
-            re.sub(r"(\w+)\[:, None\]", rf"_spread(\1, {tile})", line) for line in slots["weight_lines"]
-        ]
-    by_row = bool(f["final"]) and (f["guard"] or f["final"].endswith("[:, None]"))
+    quick = all(_lags(part, chain) for part, chain in zip(plan.parts, chains, strict=True))
+    quick = quick and len({bool(chain["raises"][0][2]) for chain in chains}) == 1
+    own = [_branch_slots(chain, keyed, quick) for chain in chains]
+    light = all(_is_light(part, chain) for part, chain in zip(plan.parts, chains, strict=True))
+    slots = {**{key: translated(value) for key, value in f.items()}, **own[0]}
+    for part, branch in zip(plan.parts, own, strict=True):
+        branch["chunks"] = tuple(c for c in qk_chunks if c.branch == part.branch)
     slots.update(
-        state=[(name, in_gluon(start)) for name, start in state],
-        taken=taken,
+        branches=own if len(own) > 1 else [],
         maps=maps,
         keyed=[*keyed.values],
         keyed_block=[in_gluon(line) for line in keyed.block_lines],
         keyed_lines=[in_gluon(line) for line in keyed.lines],
-        given=["p", *([f["acc_rescale"]] if f["acc_rescale"] else []), *names],
         arguments=arguments,
         loads=[n for n in arguments if n in loads],
         attends=[n for n in arguments if n in attends],
         **tile_slots(bounds),
-        final=in_gluon(f["final"].removesuffix("[:, None]")) if f["final"] else None,
-        final_by_row=by_row,
-        out_in_q=hopper.out_in_q(d_qk, d_v),
+        out_in_q=hopper.out_in_q(d_qk, d_v, len(plan.parts)),
         shared_limit=hopper.TILE_BYTES,
-        holds_q=_is_light(plan, f) or (quick and not f["by_tile"] and not _by_pair(plan)),
-        uneven=plan.graph["mask"].expr is not sympy.true,
-        seldom=_rescales_seldom(plan, f, d_v),
+        holds_q=light or (quick and not chains[0]["by_tile"] and not _by_pair(plan)),
+        uneven=plan.masks != (sympy.true,),
+        seldom=all(_rescales_seldom(part, chain, d_v) for part, chain in zip(plan.parts, chains, strict=True)),
         quick=quick,
     )
     return slots
+
+
+def _weigh_lines(chain: dict[str, Any]) -> list[str]:
+    """The stages of a tile, as they follow each other."""
+    lines = [*chain["score_lines"], f"s{chain['tag']} = {chain['score']}", *chain["peak_lines"], *chain["visible"]]
+    lines += [*chain["max_lines"], *chain["weight_lines"], *chain["hide"], *chain["rescale_lines"]]
+    return [*lines, *chain["sum_lines"], *chain["sign_lines"]]
+
+
+def _branch_slots(chain: dict[str, Any], keyed: KeyedValues, quick: bool) -> dict[str, Any]:
+    """What a branch has for itself, in Gluon: its stages, its running row values, and what ends its rows."""
+    tag = chain["tag"]
+    state = [(m, f"tl.full([ROWS], {chain['negative']}, tl.float32, layout=BY_ROW)") for m, _ in chain["moves"]]
+    state += [(s, "tl.zeros([ROWS], tl.float32, layout=BY_ROW)") for s in chain["sums"]]
+    if chain["count_seen"]:
+        state.append((f"seen{tag}", "tl.zeros([ROWS], tl.int32, layout=BY_ROW)"))
+    names = [name for name, _ in state]
+    own = {f"qk{tag}", "phase", *names, *(value.name for value in keyed.values)}
+    if quick:
+        (maximum, _), total = chain["moves"][0], chain["sums"][0]
+        state = [(maximum, f"tl.full_like(none, {chain['negative']})"), (total, "tl.zeros_like(none)")]
+    slots = {key: translated(value) for key, value in chain.items() if key not in _OF_KERNEL}
+    if quick:
+        tile, _, offset = chain["raises"][0]
+        if offset:
+            name = f"{ROW_OFFSET}{tag}"
+            at = next(i for i, line in enumerate(slots["max_lines"]) if line.startswith(f"{name} = "))
+            slots["max_lines"].insert(at + 1, f"{name} = _of_lanes({name}, {maximum})")
+        slots["weight_lines"] = [
+            re.sub(r"(\w+)\[:, None\]", rf"_spread(\1, {tile})", line) for line in slots["weight_lines"]
+        ]
+    slots.update(
+        state=[(name, in_gluon(start)) for name, start in state],
+        taken=[n for n in free_names(chain["weigh"]) if n not in own],
+        given=[f"p{tag}", *([chain["acc_rescale"]] if chain["acc_rescale"] else []), *names],
+        final=in_gluon(chain["final"].removesuffix("[:, None]")) if chain["final"] else None,
+        final_by_row=bool(chain["final"]) and (chain["guard"] or chain["final"].endswith("[:, None]")),
+    )
+    return slots
+
+
+#: slots of the kernel, of which its branches have none of their own
+_OF_KERNEL = ("bounds", "streamed", "maps", "weigh")
 
 
 @dataclass(frozen=True)
@@ -173,11 +210,6 @@ def _boxed(tile: MapTile) -> dict[str, Any]:
 
 def refuse(plan: Plan) -> None:
     """UnsupportedError where Gluon has no kernel for a variant."""
-    if len(plan.parts) > 1:
-        raise UnsupportedError(
-            f"Gluon kernels have one score a pair, and '{plan.graph.name}' has several branches",
-            remedy="use backend='triton'",
-        )
     if plan.graph.value is not None:
         raise UnsupportedError(
             f"Gluon kernels load v for itself, and that of '{plan.graph.name}' is part of k",
@@ -212,10 +244,10 @@ def _lags(plan: Plan, f: dict[str, Any]) -> bool:
     if not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"] or len(f["raises"]) != 1:
         return False
     (maximum, moved), total, (tile, unit, offset) = f["moves"][0], f["sums"][0], f["raises"][0]
-    known = {tile, unit, maximum, moved, ROW_OFFSET, offset, *_of_head(f["outer"])}
+    known = {tile, unit, maximum, moved, plan.own(ROW_OFFSET), offset, *_of_head(f["outer"])}
     return (
         tile.isidentifier()
-        and f["sum_lines"] == [f"{total} = {total} * {f['acc_rescale']} + tl.sum(p, 1)"]
+        and f["sum_lines"] == [f"{total} = {total} * {f['acc_rescale']} + tl.sum({plan.own('p')}, 1)"]
         and set(free_names([*f["weight_lines"], *f["rescale_lines"]])) <= known
         and any_shift_serves(plan.online, [e for _, e in plan.stored])
     )
@@ -233,7 +265,7 @@ def _of_head(outer: list[str]) -> set[str]:
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
     """Is the accumulator so wide beside a tile's weights that it is worth a branch to rescale it, and may it be?"""
-    plain = _is_light(plan, f) and f["score"] == "qk"
+    plain = _is_light(plan, f) and f["score"] == plan.own("qk")
     wide = sum(c.width for c in chunks(d_v)) >= (_WIDE_OF_PLAIN if plain else _WIDE_OUTPUT)
     return wide and f["vanishes"] and bool(f["sums"]) and any_shift_serves(plan.online, [e for _, e in plan.stored])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import sympy
 
-from attncc.codegen.backward import dkdv_slots, saw_a_key
+from attncc.codegen.backward import dkdv_slots, saw_a_key, summed_by_key
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import kernel_arguments, keyed_values, refuse, tile_slots, translated
 from attncc.codegen.launch import EVEN_REGISTERS
@@ -47,24 +47,26 @@ def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
-    """Slots of hopper_backward.py.j2, or of hopper_backward_own.py.j2 or hopper_backward_wide.py.j2 where heads are
-    wide: those of dkdv.py.j2 in Gluon, and which names each function is handed.
+def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False) -> dict[str, Any]:
+    """Slots of hopper_backward.py.j2, of hopper_backward_own.py.j2 or hopper_backward_wide.py.j2 where heads are wide,
+    or of hopper_backward_branches.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
     compute. `asked`: what is read a query, which the warp that loads has early. `alive`: has a row seen any key?
     `rotates`: do all blocks see the same tiles, of which each begins with its own? `in_turn`: where dQ is summed, can
     programs take turns? `claims`: does who comes first to a tile of dQ store it, so that nobody writes zeros before?
-    `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys?
+    `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys? `branches`: the chains of
+    several, each with the chunks of q and the rows that are its own; with one, its slots are those of the kernel.
+    `alive`: for each delta, has a row seen any key?
     """
     _refuse(plan)
     if queries(d_qk, d_v, plan.facts.warps) is None:
         raise UnsupportedError(
             f"the Gluon backward of '{plan.graph.name}' shares dQ out between two warpgroups, and cannot do so with "
-            f"heads of {d_qk}",
+            f"heads of {d_qk}{f' in {len(plan.parts)} branches' if len(plan.parts) > 1 else ''}",
             remedy="use backend='triton'",
         )
-    qk_chunks = chunks(d_qk)
+    qk_chunks = chunks(d_qk, len(plan.parts), shared_key)
     is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
     shares = shares_keys(d_qk, d_v, plan.facts.warps)
     k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not shares)
@@ -74,7 +76,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
             f"'{plan.graph.name}' sums over them",
             remedy="use backend='triton'",
         )
-    (chain,) = k.pop("chains")
+    chains = k.pop("chains")
+    branches = _branches(plan, chains, qk_chunks) if len(chains) > 1 else []
     bounds = k["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
     place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if shares else [])]
@@ -84,15 +87,20 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         "DV_SUM_PTR",
         *(f"{g.name.upper()}_PTR" for g in k["gradients"]),
     ]
-    own = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["show"], *chain["grad_lines"]]
-    asked = keyed_values(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]], [*own, *chain["hide"]], chain["show"])
-    own += [*k["outer"], *k["by_head"], *k["final_lines"], f"n = {chain['dqk_scale']}"]
-    unmasked = [*chain["score_lines"], f"s = {chain['score']}", *chain["weight_lines"], *chain["grad_lines"]]
-    wants_q_idx = "q_idx" in free_names(unmasked) or bool(chain["hide"])
+    show = [line for chain in chains for line in chain["show"]]
+    own, unmasked, hide = [], [], []
+    for chain in chains:
+        weighed = [*chain["score_lines"], f"s{chain['tag']} = {chain['score']}", *chain["weight_lines"]]
+        own += [*weighed, *chain["show"], *chain["grad_lines"]]
+        unmasked += [*weighed, *chain["grad_lines"]]
+        hide += chain["hide"]
+    asked = keyed_values(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]], [*own, *hide], show)
+    own += [*k["outer"], *k["by_head"], *k["final_lines"], *(f"n = {chain['dqk_scale']}" for chain in chains)]
+    wants_q_idx = "q_idx" in free_names(unmasked) or bool(hide)
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
-    slots = {key: translated(value) for key, value in {**k, **chain}.items()}
+    slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,
@@ -105,13 +113,14 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         asked_head=[in_gluon(line) for line in asked.block_lines],
         asked_lines=[in_gluon(line) for line in asked.lines],
         wants_q_idx=wants_q_idx,
-        alive=saw_a_key(plan),
+        branches=branches,
+        alive=[saw_a_key(part) for part in plan.parts],
         in_turn=takes_turns(plan, d_qk, d_v),
         wide=is_wide,
         shares=shares,
         third=third,
         claims=not is_wide and not third,
-        rotates=not is_wide and not third and plan.graph["mask"].expr is sympy.true,
+        rotates=not is_wide and not third and plan.masks == (sympy.true,),
         held=holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
@@ -119,17 +128,32 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     return slots
 
 
+def _branches(plan: Plan, chains: list[dict[str, Any]], qk_chunks: tuple[Chunk, ...]) -> list[dict[str, Any]]:
+    """What each branch does with a tile, in Gluon. Branches with the same mask each look at it: what one sees in tiles
+    that the mask cuts, others do not know in all of them."""
+    shown = {chain["visible"]: chain["show"] for chain in reversed(chains)}
+    found = []
+    for part, chain in zip(plan.parts, chains, strict=True):
+        slots = {key: translated(value) for key, value in {**chain, "show": shown[chain["visible"]]}.items()}
+        slots["saved"] = [part.own(name) for name in part.backward.pair_rows]
+        slots["delta"] = part.own("delta") if plan.needs_delta else ""
+        slots["chunks"] = tuple(c for c in qk_chunks if c.branch == part.branch)
+        found.append(slots)
+    return found
+
+
 def finish_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
     """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, the pieces they come in, and the
     queries of a tile."""
     lowering = Lowering(plan.core, base_leaves(plan, {}))
-    scale = lowering.emit(plan.backward.dqk_scale)
+    scales = {part.backward.dqk_scale for part in plan.parts}  # branches with scales of their own have them in ds
+    scale = lowering.emit(scales.pop() if len(scales) == 1 else sympy.S.One)
     lines = [*lowering.outer, *lowering.body]
     return {
         "lines": lines,
         "scale": scale,
         "helpers": lowering.helpers,
-        "pieces": pieces(chunks(d_qk), NARROW),
+        "pieces": pieces(chunks(d_qk, len(plan.parts)), NARROW),
         "claims": not summed_apart(d_qk, d_v, plan.facts.warps),
         "queries": queries(d_qk, d_v, plan.facts.warps),
     }
@@ -144,7 +168,9 @@ def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:
 
 def by_row(plan: Plan) -> list[str]:
     """The inputs whose gradients are sums over the keys of a row, which the kernel of dQ has."""
-    return list(dict.fromkeys(g.read.input for g in plan.gradients if g.kind in ("program", "row")))
+    elsewhere = summed_by_key(plan)
+    rows = (g for g in plan.gradients if g.kind in ("program", "row") and g not in elsewhere)
+    return list(dict.fromkeys(g.read.input for g in rows))
 
 
 def no_backward(plan: Plan) -> str:

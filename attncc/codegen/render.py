@@ -112,7 +112,7 @@ def render(
     if forward_in == "gluon_decode":
         f = hopper_decode_slots(plan, qk_chunks, v_chunks)
     elif hopper:
-        f = hopper_forward_slots(plan, d_qk, d_v)
+        f = hopper_forward_slots(plan, d_qk, d_v, shared_key=d_k != d_qk)
     else:
         decoding = forward_in == "decode"  # where tables by distance are longer than what is read of them
         f = decode_slots(plan, qk_chunks) if decoding else forward_slots(plan, qk_chunks, tables=plan.score_tables.read)
@@ -141,8 +141,11 @@ def render(
         "term_names": "".join(f"{term.name}, " for t in terms for term in t["terms"]),
     }
     if backward:
-        kv = hopper_backward_slots(plan, d_qk, d_v) if hopper_backward else dkdv_slots(plan, qk_chunks, tma)
-        dq = dq_slots(plan, qk_chunks, tma)
+        if hopper_backward:
+            kv = hopper_backward_slots(plan, d_qk, d_v, shared_key=d_k != d_qk)
+        else:
+            kv = dkdv_slots(plan, qk_chunks, tma)
+        dq = dq_slots(plan, qk_chunks, tma, elsewhere=kv["gradients"])
         dq["settles_delta"] = not hopper_backward and settles_delta(kv, dq)
         pair = {g.number: pair_slots(plan, qk_chunks, g) for g in plan.gradients if g.kind in ("tile", "band")}
         pair |= {band.number: table_slots(plan, qk_chunks, band) for band in similarity.bands}
@@ -160,6 +163,8 @@ def render(
         if hopper_backward:
             in_warps |= kv["helpers"]
             weighing: tuple[str, ...] = ("hopper_backward_dq.py.j2", "hopper_backward.py.j2")
+            if kv["branches"]:
+                weighing = ("hopper_backward_dq.py.j2", "hopper_backward_branches.py.j2")
             if kv["wide"]:
                 weighing = ("hopper_backward_wide.py.j2" if kv["shares"] else "hopper_backward_own.py.j2",)
             parts_of_backward = ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", *weighing)

@@ -45,8 +45,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return f"Gluon kernels are for sm_90, and this is {device.target}"
     if kernel not in ("forward", "dkdv"):
         return "Gluon has no such kernel"
-    if problem.branches > 1:
-        return "Gluon kernels have one score a pair, and the variant has several branches"
+    if not whole_branches(problem.d_qk, problem.branches):
+        return "TMA copies whole tiles of a branch: 16, 32, 64 or sums of those"
     if problem.costs.only_triton:
         return problem.costs.only_triton
     if problem.values > 1:
@@ -63,6 +63,9 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return problem.costs.warps.no_backward
     if kernel == "dkdv" and problem.costs.warps.maps:
         return "an input with an entry a pair comes entry by entry there, and in Triton a tile of it at once"
+    both = hopper_backward.both_branches(problem.d_qk, problem.d_v, problem.costs.warps)
+    if kernel == "dkdv" and problem.branches > 1 and not both:
+        return "Gluon's backward has two branches, with heads of 16, 32 or 64 each and one value a pair that waits"
     for dim in (problem.d_qk, problem.d_v):
         if dim % 8 or dim > WIDEST_HEAD:
             return f"TMA copies rows of a multiple of 8 elements, here up to {WIDEST_HEAD}, and a head has {dim}"
@@ -72,6 +75,11 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
     if not _fitting(kernel, problem, device):
         return "no tiling fits its registers and shared memory in Gluon"
     return None
+
+
+def whole_branches(d_qk: int, branches: int) -> bool:
+    """Do a branch's columns of q fill its tiles? What a tile has beyond them would be the next branch's."""
+    return branches == 1 or sum(head_chunks(d_qk // branches)) == d_qk // branches
 
 
 def template(kernel: Kernel, problem: Problem) -> str:
@@ -122,14 +130,14 @@ def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     ring = ks.num_stages * ks.block_n * (qk + v + problem.costs.warps.maps * ks.block_m)
     needed = (ks.block_m * qk + ring) * problem.dtype_bytes
     apart = needed + ks.block_m * v * problem.dtype_bytes
-    shares = out_in_q(problem.d_qk, problem.d_v) and apart > TILE_BYTES
+    shares = out_in_q(problem.d_qk, problem.d_v, problem.branches) and apart > TILE_BYTES
     keyed = problem.costs.vectors * (ks.num_stages + 1) * ks.block_n * 4
     return (needed if shares else apart) + keyed + RESERVED_BYTES
 
 
-def out_in_q(d_qk: int, d_v: int) -> bool:
+def out_in_q(d_qk: int, d_v: int, branches: int = 1) -> bool:
     """Can a tile of out take the place of the tile of q? Its chunks must be the first of q's."""
-    qk, v = head_chunks(d_qk), head_chunks(d_v)
+    qk, v = head_chunks(d_qk // branches) * branches, head_chunks(d_v)
     return qk[: len(v)] == v
 
 
@@ -143,7 +151,7 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     costs, work = problem.costs, problem.costs.forward
     kept = PAIR_READ * (work.loads - costs.warps.maps) + MAP * costs.warps.maps + max(work.int - FREE_INT, 0) / FREE_INT
     kept += 0 if costs.warps.vanishes else (work.fma + work.sfu) / SHOWN_IN_PLACE
-    tiles = sum(head_chunks(problem.d_v)) + ks.block_n * (1.5 + kept)
+    tiles = problem.branches * sum(head_chunks(problem.d_v)) + ks.block_n * (1.5 + kept)
     return round(ROWS * tiles / 128) + BESIDE + VECTOR * (costs.vectors + costs.distances)
 
 
@@ -168,11 +176,11 @@ def predict(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device
     pairs = ks.block_m * ks.block_n
     work, mask = problem.costs.pair("forward"), problem.costs.mask
     share = live.mixed / live.live if live.live else 0.0
-    depth = sum(head_chunks(problem.d_qk)) + sum(head_chunks(problem.d_v))
+    depth = sum(head_chunks(problem.d_qk)) + problem.branches * sum(head_chunks(problem.d_v))
     flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     tensor = 2 * pairs * depth / flops
     sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
-    alu = (work.fma + share * mask.fma) * pairs + ks.block_m * sum(head_chunks(problem.d_v))
+    alu = (work.fma + share * mask.fma) * pairs + ks.block_m * problem.branches * sum(head_chunks(problem.d_v))
     alu = alu / device.fma_per_clk_sm + (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     groups = ks.block_m // ROWS
     alone = (tensor + sfu + alu) / groups + FIT.turn

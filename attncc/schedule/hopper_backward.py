@@ -1,6 +1,6 @@
 """The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, and queries that stream by.
 Where heads are wide dQ has a kernel of its own; where they are wider still one warpgroup has dK and one dV of the same
-64 keys."""
+64 keys. Of a pair with two scores each warpgroup has the dQ of one branch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def summed_apart(d_qk: int, d_v: int, warps: WarpWork) -> bool:
     """Does a third warpgroup have dQ? Else it is shared out between the two that have the keys: where their heads are
     too wide, or a second value waits for dp beside the slope, or something is summed a key, which all spilled."""
     both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
-    return both <= SUMMED_APART and not wide(d_qk, d_v) and warps.slope and not warps.columns
+    alone = warps.branches == 1 and warps.slope and not warps.columns
+    return both <= SUMMED_APART and not wide(d_qk, d_v) and alone
 
 
 def holds_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
@@ -64,9 +65,18 @@ def holds_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
     return narrow and summed_apart(d_qk, d_v, warps) and not warps.slope_by_row
 
 
+def both_branches(d_qk: int, d_v: int, warps: WarpWork) -> bool:
+    """Has a kernel both branches of a variant with two? Each has its columns of q as one operand, of which a warpgroup
+    has dQ, and one value a pair waits for dp."""
+    own = d_qk // 2
+    return warps.branches == 2 and head_chunks(own) == (own,) and own <= NARROW and not wide(own, d_v) and warps.slope
+
+
 def queries(d_qk: int, d_v: int, warps: WarpWork) -> int | None:
     """Queries of a tile; None where there is no kernel: two warpgroups cannot share the columns of dQ where they are 64
-    or fewer, and operands of one are cut at 64 alone."""
+    or fewer, and operands of one are cut at 64 alone; but of two branches each has those of one."""
+    if warps.branches > 1:
+        return ROWS if both_branches(d_qk, d_v, warps) else None
     qk = head_chunks(d_qk)
     alone = summed_apart(d_qk, d_v, warps) and len(qk) == 1
     return ROWS if sum(qk) > NARROW or wide(d_qk, d_v) or alone else None
@@ -105,7 +115,7 @@ def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
     ds = 2 * ks.block_n * ks.block_m * problem.dtype_bytes
     if apart:
         return resident + ring + (2 * ds if shares else 0)
-    return resident + ring + ds + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
+    return resident + ring + ds + ROWS * 4 * (qk if qk > NARROW or problem.branches > 1 else 2 * qk)
 
 
 def registers(ks: KernelSchedule, problem: Problem) -> int:

@@ -93,7 +93,8 @@ class WarpWork:
     hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `slope_by_row`: it is
     no function of the weight and the score alone, but has a row's factor; `columns`: gradients that are summed there a
     key; `maps`: inputs of the score with an entry a pair, of which a tile is loaded at once; `tables`: what is read by
-    distance; `asked`: what is read a query; `no_backward`: why only the Triton backend has this backward, if so."""
+    distance; `asked`: what is read a query; `branches`: scores of a pair; `no_backward`: why only the Triton backend
+    has this backward, if so."""
 
     vanishes: bool = True
     slope: bool = True
@@ -102,6 +103,7 @@ class WarpWork:
     maps: int = 0
     tables: int = 0
     asked: int = 0
+    branches: int = 1
     no_backward: str = ""
 
 

@@ -104,6 +104,10 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         land(current().own)
     if text.startswith("fence.proxy.async.global;"):
         current().own.acquired = False
+    if text.startswith("cvt.rn.") and "x2.f32" in text:
+        return Block(args[0].v.to(torch.bfloat16 if "bf16x2" in text else torch.float16))
+    if text.startswith(("shl.b32", "{ .reg .b16 low, high;")):
+        return Block(args[0].v.float())
     if text.endswith("mov.u32 $0, 0;"):
         return Block(0)
     if "@never pmevent" in text:

@@ -26,10 +26,7 @@ H100 = device_for("h100")
 NAMES = [
     name
     for name, plan in ((name, Plan(ac.variants.get(name).graph)) for name in ac.variants.names())
-    if plan.graph.branches == 1
-    and plan.graph.value is None
-    and SimilaritySlots(plan).plain_dot
-    and not plan.only_triton
+    if plan.graph.value is None and SimilaritySlots(plan).plain_dot and not plan.only_triton
 ]
 
 
@@ -70,9 +67,16 @@ def test_several_passes_are_refused():
         source("entmax15")
 
 
-def test_branches_are_refused():
-    with pytest.raises(UnsupportedError, match="one score a pair(.|\n)*backend='triton'"):
-        source("differential")
+def three_branches(weight, row, v_vec):
+    return row.sum((weight[0] - weight[1] / 2 + weight[2]) * v_vec)
+
+
+def test_branches_that_fill_no_tiles_are_refused():
+    with pytest.raises(UnsupportedError, match="whole tiles of a branch(.|\n)*backend='triton'"):
+        source("differential", 112)
+    three = Plan(ac.Variant(branches=3, mask=ac.causal, reduction=three_branches).graph)
+    with pytest.raises(UnsupportedError, match="heads of 192 in 3 branches(.|\n)*backend='triton'"):
+        render(three, 192, 64, True, backward_in="gluon")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +186,38 @@ def test_no_tile_is_given_the_memory_of_a_barrier(splits, ordered):
     assert max(found) - min(found) < 256
 
 
+@pytest.mark.parametrize(
+    ("dims", "dtype", "group"), [((128, 128), "bf16", 1), ((128, 64), "fp16", 4), ((64, 128), "bf16", 1)]
+)
+def test_two_branches_have_their_matmuls_side_by_side(dims, dtype, group):
+    costs = replace(problem().costs, warps=plan("differential").facts.warps, rows=4)
+    sized = replace(problem(), d_qk=dims[0], d_v=dims[1], dtype=dtype, branches=2, costs=costs)
+    tiling = hopper.tilings("dkdv", sized, H100)[0]
+    kernels = backward_compiled("differential", tiling, *dims, dtype, group)
+    kernel = kernels["dkdv_kernel"]
+    assert kernel.spills <= 120  # around the loop, and addresses that do not change in it
+    assert [k.spills for k in kernels.values() if k is not kernel] == [0, 0]
+    assert not kernel.faults
+    counted = hopper.shared_memory("dkdv", tiling, sized)
+    assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
+    # for each 16 of a matmul's depth one instruction: scores (a first tile's of one branch, too), dp, dV, dK, dQ
+    qk, v = dims[0] // 16, dims[1] // 16
+    keys, weights = tiling.block_m // 16, hopper_backward.KEYS // 16
+    assert kernel.ptx.count("wgmma.mma_async") == 2 * (qk + qk // 2 + v + keys + 2 * keys + weights)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (128, 64), (64, 128)])
+def test_a_forward_of_two_branches_has_an_accumulator_for_each(dims):
+    sized = replace(problem(), d_qk=dims[0], d_v=dims[1], branches=2)
+    tiling = hopper.tilings("forward", sized, H100)[0]
+    kernel = compiled("differential", tiling, *dims)
+    assert kernel.spills <= 32  # around the loop
+    counted = hopper.shared_memory("forward", tiling, sized)
+    assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
+    text = source("differential", *dims)
+    assert [text.count(f"def _weigh_{i}(") for i in range(3)] == [1, 1, 0]
+
+
 def test_what_a_dq_apart_is_for_is_said():
     text = source("alibi", 128, 128)
     assert "apart = any(name in wanted for name in ['slopes'])" in text
@@ -189,6 +225,8 @@ def test_what_a_dq_apart_is_for_is_said():
     # blocks of keys whose tiles of queries lie in two ranges take no turns, nor does a warpgroup that has dQ
     assert 'apart = meta["ORDERED"]\n' in source("prefix_lm", 128, 128)
     assert 'apart = meta["ORDERED"]\n' in source("causal", 64, 64)
+    # the factor of a branch has its gradient from the kernel of dK and dV
+    assert "apart = False\n" in source("differential", 128, 128)
 
 
 def test_a_backward_of_more_than_a_dot_is_refused():

@@ -49,14 +49,38 @@ def two_norm(score, row):
 TWO_NORM = ac.Variant(name="two_norm", mask=ac.causal, normalizer=two_norm)
 
 
+def mixed(weight, tilt, h, row, v_vec):
+    return row.sum((tilt[h] * weight[0] + weight[1]) * v_vec)
+
+
+def windows(q_idx, kv_idx, branch):
+    return (kv_idx <= q_idx) & ((branch == 0) | (q_idx - kv_idx < 40))
+
+
+def unlike(score, row, kv_len, branch):
+    p = ac.exp(score - row.max(score))
+    return ac.sigmoid(score - ac.log(kv_len)) if branch == 0 else p / row.sum(p)
+
+
+TILT = {"tilt": ac.Input("h", grad=True)}
+#: branches that see other keys, and a branch with no maximum beside one with
+BRANCHES = (
+    ac.Variant(name="two_windows", branches=2, mask=windows, reduction=mixed, inputs=TILT),
+    ac.Variant(name="two_normalizers", branches=2, mask=ac.causal, normalizer=unlike, reduction=mixed, inputs=TILT),
+    ac.Variant(name="two_full", branches=2, reduction=mixed, inputs=TILT),
+)
+OWN = {own.name: own for own in (TWO_NORM, *BRANCHES)}
+
+
 def variant(name):
-    return TWO_NORM if name == TWO_NORM.name else ac.variants.get(name)
+    return OWN[name] if name in OWN else ac.variants.get(name)
 
 
 @cache
-def source(name, d_qk, d_v):
+def source(name, d_qk, d_v, shared_key=False):
     plan = Plan(variant(name).graph)
-    return render(plan, d_qk, d_v, True, forward_in="gluon", backward_in="gluon")
+    whole = d_qk * plan.graph.branches
+    return render(plan, whole, d_v, True, True, "gluon", d_qk if shared_key else None, backward_in="gluon")
 
 
 def poisoned(text):
@@ -73,7 +97,8 @@ class Run:
         self.plan = Plan(variant(name).graph)
         self.warps = self.plan.facts.warps
         self.sample = sample_inputs(self.plan.graph, shape, torch.float16)
-        self.module = machine.load(change(poisoned(source(name, shape.d_qk, shape.d_v))), name)
+        text = source(name, shape.d_qk, shape.d_v, shape.shared_key)
+        self.module = machine.load(change(poisoned(text)), name)
         s = self.sample
         bound = bind(self.plan.graph, s.q, s.k, s.v, None, s.inputs)
         self.arguments = (s.q, s.k, s.v, *bound.tensors.values(), *bound.scalars.values(), bound.scale)
@@ -133,6 +158,60 @@ class Run:
 def test_values(name, shape):
     run = Run(name, shape)
     assert not run.failures(run.backward())
+
+
+PAIR = Shape(1, 2, 1, 130, 150, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("differential", PAIR, {}),
+        ("differential", PAIR, {"sums": False}),
+        ("differential", Shape(1, 4, 1, 130, 90, 64, 80), {"splits": 4}),  # rows that see nothing
+        ("differential", Shape(1, 2, 2, 100, 140, 32, 64, strided=True), {}),
+        ("differential", Shape(1, 2, 1, 130, 150, 64, 128, shared_key=True), {}),
+        ("two_windows", PAIR, {"sums": False}),
+        ("two_normalizers", PAIR, {}),
+        ("two_full", Shape(1, 1, 1, 260, 300, 64, 64), {"sums": False}),
+    ],
+)
+def test_branches(name, shape, options):
+    run = Run(name, shape)
+    wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
+    assert not run.failures(run.backward(wanted, **options))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # of the forward: operands are waited for, and slots given back when all branches have read them
+        ("mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)", "pass"),
+        ("mbarrier.wait(k_full.index(following), ((count + 1) // STAGES) & 1)", "pass"),
+        ("k_empty = _barriers(STAGES, CONSUMERS)", "k_empty = _barriers(STAGES, 1)"),
+        ("        tma.store_wait(0)\n        _group_barrier()\n        out_0", "        out_0"),
+        # of the backward
+        ("mbarrier.wait(ds_empty.index(0), (count + 1) & 1)", "pass"),
+        ("mbarrier.wait(ds_full.index(0), count & 1)", "pass"),
+        ("mbarrier.wait(do_full.index(stage), (count // STAGES) & 1)", "pass"),
+        ("mbarrier.wait(q_full.index(stage), (count // STAGES) & 1, pred=turn + 1 < turns)", "pass"),
+        ("mbarrier.wait(dq_empty.index(consumer), count & 1)", "pass"),
+        ("mbarrier.wait(keys_read.index(0), 0)", "pass"),
+        ("q_empty = _barriers(STAGES, 2)", "q_empty = _barriers(STAGES, 1)"),
+        ("fence_async_shared()\n                mbarrier.arrive(ds_full", "mbarrier.arrive(ds_full"),
+        # and what branches share and do not
+        ("delta_0 = delta\n", "delta_0 = delta + delta_1\n"),
+        ("ds_tiles.index(1).permute", "ds_tiles.index(0).permute"),
+    ],
+)
+def test_the_model_notices_what_is_left_out_of_branches(before, after):
+    assert before in source("two_full", 64, 64)
+    try:
+        run = Run("two_full", Shape(1, 3, 3, 400, 450, 64, 64), lambda text: text.replace(before, after))
+        noticed = run.failures(run.backward())
+    except machine.MachineError:
+        return
+    assert noticed
 
 
 @pytest.mark.parametrize("name", ["alibi", "sink"])
