@@ -128,11 +128,11 @@ def facts_of(plan: Plan) -> Facts:
 
 
 def _warps(plan: Plan, has_backward: bool) -> WarpWork:
-    from attncc.codegen.backward import slope_of
     from attncc.codegen.forward import vanishes
     from attncc.codegen.hopper_backward import no_backward
     from attncc.codegen.lower import Leaf, Lowering
     from attncc.codegen.pairs import base_leaves
+    from attncc.codegen.slopes import slope_of
 
     def by_row(part: Plan, slope: Any) -> bool:
         """Has the slope a factor that is a row's, besides those that make it a multiple of the weight?"""

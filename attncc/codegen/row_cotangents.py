@@ -6,13 +6,14 @@ from typing import Any
 
 import sympy
 
-from attncc.codegen.backward import backward_leaves, over_raw, saw_a_key
+from attncc.codegen.backward import backward_leaves, saw_a_key
 from attncc.codegen.bounds import bound_lines
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import blank_tile, edge, similarity_slots, take, visible_lines
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import QUERY, SimilaritySlots
+from attncc.codegen.slopes import over_raw
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
