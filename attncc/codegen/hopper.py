@@ -82,6 +82,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fal
         branch["chunks"] = tuple(c for c in qk_chunks if c.branch == part.branch)
     slots.update(
         branches=own if len(own) > 1 else [],
+        by_tile=any(chain["by_tile"] for chain in chains),
         maps=maps,
         keyed=[*keyed.values],
         keyed_block=[in_gluon(line) for line in keyed.block_lines],
@@ -92,7 +93,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fal
         **tile_slots(bounds),
         out_in_q=hopper.out_in_q(d_qk, d_v, len(plan.parts)),
         shared_limit=hopper.TILE_BYTES,
-        holds_q=light or (quick and not chains[0]["by_tile"] and not _by_pair(plan)),
+        holds_q=light or (quick and not any(chain["by_tile"] for chain in chains) and not _by_pair(plan)),
         uneven=plan.masks != (sympy.true,),
         seldom=all(_rescales_seldom(part, chain, d_v) for part, chain in zip(plan.parts, chains, strict=True)),
         quick=quick,

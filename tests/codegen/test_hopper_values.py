@@ -62,11 +62,17 @@ def unlike(score, row, kv_len, branch):
     return ac.sigmoid(score - ac.log(kv_len)) if branch == 0 else p / row.sum(p)
 
 
+def with_distances(score, slopes, h, q_idx, kv_idx, branch):
+    return score + slopes[h] * (kv_idx - q_idx) if branch == 1 else 5 * ac.tanh(score / 5)
+
+
 TILT = {"tilt": ac.Input("h", grad=True)}
-#: branches that see other keys, and a branch with no maximum beside one with
+SLOPES = {**TILT, "slopes": ac.Input("h", default=lambda sizes: torch.linspace(0.01, 0.2, sizes["h"]), grad=True)}
+#: branches that see other keys, a branch with no maximum beside one with, and one that reads distances
 BRANCHES = (
     ac.Variant(name="two_windows", branches=2, mask=windows, reduction=mixed, inputs=TILT),
     ac.Variant(name="two_normalizers", branches=2, mask=ac.causal, normalizer=unlike, reduction=mixed, inputs=TILT),
+    ac.Variant(name="two_scores", branches=2, score=with_distances, mask=ac.causal, reduction=mixed, inputs=SLOPES),
     ac.Variant(name="two_full", branches=2, reduction=mixed, inputs=TILT),
 )
 OWN = {own.name: own for own in (TWO_NORM, *BRANCHES)}
@@ -173,6 +179,7 @@ PAIR = Shape(1, 2, 1, 130, 150, 64, 128)
         ("differential", Shape(1, 2, 1, 130, 150, 64, 128, shared_key=True), {}),
         ("two_windows", PAIR, {"sums": False}),
         ("two_normalizers", PAIR, {}),
+        ("two_scores", PAIR, {}),
         ("two_full", Shape(1, 1, 1, 260, 300, 64, 64), {"sums": False}),
     ],
 )
