@@ -1,10 +1,15 @@
 """Every test in this folder needs a CUDA GPU."""
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+from attncc.runtime import launch
+from attncc.runtime.binaries import Binaries
+from attncc.schedule import Cache
 
 
 def pytest_collection_modifyitems(items):
@@ -22,3 +27,12 @@ def leave_room():
     yield
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_the_run(monkeypatch, tmp_path_factory):
+    """What one test compiled is there for the others, in whatever process: compiling takes most of their time. All else
+    that a cache holds, which tiling is taken among it, is each test's own."""
+    here = tmp_path_factory.getbasetemp()  # of a worker it is in that of all
+    kernels = Cache((here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "kernels")
+    monkeypatch.setattr(launch, "Binaries", lambda digest, cache: Binaries(digest, kernels))
