@@ -23,8 +23,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def leave_room():
-    """Several processes share the GPU: memory that PyTorch keeps for later goes back after each test."""
+    """Several processes share the GPU: memory that PyTorch keeps for later goes back after each test. They share the
+    cores, too: what a test does on the CPU is too small for threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     gc.collect()
     torch.cuda.empty_cache()
 
