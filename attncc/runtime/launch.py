@@ -180,7 +180,16 @@ def launches(run: Callable[[], object]) -> list[Job]:
 
 
 def collect(run: Callable[[], object], device: int) -> list[tuple[str, Future[Any]]]:
-    """Run host code for its launches alone, and start to compile each of its kernels: their names, and what comes."""
+    """Run host code for its launches alone, and start to compile each of its kernels: their names, and what comes.
+
+    Front ends take turns, so that the kernel which takes longest goes first: it is what the last launch waits for.
+    """
     return [
-        (job.kernel.__name__, job.launcher.begin(job.kernel, job.arguments, job.meta, device)) for job in launches(run)
+        (job.kernel.__name__, job.launcher.begin(job.kernel, job.arguments, job.meta, device))
+        for job in sorted(launches(run), key=_effort, reverse=True)
     ]
+
+
+def _effort(job: Job) -> tuple[bool, int]:
+    """What compiling a launch's kernel takes beside others: by its text, which of one in Gluon is in many functions."""
+    return job.kernel.is_gluon(), len(job.kernel.src)

@@ -2,7 +2,7 @@
 
 import ctypes
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -255,6 +255,17 @@ def test_host_code_that_runs_for_its_launches_alone_leaves_no_step(kernel, tmp_p
 
     _, recording = replay.record(call, [out, dout], [])
     assert [type(step) for step in recording.steps] == [Make, Direct]
+
+
+def test_the_kernel_with_the_longest_text_is_compiled_first():
+    class Begins:
+        def begin(self, kernel, *call):
+            return Future()
+
+    module = ac.compile("causal").engine.modules.load(Features(16, 16))
+    kernels = [module.delta_kernel, module.forward_kernel, module.delta_kernel, module.dkdv_kernel]
+    found = launch.collect(lambda: launch.trace.jobs.extend(launch.Job(Begins(), k, (), {}) for k in kernels), 0)
+    assert [name for name, _ in found] == ["dkdv_kernel", "forward_kernel", "delta_kernel", "delta_kernel"]
 
 
 @pytest.mark.parametrize("change", ["shape", "stride", "dtype", "alignment", "which is misaligned", "same", "scalar"])
