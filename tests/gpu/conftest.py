@@ -40,3 +40,4 @@ def kernels_of_the_run(monkeypatch, tmp_path_factory):
     here = tmp_path_factory.getbasetemp()  # of a worker it is in that of all
     kernels = Cache((here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "kernels")
     monkeypatch.setattr(launch, "Binaries", lambda digest, cache: Binaries(digest, kernels))
+    return kernels.directory
