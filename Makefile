@@ -27,8 +27,11 @@ endif
 HAS = $(PY) -c 'import $(1)' 2>/dev/null
 RUN = if $(call HAS,$(1)); then $(PY) -m $(1) $(2); else echo "$(1) is not installed in $(PY): $@ is skipped"; fi
 PYTEST_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 2'; fi)
-# One GPU serves many processes, and most of their time goes into compiling kernels.
-GPU_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 8'; fi)
+# One GPU serves many processes, and most of their time goes into compiling kernels: five on four cores, each with 4 GB of
+# the GPU's memory. A test is dealt when it is about to begin, so that the long ones, which are first, leave none waiting.
+GPU_PROCESSES = $(shell $(PY) -c 'import os, torch; cores = len(os.sched_getaffinity(0)); \
+	print(max(1, min(cores * 5 // 4, torch.cuda.mem_get_info()[1] >> 32)))' 2>/dev/null || echo 1)
+GPU_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n $(GPU_PROCESSES) --maxschedchunk 1'; fi)
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: demo test fuzz gpu lint format format-check types unit clean
