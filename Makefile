@@ -60,8 +60,10 @@ unit: $(DEV)
 fuzz: $(DEV)
 	$(PY) -m pytest tests/fuzz --hypothesis-profile fuzz $(PYTEST_ARGS)
 
+# Some installations have no bytecode: what the first process translates is there for the others.
 gpu: $(DEV)
-	$(PY) -m pytest tests/gpu -m gpu $(GPU_ARGS)
+	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/.pytest_cache/bytecode \
+		$(PY) -m pytest tests/gpu -m gpu $(GPU_ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,5 @@
-"""Every test in this folder needs a CUDA GPU."""
+"""Every test in this folder needs a CUDA GPU. Many processes share it, and the cores: most of the time goes into
+compiling kernels, and what else they do on the CPU is kept small."""
 
 import gc
 import os
@@ -19,16 +20,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+    items.sort(key=seconds, reverse=True)  # so that none is left running when all others have ended
+
+
+def seconds(item):
+    """What a slow test says that it takes."""
+    mark = item.get_closest_marker("slow")
+    return 0 if mark is None else mark.kwargs.get("seconds", 10)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leave_cores():
+    """What PyTorch does on the CPU is too small for threads that wait for each other; objects that were imported are no
+    garbage, and are not looked through after each test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
 def leave_room():
-    """Several processes share the GPU: memory that PyTorch keeps for later goes back after each test. They share the
-    cores, too: what a test does on the CPU is too small for threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Memory that PyTorch keeps for later goes back after each test."""
     yield
-    torch.set_num_threads(threads)
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import attncc as ac
+from attncc.runtime.linear_engine import LinearEngine
 from attncc.runtime.verify import Exam, Shape, check, eager, verify_variant
 from attncc.schedule import linear as schedule_linear
 from tests.runtime.test_linear_calls import BONUS
@@ -37,10 +38,13 @@ def many_short_segments(monkeypatch):
     torch.cuda.empty_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "shape"), [(t, shape) for t, shapes in TYPES.items() for shape in shapes], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_plan_is_the_reference(name, dtype, shape):
+def test_every_plan_is_the_reference(name, dtype, shape, monkeypatch):
     """The quadratic plan is held against the reference elsewhere."""
+    if shape.strided:  # out is, its gradient is not: a backward that is compiled ahead would be another
+        monkeypatch.setattr(LinearEngine, "_warm", lambda *call: None)
     variant, op = ac.variants.get(name), ac.compile(name)
     exam = Exam(variant, shape, "cuda", dtype, SHAPES.index(shape), only_out=True)
     rows = [(plan, row) for plan in ("chunk", "recurrent") for row in exam.rows(functools.partial(op, plan=plan))]

@@ -23,11 +23,11 @@ SECONDS = 300
 RACED = [name for name, family in FAMILIES.items() if not family.hopper]
 
 
-def sanitized(tool, names):
-    """What the tool says, and how many errors it counts."""
-    # a tensor is an allocation of its own: the tool knows those of the driver; and it names lines of the kernels
-    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_DISABLE_LINE_INFO": "0"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own}
+def sanitized(tool, names, kernels, **more):
+    """What the tool says, and how many errors it counts. `kernels`: the folder of those that other tests compiled."""
+    # a tensor is an allocation of its own: the tool knows those of the driver
+    own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "ATTNCC_CACHE_DIR": str(kernels)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **own, **more}
     command = [TOOL, "--tool", tool, sys.executable, "-m", "tests.gpu.kernels", *names]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     said = done.stdout + done.stderr
@@ -37,8 +37,11 @@ def sanitized(tool, names):
     return said, int(counted[1])
 
 
+@pytest.mark.slow(seconds=100)
 @pytest.mark.skipif(TOOL is None, reason="no compute-sanitizer here")
 @pytest.mark.parametrize(("tool", "names"), [("memcheck", list(FAMILIES)), ("racecheck", RACED)])
-def test_nothing_is_found(tool, names):
-    said, errors = sanitized(tool, names)
+def test_nothing_is_found(tool, names, kernels_of_the_run):
+    said, errors = sanitized(tool, names, kernels_of_the_run)
+    if errors:  # once more with lines of the kernels, whose binaries are others
+        said += sanitized(tool, names, kernels_of_the_run, TRITON_DISABLE_LINE_INFO="0")[0]
     assert not errors, said[-6000:]

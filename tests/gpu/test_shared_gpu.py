@@ -7,7 +7,7 @@ import torch
 
 import attncc as ac
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow(seconds=30)]
 
 
 def rows_that_are_wrong(heads: int, kv_heads: int, calls: int) -> list[int]:

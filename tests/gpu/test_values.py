@@ -30,6 +30,7 @@ def triton(name, **options):
     return ac.compile(name, backend="triton", plan="parallel", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ac.variants.names())
 def test_shipped_variants_in_bf16(name):
     """Two shapes, for it is compiling that takes the time; chunks of head dimensions are the same for all."""
@@ -37,6 +38,7 @@ def test_shipped_variants_in_bf16(name):
     assert not failures(verify_variant(ac.variants.get(name), "cuda", torch.bfloat16, shapes, triton(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
 @pytest.mark.parametrize(
     "name", ["causal", "alibi", "document", "t5_bias", "sink", "cog", "trilinear", "entmax15", "additive"]
@@ -45,6 +47,7 @@ def test_other_shapes(name, shape):
     assert not failures(verify_variant(ac.variants.get(name), "cuda", torch.bfloat16, [shape], triton(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["causal", "softcap", "sink", "taylor", "t5_bias", "additive"])
 def test_other_dtypes(name, dtype):
