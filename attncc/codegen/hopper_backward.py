@@ -14,10 +14,12 @@ from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
-from attncc.codegen.statements import free_names, in_gluon
+from attncc.codegen.statements import free_names, in_gluon, set_names
 from attncc.errors import UnsupportedError
-from attncc.schedule.hopper_backward import NARROW, holds_keys, queries, shares_keys, summed_apart, wide
+from attncc.schedule.hopper_backward import NARROW, STRIPS_BESIDE, holds_keys, queries, shares_keys, summed_apart, wide
 
+#: where the queries and the keys of a tile lie, which no strip keeps
+_PLACES = frozenset({"q_idx", "kv_idx", "q_in_tile", "tile_shift"})
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST_MATH")
 
@@ -47,7 +49,7 @@ def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False) -> dict[str, Any]:
+def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False, strips: int = 0) -> dict[str, Any]:
     """Slots of hopper_backward.py.j2, of hopper_backward_own.py.j2 or hopper_backward_wide.py.j2 where heads are wide,
     or of hopper_backward_branches.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
 
@@ -58,6 +60,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys? `branches`: the chains of
     several, each with the chunks of q and the rows that are its own; with one, its slots are those of the kernel.
     `alive`: for each delta, has a row seen any key?
+    `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
+    then; `places_slope`: does ds ask where queries and keys lie?
     """
     _refuse(plan)
     if queries(d_qk, d_v, plan.facts.warps) is None:
@@ -97,6 +101,11 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     asked = keyed_values(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]], [*own, *hide], show)
     own += [*k["outer"], *k["by_head"], *k["final_lines"], *(f"n = {chain['dqk_scale']}" for chain in chains)]
     wants_q_idx = "q_idx" in free_names(unmasked) or bool(hide)
+    # strips are weighed one after the other, so what the cotangents take of a strip has a name of its own
+    early = {"qk", "s", *k["saved"], *(x.name for x in asked.values if x.always)}
+    early |= set_names([*chains[0]["score_lines"], *chains[0]["weight_lines"]])
+    late = free_names([*chains[0]["grad_lines"], *(show if hide else ()), *hide])
+    around = free_names([*k["outer"], *k["by_head"], *k["final_lines"]])
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
@@ -113,6 +122,13 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
         asked_head=[in_gluon(line) for line in asked.block_lines],
         asked_lines=[in_gluon(line) for line in asked.lines],
         wants_q_idx=wants_q_idx,
+        wants_kv_idx="kv_idx" in free_names(unmasked) or bool(hide),
+        keeps_kv_idx=not strips or "kv_idx" in around or bool(k["gradients"]),
+        strips=strips,
+        halvings=strips.bit_length() - 1,
+        late=strips > STRIPS_BESIDE,
+        kept=[name for name in late if name in early],
+        places_slope=not _PLACES.isdisjoint(late),
         branches=branches,
         alive=[saw_a_key(part) for part in plan.parts],
         in_turn=takes_turns(plan, d_qk, d_v),
@@ -121,7 +137,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
         third=third,
         claims=not is_wide and not third,
         rotates=not is_wide and not third and plan.masks == (sympy.true,),
-        held=holds_keys(d_qk, d_v, plan.facts.warps),
+        held=not strips and holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
     )

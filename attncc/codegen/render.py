@@ -54,13 +54,14 @@ def render(
     d_k: int | None = None,
     values: int = 1,
     backward_in: Backend = "triton",
+    strips: int = 0,
 ) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in:
-    that of the kernel for dK and dV, which in Gluon can sum dQ, too. `d_qk` is the last dimension of q; `d_k` that of
-    k, where branches of q share it; `values`: heads of v for each head of k.
+    language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in: that of
+    the kernel for dK and dV, which in Gluon can sum dQ, too, and weighs a tile in so many `strips`, if any. `d_qk` is
+    the last dimension of q; `d_k` that of k, where branches of q share it; `values`: heads of v for each head of k.
     """
     users = plan
     plan, called = coded(plan)
@@ -142,7 +143,7 @@ def render(
     }
     if backward:
         if hopper_backward:
-            kv = hopper_backward_slots(plan, d_qk, d_v, shared_key=d_k != d_qk)
+            kv = hopper_backward_slots(plan, d_qk, d_v, shared_key=d_k != d_qk, strips=strips)
         else:
             kv = dkdv_slots(plan, qk_chunks, tma)
         dq = dq_slots(plan, qk_chunks, tma, elsewhere=kv["gradients"])

@@ -56,6 +56,7 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     }
     text = environment().get_template("standalone.py.j2").render(context)
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
-    backward_in = schedule.dkdv.backend
-    kernels = render(plan, d_qk, d_v, backward, tma, schedule.forward.form, backward_in=backward_in)
+    kv = schedule.dkdv
+    forward = schedule.forward.form
+    kernels = render(plan, d_qk, d_v, backward, tma, forward, backward_in=kv.backend, strips=kv.strips)
     return kernels + "\n\n" + text.strip("\n") + "\n"

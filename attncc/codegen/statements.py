@@ -22,6 +22,12 @@ def free_names(statements: Iterable[str]) -> tuple[str, ...]:
     return tuple(reader.free)
 
 
+def set_names(statements: Iterable[str]) -> frozenset[str]:
+    """The names that the statements set."""
+    names = ast.walk(ast.parse("\n".join(statements)))
+    return frozenset(n.id for n in names if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+
+
 class _Reader(ast.NodeVisitor):
     """Walks statements in the order in which they run."""
 

@@ -159,7 +159,8 @@ class Engine:
         tma = boxed and self.plan.facts.has_backward and boxes
         backward: Backend = schedule.dkdv.backend if self.plan.facts.has_backward else "triton"
         d_k = bound.sizes.get("d_k")
-        features = Features(d_qk, d_v, tma, schedule.forward.form, d_k, problem.values, backward)
+        form, strips = schedule.forward.form, schedule.dkdv.strips
+        features = Features(d_qk, d_v, tma, form, d_k, problem.values, backward, strips)
         module = self.modules.load(features, interpreted)
         meta = _meta(schedule, problem, target)
         if backward == "gluon" and ordered:

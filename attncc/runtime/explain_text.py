@@ -120,6 +120,8 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
         written += ", a program for each query head of a group"
     elif chosen.splits:
         written += f", the keys in {chosen.splits} parts" if chosen.splits > 1 else ", the heads of a group in one tile"
+    if chosen.strips:
+        written += f", a tile in {chosen.strips} strips of queries, which take fewer registers"
     lines = [
         written,
         f"    tiles of {chosen.block_m} x {chosen.block_n}, a head: {tiles['full']} full, "
@@ -161,6 +163,7 @@ def _us(time: float) -> str:
 
 
 def _block(ks: KernelSchedule) -> str:
-    """A tile's sizes, and in how many parts the keys, or the heads of a group, are dealt out."""
+    """A tile's sizes, in how many parts the keys, or the heads of a group, are dealt out, and the strips of a tile."""
     splits = f", {ks.splits} part{'s' * (ks.splits > 1)}" if ks.splits else ""
-    return f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m}x{ks.block_n}{splits}"
+    strips = f", {ks.strips} strips" if ks.strips else ""
+    return f"{'gluon ' if ks.backend == 'gluon' else ''}{ks.block_m}x{ks.block_n}{splits}{strips}"

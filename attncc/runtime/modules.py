@@ -24,7 +24,7 @@ class Features:
 
     d_qk, d_v: the head dimensions of q and v; d_k that of k, where branches of q share it (None: that of q). values:
     heads of v for each head of k. tma: tiles are loaded through descriptors. form: that of the forward kernel, and
-    backward that of dkdv.
+    backward that of dkdv, in which a tile is weighed in so many strips, if in any.
     """
 
     d_qk: int
@@ -34,6 +34,7 @@ class Features:
     d_k: int | None = None
     values: int = 1
     backward: Backend = "triton"
+    strips: int = 0
 
 
 class Modules:
@@ -75,7 +76,8 @@ class Modules:
         from attncc.codegen.render import render  # what lies on disk needs no generator
 
         has_backward = self._plan.facts.has_backward
-        text = render(self._plan, of.d_qk, of.d_v, has_backward, of.tma, of.form, of.d_k, of.values, of.backward)
+        kernels = (of.tma, of.form, of.d_k, of.values, of.backward, of.strips)
+        text = render(self._plan, of.d_qk, of.d_v, has_backward, *kernels)
         self._cache.put(name, {"kind": "source", "what": graph.name, "text": text})
         return text
 

@@ -222,7 +222,7 @@ def _usable(data: Any, problem: Problem, device: Device, what: str, origin: Any)
                 f"and {device.title} has {device.smem_per_block:,}"
             )
             return None
-    if found.dkdv.backend == "gluon" and found.dkdv not in hopper.tilings("dkdv", problem, device):
+    if found.dkdv.backend == "gluon" and not hopper.has_backward(found.dkdv, problem, device):
         warn(f"{what} is ignored: the Gluon backward has no tiling {found.dkdv}")
         return None
     if found.pair is None and problem.pairs:

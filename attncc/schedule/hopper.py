@@ -6,6 +6,7 @@ called dkdv, as its counterpart in Triton, and can sum dQ, too (`hopper_backward
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import ceil
 
@@ -94,6 +95,12 @@ def template(kernel: Kernel, problem: Problem) -> str:
 def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
     """The tilings of a Gluon kernel whose programs own their rows; none where it does not serve the problem."""
     return () if problem.value_of_key or refusal(kernel, problem, device) else _fitting(kernel, problem, device)
+
+
+def has_backward(ks: KernelSchedule, problem: Problem, device: Device) -> bool:
+    """Is this a tiling of the Gluon backward, of whole tiles or in strips?"""
+    strips = not ks.strips or (ks.strips in hopper_backward.STRIPS and hopper_backward.has_strips(problem))
+    return strips and replace(ks, strips=0) in tilings("dkdv", problem, device)
 
 
 def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:

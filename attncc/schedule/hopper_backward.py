@@ -4,6 +4,8 @@ Where heads are wide dQ has a kernel of its own; where they are wider still one 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from math import ceil
 
 from attncc.schedule.device import Device
@@ -30,6 +32,12 @@ OWN_KEYS = 320
 #: matmuls of a pair: of the head dimension of v, of that of q and k; and the same where dQ has a kernel of its own
 MATMULS_V, MATMULS_QK = 2, 3
 WIDE_MATMULS_V, WIDE_MATMULS_QK = 3, 4
+#: strips of queries in which a tile is weighed, one after the other, where all at once was seen to spill: fewest first
+STRIPS = (2, 4, 8)
+#: the most strips beside which dp is under way; with more it has no registers yet
+STRIPS_BESIDE = 2
+#: tiles of registers that strips save: of what lives between scores and slope, and with more of them dp
+STRIP_TILES, LATE_TILES = 0.5, 1.5
 #: bytes of an entry of dQ, or of dK and dV that several programs add up, in its passes through memory: zeroed, read as
 #: float32, written in 16 bits
 SUM_BYTES = 10
@@ -102,7 +110,23 @@ def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
     shared = (0, problem.group) if problem.group > 1 else (0,)
     keys = ROWS if shares else KEYS
     warps, stages = (12, STAGES_APART) if summed_apart(*heads, problem.costs.warps) else (8, STAGES)
-    return tuple(KernelSchedule(block_m, keys, warps, count, "gluon", splits) for count in stages for splits in shared)
+    found = []
+    for count, splits in product(stages, shared):
+        whole = KernelSchedule(block_m, keys, warps, count, "gluon", splits)
+        found += [whole, *in_strips(whole, problem)]
+    return tuple(found)
+
+
+def has_strips(problem: Problem) -> bool:
+    """Can a tile be weighed in strips? That of one branch, where dQ has no kernel of its own."""
+    return problem.branches == 1 and not wide(problem.d_qk, problem.d_v)
+
+
+def in_strips(ks: KernelSchedule, problem: Problem) -> tuple[KernelSchedule, ...]:
+    """The same tile in strips, for a formula of which the whole tile was seen to spill."""
+    if not has_strips(problem) or not problem.spilled("dkdv", ks):
+        return ()
+    return tuple(replace(ks, strips=count) for count in STRIPS)
 
 
 def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
@@ -128,6 +152,7 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     # of wide heads a warpgroup with keys of its own has its matmuls one after the other
     tiles = (1.5 if apart and not shares else 2.5) + (0 if costs.warps.slope else 1)
     tiles += costs.warps.columns + 2 * costs.backward.loads
+    tiles -= (LATE_TILES if ks.strips > STRIPS_BESIDE else STRIP_TILES) if ks.strips else 0
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 
 
@@ -154,6 +179,8 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     alu += (work.int + share * mask.int) * pairs / device.int_per_clk_sm
     alone = (tensor + sfu + alu) / (ks.block_n // ROWS) + FIT.turn
     busy = max(tensor / efficiency(problem), sfu + alu, alone)
+    if ks.strips:
+        busy *= FIT.strips[STRIPS.index(ks.strips)]
     waves = blocks / device.sms
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)

@@ -76,6 +76,7 @@ class GluonBackwardFit:
     turn: float
     block_overhead: float
     tensor_efficiency: float
+    strips: tuple[float, ...]
     wide_efficiency: float
 
 

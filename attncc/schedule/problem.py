@@ -212,6 +212,8 @@ class Problem:
 
 
 _SIZES = ("block_m", "block_n", "num_warps", "num_stages")
+#: what is named only where there are any
+_COUNTS = ("splits", "strips")
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ class KernelSchedule:
 
     `backend` is the language that the kernel is written in. A Gluon kernel has warps of its own for its loads, which
     `num_warps` does not count. `splits`: in how many parts the keys of a row are dealt to programs, by the forward that
-    can do so, or the query heads of a group by the Gluon backward; 0 for kernels that own their rows.
+    can do so, or the query heads of a group by the Gluon backward; 0 for kernels that own their rows. `strips`: of
+    queries, in which the Gluon backward weighs a tile one after the other, for fewer registers; 0 for all at once.
     """
 
     block_m: int
@@ -229,6 +232,7 @@ class KernelSchedule:
     num_stages: int
     backend: Backend = "triton"
     splits: int = 0
+    strips: int = 0
 
     @property
     def form(self) -> Form:
@@ -239,16 +243,16 @@ class KernelSchedule:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for cache files and tuned tables; the backend is named where it is not Triton, and the number of
-        splits where there are any."""
+        splits, and of strips, where there are any."""
         named: dict[str, Any] = {name: getattr(self, name) for name in _SIZES}
         named |= {"backend": self.backend} if self.backend != "triton" else {}
-        return named | ({"splits": self.splits} if self.splits else {})
+        return named | {name: count for name in _COUNTS if (count := getattr(self, name))}
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """The inverse of `to_json`; ValueError if `data` is not four positive integers, a backend, and a number of
-        splits, under those names."""
-        if not isinstance(data, dict) or set(data) - {"backend", "splits"} != set(_SIZES):
+        """The inverse of `to_json`; ValueError if `data` is not four positive integers, a backend, and numbers of
+        splits and strips, under those names."""
+        if not isinstance(data, dict) or set(data) - {"backend", *_COUNTS} != set(_SIZES):
             raise ValueError(f"a kernel schedule has exactly the fields {', '.join(_SIZES)}; got {data!r}")
         if not all(type(data[name]) is int and data[name] > 0 for name in set(data) - {"backend"}):
             raise ValueError(f"the fields of a kernel schedule are positive integers; got {data!r}")
@@ -261,7 +265,8 @@ class KernelSchedule:
         stages = "1 stage" if self.num_stages == 1 else f"{self.num_stages} stages"
         backend = "" if self.backend == "triton" else f", {self.backend}"
         splits = f", {self.splits} split{'s' * (self.splits > 1)}" if self.splits else ""
-        return f"{self.block_m}x{self.block_n}, {warps}, {stages}{backend}{splits}"
+        strips = f", {self.strips} strips" if self.strips else ""
+        return f"{self.block_m}x{self.block_n}, {warps}, {stages}{backend}{splits}{strips}"
 
 
 @dataclass(frozen=True)

@@ -104,3 +104,30 @@ def test_a_compiler_that_cannot_write_is_said(attncc, tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert "Triton cannot write what it compiles" in result.stderr
     assert "TRITON_CACHE_DIR=folder" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "stages"),
+    [
+        (128, 'mask = "kv_idx <= q_idx and kv_idx % 4 != 3"\nnormalizer = "maximum(score, 0) ** 3"\n'),
+        (64, 'mask = "causal"\nscore = "score - log(1 + abs(q_idx - kv_idx))"\n'),
+        (
+            128,
+            'mask = "kv_idx <= q_idx and kv_idx % 4 != 3"\nscore = "score + w[h] * log(1 + abs(q_idx - kv_idx))"\n'
+            'normalizer = "p = exp(2 * tanh(score)); p / row.sum(p)"\n[inputs]\nw = { index = ["h"], grad = true }\n',
+        ),
+        (128, 'mask = "causal"\nnormalizer = "softplus(score) / row.sum(softplus(score))"\n'),
+    ],
+    ids=["relu cubed", "distance", "sharp, by distance", "softplus"],
+)
+def test_no_kernel_of_an_unusual_formula_spills_on_hopper(attncc, tmp_path, head_dim, stages):
+    """Whole tiles of dK and dV spill 8 to 184 bytes of these; in strips of queries they do not, and stay in Gluon."""
+    (tmp_path / "unusual.toml").write_text(f"[stages]\n{stages}")
+    words = (str(tmp_path / "unusual.toml"), "--target", "sm_90", "--head-dim", str(head_dim))
+    found = json.loads(attncc("compile", *words, "--json").stdout)
+    assert {name: usage["spill_bytes"] for name, usage in found["kernels"].items() if usage["spill_bytes"]} == {}
+    assert not any(usage["faults"] for usage in found["kernels"].values())
+    dkdv = found["schedule"]["dkdv"]
+    assert dkdv["backend"] == "gluon"
+    explained = attncc("explain", *words).stdout
+    assert f"a tile in {dkdv['strips']} strips of queries" in explained

@@ -256,6 +256,7 @@ def _language() -> ModuleType:
     for name in ("maximum", "minimum", "where", "exp2", "log", "log2", "abs", "sqrt", "rsqrt", "floor", "sin", "cos"):
         setattr(gl, name, _elementwise(getattr(torch, name)))
     gl.erf = _elementwise(torch.erf)
+    gl.join = lambda a, b: Block(torch.stack((a.v, b.v), -1))
     gl.broadcast = lambda a, b: tuple(map(Block, torch.broadcast_tensors(a.v, b.v)))
     gl.allocate_shared_memory = _allocate
     gl.warp_specialize = lambda functions, warps, registers: current().specialize(functions)

@@ -59,6 +59,10 @@ class Block:
     def permute(self, order: Sequence[int]) -> Block:
         return Block(self.v.permute(*order))
 
+    def split(self) -> tuple[Block, Block]:
+        left, right = self.v.unbind(-1)
+        return Block(left), Block(right)
+
     def __getitem__(self, index: Any) -> Block:
         return Block(self.v[index])
 

@@ -83,10 +83,11 @@ def variant(name):
 
 
 @cache
-def source(name, d_qk, d_v, shared_key=False):
+def source(name, d_qk, d_v, shared_key=False, strips=0):
     plan = Plan(variant(name).graph)
     whole = d_qk * plan.graph.branches
-    return render(plan, whole, d_v, True, True, "gluon", d_qk if shared_key else None, backward_in="gluon")
+    d_k = d_qk if shared_key else None
+    return render(plan, whole, d_v, True, True, "gluon", d_k, backward_in="gluon", strips=strips)
 
 
 def poisoned(text):
@@ -98,12 +99,12 @@ def poisoned(text):
 class Run:
     """A forward and, when asked for, a backward of one variant at one shape; `text` may be changed before."""
 
-    def __init__(self, name, shape, change=lambda text: text, rows=128):
+    def __init__(self, name, shape, change=lambda text: text, rows=128, strips=0):
         self.name, self.shape = name, shape
         self.plan = Plan(variant(name).graph)
         self.warps = self.plan.facts.warps
         self.sample = sample_inputs(self.plan.graph, shape, torch.float16)
-        text = source(name, shape.d_qk, shape.d_v, shape.shared_key)
+        text = source(name, shape.d_qk, shape.d_v, shape.shared_key, strips)
         self.module = machine.load(change(poisoned(text)), name)
         s = self.sample
         bound = bind(self.plan.graph, s.q, s.k, s.v, None, s.inputs)
@@ -215,6 +216,56 @@ def test_the_model_notices_what_is_left_out_of_branches(before, after):
     assert before in source("two_full", 64, 64)
     try:
         run = Run("two_full", Shape(1, 3, 3, 400, 450, 64, 64), lambda text: text.replace(before, after))
+        noticed = run.failures(run.backward())
+    except machine.MachineError:
+        return
+    assert noticed
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "strips"),
+    [
+        ("causal", Shape(1, 2, 1, 100, 130, 128, 80), 2),  # the slope is the weight
+        ("softcap", GROUPED, 2),
+        ("alibi", Shape(1, 1, 1, 130, 150, 128, 128), 4),  # places within a tile
+        ("document", GROUPED, 8),  # what is read a query, which the warp that loads has
+        ("cog", Shape(1, 1, 1, 100, 130, 72, 40, strided=True), 2),
+        ("qk_temperature", GROUPED, 4),
+        ("parallel_context", GROUPED, 2),
+        ("t5_bias", GROUPED, 2),
+        ("bam", STRIDED, 4),
+        ("sigmoid", Shape(1, 1, 1, 150, 130, 128, 64), 8),
+    ],
+)
+def test_tiles_in_strips(name, shape, strips):
+    run = Run(name, shape, strips=strips)
+    wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
+    assert not run.failures(run.backward(wanted))
+
+
+def test_strips_in_a_fixed_order_and_of_heads_of_a_group_apart():
+    run = Run("softcap", Shape(1, 4, 1, 260, 300, 128, 80), strips=2)
+    first, second = (run.backward(sums=False) for _ in range(2))
+    assert not run.failures(first)
+    assert all(map(torch.equal, first[:3], second[:3]))
+    assert not run.failures(run.backward(splits=4))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # dK and dV are stored when both warpgroups have written them
+        ("        mbarrier.wait(written.index(0), 0)\n", ""),
+        # a strip has its own queries' statistics
+        ("slice(strip * WIDTH, WIDTH, 0)", "slice(0, WIDTH, 0)"),
+        # and its own place in the tile
+        ("tile * BLOCK_M + strip * WIDTH +", "tile * BLOCK_M +"),
+    ],
+)
+def test_the_model_notices_what_goes_wrong_in_strips(before, after):
+    assert before in source("softcap", 128, 128, strips=2)
+    run = Run("softcap", Shape(1, 1, 1, 130, 150, 128, 128), lambda text: text.replace(before, after), strips=2)
+    try:
         noticed = run.failures(run.backward())
     except machine.MachineError:
         return

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from attncc.schedule import Cache, KernelSchedule, choose, device_for
+from attncc.schedule import Cache, KernelSchedule, choose, device_for, hopper
 from attncc.schedule import spills as notes
 from attncc.schedule.choose import backend_of
 from attncc.schedule.cost import SPILLS_SEEN, ranked
+from attncc.schedule.hopper_backward import STRIPS
 from attncc.schedule.problem import alike
 from attncc.schedule.registers import register_limit, registers
 from attncc.schedule.spills import note_spills, with_known_spills
@@ -19,6 +20,7 @@ from .problems import problem
 A100 = device_for("a100")
 MEASURED = replace(device_for("h100"), gluon=("forward", "dkdv"))
 WORK = problem(digest="d" * 64)
+WIDE = replace(WORK, d_qk=192, d_v=128)
 
 
 @pytest.fixture
@@ -57,11 +59,45 @@ def test_notes_add_up_and_say_how_much(cache):
 def test_a_little_is_kept_where_all_else_is_slow(cache):
     """One tile, of which the stages do not matter, and Triton's two kernels instead of one."""
     best = ranked("dkdv", WORK, MEASURED, "gluon")[0][0]
-    known = seen({("dkdv", best): 16}, cache, device=MEASURED)
+    every = [replace(best, strips=count) for count in (0, *STRIPS)]
+    known = seen({("dkdv", ks): 16 for ks in every}, cache, device=MEASURED)
     assert backend_of("dkdv", known, MEASURED)[0] == "gluon"
     assert choose(WORK, MEASURED, cache).dkdv == best
-    known = seen({("dkdv", best): 8192}, cache, device=MEASURED)
+    known = seen({("dkdv", ks): 8192 for ks in every}, cache, device=MEASURED)
     assert backend_of("dkdv", known, MEASURED)[0] == "triton"
+
+
+def test_a_gluon_tile_that_spills_is_weighed_in_strips(cache):
+    """Of another formula there are none: they are for what was seen to spill."""
+    best = ranked("dkdv", WORK, MEASURED, "gluon")[0][0]
+    assert not any(ks.strips for ks, _ in ranked("dkdv", WORK, MEASURED, "gluon"))
+    known = seen({("dkdv", best): 16}, cache, device=MEASURED)
+    chosen = choose(WORK, MEASURED, cache).dkdv
+    assert chosen == replace(best, strips=STRIPS[0])
+    # seen to spill as well, they are left for more of them; the fewer bytes the fewer
+    seen({("dkdv", chosen): 8}, cache, device=MEASURED)
+    assert choose(WORK, MEASURED, cache).dkdv == replace(best, strips=STRIPS[1])
+    for count in STRIPS[1:]:
+        known = seen({("dkdv", replace(best, strips=count)): 8}, cache, device=MEASURED)
+    assert backend_of("dkdv", known, MEASURED)[0] == "gluon"
+    assert choose(WORK, MEASURED, cache).dkdv == best
+
+
+def test_a_tile_that_spills_much_is_weighed_in_more_strips(cache):
+    best = ranked("dkdv", WORK, MEASURED, "gluon")[0][0]
+    seen({("dkdv", best): 180}, cache, device=MEASURED)
+    assert choose(WORK, MEASURED, cache).dkdv.strips == STRIPS[1]
+
+
+def test_strips_of_a_schedule_are_those_there_are(cache):
+    best = ranked("dkdv", WORK, MEASURED, "gluon")[0][0]
+    assert KernelSchedule.from_json(replace(best, strips=2).to_json()) == replace(best, strips=2)
+    assert "strips" not in best.to_json()
+    for strips, there in ((0, True), (2, True), (3, False)):
+        assert hopper.has_backward(replace(best, strips=strips), WORK, MEASURED) == there
+    whole = ranked("dkdv", WIDE, MEASURED, "gluon")[0][0]
+    assert hopper.has_backward(whole, WIDE, MEASURED)
+    assert not hopper.has_backward(replace(whole, strips=2), WIDE, MEASURED)
 
 
 def test_tilings_that_differ_in_arguments_alone_are_alike():
