@@ -55,8 +55,9 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
 
     `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
     compute. `asked`: what is read a query, which the warp that loads has early. `alive`: has a row seen any key?
-    `rotates`: do all blocks see the same tiles, of which each begins with its own? `in_turn`: where dQ is summed, can
-    programs take turns? `claims`: does who comes first to a tile of dQ store it, so that nobody writes zeros before?
+    `alike`: do all blocks see the same tiles? `rotates`: does each begin with its own of them? `in_turn`: where dQ is
+    summed, can programs take turns? `claims`: does who comes first to a tile of dQ store it, so that nobody writes
+    zeros before?
     `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys? `branches`: the chains of
     several, each with the chunks of q and the rows that are its own; with one, its slots are those of the kernel.
     `alive`: for each delta, has a row seen any key?
@@ -87,8 +88,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if shares else [])]
     wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
     pointers = [
-        "DK_SUM_PTR",
-        "DV_SUM_PTR",
+        "KEY_SUMS_PTR",
+        "ADDED_PTR",
         *(f"{g.name.upper()}_PTR" for g in k["gradients"]),
     ]
     show = [line for chain in chains for line in chain["show"]]
@@ -110,6 +111,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
     slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
+    alike = plan.masks == (sympy.true,)
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,
@@ -136,7 +138,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
         shares=shares,
         third=third,
         claims=not is_wide and not third,
-        rotates=not is_wide and not third and plan.masks == (sympy.true,),
+        rotates=not is_wide and not third and alike,
+        alike=alike,
         held=not strips and holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
@@ -177,9 +180,8 @@ def finish_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
 
 def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:
     """Do programs add to a tile of dQ one after the other where that order must be fixed? Where each visits an unbroken
-    run of tiles, it counts those that come before it. With a warpgroup for dQ a tile takes less time than a turn."""
-    alone = wide(d_qk, d_v) or summed_apart(d_qk, d_v, plan.facts.warps)
-    return len(plan.over_queries.segments) == 1 and not alone
+    run of tiles, it counts those that come before it."""
+    return len(plan.over_queries.segments) == 1 and not wide(d_qk, d_v)
 
 
 def by_row(plan: Plan) -> list[str]:

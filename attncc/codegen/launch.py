@@ -38,8 +38,8 @@ def launch_meta(
 
 
 def in_fixed_order(meta: dict[str, int]) -> dict[str, int]:
-    """The words of a Gluon backward whose programs add to dQ one after the other, and to nothing else."""
-    return {**meta, "ORDERED": True, "SPLITS": 1}
+    """The words of a Gluon backward whose programs add to dQ one after the other, or not at all."""
+    return {**meta, "ORDERED": True}
 
 
 def schedule_meta(schedule: Schedule, device: Device, d_qk: int, d_v: int) -> dict[str, dict[str, int]]:

@@ -111,12 +111,10 @@ class Engine:
         return self._deterministic or torch.are_deterministic_algorithms_enabled()
 
     def free_sums(self) -> frozenset[str]:
-        """The gradients whose sums have no fixed order in the backwards prepared so far: programs of Gluon's add to dQ,
-        and to dK and dV where several share the heads of a group."""
+        """The gradients whose sums have no fixed order in the backwards prepared so far: programs of Gluon's add to
+        dQ."""
         metas = [p.meta["dkdv"] for p in self._prepared.values()]
-        summed = ("dq",) if any(meta.get("SUM_DQ") and not meta["ORDERED"] for meta in metas) else ()
-        shared = ("dk", "dv") if any(meta.get("SPLITS", 1) > 1 for meta in metas) else ()
-        return frozenset((*summed, *shared))
+        return frozenset(("dq",) if any(meta.get("SUM_DQ") and not meta["ORDERED"] for meta in metas) else ())
 
     def prepare(self, call: Operands) -> Prepared:
         """The module, schedule and options for calls like this one."""

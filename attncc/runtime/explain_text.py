@@ -37,19 +37,16 @@ def text_of(found: Mapping[str, Any]) -> str:
     }[found["origin"]]
     parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
     if found["dq_apart"] is not None:
-        shared = found["kernels"]["dkdv"]["chosen"].get("splits")
         if found["dq_of_rows"]:
-            free = "; dkdv sums dK and dV over the heads of a group in a free order" if shared else ""
             wanted = " and ".join(found["dq_apart"])
             wanted = f"; dq makes it where gradients of {wanted} are wanted" if wanted else ""
-            parts.append(f"of heads as wide a second kernel in Gluon makes dQ{wanted}{free}")
+            parts.append(f"of heads as wide a second kernel in Gluon makes dQ{wanted}")
         else:
-            free = "dQ, and dK and dV over the heads of a group," if shared else "dQ"
             reasons = [f"the gradient of {name} is wanted" for name in found["dq_apart"]]
             turns = "; its programs take turns where the order must be fixed" if found["dq_in_turn"] else ""
             reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
             apart = f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
-            parts.append(f"dkdv sums {free} in a free order{turns}{apart}")
+            parts.append(f"dkdv sums dQ in a free order{turns}{apart}")
     parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
     return "\n\n".join(parts)
 
@@ -117,7 +114,7 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
     if chosen.backend == "gluon":
         written = f"{name}, in Gluon{reason}{', with dQ' if name == 'dkdv' else ''}"
     if chosen.splits and name == "dkdv":
-        written += ", a program for each query head of a group"
+        written += ", a program for each query head of a group; they add up dK and dV in turns"
     elif chosen.splits:
         written += f", the keys in {chosen.splits} parts" if chosen.splits > 1 else ", the heads of a group in one tile"
     if chosen.strips:

@@ -173,8 +173,8 @@ class AttentionOp:
         return picked[0] if len(picked) == 1 else tuple(picked)
 
     def free_sums(self) -> frozenset[str]:
-        """The gradients ("dq", "dk", "dv") that backwards so far summed in no fixed order, so that a repeated call may
-        give other bits."""
+        """The gradients that backwards so far summed in no fixed order, so that a repeated call may give other bits:
+        "dq" or none."""
         return self.engine.free_sums()
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:

@@ -38,11 +38,12 @@ STRIPS = (2, 4, 8)
 STRIPS_BESIDE = 2
 #: tiles of registers that strips save: of what lives between scores and slope, and with more of them dp
 STRIP_TILES, LATE_TILES = 0.5, 1.5
-#: bytes of an entry of dQ, or of dK and dV that several programs add up, in its passes through memory: zeroed, read as
-#: float32, written in 16 bits
+#: bytes of an entry of dQ in its passes through memory: zeroed, read as float32, written in 16 bits
 SUM_BYTES = 10
-#: launches: what goes before and after sums of dQ, and zeroing and rounding those of dK and dV
-LAUNCHES, SPLIT_LAUNCHES = 3, 4
+#: and of one of dK or dV that several programs add up in turns: float32, written and read; between programs it is in L2
+TURN_BYTES = 8
+#: launches: what goes before and after sums of dQ
+LAUNCHES = 3
 FIT = model().gluon_backward
 
 
@@ -102,7 +103,7 @@ def dq_stages(d_qk: int, d_v: int) -> tuple[int, int]:
 
 def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
     """The tilings there are, none for sums a key that two warpgroups would share. The query heads of a group may be one
-    program's, or have a program each, which then add up dK and dV in float32 in any order."""
+    program's, or have a program each, which then add up dK and dV in float32, in turns."""
     heads = (problem.d_qk, problem.d_v)
     block_m, shares = queries(*heads, problem.costs.warps), shares_keys(*heads, problem.costs.warps)
     if block_m is None or (shares and problem.costs.warps.columns):
@@ -186,11 +187,9 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     rounds = waves + 1 if live.live < live.total else ceil(waves)
     spread = rounds / waves / device.sms / (device.clock_ghz * 1e3)
     rows = lines * problem.q_len * ((0 if apart else SUM_BYTES) * problem.d_qk + 4 * problem.d_v)
-    launches = LAUNCHES
     if splits > 1:
-        rows += problem.batch * problem.kv_heads * problem.kv_len * SUM_BYTES * (problem.d_qk + problem.d_v)
-        launches += SPLIT_LAUNCHES
+        rows += problem.batch * problem.kv_heads * problem.kv_len * TURN_BYTES * (problem.d_qk + problem.d_v)
     memory = rows / (device.dram_gbps * 1e3)
-    us = (tiles * busy + blocks * FIT.block_overhead) * spread + memory + launches * device.launch_us
+    us = (tiles * busy + blocks * FIT.block_overhead) * spread + memory + LAUNCHES * device.launch_us
     terms = {"tensor": tensor * tiles * spread, "sfu": sfu * tiles * spread, "alu": alu * tiles * spread}
-    return us, {**terms, "memory": memory, "launch": launches * device.launch_us}
+    return us, {**terms, "memory": memory, "launch": LAUNCHES * device.launch_us}

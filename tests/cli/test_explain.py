@@ -170,3 +170,12 @@ def test_a_roofline_is_drawn_and_told(attncc, tmp_path):
 def test_which_kernel_makes_dq(nothing_shipped, attncc, dim, said):
     text = attncc("explain", "sink", "--target", "h100", "--q-len", "4096", "--head-dim", dim).stdout
     assert said in " ".join(text.split())
+
+
+def test_heads_of_a_group_that_have_programs_of_their_own_add_up_in_turns(nothing_shipped, attncc):
+    grouped = ("--target", "h100", "--q-len", "4096", "--batch", "4", "--heads", "28", "--kv-heads")
+    shared, apart = (attncc("explain", "causal", *grouped, kv_heads).stdout for kv_heads in ("4", "28"))
+    assert "a program for each query head of a group; they add up dK and dV in turns" in shared
+    assert "gluon 64x128, 7 parts" in shared
+    assert "of a group" not in apart
+    assert "dkdv sums dQ in a free order; its programs take turns where the order must be fixed" in shared

@@ -171,7 +171,7 @@ class Kernel:
         ]
         bound = [*given, *(constants[name] for name in names[len(given) :])]
         order = list(range(grid))
-        if not meta.get("ORDERED"):
+        if not meta.get("ORDERED") and meta.get("SPLITS", 1) == 1:
             random.Random(seed).shuffle(order)
         for number in order:
             _program = Program(number, grid, seed * 1009 + number)

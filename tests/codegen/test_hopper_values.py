@@ -91,9 +91,11 @@ def source(name, d_qk, d_v, shared_key=False, strips=0):
 
 
 def poisoned(text):
-    """The sums of dQ begin as NaN."""
-    assert text.count("    sums = torch.empty(") <= 1
-    return re.sub(r"    sums = torch.empty\((\(.*\)), dtype=", r'    sums = torch.full(\1, float("nan"), dtype=', text)
+    """The sums of dQ, dK and dV begin as NaN, and counts of who has added as some number."""
+    for shape in (r"(?<=    sums = )torch.empty\((\(.*\))", r"torch.empty\((\(blocks \* .*\))"):
+        text, found = re.subn(shape + ", dtype=", r'torch.full(\1, float("nan"), dtype=', text)
+        assert found <= 1
+    return text.replace("added = torch.empty(turns, ", "added = torch.full((turns,), 2, ")
 
 
 class Run:
@@ -290,7 +292,11 @@ def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
         ("sliding_window", Shape(1, 1, 1, 400, 420, 128, 80)),
         ("document", Shape(1, 1, 1, 130, 300, 128, 80)),
         ("causal", Shape(1, 6, 2, 260, 300, 128, 80)),
-        ("causal", GROUPED),  # a warpgroup has dQ, and none takes turns
+        # a warpgroup has dQ, and other warps add it: in one piece, and in two
+        ("causal", GROUPED),
+        ("full", Shape(1, 2, 2, 200, 400, 64, 48)),
+        ("sliding_window", Shape(1, 1, 1, 400, 420, 64, 64)),
+        ("document", Shape(1, 2, 1, 130, 300, 80, 96)),
     ],
 )
 def test_in_a_fixed_order_programs_add_to_a_tile_of_dq_in_their_turn(name, shape):
@@ -311,6 +317,7 @@ def test_blocks_of_keys_with_two_runs_of_tiles_take_no_turns():
     assert not run.failures(run.backward(sums=False))
 
 
+@pytest.mark.parametrize("d", [128, 96, 64])
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -323,9 +330,9 @@ def test_blocks_of_keys_with_two_runs_of_tiles_take_no_turns():
         ("(begin <= tile) & ", ""),
     ],
 )
-def test_the_model_notices_who_comes_before_their_turn(before, after):
-    assert source("sliding_window", 128, 80).count(before) >= 1
-    run = Run("sliding_window", Shape(1, 1, 1, 400, 420, 128, 80), lambda text: text.replace(before, after))
+def test_the_model_notices_who_comes_before_their_turn(d, before, after):
+    assert source("sliding_window", d, 80).count(before) >= 1
+    run = Run("sliding_window", Shape(1, 1, 1, 400, 420, d, 80), lambda text: text.replace(before, after))
     try:
         noticed = run.failures(run.backward(sums=False))
     except machine.MachineError:
@@ -333,10 +340,65 @@ def test_the_model_notices_who_comes_before_their_turn(before, after):
     assert noticed
 
 
-@pytest.mark.parametrize(("name", "splits"), [("causal", 2), ("alibi", 4), ("document", 4)])
-def test_the_heads_of_a_group_add_up_what_they_have_of_dk_and_dv(name, splits):
-    run = Run(name, Shape(1, 4, 1, 130, 150, 64, 48))
-    assert not run.failures(run.backward(splits=splits))
+@pytest.mark.parametrize("d", [64, 96])
+def test_the_model_notices_a_tile_of_dq_that_overtakes_who_adds_it(d):
+    text = source("full", d, d)
+    waits = set(re.findall(r"mbarrier\.wait\(dq_empty\.index\(.*", text[text.index("def _sum_queries") :]))
+    assert len(waits) == (1 if d == 64 else 2)
+    for wait in waits:
+        run = Run("full", Shape(1, 4, 4, 600, 130, d, d), lambda text, wait=wait: text.replace(wait, "pass"))
+        try:
+            noticed = run.failures(run.backward(sums=False))
+        except machine.MachineError:
+            continue
+        assert noticed
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape", "splits"),
+    [
+        ("causal", Shape(1, 4, 1, 130, 150, 64, 48), 2),
+        ("alibi", Shape(1, 4, 1, 130, 150, 64, 48), 4),
+        ("document", Shape(1, 4, 1, 130, 150, 64, 48), 4),
+        ("causal", Shape(2, 6, 2, 140, 200, 128, 80), 3),
+        ("full", Shape(1, 4, 2, 70, 300, 128, 80, strided=True), 2),
+        ("causal", Shape(1, 2, 1, 130, 150, 192, 128), 2),
+        ("causal", Shape(1, 3, 1, 5, 700, 256, 192), 3),  # more counts than rows of queries
+    ],
+)
+def test_the_heads_of_a_group_add_up_dk_and_dv_in_turns(name, shape, splits, sums):
+    run = Run(name, shape)
+    first, second = (run.backward(splits=splits, sums=sums) for _ in range(2))
+    assert not run.failures(first)
+    assert all(map(torch.equal, first[1:3], second[1:3]))
+    assert sums or torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("_pass_turn_on(ADDED_PTR + slot)", "pass"),
+        ("_wait_for_turn(ADDED_PTR + slot, share)", "_wait_for_turn(ADDED_PTR + slot, share + 1)"),
+        # those that others wait for start first
+        ("share = line % SPLITS", "share = SPLITS - 1 - line % SPLITS"),
+        # the first adds to nothing, the last rounds the sum of all
+        ("if share > 0:", "if True:"),
+        ("rounds = share + 1 == SPLITS", "rounds = share == 0"),
+        ("slot = block * 2 + consumer", "slot = block * 2"),
+        # and nobody has added before
+        ("tl.store(ADDED_PTR + turn, 0", "tl.store(ADDED_PTR + turn, 1"),
+    ],
+)
+def test_the_model_notices_who_adds_to_dk_and_dv_before_their_turn(before, after):
+    shape = Shape(1, 3, 1, 140, 150, 128, 80)
+    assert source("causal", 128, 80).count(before) >= 1
+    run = Run("causal", shape, lambda text: text.replace(before, after))
+    try:
+        noticed = run.failures(run.backward(splits=3))
+    except machine.MachineError:
+        return
+    assert noticed
 
 
 @pytest.mark.parametrize(
@@ -413,34 +475,40 @@ def test_integers_of_any_width_are_read_a_key(kind):
     assert torch.equal(out[0], run.out)
 
 
+#: mutations of the kernel in which a warpgroup has dQ
+OF_ONE_WITH_DQ = [
+    # a matmul's operands are waited for
+    ("mbarrier.wait(do_full.index(stage), (count // STAGES) & 1, pred=turn + 1 < turns)", "pass"),
+    ("mbarrier.wait(v_full.index(0), 0)", "pass"),
+    # a buffer is given back when its last matmul is done, not before
+    ("mbarrier.wait(ds_empty.index(half), ((count >> 1) + 1) & 1)", "pass"),
+    ("mbarrier.wait(q_empty.index(stage), (count // STAGES + 1) & 1)", "pass"),
+    ("            tma.store_wait(1)", "            pass"),
+    ("mbarrier.wait(keys_read.index(0), 0)", "pass"),
+    # the asynchronous units see what threads wrote
+    ("fence_async_shared()\n                mbarrier.arrive(ds_full", "mbarrier.arrive(ds_full"),
+    # barriers count
+    ("mbarrier.arrive(q_empty.index(last), count=1)", "pass"),
+    ("ds_full = _barriers(2, 2)", "ds_full = _barriers(2, 1)"),
+]
+#: and of that in which two share it
+OF_TWO_WITH_DQ = [
+    # what comes first to a tile of dQ lies in memory before others hear of it, and they see it
+    ("    _stores_are_done(0)\n", ""),
+    ("_see_stores(count)", "pass"),
+    ("summed == NOTHING", "summed == BEGUN"),
+    ("mbarrier.wait(dq_empty.index(consumer), count & 1)", "pass"),
+    ("            tma.store_wait(1)\n", ""),
+    ("            mbarrier.wait(ds_full.index(half), (count >> 1) & 1)\n    ", "    "),
+]
+
+
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        # a matmul's operands are waited for
-        ("mbarrier.wait(do_full.index(stage), (count // STAGES) & 1, pred=turn + 1 < turns)", "pass"),
-        ("mbarrier.wait(v_full.index(0), 0)", "pass"),
-        # a buffer is given back when its last matmul is done, not before
-        ("mbarrier.wait(ds_empty.index(half), ((count >> 1) + 1) & 1)", "pass"),
-        ("mbarrier.wait(q_empty.index(stage), (count // STAGES + 1) & 1)", "pass"),
-        ("            tma.store_wait(1)", "            pass"),
-        ("mbarrier.wait(keys_read.index(0), 0)", "pass"),
-        # what comes first to a tile of dQ lies in memory before others hear of it, and they see it
-        ("    _stores_are_done(0)\n", ""),
-        ("_see_stores(count)", "pass"),
-        ("summed == NOTHING", "summed == BEGUN"),
-        # the asynchronous units see what threads wrote
-        ("fence_async_shared()\n                mbarrier.arrive(ds_full", "mbarrier.arrive(ds_full"),
-        # barriers count
-        ("mbarrier.arrive(q_empty.index(last), count=1)", "pass"),
-        ("ds_full = _barriers(2, 2)", "ds_full = _barriers(2, 1)"),
-        # and where two warpgroups share dQ
-        ("mbarrier.wait(dq_empty.index(consumer), count & 1)", "pass"),
-        ("            tma.store_wait(1)\n", ""),
-        ("            mbarrier.wait(ds_full.index(half), (count >> 1) & 1)\n    ", "    "),
-    ],
-)  # fmt: skip
-def test_the_model_notices_what_is_left_out(before, after):
-    d = next(d for d in (64, 128) if before in source("full", d, d))
+    ("d", "before", "after"),
+    [(64, *change) for change in OF_ONE_WITH_DQ] + [(128, *change) for change in OF_TWO_WITH_DQ],
+)
+def test_the_model_notices_what_is_left_out(d, before, after):
+    assert before in source("full", d, d)
 
     def broken(text):
         return text.replace(before, after)

@@ -262,6 +262,13 @@ def test_a_standalone_file_says_why_it_has_no_backward(monkeypatch):
     assert "nobody knows its derivative" in text
 
 
+def test_a_standalone_file_fixes_the_order_of_sums_where_pytorch_asks_for_it():
+    tiling = KernelSchedule(64, 128, 8, 2, "gluon")
+    text = standalone(plan("causal"), 128, 128, Schedule(SMALL, tiling, SMALL), "bf16", device_for("h100"))
+    assert '"ORDERED": True' in text.split("torch.are_deterministic_algorithms_enabled()")[1]
+    assert 'ordered = meta["ORDERED"]' in text
+
+
 def test_the_formulas_stand_where_they_are_computed():
     text = source("softcap")
     graph = plan("softcap").graph

@@ -180,9 +180,13 @@ def test_programs_take_turns_at_dq(name):
         assert (one - other).float().square().mean() < 1e-5 * other.float().square().mean()
 
 
-def test_turns_begin_anew_in_every_replay_of_a_cuda_graph():
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_turns_begin_anew_in_every_replay_of_a_cuda_graph(kv_heads):
     op = ac.compile("causal", backend="gluon", deterministic=True)
-    qkv = [torch.randn(1, 4, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    qkv = [
+        torch.randn(1, h, 1024, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for h in (4, kv_heads, kv_heads)
+    ]
     cotangent = torch.randn_like(qkv[0])
     expected = torch.autograd.grad(op(*qkv), qkv, cotangent)
     torch.cuda.synchronize()

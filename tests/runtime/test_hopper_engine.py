@@ -33,12 +33,13 @@ def prepared(op, qkv, boxed=True, **inputs):
 
 
 def launched(monkeypatch, op, qkv, **inputs):
-    """The kernels of a forward and a backward in order, each with its arguments and constants."""
+    """The kernels of a forward and a backward in the order of their text, each with its arguments and constants: what
+    takes longest to compile is begun first."""
     jobs = []
     monkeypatch.setattr(launch.Launcher, "begin", lambda self, kernel, *rest: jobs.append((kernel, *rest[:2])))
     bound, made = prepared(op, qkv, **inputs)
     op.engine.warm(made, Operands(bound, *qkv), backward=True)
-    return jobs
+    return sorted(jobs, key=lambda job: job[0].starting_line_number)
 
 
 def names(jobs):
@@ -91,16 +92,22 @@ def test_wide_heads_have_a_kernel_for_dq_and_no_sum_in_a_free_order(monkeypatch)
     assert op.engine.free_sums() == frozenset()
 
 
-def test_the_heads_of_a_group_are_dealt_to_programs_where_the_order_of_sums_is_free(monkeypatch):
-    grouped = tensors(4096, 128, heads=8, kv_heads=2)
-    for deterministic, splits in ((False, 4), (True, 1)):
-        op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
-        (_, arguments, meta), *_ = (
-            job for job in launched(monkeypatch, op, grouped) if job[0].__name__ == "dkdv_kernel"
-        )
-        assert meta["SPLITS"] == splits
-        sums = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        assert {x.dtype for x in sums} == {torch.float32 if splits > 1 else torch.bfloat16}
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("kv_heads", "splits"), [(2, 4), (8, 1)])
+def test_the_heads_of_a_group_are_dealt_to_programs_whatever_the_order_of_sums(
+    monkeypatch, deterministic, kv_heads, splits
+):
+    op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
+    jobs = launched(monkeypatch, op, tensors(4096, 128, heads=8, kv_heads=kv_heads))
+    assert names(jobs) == ["forward_kernel", "prepare_kernel", "dkdv_kernel", "finish_kernel"]
+    _, arguments, meta = jobs[2]
+    assert (meta["SPLITS"], meta["ORDERED"]) == (splits, deterministic)
+    sums = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    assert {x.dtype for x in sums} == {torch.float32 if splits > 1 else torch.bfloat16}
+    # whose turn it is to add to them: a number for each 64 keys of each key head, 0 before the first
+    turns = kv_heads * 4096 // 64 if splits > 1 else 0
+    assert jobs[1][1][-1] == turns
+    assert not turns or turns in {x.numel() for x in arguments if isinstance(x, torch.Tensor)}
 
 
 def test_so_have_gradients_of_what_a_row_reads(monkeypatch):
@@ -116,15 +123,15 @@ def test_what_the_host_hands_over_compiles(monkeypatch, deterministic):
     kernel, arguments, meta = jobs[2]
     made = compile_kernel(kernel, signature(kernel, arguments, meta), GPUTarget("cuda", 90, 32))
     assert isinstance(made, Binary)
-    assert made.warps == (12 if deterministic else 16)  # dQ has a warpgroup, or a kernel of its own
+    assert made.warps == 16  # dQ has a warpgroup
     assert made.shared <= MEASURED.smem_per_block
 
 
 @pytest.mark.parametrize(
-    ("deterministic", "kv_heads", "free"), [(False, 4, {"dq"}), (False, 2, {"dq", "dk", "dv"}), (True, 2, set())]
+    ("deterministic", "kv_heads", "free"), [(False, 4, {"dq"}), (False, 2, {"dq"}), (True, 2, set())]
 )
 def test_which_gradients_are_summed_in_a_free_order(deterministic, kv_heads, free):
-    """Those of k and v where so few key heads are shared out between programs."""
+    """That of q alone, also where so few key heads are shared out between programs."""
     op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
     assert op.free_sums() == set()
     qkv = tensors(4096, kv_heads=kv_heads)
