@@ -118,12 +118,12 @@ def regret(
     for path in files or sorted(RESULTS.glob("*/regret.json")):
         if held_out:
             keep(path, "held_out", judge(path, held_out, typer.echo))
-        found = list(regrets(path))
+        found, unknown = regrets(path)
         Run().show("first choices beside the best that was measured", list(COLUMNS), lines(found))
         typer.echo("~: not measured itself; the next of the model's order that was")
-        typer.echo(summary(found))
+        typer.echo("\n".join([summary(found), *(f"left out: {line}" for line in unknown)]))
         if write:
-            path.with_suffix(".md").write_text(markdown(path, found))
+            path.with_suffix(".md").write_text(markdown(path, found, unknown))
 
 
 @app.command()

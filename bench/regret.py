@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -65,14 +65,25 @@ def card(gpu: str) -> Device:
     raise UnsupportedError(f"no device file lists {gpu!r}")
 
 
-def regrets(path: Path) -> Iterator[Regret]:
-    """One entry a row of a file of either suite, but for rows that failed."""
+class NotMeasuredError(ValueError):
+    """A first choice of today of which nothing raced, as where Gluon has a kernel since."""
+
+
+def regrets(path: Path) -> tuple[list[Regret], list[str]]:
+    """One entry a row of a file of either suite, but for rows that failed; and the cells of which nothing can be said,
+    since the file knows no kernel like the first choice of today."""
     data = load(path)
     device = card(data["gpu"])
     of_row = of_direction if data["suite"] == "regret" else of_kernel
+    found, unknown = [], []
     for row in data["rows"]:
-        if "error" not in row:
-            yield of_row(row, device)
+        if "error" in row:
+            continue
+        try:
+            found.append(of_row(row, device))
+        except NotMeasuredError as error:
+            unknown.append(f"{row['case']} {row.get('mode', row.get('kernel'))}: {error}")
+    return found, unknown
 
 
 @dataclass(frozen=True)
@@ -144,7 +155,7 @@ def _nearest(
     start = order.index(wanted) if wanted in order else 0
     found = next((ks for ks in (*order[start:], *order) if ks in times), None)
     if found is None:
-        raise ValueError(f"neither {wanted} nor any other of its order was measured")
+        raise NotMeasuredError(f"neither {wanted} nor any other of its order was measured")
     return found, False
 
 
@@ -223,8 +234,8 @@ def lines(found: Iterable[Regret]) -> list[list[str]]:
     ]
 
 
-def markdown(path: Path, found: Sequence[Regret]) -> str:
-    """The table as a page of its own, with where its figures come from."""
+def markdown(path: Path, found: Sequence[Regret], unknown: Sequence[str] = ()) -> str:
+    """The table as a page of its own, with where its figures come from, and which cells it says nothing of."""
     data = load(path)
     then = [row["us"] / row["best_us"] - 1 for row in data["rows"] if "best_us" in row]
     fitted = f"with the model as it was when they were measured: {spread(then)}\n" if then else ""
@@ -235,7 +246,10 @@ def markdown(path: Path, found: Sequence[Regret]) -> str:
         f"{(data['commit'] or 'unknown')[:12]}: `{data['command']}`; this page: `python -m bench regret --write`. "
         f"{_searched(data['rows'])} Microseconds of all kernels of a direction. "
         "`~`: not measured itself; the next of the model's order that was.\n"
-        + (f"\n{data['note']}\n" if "note" in data else "")
+        + "".join(
+            f"\n{line}\n"
+            for line in (*([data["note"]] if "note" in data else []), *map("left out: {}".format, unknown))
+        )
     )
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(found)]
     return head + "\n" + "\n".join(f"| {' | '.join(cell.replace('|', '+') for cell in row)} |" for row in rows) + "\n"

@@ -14,7 +14,7 @@ from attncc.schedule.model import model
 from bench import ahead
 from bench.held_out import drawn, held_out, reading
 from bench.record import Results, keep, load
-from bench.regret import Measured, Regret, markdown, of_direction, summary
+from bench.regret import Measured, Regret, markdown, of_direction, regrets, summary
 from bench.regret_cells import REACHES, Trial, cells, first_choices, plan, problem_of
 from bench.suites import regret
 from bench.tuned import corrections
@@ -205,6 +205,19 @@ def test_where_the_model_loses_the_best_becomes_a_shipped_row(planned, tmp_path)
     assert corrections({"gpu": "NVIDIA H100 80GB HBM3", "rows": rows[:1]}) == []
 
 
+def test_a_first_choice_of_which_nothing_raced_is_left_out_by_name(planned, tmp_path):
+    """As in a file of before Gluon had the kernel that is chosen now."""
+    forward, backward = planned
+    older = next(t.schedule.forward for t in forward.trials if t.schedule.forward.backend == "triton")
+    assert forward.model.forward.backend == backward.model.dkdv.backend == "gluon"
+    rows = [row(forward, whole=[(older, 100.0)]), row(backward, whole=[(backward.model.dkdv, 50.0)])]
+    path = tmp_path / "regret.json"
+    path.write_text(json.dumps({"suite": "regret", "gpu": "NVIDIA H100 80GB HBM3", "rows": rows}))
+    found, unknown = regrets(path)
+    assert [entry.what for entry in found] == ["backward"]
+    assert unknown == [f"causal forward: neither {forward.model.forward} nor any other of its order was measured"]
+
+
 def test_the_page_says_how_much_is_lost_and_where_figures_come_from(tmp_path):
     found = [Regret(f"cell {i}", "backward", "a | b", i > 0, 100.0 + i, "b", 100.0, 100.0) for i in range(20)]
     assert summary(found).startswith("20 first choices: median regret 9.5%, 95th percentile 19.0%, worst 19.0%")
@@ -212,7 +225,8 @@ def test_the_page_says_how_much_is_lost_and_where_figures_come_from(tmp_path):
     path = tmp_path / "regret.json"
     head = '"gpu": "G", "torch": "2", "triton": "3", "date": "2026-11-22T10", "commit": null, "command": "c"'
     path.write_text(f'{{{head}, "rows": []}}')
-    text = markdown(path, found)
+    text = markdown(path, found, ["cell 20 forward: nothing like it raced"])
+    assert "left out: cell 20 forward: nothing like it raced" in text
     assert "| cell 0 | backward | a + b | ~100.0 | b | 100.0 | 0.0% |" in text
     assert "G, torch 2, triton 3, 2026-11-22, commit unknown: `c`" in text
 
