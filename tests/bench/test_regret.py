@@ -209,8 +209,9 @@ def test_a_first_choice_of_which_nothing_raced_is_left_out_by_name(planned, tmp_
     """As in a file of before Gluon had the kernel that is chosen now."""
     forward, backward = planned
     older = next(t.schedule.forward for t in forward.trials if t.schedule.forward.backend == "triton")
-    assert forward.model.forward.backend == backward.model.dkdv.backend == "gluon"
-    rows = [row(forward, whole=[(older, 100.0)]), row(backward, whole=[(backward.model.dkdv, 50.0)])]
+    assert forward.model.forward.backend == "gluon"
+    pair = {"dkdv": [(backward.model.dkdv, 50.0)], "dq": [(backward.model.dq, 40.0)]}
+    rows = [row(forward, whole=[(older, 100.0)]), row(backward, **pair)]
     path = tmp_path / "regret.json"
     path.write_text(json.dumps({"suite": "regret", "gpu": "NVIDIA H100 80GB HBM3", "rows": rows}))
     found, unknown = regrets(path)
