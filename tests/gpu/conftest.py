@@ -1,6 +1,7 @@
 """Every test in this folder needs a CUDA GPU. Many processes share it, and the cores: most of the time goes into
 compiling kernels, and what else they do on the CPU is kept small."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -29,10 +30,21 @@ def seconds(item):
     return 0 if mark is None else mark.kwargs.get("seconds", 10)
 
 
+#: of a CUDA context: whoever waits for the GPU sleeps
+BLOCKING_SYNC = 4
+
+
 @pytest.fixture(scope="session", autouse=True)
 def leave_cores():
-    """What PyTorch does on the CPU is too small for threads that wait for each other; objects that were imported are no
+    """A process that waits for the GPU does not ask it again and again; what PyTorch does on the CPU is too small for
+    threads that wait for each other, and its compiler has no processes of its own; objects that were imported are no
     garbage, and are not looked through after each test."""
+    if torch.version.cuda is not None:
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuInit(0)
+        for device in range(torch.cuda.device_count()):
+            driver.cuDevicePrimaryCtxSetFlags_v2(device, BLOCKING_SYNC)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.freeze()
