@@ -154,6 +154,11 @@ class VariantGraph:
             outputs=self.outputs if outputs is None else outputs,
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy finds again what this graph noted of itself
+        own = (self.inputs, self.scalars, self.cites, self.branches, self.outputs, self.value, self.dead_rows)
+        return VariantGraph, (self.name, tuple(self._given.values()), *own)
+
     def __getitem__(self, name: str) -> Stage:
         return self._given[name]
 

@@ -20,6 +20,7 @@ from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast, is_traced
+from attncc.runtime.remade import Remade
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound, bind, check_dimensions, output_names
 from attncc.runtime.square_engine import SquareEngine
@@ -29,7 +30,7 @@ from attncc.schedule.linear_cost import choose_plan
 from attncc.schedule.problem import Precision
 
 
-class LinearOp:
+class LinearOp(Remade):
     """A compiled variant whose weights split. Call it as an AttentionOp; besides, a call may hand a state in and out.
 
     plan: "parallel" computes every pair, in quadratic time; "chunk" goes by chunks of tokens and a state; "recurrent"
@@ -50,6 +51,7 @@ class LinearOp:
         precision: Precision | None = None,
     ):
         self.graph, self.linear, self.parallel = graph, linear, parallel
+        self._made_of = (graph, linear, parallel, plan, precision)
         self.choice: PlanName = plan
         self._terms = TokenTerms(graph)
         self._set_up(precision)

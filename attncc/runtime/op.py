@@ -18,6 +18,7 @@ from attncc.runtime.engine import Engine
 from attncc.runtime.kinds import Kind, Kinds
 from attncc.runtime.made import Maker
 from attncc.runtime.refusals import no_statistic
+from attncc.runtime.remade import Remade
 from attncc.runtime.running import with_running_sums
 from attncc.runtime.shapes import (
     auxiliary_names,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from attncc.runtime.outputs_call import OutputsCall
 
 
-class AttentionOp:
+class AttentionOp(Remade):
     """A compiled variant. Call it with q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) and the variant's
     inputs.
 
@@ -69,6 +70,7 @@ class AttentionOp:
         self._schedule, self._backend = schedule, backend
         self.plan = self.engine.plan
         asked = (schedule, precision, backend, deterministic)
+        self._made_of = (graph, *asked)
         self._token = "" if asked == (None, None, None, False) else f":{asked}"
         self.kinds = Kinds(self.engine)
         self._key = library.register(f"{self.engine.graph.digest}{self._token}", self.kinds)

@@ -33,6 +33,7 @@ class RecurrenceOp(LinearOp):
             raise _no_pairs(graph)
         found: Linear | Delta = recur(graph)
         self.graph, self.choice, self._terms = graph, plan, TokenTerms(graph)
+        self._made_of = (graph, plan, precision)
         engine = (DeltaEngine if isinstance(found, Delta) else LinearEngine)(graph, found, precision)  # type: ignore[arg-type]
         self.engine = self._kernels = engine
         self.linear, self._rows = engine.plan, engine.rows

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -35,13 +35,36 @@ _HIDES = -3.0e38
 
 
 @dataclass(frozen=True)
+class Own:
+    """A captured tensor itself. Data, no closure: a module is copied with the tensors that its op is bound to."""
+
+    tensor: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
 class Derived:
-    """A tensor that the function computed from captured ones: how, so that a call can compute it again."""
+    """A tensor that the function computed from captured ones: how, so that a call can compute it again.
+
+    Among the arguments are tensors while the function is traced, and sources in their place afterwards.
+    """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     item: int | None = None
+
+    def __call__(self) -> Tensor:
+        args, kwargs = tree_map(lambda x: x() if isinstance(x, Own | Derived) else x, (self.args, dict(self.kwargs)))
+        result = self.function(*args, **kwargs)
+        made: Tensor = result if self.item is None else result[self.item]
+        return made
+
+
+#: gives a captured tensor as it is at the time of the call
+Source: TypeAlias = Own | Derived
 
 
 @dataclass
@@ -159,27 +182,20 @@ class Captures:
                     tuple(name for name, _ in dims),
                     "float" if tensor.dtype.is_floating_point else "int",
                     tensor.dtype.is_floating_point and tensor.requires_grad,
-                    Bound(capture.name, self._maker(tensor), tuple(loop for _, loop in dims), capture.limits),
+                    Bound(capture.name, self._source(tensor), tuple(loop for _, loop in dims), capture.limits),
                     captured=True,
                 )
         return decls
 
-    def _maker(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """A function that gives the tensor as it is now."""
+    def _source(self, tensor: Tensor) -> Source:
+        """What gives the tensor as it is now."""
         derived = self._derived.get(id(tensor))
         if derived is None:
-            return lambda: tensor
-        makers = {id(t): self._maker(t) for t in _tensors((derived.args, dict(derived.kwargs)))}
-
-        def again() -> Tensor:
-            args, kwargs = tree_map(
-                lambda x: makers[id(x)]() if isinstance(x, Tensor) else x, (derived.args, dict(derived.kwargs))
-            )
-            result = derived.function(*args, **kwargs)
-            made: Tensor = result if derived.item is None else result[derived.item]
-            return made
-
-        return again
+            return Own(tensor)
+        args, kwargs = tree_map(
+            lambda x: self._source(x) if isinstance(x, Tensor) else x, (derived.args, dict(derived.kwargs))
+        )
+        return Derived(derived.function, args, kwargs, derived.item)
 
 
 @dataclass(frozen=True)
@@ -192,7 +208,7 @@ class Bound:
     """
 
     name: str
-    make: Callable[[], Tensor]
+    make: Source
     loops: tuple[frozenset[str], ...]
     limits: Mapping[str, int]
 
