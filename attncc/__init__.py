@@ -84,7 +84,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'attncc' has no attribute '{name}'")
+        from attncc.language.functions import instead
+
+        remedy = None if name.startswith("_") else instead(name, __all__)
+        raise AttributeError(f"module 'attncc' has no attribute '{name}'{f': {remedy}' if remedy else ''}")
     module, attribute = _LAZY[name]
     with held():
         loaded = importlib.import_module(module)

@@ -28,10 +28,29 @@ def call_by_name(function: Callable[..., Any], env: Environment, stage: str) -> 
     return function(**arguments)
 
 
+def _refuse_maker(x: Any, made: str) -> None:
+    """Raise SpecError where x makes a piece when it is called: `ac.sliding_window` in place of
+    `ac.sliding_window(64)`."""
+    if inspect.isfunction(x) and x.__annotations__.get("return") in ("Mask", "ScoreMod"):
+        parameters = inspect.signature(x).parameters.values()
+        given = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+        fail(f"ac.{x.__name__} makes {made} when it is called", f"call it: ac.{x.__name__}({', '.join(given)})")
+
+
+#: what a text as a stage of a Variant lacks
+_TEXT = "write a function: lambda {}; as text a formula is part of a TOML file, see ac.loads_toml"
+#: what an array as a mask lacks
+_DENSE = (
+    "a mask is a formula; a dense one is an input m, ac.Input('q_idx', 'kv_idx', dtype='int'), and the mask "
+    "lambda q_idx, kv_idx, m: m[q_idx, kv_idx] != 0"
+)
+
+
 class Piece:
     """A stage function plus the inputs and scalars that it brings along."""
 
     stage = ""
+    _joined = ""
 
     def __init__(
         self,
@@ -48,6 +67,12 @@ class Piece:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label}>"
 
+    def __bool__(self) -> bool:
+        # `causal and prefix(4)` would be prefix(4) alone, and `not causal` would be False
+        fail(
+            f"a {self.stage} has no truth value: `and`, `or`, `not` and `if` do not join it with another", self._joined
+        )
+
     def _merge(self, other: Piece) -> tuple[dict[str, InputDecl], dict[str, ScalarDecl]]:
         for name in self.inputs.keys() & other.inputs.keys():
             if self.inputs[name] != other.inputs[name]:
@@ -62,6 +87,7 @@ class Mask(Piece):
     """A boolean over (query, key): `&`, `|`, `~` compose. A plain function of the stage's names may stand beside it."""
 
     stage = "mask"
+    _joined = "write & for and, | for or, ~ for not: ac.causal & ac.sliding_window(64)"
 
     @classmethod
     def of(cls, x: Any) -> Mask:
@@ -70,9 +96,15 @@ class Mask(Piece):
             return x
         if isinstance(x, bool):
             return cls(lambda env: lift(x), label=str(x))
+        _refuse_maker(x, "a mask")
         if callable(x):
             return cls(lambda env: call_by_name(x, env, "mask"), label=getattr(x, "__name__", "mask"))
-        fail(f"{type(x).__name__} is no mask", "a mask is a function of indices, or composed of ac.causal and its like")
+        remedy = "a mask is a function of indices, or composed of ac.causal and its like"
+        if isinstance(x, str):
+            remedy = _TEXT.format("q_idx, kv_idx: kv_idx <= q_idx")
+        elif hasattr(x, "shape"):
+            remedy = _DENSE
+        fail(f"{type(x).__name__} is no mask", remedy)
 
     def __and__(self, other: Any) -> Mask:
         right = Mask.of(other)
@@ -109,17 +141,18 @@ class ScoreMod(Piece):
     """A function of the score: `a >> b` applies a, then b."""
 
     stage = "score"
+    _joined = "write >> for one after the other: ac.alibi() >> ac.softcap(30.0)"
 
     @classmethod
     def of(cls, x: Any) -> ScoreMod:
         """A ScoreMod from a ScoreMod or a function whose parameters are names that the score stage sees."""
         if isinstance(x, ScoreMod):
             return x
+        _refuse_maker(x, "a score modifier")
         if callable(x) and not isinstance(x, Mask):
             return cls(lambda env: call_by_name(x, env, "score"), label=getattr(x, "__name__", "score"))
-        fail(
-            f"{type(x).__name__} is no score modifier", "it is a function of score, or made by ac.softcap and its like"
-        )
+        remedy = "it is a function of score, or made by ac.softcap and its like"
+        fail(f"{type(x).__name__} is no score modifier", _TEXT.format("score: ...") if isinstance(x, str) else remedy)
 
     def __rshift__(self, other: Any) -> ScoreMod:
         right = ScoreMod.of(other)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -277,8 +276,7 @@ class _Reader:
             return self._piece(node, self.pieces[name])
         if name not in functions.TABLE:
             known = [*functions.TABLE, *self.pieces]
-            near = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean '{near[0]}'?" if near else f"the vocabulary: {', '.join(known)}"
+            remedy = functions.instead(name, known) or f"the vocabulary: {', '.join(known)}"
             self.refuse(node.func, f"no function is called '{name}'", remedy)
         if node.keywords:
             self.refuse(node, f"{name} takes no keyword arguments")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from attncc.language.values import Value, apply, arity, constant, fail, lift, over_head_dim, running_sum
@@ -109,6 +110,31 @@ def cumsum(x: Any) -> Value:
 def norm(x: Any) -> Value:
     """The Euclidean length of a vector: sqrt(sum_d(x * x))."""
     return sqrt(over_head_dim("norm", x, x))
+
+
+#: what people write elsewhere, and what says it here
+_ELSEWHERE = {
+    "clamp": "minimum(maximum(x, low), high)",
+    "clip": "minimum(maximum(x, low), high)",
+    "max": "maximum(a, b), or over a query's keys row.max(x)",
+    "min": "minimum(a, b), or over a query's keys row.min(x)",
+    "sum": "row.sum(x), over a query's keys",
+    "mean": "row.mean(x), over a query's keys",
+    "pow": "x ** y",
+    "square": "x ** 2",
+    "rsqrt": "1 / sqrt(x)",
+    "round": "floor(x + 0.5)",
+    "log1p": "log(1 + x)",
+    "expm1": "exp(x) - 1",
+}
+
+
+def instead(name: str, known: Iterable[str]) -> str | None:
+    """What a user may have meant by a function that there is not, of those `known` or by other means."""
+    if name in _ELSEWHERE:
+        return f"write {_ELSEWHERE[name]}"
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else None
 
 
 #: every function by the name it has in the text form

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language.combinators import Mask, MaskFamily
-from attncc.language.values import fail
+from attncc.language.values import Value, fail
 
 
 def _position(env: Any) -> Any:
@@ -31,12 +32,27 @@ causal = MaskFamily(_causal)
 full = Mask.of(True)
 
 
+def _count(what: str, number: Any, least: int = 1, remedy: str | None = None) -> Any:
+    """What a mask is made with that counts tokens. Raises SpecError for a number that is no integer, or is below
+    `least`."""
+    if isinstance(number, str | Value):
+        return number  # a scalar, whose value a call has
+    try:
+        found = operator.index(number)
+    except TypeError:
+        fail(f"{what} is {number!r}: it counts tokens", "give an integer, or the name of a scalar")
+    if found < least:
+        fail(f"{what} is {found}: it is {least} or more", remedy)
+    return found
+
+
 def sliding_window(size: int | str) -> Mask:
     """Keys less than `size` behind the query, the query's own key counted: `q - k < size` (Mistral, gpt-oss, Gemma).
 
     `size` is a number, or the name of a scalar bound at call time. It does not look ahead of itself: combine it with
     `causal`. For flash-attn's distances see `window`.
     """
+    size = _count("the size of a sliding_window", size, remedy="a window of 1 shows the query's own key")
     return Mask(
         lambda e: _position(e) - e["kv_idx"] < _named(e, size), scalars=_scalars(size), label=f"sliding_window({size})"
     )
@@ -48,6 +64,9 @@ def window(left: int | str, right: int | str = 0) -> Mask:
     Each is a number, or the name of a scalar. `window(left=W)` shows W + 1 keys, where `causal & sliding_window(W)`
     shows W.
     """
+    unlimited = "flash-attn's -1, no limit, is a mask without that side: ac.causal for (-1, 0)"
+    left = _count("the left of a window", left, 0, unlimited)
+    right = _count("the right of a window", right, 0, unlimited)
     return Mask(
         lambda e: (_position(e) - e["kv_idx"] <= _named(e, left)) & (e["kv_idx"] - _position(e) <= _named(e, right)),
         scalars={**_scalars(left), **_scalars(right, 0)},
@@ -68,7 +87,8 @@ def prefix(length: int | str = "prefix") -> Mask:
     if isinstance(length, str):
         decl = InputDecl(length, ("b",), "int")
         return Mask(lambda e: e["kv_idx"] < e[length][e["b"]], {length: decl}, label=f"prefix({length})")
-    return Mask(lambda e: e["kv_idx"] < length, label=f"prefix({length})")
+    tokens = _count("the length of a prefix", length, 0)
+    return Mask(lambda e: e["kv_idx"] < tokens, label=f"prefix({tokens})")
 
 
 def document(doc: str = "doc") -> Mask:
@@ -84,11 +104,13 @@ def padding(lengths: str = "lengths") -> Mask:
 
 def dilated(step: int) -> Mask:
     """Every `step`-th key, counted back from the query."""
+    step = _count("the step of dilated", step)
     return Mask(lambda e: (_position(e) - e["kv_idx"]) % step == 0, label=f"dilated({step})")
 
 
 def block_diagonal(size: int) -> Mask:
     """Only keys of the query's own block of `size` positions."""
+    size = _count("the size of block_diagonal", size)
     return Mask(lambda e: _position(e) // size == e["kv_idx"] // size, label=f"block_diagonal({size})")
 
 

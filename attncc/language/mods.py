@@ -8,6 +8,7 @@ from typing import Any
 from attncc.ir.graph import InputDecl, ScalarDecl
 from attncc.language import functions as fn
 from attncc.language.combinators import ScoreMod
+from attncc.language.values import fail
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -37,6 +38,8 @@ def alibi(slopes: str = "slopes") -> ScoreMod:
 
 def softcap(cap: float | str = 50.0) -> ScoreMod:
     """cap * tanh(score / cap). `cap` is a number, or the name of a scalar bound at call time."""
+    if isinstance(cap, int | float) and cap == 0:
+        fail(f"softcap({cap}): division by zero", "0 for no cap, as elsewhere, is here no modifier: leave it out")
     if isinstance(cap, str):
         decl = ScalarDecl(cap, 50.0)
         return ScoreMod(lambda e: e[cap] * fn.tanh(e["score"] / e[cap]), scalars={cap: decl}, label=f"softcap({cap})")

@@ -17,7 +17,7 @@ _OWN = ("attncc.language.", "attncc.ir.", "sympy.", "torch.")
 
 def outside_language(module: str) -> bool:
     """Is code of this module a user's, and not the language's own or a library's that it calls?"""
-    return not f"{module}.".startswith(_OWN)
+    return module != "attncc" and not f"{module}.".startswith(_OWN)
 
 
 def char_offset(text: str, offset: int) -> int:

@@ -53,7 +53,7 @@ def load_toml(path: str | Path) -> Variant:
     """Read a variant from a TOML file. Raises SpecError, with file and line, if it is wrong."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except FileNotFoundError:
         raise SpecError(f"no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -7,6 +7,7 @@ the text parser) knows where in the source it happened and adds the place.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -155,10 +156,10 @@ class Value:
 
     # logic
     def __and__(self, other: Any) -> Value:
-        return Value(sympy.And(boolean(self), boolean(other)))
+        return Value(sympy.And(*_booleans("&", self, other)))
 
     def __or__(self, other: Any) -> Value:
-        return Value(sympy.Or(boolean(self), boolean(other)))
+        return Value(sympy.Or(*_booleans("|", self, other)))
 
     def __invert__(self) -> Value:
         return Value(sympy.Not(boolean(self)))
@@ -173,7 +174,7 @@ class Value:
         fail(
             f"'{formula(self.expr)}' has no truth value while the formula is read",
             "write where(condition, a, b) for a choice, maximum and minimum for max and min, "
-            "and & | ~ for and, or, not (each comparison in parentheses)",
+            "and & | ~ for and, or, not, with each comparison in parentheses: (a <= x) & (x < b)",
         )
 
     def __float__(self) -> float:
@@ -183,7 +184,7 @@ class Value:
         fail("a value of the formula is no Python integer", "declare a tensor that is indexed by it as an ac.Input")
 
     def __iter__(self) -> NoReturn:
-        fail("a value of the formula cannot be iterated")
+        fail("a value of the formula cannot be iterated", "over the keys of a query go row.sum, row.max and their like")
 
 
 class Indexed:
@@ -278,11 +279,15 @@ def lift(x: Any) -> Value:
         x._unindexed()
     if isinstance(x, bool):
         return Value(sympy.true if x else sympy.false)
-    if isinstance(x, int):
+    if x is None:
+        fail("the formula gives nothing", "end the function with `return` and the value")
+    if isinstance(x, numbers.Integral):
+        x = int(x)
         if abs(x) >= _LARGEST:
             fail("the integer constant does not fit 64 bits", "write it as a number: 1e30")
         return Value(sympy.Integer(x))
-    if isinstance(x, float):
+    if isinstance(x, numbers.Real):  # NumPy's numbers are such, too
+        x = float(x)
         if not math.isfinite(x):
             fail(f"the constant {x} is not finite", "hide pairs with the mask stage, never with an infinite score")
         return Value(sympy.Integer(int(x)) if x.is_integer() and abs(x) < 2**53 else sympy.Float(x))
@@ -304,7 +309,8 @@ def lift(x: Any) -> Value:
 def _operands(a: Value, b: Any) -> tuple[Any, Any]:
     """Two operands of arithmetic. A float constant makes a number of an index, as it does in Python: 1.0 * kv_idx."""
     left, right = number(a), number(b)
-    if isinstance(b, float) and left.is_integer and right.is_integer:
+    real = isinstance(b, numbers.Real) and not isinstance(b, numbers.Integral)
+    if real and left.is_integer and right.is_integer:
         left = voc.to_float(left)
     return left, right
 
@@ -343,6 +349,18 @@ def boolean(x: Any) -> Any:
             f'did you mean a comparison, e.g. "{formula(value.expr)} > 0"?',
         )
     return value.expr
+
+
+def _booleans(sign: str, a: Any, b: Any) -> tuple[Any, Any]:
+    """The operands of & or |, of which two integers are nearly always a mistake about what they join."""
+    left, right = lift(a), lift(b)
+    if left.type == right.type == "int":
+        fail(
+            f"expected a boolean, got {_ARTICLE['int']}: '{left}'",
+            f"{sign} joins its neighbours before they are compared: put each comparison in parentheses, "
+            f"(a <= b) {sign} (c < d)",
+        )
+    return boolean(left), boolean(right)
 
 
 def constant_power(base: int | float, exponent: int | float) -> int | float:

@@ -55,6 +55,8 @@ class Input:
                 f"Input{tuple(flat)}: a dimension is a name",
                 remedy=f"use {', '.join(LOOP_DIMS)}, or a free name such as 'bucket'",
             )
+        for dim in flat:
+            _check_free(dim, flat)
         if dtype not in ("float", "int"):
             raise SpecError(f"Input(dtype={dtype!r}): dtype is 'float' or 'int'")
         if grad and dtype == "int":
@@ -64,6 +66,27 @@ class Input:
     def declare(self, name: str) -> InputDecl:
         """The IR's declaration of this input under a name."""
         return InputDecl(name, self.pattern, self.dtype, self.grad, self.default)
+
+
+#: names that people give the indices of the loop elsewhere
+_ELSEWHERE = {
+    **dict.fromkeys(("head", "heads", "num_heads"), "h"),
+    **dict.fromkeys(("kv_head", "kv_heads", "num_kv_heads"), "h_kv"),
+    **dict.fromkeys(("batch", "bs"), "b"),
+    **dict.fromkeys(("q", "query", "queries", "q_len"), "q_idx"),
+    **dict.fromkeys(("k", "kv", "key", "keys", "kv_len"), "kv_idx"),
+}
+
+
+def _check_free(dim: str, pattern: Sequence[str]) -> None:
+    """Raise SpecError where the name of a free dimension, whose size no call checks, is meant for another."""
+    near = [] if dim in LOOP_DIMS else difflib.get_close_matches(dim, ("q_idx", "kv_idx"), n=1, cutoff=0.8)
+    meant = _ELSEWHERE.get(dim) or (near[0] if near else None)
+    if meant is not None:
+        raise SpecError(
+            f"Input{tuple(pattern)}: '{dim}' would be a free dimension, whose size no call checks",
+            remedy=f"write '{meant}' for that index of the loop, or give a free dimension another name",
+        )
 
 
 class Scalar:

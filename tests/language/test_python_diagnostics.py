@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import math
 
+import numpy
 import pytest
 import torch
 
@@ -176,6 +177,31 @@ def several_lines(score, q_idx):
             "// is for indices and integers",
         ),
         (lambda: ac.Variant(score=lambda score, q_idx: score + (q_idx > 3)), "score", "score + (q_idx > 3)", "boolean"),
+        (
+            lambda: ac.Variant(mask=lambda q_idx, kv_idx: kv_idx <= q_idx & q_idx - kv_idx < 9),
+            "mask",
+            "q_idx & q_idx - kv_idx",
+            "expected a boolean, got an index(.|\n)*& joins its neighbours before they are compared(.|\n)*parentheses",
+        ),
+        (
+            lambda: ac.Variant(score=lambda score: ac.tahn(score)),
+            "score",
+            "ac.tahn",
+            "no attribute 'tahn': did you mean 'tanh'",
+        ),
+        (
+            lambda: ac.Variant(score=lambda score: ac.clamp(score, -1, 1)),
+            "score",
+            "ac.clamp",
+            r"no attribute 'clamp': write minimum\(maximum\(x, low\), high\)",
+        ),
+        (
+            lambda: ac.Variant(normalizer=lambda score: score / sum(score)),
+            "normalizer",
+            "sum(score)",
+            "cannot be iterated(.|\n)*row.sum",
+        ),
+        (lambda: ac.Variant(score=lambda score: None), "score", "None", "gives nothing(.|\n)*`return`"),
         (lambda: ac.Variant(score=lambda score: score / 0), "score", "score / 0", "division by zero"),
         (lambda: ac.Variant(score=lambda score: ac.log(0) + score), "score", "ac.log(0)", "no finite real value"),
         (lambda: ac.Variant(score=lambda score: score * math.inf), "score", "score * math.inf", "inf is not finite"),
@@ -230,7 +256,32 @@ def test_the_caret_stands_under_the_users_expression(build, stage, pointed, mess
     [
         (lambda: ac.Variant(score=3), "int is no score modifier"),
         (lambda: ac.Variant(score=ac.causal), "no score modifier"),
-        (lambda: ac.Variant(mask="causal"), "str is no mask"),
+        (lambda: ac.Variant(mask="causal"), "str is no mask(.|\n)*write a function(.|\n)*ac.loads_toml"),
+        (lambda: ac.Variant(score="score + 1"), "str is no score modifier(.|\n)*ac.loads_toml"),
+        (
+            lambda: ac.Variant(mask=CAPTURED > 0),
+            r"Tensor is no mask(.|\n)*a dense one is an input(.|\n)*m\[q_idx, kv_idx\]",
+        ),
+        (lambda: ac.Variant(mask=ac.sliding_window), r"makes a mask when it is called(.|\n)*ac.sliding_window\(size\)"),
+        (lambda: ac.causal & ac.document, r"makes a mask when it is called(.|\n)*ac.document\(doc='doc'\)"),
+        (lambda: ac.Variant(score=ac.softcap), r"makes a score modifier when(.|\n)*ac.softcap\(cap=50.0\)"),
+        (lambda: ac.causal and ac.prefix(4), "a mask has no truth value(.|\n)*& for and"),
+        (lambda: ac.causal or ac.prefix(4), "a mask has no truth value(.|\n)*| for or"),
+        (lambda: not ac.causal, "a mask has no truth value(.|\n)*~ for not"),
+        (lambda: ac.alibi() and ac.softcap(30.0), "a score has no truth value(.|\n)*>> for one after the other"),
+        (lambda: ac.sliding_window(0), "the size of a sliding_window is 0: it is 1 or more"),
+        (lambda: ac.sliding_window(-4), "the size of a sliding_window is -4"),
+        (lambda: ac.sliding_window(4.5), "is 4.5: it counts tokens"),
+        (lambda: ac.window(-1, 0), "the left of a window is -1(.|\n)*flash-attn's -1, no limit"),
+        (lambda: ac.window("w", -1), "the right of a window is -1"),
+        (lambda: ac.prefix(-1), "the length of a prefix is -1: it is 0 or more"),
+        (lambda: ac.dilated(0), "the step of dilated is 0"),
+        (lambda: ac.block_diagonal(-2), "the size of block_diagonal is -2"),
+        (lambda: ac.softcap(0.0), r"softcap\(0.0\): division by zero(.|\n)*leave it out"),
+        (lambda: ac.Input("heads"), r"Input\('heads',\): 'heads' would be a free dimension(.|\n)*write 'h'"),
+        (lambda: ac.Input("batch", "kv_idx"), "'batch' would be a free dimension(.|\n)*write 'b'"),
+        (lambda: ac.Input("k_idx"), "'k_idx' would be a free dimension(.|\n)*write 'kv_idx'"),
+        (lambda: ac.Input("qidx"), "'qidx' would be a free dimension(.|\n)*write 'q_idx'"),
         (lambda: ac.causal & 3, "int is no mask"),
         (lambda: ac.causal(align="middle"), "align is 'end' or 'start'"),
         (lambda: ac.Variant(normalizer="softmux"), "no normalizer is called 'softmux'(.|\n)*softmax"),
@@ -271,6 +322,19 @@ def test_the_caret_stands_under_the_users_expression(build, stage, pointed, mess
 def test_faults_of_declarations(build, message):
     with pytest.raises(SpecError, match=message):
         build()
+
+
+def test_limits_that_are_met():
+    shown = [ac.sliding_window(1), ac.window(0), ac.prefix(0), ac.dilated(1), ac.block_diagonal(1)]
+    for mask in (*shown, ac.window("left", "right"), ac.sliding_window(numpy.int64(3))):
+        ac.Variant(mask=mask)
+    ac.Input("q_idx", "kv_idx", "h", "h_kv", "b", "bucket", "distance", "d")
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = ac.Variant(score=lambda score, q_idx: 2.5 * score + 3 * q_idx + 1.0 * q_idx).graph
+    score = lambda score, q_idx: numpy.float32(2.5) * score + numpy.int64(3) * q_idx + q_idx * numpy.float16(1)
+    assert ac.Variant(score=score).graph == plain
 
 
 def test_a_float_constant_makes_a_number_of_an_index():

@@ -25,6 +25,13 @@ H = '{ index = ["h"] }'
         ("score", "__import__('os').system('true')", "__import__('os').system", "attributes are not part"),
         ("score", "__import__('os')", "__import__", "no function is called '__import__'"),
         ("score", "open('x')", "open", "no function is called 'open'"),
+        (
+            "score",
+            "clamp(score, 0, 1)",
+            "clamp",
+            r"no function is called 'clamp'(.|\n)*minimum\(maximum\(x, low\), high\)",
+        ),
+        ("mask", "causal and sliding_window(-4)", "sliding_window(-4)", "the size of a sliding_window is -4"),
         ("score", "tanhh(score)", "tanhh", "no function is called 'tanhh'(.|\n)*did you mean 'tanh'"),
         ("score", "eval('1')", "eval", "no function is called 'eval'"),
         ("score", "score.expr", "score.expr", "an attribute is not part of the language"),
@@ -190,6 +197,8 @@ def test_files(tmp_path):
         ac.load_toml(path)
     assert caught.value.span.location == f"{path}:2"
     path.write_text("[stages]\nmask = 'causal'\n")
+    assert ac.load_toml(path).name == "mine"
+    path.write_text(path.read_text(), encoding="utf-8-sig")  # as some editors write it
     assert ac.load_toml(path).name == "mine"
     with pytest.raises(SpecError, match="no such file"):
         ac.load_toml(tmp_path / "other.toml")
