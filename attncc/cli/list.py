@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from attncc.cli.options import Json
 from attncc.cli.output import out, print_json
+from attncc.errors import InputError
 
 if TYPE_CHECKING:
     from attncc.catalogue import Mechanism
@@ -21,27 +23,52 @@ WIDE = 140
 
 
 def command(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME | FAMILY]...", show_default=False, help="What is listed in full."),
+    ] = None,
     mechanisms: Annotated[
         bool, typer.Option("--mechanisms", help="List published mechanisms instead, and what answers each.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """List the variants that ship: formula, passes over the keys, kernels, what has a gradient, source.
+    """List the variants that ship; of those that are named: formula, passes over the keys, kernels, gradients, source.
 
     Examples
       attncc list
+      attncc list masks alibi
       attncc list --mechanisms
       attncc list --json
     """
     if mechanisms:
+        if words:
+            raise InputError("--mechanisms lists all of them", remedy=f"leave out '{words[0]}'")
         _mechanisms(json)
         return
     from attncc.gallery import shelf
 
-    entries = shelf()
+    entries = _named(shelf(), words) if words else shelf()
     if json:
         print_json(entries)
-        return
+    elif words:
+        _in_full(entries)
+    else:
+        _blocks([(e["family"], e["name"], Text(e["title"])) for e in entries])
+        out.print("In full: attncc list NAME, or a family of them: attncc list masks", style="dim")
+
+
+def _named(entries: Sequence[dict[str, Any]], words: Sequence[str]) -> list[dict[str, Any]]:
+    """The entries of these names and families. InputError for a word that is neither."""
+    known = {word for entry in entries for word in (entry["name"], entry["family"])}
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, sorted(known), n=1)
+            remedy = f"did you mean '{near[0]}'?" if near else "attncc list shows the names, each under its family"
+            raise InputError(f"no shipped variant, and no family of them, is called '{word}'", remedy=remedy)
+    return [entry for entry in entries if entry["name"] in words or entry["family"] in words]
+
+
+def _in_full(entries: Sequence[dict[str, Any]]) -> None:
     if out.console.width < WIDE:
         _blocks([(e["family"], e["name"], _about(e)) for e in entries])
         return

@@ -38,13 +38,15 @@ def command(
       attncc show my_specs.py:alibi --ir
       attncc show document --svg document.svg
     """
+    from attncc import variants
     from attncc.ir.text import to_text
 
     graph = resolve(spec, similarity, score, mask, normalizer).graph
+    shipped = spec in (*variants.names(), *variants.recurrences())
     if ir:
         out.print(to_text(graph))
         return
-    formulas(graph)
+    formulas(graph, variants.about(spec)[0] if spec and shipped else "")
     if graph.recurrent:
         if png is not None or svg is not None:
             raise InputError(f"'{graph.name}' is a recurrence: there is no mask to draw")
@@ -65,12 +67,14 @@ def _is_set(name: str, settings: list[str] | None) -> bool:
     return any(setting.startswith(f"{name}=") for setting in settings or ())
 
 
-def formulas(graph: VariantGraph) -> None:
-    """Name, source, stages and declarations."""
+def formulas(graph: VariantGraph, about: str = "") -> None:
+    """Name, what it is, source, stages and declarations."""
     from attncc.ir.formulas import stage_texts
     from attncc.ir.text import output_text
 
     out.print(graph.name, style="bold")
+    if about:
+        out.print(f"  {about}")
     if graph.cites:
         out.print(f"  {graph.cites}", style="dim")
     for stage, text in stage_texts(graph).items():

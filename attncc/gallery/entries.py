@@ -32,12 +32,11 @@ _HEAD_DIM = 64
 def entry(name: str) -> dict[str, Any]:
     """One variant's entry: strings, numbers, and lists and dicts of them."""
     graph = variants.get(name).graph
-    documentation = inspect.cleandoc(sys.modules[f"attncc.variants.{name}"].__doc__ or "")
-    title, _, details = documentation.partition("\n\n")
+    title, details = variants.about(name)
     return {
         "name": name,
         "family": variants.family(name),
-        "title": " ".join(title.split()),
+        "title": title,
         "details": details,
         "cites": graph.cites,
         "stages": own_stages(graph),

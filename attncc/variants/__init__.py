@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 
 from attncc.errors import SpecError
 from attncc.language.variant import Variant
@@ -107,6 +108,13 @@ def recurrences() -> tuple[str, ...]:
 def family(name: str) -> str:
     """What a shipped variant changes of plain attention; "recurrences" where it is none."""
     return "recurrences" if name in RECURRENCES else next(key for key, members in FAMILIES.items() if name in members)
+
+
+def about(name: str) -> tuple[str, str]:
+    """What a shipped variant is, in a sentence, and further details: the text at the top of its file."""
+    text = inspect.cleandoc(importlib.import_module(f"attncc.variants.{name}").__doc__ or "")
+    title, _, details = text.partition("\n\n")
+    return " ".join(title.split()), details
 
 
 def get(name: str) -> Variant:

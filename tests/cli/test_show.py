@@ -16,11 +16,40 @@ def test_list_names_every_variant_with_its_source(attncc):
     entries = json.loads(result.stdout)
     assert [e["name"] for e in entries] == [*variants.names(), *variants.recurrences()]
     assert all(e["title"] and e["cites"] and e["stages"] for e in entries)
-    text = attncc("list").stdout
+    text = attncc("list", *{e["family"] for e in entries}).stdout
     assert all(name in text for name in variants.names())
 
 
-@pytest.mark.parametrize("words", [(), ("--mechanisms",)])
+def test_list_is_a_line_or_two_for_each_variant_and_has_all_of_those_that_are_named(attncc):
+    lines = attncc("list").stdout.splitlines()
+    names = [*variants.names(), *variants.recurrences()]
+    assert [line.split()[0] for line in lines if line.split()[0] in names] == names
+    assert len(lines) < 2 * len(names)
+    assert not any("arXiv" in line for line in lines)
+    full = attncc("list", "alibi", "plain").stdout
+    assert "arXiv:2108.12409" in full
+    assert "Attention Is All You" in full
+    assert "slopes[h]" in full
+    assert "sliding_window" not in full
+    assert [e["name"] for e in json.loads(attncc("list", "plain", "--json").stdout)] == ["full", "causal"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("alib",), "is called 'alib'\n   did you mean 'alibi'?"),
+        (("mask",), "did you mean 'masks'?"),
+        (("zzz",), "attncc list shows the names"),
+        (("--mechanisms", "alibi"), "--mechanisms lists all of them\n   leave out 'alibi'"),
+    ],
+)
+def test_list_refuses_what_it_does_not_know(attncc, words, message):
+    result = attncc("list", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("normalizers", "masks"), ("--mechanisms",)])
 def test_a_narrow_terminal_gets_lines_that_fit_and_lose_nothing(attncc, words, monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr("attncc.cli.output._Console.console", Console(width=80, file=shown))
@@ -62,6 +91,16 @@ def test_show_prints_formulas_declarations_and_the_mask(attncc):
     assert "window = 3\n" in text
     text = attncc("show", "gemma2_local", "--q-len", "8").stdout
     assert re.search(r"window = \d, not 4096, to be seen at this size\n", text)
+
+
+def test_show_says_what_a_shipped_variant_is(attncc, tmp_path):
+    lines = attncc("show", "alibi").stdout.splitlines()
+    assert (lines[0], lines[1]) == ("alibi", f"  {variants.about('alibi')[0]}")
+    assert "arXiv" in lines[2]
+    assert "delta rule" in attncc("show", "delta_net").stdout
+    own = tmp_path / "own.toml"
+    own.write_text('name = "alibi"\n[stages]\nmask = "causal"\n')
+    assert attncc("show", str(own)).stdout.splitlines()[1].startswith("  similarity")
 
 
 def test_show_ir(attncc):
