@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
+from attncc.codegen.assembly import bounds_of
 from attncc.codegen.chunks import chunks
 from attncc.codegen.hopper_outputs import hopper_pass_slots, in_warps
 from attncc.codegen.indices import input_arguments
 from attncc.codegen.names import coded
 from attncc.codegen.outputs import loop_of, pass_slots
 from attncc.codegen.plan import Plan
-from attncc.codegen.render import _bounds, _render, any_wide, staging, tidy, widths
+from attncc.codegen.render import any_wide, render_template, staging, tidy, widths
 from attncc.codegen.statements import in_gluon
 from attncc.errors import UnsupportedError
 from attncc.ir.text import formula, to_text
@@ -53,7 +54,7 @@ def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
         if u["domain"].kind == "pair":
             u["rows"] = ":".join("" if end is None else str(end) for end in u["domain"].args)
         if u["bounds"] is not None:
-            bounds += _bounds(plan, u["name"], u["tile"], u["bounds"])
+            bounds += bounds_of(plan, u["name"], u["tile"], u["bounds"])
         for r in u["reductions"]:
             r.update(torch="int64" if r["is_int"] else "float32", fill=_FILL[r["op"]])
     kernels: list[tuple[str, dict[str, Any]]] = []
@@ -66,13 +67,13 @@ def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
         template = f"outputs_{loop_of(u['domain'])}.py.j2"
         kernels.append((f"hopper_{template}" if u["in_warps"] else template, {"u": u, "f": u}))
     order = [entry.name for entry in named(plan.graph.outputs)]
-    parts = [_header(plan, d_qk), _render("helpers.py.j2", context, helpers=helpers)]
+    parts = [_header(plan, d_qk), render_template("helpers.py.j2", context, helpers=helpers)]
     if context["hopper"]:
-        parts[0] += "\n" + _render("gluon_compat.py.j2", context)
-        parts.append(_render("gluon_helpers.py.j2", context))
+        parts[0] += "\n" + render_template("gluon_compat.py.j2", context)
+        parts.append(render_template("gluon_helpers.py.j2", context))
         own = set().union(*(u["helpers"] for u in units if u["in_warps"]))
-        parts.append(in_gluon(_render("helpers.py.j2", context, helpers=own)))
-    parts += [_render(name, context, **slots) for name, slots in kernels]
+        parts.append(in_gluon(render_template("helpers.py.j2", context, helpers=own)))
+    parts += [render_template(name, context, **slots) for name, slots in kernels]
     host = {
         "bounds": bounds,
         "units": units,
@@ -81,7 +82,7 @@ def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
         "kinds": {u["domain"].kind for u in units},
         "names": [o.name for o in plan.graph.outputs],
     }
-    parts.append(_render("outputs_host.py.j2", context, **host))
+    parts.append(render_template("outputs_host.py.j2", context, **host))
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")
 
 
