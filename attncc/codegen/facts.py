@@ -18,7 +18,8 @@ from attncc.passes.differentiate import DP
 from attncc.passes.distances import Tables
 from attncc.passes.fold import S, lower_exp
 from attncc.passes.stream import Sweep, renamed
-from attncc.schedule.problem import PairCosts, SimilarityWork, WarpWork
+from attncc.passes.work import PairCosts
+from attncc.schedule.problem import SimilarityWork, WarpWork
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan

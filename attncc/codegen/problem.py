@@ -8,7 +8,8 @@ from typing import Any
 
 from attncc.codegen.plan import Plan
 from attncc.passes.counts import live_tiles
-from attncc.schedule.problem import Dtype, KernelCosts, LiveTiles, Precision, Problem
+from attncc.passes.work import LiveTiles
+from attncc.schedule.problem import Dtype, KernelCosts, Precision, Problem
 
 
 def problem_of(

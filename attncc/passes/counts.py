@@ -16,7 +16,7 @@ from attncc.ir.vocabulary import ByDistance, Read
 from attncc.passes.fold import exp2, with_sign
 from attncc.passes.numeric import evaluate
 from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
-from attncc.schedule.problem import LiveTiles, PairCosts
+from attncc.passes.work import LiveTiles, PairCosts
 
 # Where data decides which tiles are live, one of so many is taken to be: documents of an eighth to a half of a row.
 SCANNED = 4

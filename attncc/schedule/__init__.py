@@ -1,5 +1,6 @@
 """How a kernel is tiled for a device: device models, shared-memory accounting, candidates, cost model, cache."""
 
+from attncc.passes.work import LiveTiles, PairCosts
 from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose, first_choice, schedule_key
@@ -11,8 +12,6 @@ from attncc.schedule.problem import (
     Kernel,
     KernelCosts,
     KernelSchedule,
-    LiveTiles,
-    PairCosts,
     Problem,
     Schedule,
     head_chunks,

@@ -15,6 +15,7 @@ from functools import lru_cache
 from math import ceil, log2
 from typing import Literal
 
+from attncc.passes.work import LiveTiles, PairCosts
 from attncc.schedule import decode_cost, hopper, hopper_decode_cost
 from attncc.schedule.candidates import candidates
 from attncc.schedule.device import Device
@@ -29,7 +30,7 @@ from attncc.schedule.memory import (
     warp_grid,
 )
 from attncc.schedule.model import model
-from attncc.schedule.problem import Backend, Kernel, KernelSchedule, LiveTiles, PairCosts, Problem, alike
+from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem, alike
 from attncc.schedule.registers import register_limit, registers, spilled_registers
 
 Limit = Literal["tensor", "sfu", "alu", "memory", "launch"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from attncc.passes.work import LiveTiles
 from attncc.schedule.device import Device
 from attncc.schedule.memory import instruction, shared_memory, tiling, warp_grid
 from attncc.schedule.model import model
-from attncc.schedule.problem import KernelSchedule, LiveTiles, Problem, head_chunks
+from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
 from attncc.schedule.registers import register_limit, registers
 
 FIT = model().decode

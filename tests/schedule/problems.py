@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from math import ceil
 
-from attncc.schedule.problem import KernelCosts, LiveTiles, PairCosts, Problem
+from attncc.passes.work import LiveTiles, PairCosts
+from attncc.schedule.problem import KernelCosts, Problem
 
 # What codegen counts for plain softmax and a causal mask.
 FORWARD = PairCosts(fma=6, sfu=1)

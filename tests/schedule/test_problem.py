@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from attncc.errors import InputError
-from attncc.schedule.problem import KernelSchedule, LiveTiles, Schedule, head_chunks
+from attncc.passes.work import LiveTiles
+from attncc.schedule.problem import KernelSchedule, Schedule, head_chunks
 
 from .problems import problem
 

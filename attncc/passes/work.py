@@ -1,0 +1,45 @@
+"""How much work a variant is, as values: what the cost model reads, and what is kept of a variant on disk."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+
+@dataclass(frozen=True)
+class LiveTiles:
+    """How a mask divides the tiles of one (batch, head) pair, all row blocks together.
+
+    `full` tiles need no mask arithmetic, `mixed` tiles pay it; the remaining `total - full - mixed` are never visited.
+    """
+
+    full: int
+    mixed: int
+    total: int
+
+    @property
+    def live(self) -> int:
+        """The tiles that a kernel visits."""
+        return self.full + self.mixed
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """What the stages of a variant cost for one (query, key) pair, in operations beside the matmuls.
+
+    fma: float32 adds, multiplies, fused multiply-adds, comparisons, selects; sfu: exp2, log2, tanh, rcp, sqrt, sin
+    (the special-function unit); int: 32-bit integer and boolean operations; loads: elements read from inputs that are
+    indexed by both the query and the key (a dense bias), which no row or column vector can serve; tables: entries of
+    those that Triton's kernels have by distance, whose time is among int's.
+    The conversion of a weight to the matmul's dtype is among them; the rescaling of the accumulator is not.
+    """
+
+    fma: float = 0.0
+    sfu: float = 0.0
+    int: float = 0.0
+    loads: float = 0.0
+    tables: float = 0.0
+
+    def plus(self, other: PairCosts, times: float) -> PairCosts:
+        """These, and so many times the others."""
+        mine, theirs = astuple(self), astuple(other)
+        return PairCosts(*(a + times * b for a, b in zip(mine, theirs, strict=True)))
