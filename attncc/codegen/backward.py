@@ -129,15 +129,17 @@ def tile_slots(
         _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables)
         for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
-    settle = settle and len(plan.parts) == 1
-    settled = [g for g in own[0] if not g.row_only and g.expr.has(DELTA)] if settle else []
-    for gradient in settled:
-        slope = tables.apart(over_raw(plan, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
-        computed[0].dreads.append(slope.xreplace(computed[0].inlined))
-        computed[0].names.append(f"{gradient.name}_by_delta_tile")
-    if settled:
-        computed[0].dreads.append(computed[0].weight * DP)
-        computed[0].names.append("out_dot_tile")
+    settles = []
+    for (part, _, _), e, gradients in zip(shown, computed, own, strict=True):
+        moved = [g for g in gradients if not g.row_only and g.expr.has(DELTA)] if settle else []
+        for gradient in moved:
+            slope = tables.apart(over_raw(part, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
+            e.dreads.append(part.tagged(slope.xreplace(e.inlined)))
+            e.names.append(f"{gradient.name}_by_delta_tile")
+        if moved:
+            settles.append(Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), tuple(moved)))
+            e.dreads.append(e.weight * DP)
+            e.names.append(settles[-1].tile)
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside, hopper)
@@ -178,9 +180,21 @@ def tile_slots(
         "rows": (*saved, *deltas),
         "gradients": [g for g in wanted if not g.own],
         "summed": [g for g in wanted if not g.row_only],
-        "settled": settled,
+        "settles": settles,
+        "settled": [g for s in settles for g in s.gradients],
         "helpers": lowering.helpers | ({"_entry"} if lowering.maps else set()),
     }
+
+
+@dataclass(frozen=True)
+class Settles:
+    """How a part's gradients are moved to what its exact delta makes of them: the names of its delta, of the exact one,
+    and of the tile that this is the sum of."""
+
+    delta: str
+    exact: str
+    tile: str
+    gradients: tuple[InputGradient, ...]
 
 
 @dataclass(frozen=True)

@@ -367,6 +367,30 @@ def test_the_gradient_of_a_slope_does_not_suffer_from_the_rounding_of_out(output
     assert float((got - exact).norm() / exact.norm()) < 2e-5
 
 
+def test_nor_does_that_of_a_slope_in_one_of_two_scores():
+    # each score has a delta of its own, the first what the other's rounded part of out leaves of it
+    both = ac.Variant(
+        branches=2,
+        score=lambda score, slopes, h, q_idx, kv_idx, branch: score + (1 + branch) * slopes[h] * (kv_idx - q_idx),
+        mask=ac.causal,
+        reduction=lambda weight, row, v_vec: row.sum((weight[0] - 0.6 * weight[1]) * v_vec),
+        inputs={"slopes": ac.Input("h", grad=True)},
+    )
+    q, k, v = tensors(q_len=48, kv_len=48, dtype=torch.float16)
+    direction = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).half()
+
+    def gradient(f, *tensors, dtype):
+        slopes = torch.tensor([0.05, 0.01], dtype=dtype, requires_grad=True)
+        return torch.autograd.grad(f(*tensors, slopes=slopes), slopes, direction.to(tensors[2].dtype))[0].double()
+
+    v = v + 1
+    got = gradient(ac.compile(both), q, k, v, dtype=torch.float32)
+    exact = gradient(
+        lambda *a, **kw: ac.reference(both, *a, **kw), q.double(), k.double(), v.double(), dtype=torch.float64
+    )
+    assert float((got - exact).norm() / exact.norm()) < 2e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_gradient_of_gates_summed_along_the_tokens_does_not_suffer_either(dtype):
     # each gate's is a sum over all tokens behind it, of what its key and its query each had a rounded delta in
