@@ -220,8 +220,15 @@ def _extremum(scope: Lowering, expr: Any, level: Level) -> str:
 def _where(scope: Lowering, expr: Any, level: Level) -> str:
     is_float = type_of(expr) == "float"
     condition = scope.operand(expr.args[0], level, False)
-    a, b = (scope.operand(x, level, is_float) for x in expr.args[1:])
+    a, b = (_case(scope, x, level, is_float) for x in expr.args[1:])
     return f"tl.where({unwrap(condition)}, {unwrap(a)}, {unwrap(b)})"
+
+
+def _case(scope: Lowering, expr: Any, level: Level, is_float: bool) -> str:
+    """One of two cases; where it is the negative of what has a name, as f * sign(x) has both, it is made of that, and
+    no factor of a row or a column waits for a second product."""
+    opposite = scope.known(-expr) if expr.is_Mul and scope.level_of(expr) == level else None
+    return f"-{opposite}" if opposite and opposite.isidentifier() else scope.operand(expr, level, is_float)
 
 
 def _detach(scope: Lowering, expr: Any, level: Level) -> str:

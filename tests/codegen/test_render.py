@@ -286,3 +286,12 @@ def test_two_elements_of_a_tile_share_a_division_and_those_of_a_row_do_not():
     assert "_logistic_of_pairs(" not in render(Plan(gate.graph), 64, 64, True)
     assert "_logistic_of_pairs(" in source("sigmoid")
     assert "_logistic(" not in source("sigmoid")
+
+
+def test_what_has_the_sign_of_a_score_is_one_product_and_its_negative():
+    weighed = "exp(-(abs(score) + 0.01) ** 1.5)"
+    text = f'[stages]\nscore = "score"\nmask = "True"\nnormalizer = "{weighed} / row.sum({weighed})"'
+    dkdv = functions(render(Plan(ac.loads_toml(text).graph), 64, 64, True))["dkdv_kernel"]
+    ds = next(a for a in ast.walk(dkdv) if isinstance(a, ast.Assign) and ast.unparse(a.targets[0]) == "ds")
+    above, below = re.search(r", (\w+), tl.where\(.*, (.*), 0\)\)$", ast.unparse(ds.value)).groups()
+    assert below == f"-{above}"
