@@ -58,5 +58,9 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     text = re.sub(r"\n{3,}(?= )", "\n\n", text)
     kv = schedule.dkdv
     forward = schedule.forward.form
-    kernels = render(plan, d_qk, d_v, backward, tma, forward, backward_in=kv.backend, strips=kv.strips)
+    options = "scale=None, return_lse=False" if plan.has_lse else "scale=None"
+    called = f"attention(q, k{'' if graph.value else ', v'}, *, {context['parameters']}{options})"
+    able = "It is differentiable, and needs" if backward else "It needs"
+    about = f"Call `{called}`,\nat the end of this file. {able} torch and triton alone."
+    kernels = render(plan, d_qk, d_v, backward, tma, forward, backward_in=kv.backend, strips=kv.strips, about=about)
     return kernels + "\n\n" + text.strip("\n") + "\n"

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,6 +249,28 @@ def test_a_standalone_file_computes_the_variant_and_its_gradients_on_a_cpu(tmp_p
         kernel.attention(*leaves[:3], **{name: torch.zeros(3)})
     with pytest.raises(ValueError, match=f"{name} must be on cpu, and of floats"):
         kernel.attention(*leaves[:3], **{name: torch.zeros(2, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize(("name", "backend"), [("alibi", "gluon"), ("sliding_window", "triton"), ("mla", "triton")])
+def test_the_top_of_a_standalone_file_says_what_to_call(name, backend):
+    schedule = Schedule(*(KernelSchedule(64, 128, 8, 2, backend=b) for b in (backend, backend, "triton")))
+    tree = ast.parse(standalone(plan(name), 128, 128, schedule, "bf16", device_for("h100")))
+    called = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "attention")
+    assert f"Call `attention({ast.unparse(called.args)})`" in ast.get_docstring(tree)
+
+
+def test_a_file_of_gluon_refuses_gpus_that_it_is_not_for():
+    schedule = Schedule(*(KernelSchedule(64, 128, 8, 2, backend=b) for b in ("gluon", "gluon", "triton")))
+    text = standalone(plan("causal"), 128, 128, schedule, "bf16", device_for("h100"))
+    check = text[text.index("def _check(") :].partition("\n\n\n")[0]
+    names = {"torch": SimpleNamespace(cuda=SimpleNamespace(get_device_capability=lambda device: (8, 0)))}
+    exec(check, names)
+    x = SimpleNamespace(device="cuda:0", dtype="bf16", is_cuda=True)
+    with pytest.raises(ValueError, match="Gluon are for Hopper GPUs"):
+        names["_check"](x, x, x)
+    assert "Hopper" not in standalone(
+        plan("causal"), 128, 128, Schedule(SMALL, SMALL, SMALL), "bf16", device_for("h100")
+    )
 
 
 def test_a_standalone_file_says_why_it_has_no_backward(monkeypatch):
