@@ -63,6 +63,11 @@ class Input:
             raise SpecError("an integer input has no gradient", remedy="drop grad=True, or make it a float")
         self.pattern, self.dtype, self.grad, self.default = tuple(flat), dtype, grad, default
 
+    def __repr__(self) -> str:
+        given = [*map(repr, self.pattern), *([] if self.dtype == "float" else [f"dtype={self.dtype!r}"])]
+        given += ["grad=True"] * self.grad + [f"default={self.default!r}"] * (self.default is not None)
+        return f"Input({', '.join(given)})"
+
     def declare(self, name: str) -> InputDecl:
         """The IR's declaration of this input under a name."""
         return InputDecl(name, self.pattern, self.dtype, self.grad, self.default)
@@ -98,6 +103,9 @@ class Scalar:
         if not math.isfinite(default):
             raise SpecError(f"Scalar({default!r}): the default is a finite number")
         self.default = default
+
+    def __repr__(self) -> str:
+        return f"Scalar({self.default!r})"
 
     def declare(self, name: str) -> ScalarDecl:
         """The IR's declaration of this scalar under a name."""

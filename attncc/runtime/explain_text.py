@@ -47,7 +47,11 @@ def text_of(found: Mapping[str, Any]) -> str:
             reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
             apart = f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
             parts.append(f"dkdv sums dQ in a free order{turns}{apart}")
-    parts.append(f"the schedule is {origin}; times are predicted, registers are estimated (attncc compile counts them)")
+    parts.append(
+        f"the schedule is {origin}: the lines with ->\n"
+        "times are predicted, in us: of all, then of each unit, where * limits; registers are estimated (attncc compile "
+        "counts them)"
+    )
     return "\n\n".join(parts)
 
 

@@ -27,6 +27,8 @@ def test_explain_says_what_is_derived_and_chosen(nothing_shipped, attncc):
     assert "dslopes[h]" in text
     assert "NVIDIA H100" in text
     assert text.count("\n-> ") == 3
+    assert "first choice: the lines with ->" in text
+    assert "where * limits" in text
     assert "the cost model's first choice" in text
 
 

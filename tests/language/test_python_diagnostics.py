@@ -331,6 +331,20 @@ def test_limits_that_are_met():
     ac.Input("q_idx", "kv_idx", "h", "h_kv", "b", "bucket", "distance", "d")
 
 
+def test_declarations_show_what_they_were_made_of():
+    declared = [
+        ac.Input("b", "kv_idx", dtype="int"),
+        ac.Input("h", grad=True),
+        ac.Input(),
+        ac.Scalar(4),
+        ac.Scalar(0.5),
+    ]
+    for made in declared:
+        again = eval(repr(made), {"Input": ac.Input, "Scalar": ac.Scalar})
+        assert again.declare("x") == made.declare("x")
+    assert "default=<function" in repr(ac.Input("h", default=lambda sizes: [0.0] * sizes["h"]))
+
+
 def test_numbers_of_numpy_are_numbers():
     plain = ac.Variant(score=lambda score, q_idx: 2.5 * score + 3 * q_idx + 1.0 * q_idx).graph
     score = lambda score, q_idx: numpy.float32(2.5) * score + numpy.int64(3) * q_idx + q_idx * numpy.float16(1)
