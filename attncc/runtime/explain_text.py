@@ -49,8 +49,8 @@ def text_of(found: Mapping[str, Any]) -> str:
             parts.append(f"dkdv sums dQ in a free order{turns}{apart}")
     parts.append(
         f"the schedule is {origin}: the lines with ->\n"
-        "times are predicted, in us: of all, then of each unit, where * limits; registers are estimated (attncc compile "
-        "counts them)"
+        "times are predicted, in us: of all, then of each unit, where * limits; registers are estimated "
+        "(attncc compile counts them)"
     )
     return "\n\n".join(parts)
 
