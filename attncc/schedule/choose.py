@@ -120,7 +120,7 @@ def backend_of(
 
 def _best_us(kernel: Kernel, problem: Problem, device: Device, backend: Backend) -> float:
     ks, prediction = ranked(kernel, problem, device, backend)[0]
-    return expected_us(kernel, ks, prediction, problem)
+    return expected_us(kernel, ks, prediction, problem, device)
 
 
 def schedule_key(problem: Problem, device: Device) -> str:

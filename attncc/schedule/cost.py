@@ -129,8 +129,9 @@ def ranked(
     On warp groups, whose matmuls run beside the spills, it can: there they count as `spill_risk` times as slow.
 
     Where some were seen to spill, they and those of the same tile count as `expected_us`, and so do those that were
-    expected to all along. They also tell by how much the estimate is too low for this formula: others as near to the
-    limit count as `spill_risk` times as slow. When `SPILLS_SEEN` were seen, the best of them is first.
+    expected to all along. They also tell by how much the estimate is too low for this formula, or too high: others
+    that then are over the limit count as `spill_risk` times as slow. When `SPILLS_SEEN` were seen, the best of them is
+    first.
     Rankings are kept: the choice of one schedule asks for the same one several times.
     """
     found = [(ks, predict(kernel, ks, problem, device)) for ks in candidates(kernel, problem, device, backend)]
@@ -141,27 +142,31 @@ def ranked(
     def order(entry: tuple[KernelSchedule, Prediction]) -> tuple[bool, bool, float]:
         ks, prediction = entry
         if problem.spilled(kernel, ks):
-            return False, False, expected_us(kernel, ks, prediction, problem)
-        over = registers(kernel, ks, problem, device) - register_limit(ks, device)
+            return False, False, expected_us(kernel, ks, prediction, problem, device)
+        over = registers(kernel, ks, problem, device) - register_limit(ks, device) + min(missing, 0.0)
         last = over > 0 and instruction(kernel, ks, problem, device) != "wgmma"
-        us = FIT.spill_risk * prediction.us if over + missing > 0 else prediction.us
+        us = FIT.spill_risk * prediction.us if over + max(missing, 0.0) > 0 else prediction.us
         if seen and over > 0:
             us = _spilling_us(prediction, REGISTER_BYTES * over)
-        same_tile = [expected_us(kernel, replace(ks, num_stages=n), prediction, problem) for n in stages]
+        same_tile = [expected_us(kernel, replace(ks, num_stages=n), prediction, problem, device) for n in stages]
         return len(seen) >= SPILLS_SEEN, last, max((us, *same_tile))
 
     return tuple(sorted(found, key=order))
 
 
 def _missing(kernel: Kernel, ks: KernelSchedule, spilled: int, problem: Problem, device: Device) -> float:
-    """Registers that the estimate of a kernel lacks which was seen to spill so many bytes."""
+    """Registers that the estimate of a kernel lacks which was seen to spill so many bytes; where it was expected to
+    spill more, less than 0."""
     wanted = register_limit(ks, device) + spilled / REGISTER_BYTES
-    return max(wanted - registers(kernel, ks, problem, device), 0.0)
+    return wanted - registers(kernel, ks, problem, device)
 
 
-def expected_us(kernel: Kernel, ks: KernelSchedule, prediction: Prediction, problem: Problem) -> float:
-    """The predicted time with what the kernel was seen to spill."""
+def expected_us(kernel: Kernel, ks: KernelSchedule, prediction: Prediction, problem: Problem, device: Device) -> float:
+    """The predicted time with what the kernel was seen to spill; one that was expected to spill more has the risk in
+    it that it was to have."""
     seen = problem.spilled(kernel, ks)
+    if seen and _missing(kernel, ks, seen, problem, device) < 0:
+        return FIT.spill_risk * prediction.us
     return _spilling_us(prediction, seen) if seen else prediction.us
 
 

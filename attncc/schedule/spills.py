@@ -1,9 +1,10 @@
 """What compiled kernels were seen to spill: facts beside the estimate of registers, which is off by a few at times.
 
-A kernel that a formula got by the model alone is looked at when it is compiled. If it spills, which the model did not
-expect, that is noted in the cache, and the ranking knows better: the next candidate is taken where the model predicts
-it hardly slower. So a choice depends on what is noted, which `attncc compile` and calls do alike; neither compiles
-anything only to look. What was taken although it would spill, on Hopper's warp groups, is what the model meant.
+A kernel that a formula got by the model alone is looked at when it is compiled. If it spills, and not about as much
+as the model expected, that is noted in the cache, and the ranking knows better: the next candidate is taken where the
+model predicts it hardly slower. So a choice depends on what is noted, which `attncc compile` and calls do alike;
+neither compiles anything only to look. What was taken although it would spill, on Hopper's warp groups, is what the
+model meant; but if it spills less, others that were expected to spill may do without.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 
 from attncc.resources import fingerprint
 from attncc.schedule.cache import Cache, cache_key
+from attncc.schedule.cost import REGISTER_BYTES
 from attncc.schedule.device import Device
 from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Problem, alike
 from attncc.schedule.registers import spilled_registers
 
+#: registers by which the estimate is off for tilings that it was fitted to
+ABOUT = 4
 Seen = Mapping[tuple[Kernel, KernelSchedule], int]
 
 
@@ -31,11 +35,13 @@ def with_known_spills(problem: Problem, device: Device, cache: Cache | None) -> 
 
 def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> bool:
     """Keep what compiled kernels spill, in bytes a thread, beside what is known, and say whether there is any; tilings
-    that spill nothing, or were expected to, are left out."""
+    that spill nothing, or about as much as was expected, are left out. One that took the place of another was taken
+    for one that does not."""
+    known = {kernel for kernel, _, _ in with_known_spills(problem, device, cache).spills}
     spilling = {
         (kernel, alike(ks)): count
         for (kernel, ks), count in found.items()
-        if count and not spilled_registers(kernel, ks, problem, device)
+        if count and (kernel in known or not _expected(count, spilled_registers(kernel, ks, problem, device)))
     }
     if not spilling or not problem.digest:
         return False
@@ -50,6 +56,11 @@ def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> 
 
     cache.update(_key(problem, device), joined)
     return True
+
+
+def _expected(count: int, registers: int) -> bool:
+    """Are so many bytes what was meant by so many registers?"""
+    return registers > 0 and abs(count - REGISTER_BYTES * registers) <= REGISTER_BYTES * ABOUT
 
 
 def _read(value: Mapping[str, Any]) -> frozenset[tuple[Kernel, KernelSchedule, int]]:

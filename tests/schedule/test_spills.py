@@ -6,16 +6,17 @@ from dataclasses import replace
 
 import pytest
 
+from attncc.passes.work import PairCosts
 from attncc.schedule import Cache, KernelSchedule, choose, device_for, hopper
 from attncc.schedule import spills as notes
 from attncc.schedule.choose import backend_of
-from attncc.schedule.cost import SPILLS_SEEN, ranked
+from attncc.schedule.cost import FIT, SPILLS_SEEN, ranked
 from attncc.schedule.hopper_backward import STRIPS
 from attncc.schedule.problem import alike
 from attncc.schedule.registers import register_limit, registers
 from attncc.schedule.spills import note_spills, with_known_spills
 
-from .problems import problem
+from .problems import BACKWARD, problem
 
 A100 = device_for("a100")
 MEASURED = replace(device_for("h100"), gluon=("forward", "dkdv"))
@@ -156,3 +157,34 @@ def test_what_was_taken_although_it_would_spill_is_what_was_meant(cache):
     assert registers("dkdv", first, small, MEASURED) > register_limit(first, MEASURED)
     assert not note_spills({("dkdv", first): 216}, small, MEASURED, cache)
     assert choose(small, MEASURED, cache, "triton").dkdv == first
+
+
+#: of many rows, whose registers are hard to tell, and much arithmetic, beside which a smaller tile loses little
+MANY_ROWS = problem(digest="d" * 64, backward=PairCosts(fma=18, sfu=2, int=4))
+MANY_ROWS = replace(MANY_ROWS, costs=replace(MANY_ROWS.costs, rows=5))
+
+
+def test_what_spills_less_than_it_was_expected_to_tells_of_others_that_need_not(cache):
+    """The estimate was too high: the next tile, which it said would spill as well, is taken where it loses less than a
+    spill may cost."""
+    (first, us), *others = ((ks, p.us) for ks, p in ranked("dkdv", MANY_ROWS, MEASURED))
+    limit = register_limit(first, MEASURED)
+    over = registers("dkdv", first, MANY_ROWS, MEASURED) - limit
+    assert not note_spills({("dkdv", first): 4 * over}, MANY_ROWS, MEASURED, cache)
+    known = seen({("dkdv", first): 40}, cache, MANY_ROWS, MEASURED)
+    chosen = ranked("dkdv", known, MEASURED)[0][0]
+    wanted = registers("dkdv", chosen, MANY_ROWS, MEASURED)
+    assert limit < wanted <= limit + over - 10
+    assert dict(others)[chosen] < FIT.spill_risk * us
+    # and what spills for all that is noted, whatever was expected of it
+    again = seen({("dkdv", chosen): 4 * (wanted - limit)}, cache, MANY_ROWS, MEASURED)
+    assert again.spilled("dkdv", chosen)
+    assert ranked("dkdv", again, MEASURED)[0][0] == first
+
+
+def test_nor_is_a_tile_left_for_one_that_loses_more(cache):
+    plain = replace(MANY_ROWS, costs=replace(MANY_ROWS.costs, backward=BACKWARD))
+    first = ranked("dkdv", plain, MEASURED)[0][0]
+    known = seen({("dkdv", first): 40}, cache, plain, MEASURED)
+    assert known.spilled("dkdv", first)
+    assert ranked("dkdv", known, MEASURED)[0][0] == first
