@@ -26,7 +26,7 @@ from bench.fla import REP_MS, Peer, compiled_ahead, peers, tuning_briefly
 from bench.run import NotReadyError, Run
 from bench.timing import Timing, race
 
-#: those of peers/README.md, so that figures can be laid beside it
+#: the sizes at which flash-linear-attention was first measured here, so that figures can be laid beside those
 SHAPE = {"b": 2, "h": 16, "d": 128}
 #: the peer has weights of degree 2 for heads up to 16
 OWN = {"taylor_causal": {"d": 16, "dv": 128}}
