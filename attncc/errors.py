@@ -87,7 +87,8 @@ class Diagnostic(AttnccError):
         where = [self.span.location] if self.span else []
         where += [self.stage] if self.stage else []
         lines = [": ".join([*where, self.reason])]
-        lines += self.span.pointed().splitlines() if self.span else []
+        if self.span and self.span.text.strip():  # Python keeps no lines of what a prompt or `python -c` was given
+            lines += self.span.pointed().splitlines()
         lines += self.remedy.splitlines() if self.remedy else []
         return f"\n{_INDENT}".join(lines)
 

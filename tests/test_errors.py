@@ -45,6 +45,11 @@ def test_parts_that_are_unknown_are_left_out():
     assert str(UnsupportedError("no decode yet", remedy="use forward")) == "no decode yet\n   use forward"
 
 
+def test_a_place_whose_line_nobody_kept_is_named_and_not_drawn():
+    error = SpecError("no such name", stage="score", span=Span("<stdin>", 2, 8, 12, ""), remedy="did you mean h?")
+    assert str(error) == "<stdin>:2: score: no such name\n   did you mean h?"
+
+
 def test_at_fills_in_only_what_is_none():
     bare = SpecError("no such name", remedy="did you mean h?")
     placed = bare.at(MASK, "mask")

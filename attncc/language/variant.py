@@ -185,7 +185,10 @@ class Variant:
             run = pieces[stage].run if stage in pieces else _runner(function, stage)
             stages[stage] = (_located(run, stage), return_span(function))
         auxiliary = _located_specs(specs, outputs or {})
-        graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
+        try:
+            graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
+        except AttnccError as error:
+            raise error.with_traceback(None) from None  # it says where in the user's formula; our frames say no more
         length = value_of_key(value, branches) if value is not None else None
         self.graph = graph.changed(value=length, dead_rows=dead_rows)
 

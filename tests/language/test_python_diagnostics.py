@@ -324,6 +324,13 @@ def test_faults_of_declarations(build, message):
         build()
 
 
+def test_the_traceback_of_a_wrong_formula_is_the_users_line_and_one_of_ours():
+    with pytest.raises(SpecError) as caught:
+        ac.Variant(mask=lambda q_idx, kv_idx: q_idx - kv_idx)
+    frames = [entry.frame.code.name for entry in caught.traceback]
+    assert frames == [test_the_traceback_of_a_wrong_formula_is_the_users_line_and_one_of_ours.__name__, "__init__"]
+
+
 def test_limits_that_are_met():
     shown = [ac.sliding_window(1), ac.window(0), ac.prefix(0), ac.dilated(1), ac.block_diagonal(1)]
     for mask in (*shown, ac.window("left", "right"), ac.sliding_window(numpy.int64(3))):
