@@ -141,8 +141,7 @@ class AttentionOp(Remade):
         for maker in self._makers:
             inputs = {**inputs, maker.made.name: maker(q, k, scale, inputs)}
         if self._sums:
-            kv_len = k.shape[2] if k.dim() == 4 else 1
-            inputs = with_running_sums(self._sums, self._main, self._plain, inputs, kv_len)
+            inputs = with_running_sums(self._sums, self._main, self._plain, inputs, q, k)
         return inputs
 
     def _auxiliary(

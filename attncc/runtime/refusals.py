@@ -14,16 +14,16 @@ from attncc.ir.graph import InputDecl, VariantGraph
 
 #: what a call takes besides inputs, and what people look for there, though it belongs in a spec
 _OPTIONS = ("scale", "outputs")
+_OF_LINEAR = ("initial_state", "output_final_state", "chunk_size", "position", "plan")
 _ELSEWHERE = {
     **{stage: f"it is a stage of the variant: ac.Variant({stage}=...)" for stage in ("score", "mask", "normalizer")},
     **dict.fromkeys(("score_mod", "mask_mod", "block_mask"), "ac.from_flex(score_mod, mask_mod) makes a variant of it"),
     "attn_mask": "a mask is a formula of the variant; a dense one is an input: ac.compile('dense_bias')",
     "dropout_p": "no weights are dropped",
     "is_causal": "it is the mask of the variant: ac.Variant(mask=ac.causal)",
-    "plan": "it is for variants that are linear in time; `attncc explain` says why this one is not",
     "enable_gqa": "fewer heads of k and v than of q need no word",
     **dict.fromkeys(
-        ("initial_state", "output_final_state", "chunk_size", "position", "plan"),
+        _OF_LINEAR,
         "it is of a form in linear time: ac.compile(..., plan='chunk') gives it, or says which factor does not split",
     ),
     "cu_seqlens": "packed sequences are a mask, as in 'document'; what has a form in linear time, ac.compile(..., "
@@ -112,7 +112,7 @@ def fail_vector(decl: InputDecl, value: Tensor, dim: int) -> NoReturn:
 def fail_unknown(graph: VariantGraph, inputs: Mapping[str, Any]) -> NoReturn:
     known = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
     name = next(n for n in inputs if n not in known)
-    near = difflib.get_close_matches(name, [*known, *_OPTIONS], n=1)
+    near = difflib.get_close_matches(name, [*known, *_OPTIONS, *_OF_LINEAR, "cu_seqlens"], n=1)
     takes = f"it takes {', '.join(known)}" if known else "it takes none"
     remedy = _ELSEWHERE.get(name) or (f"did you mean '{near[0]}'?" if near else takes)
     raise InputError(f"'{graph.name}' has no input '{name}'", remedy=remedy)

@@ -162,9 +162,7 @@ def with_captured(captured: Sequence[InputDecl], q: Tensor, k: Tensor, inputs: M
     the CPU beside tensors on a GPU, is moved. Raises InputError where q and k have not the shapes of attention.
     """
     missing = [d for d in captured if inputs.get(d.name) is None]
-    if q.dim() != 4 or k.dim() != 4:
-        fail_dimensions(q=q, k=k)
-    sizes = {"b": q.shape[0], "h": q.shape[1], "h_kv": k.shape[1], "q_idx": q.shape[2], "kv_idx": k.shape[2]}
+    sizes = sizes_of(q, k)
     made = {}
     for decl in missing:
         tensor: Tensor = decl.default(sizes)  # type: ignore[misc]
@@ -172,6 +170,13 @@ def with_captured(captured: Sequence[InputDecl], q: Tensor, k: Tensor, inputs: M
             tensor = tensor.float()
         made[decl.name] = tensor.to(q.device) if tensor.dim() == 0 else tensor
     return {**inputs, **made}
+
+
+def sizes_of(q: Tensor, k: Tensor) -> dict[str, int]:
+    """The sizes of a call that its inputs share. InputError where q and k have not the shapes of attention."""
+    if q.dim() != 4 or k.dim() != 4:
+        fail_dimensions(q=q, k=k)
+    return {"b": q.shape[0], "h": q.shape[1], "h_kv": k.shape[1], "q_idx": q.shape[2], "kv_idx": k.shape[2]}
 
 
 def without_captured(graph: VariantGraph) -> VariantGraph:
@@ -215,11 +220,8 @@ def _bind_inputs(
     scalars: dict[str, int | float] = {}
     used = 0
     for decl in graph.inputs:
-        value = inputs.get(decl.name)
-        if value is None:
-            value = _default(graph, decl, sizes, device)
+        value = bound_input(graph, decl, inputs, sizes, device, dtypes)
         used += decl.name in inputs
-        _check_input(decl, value, sizes, device, dtypes)
         if decl.name in graph.vectors and value.shape[-1] != sizes["d_qk"] // graph.branches:
             fail_vector(decl, value, sizes["d_qk"] // graph.branches)
         tensors[decl.name] = value
@@ -232,6 +234,23 @@ def _bind_inputs(
     if used != len(inputs):
         fail_unknown(graph, inputs)
     return tensors, scalars
+
+
+def bound_input(
+    graph: VariantGraph,
+    decl: InputDecl,
+    inputs: Mapping[str, Any],
+    sizes: dict[str, int],
+    device: torch.device,
+    dtypes: Collection[torch.dtype] = KERNEL_DTYPES,
+) -> Tensor:
+    """One input of a call, or its default. InputError where it does not match its declaration."""
+    value = inputs.get(decl.name)
+    if value is None:
+        value = _default(graph, decl, sizes, device)
+    _check_input(decl, value, sizes, device, dtypes)
+    found: Tensor = value
+    return found
 
 
 def _default(graph: VariantGraph, decl: InputDecl, sizes: dict[str, int], device: torch.device) -> Tensor:

@@ -352,6 +352,30 @@ def test_missing_and_misshapen_gates():
             op(q, k, v, plan=plan)
         with pytest.raises(InputError, match="has size 7, expected 8"):
             op(q, k, v, g=torch.zeros(1, 2, 7), plan=plan)
+        with pytest.raises(InputError, match=r"'g' has shape \(1, 2, 8, 1\), expected 3 dimensions"):
+            op(q, k, v, g=torch.zeros(1, 2, 8, 1), plan=plan)
+        with pytest.raises(InputError, match="'g'.*is of type float, not a tensor"):
+            op(q, k, v, g=-0.5, plan=plan)
+        # a name is of the formula, not of the sums that kernels of all pairs are given
+        with pytest.raises(InputError, match="no input 'rate'(.|\n)*it takes g$"):
+            op(q, k, v, g=torch.zeros(1, 2, 8), rate=0.5, plan=plan)
+        with pytest.raises(InputError, match="no input 'cu_seqlen'(.|\n)*did you mean 'cu_seqlens'"):
+            op(q, k, v, g=torch.zeros(1, 2, 8), cu_seqlen=torch.tensor([0, 8]), plan=plan)
+
+
+def test_all_plans_take_the_default_of_a_gate():
+    (q, k, v), _ = drawn("simple_gla", length=8)
+    default = [[[-0.25] * 8] * 2]
+    gated = ac.Variant(
+        name="gated",
+        score=ac.gate(),
+        mask=ac.causal,
+        normalizer=ac.identity,
+        inputs={"g": ac.Input("b", "h", "kv_idx", default=lambda sizes: default)},
+    )
+    outs = [ac.compile(gated, plan=plan)(q, k, v) for plan in ("parallel", "chunk", "recurrent")]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], atol=1e-5, rtol=1e-5)
 
 
 def test_autograd_reaches_a_learned_gate():
