@@ -15,6 +15,8 @@ from attncc.codegen.sass import Instruction, span
 _MASK = 0xFFFFFFFF
 #: the table of an exclusive or, in LOP3
 _XOR = 0x3C
+#: whose results may be known, and what spills or forgets
+_FOLLOWED = re.compile(r"CALL|STL|LDL|CS2R|U?MOV|R2UR|IMAD|U?IADD3|VIADD|U?P?LOP3")
 State = TypeVar("State", bound=dict[Any, Any])
 
 
@@ -32,7 +34,16 @@ Known = dict[str, Value]
 
 def known_before(code: list[Instruction]) -> Iterator[tuple[int, Known]]:
     """What is known before each instruction that is reached, as `states_before` gives it."""
-    return states_before(code, _learn, _agree)
+    # most instructions are none whose result is followed: what they leave is the same at every visit
+    named = {i: _named(i, x) for i, x in enumerate(code) if not (x.guard or _FOLLOWED.match(x.name))}
+
+    def learn(i: int, x: Instruction, known: Known) -> None:
+        if i in named:
+            known.update(named[i])
+        else:
+            _learn(i, x, known)
+
+    return states_before(code, learn, _agree)
 
 
 def states_before(
@@ -80,6 +91,11 @@ def _run(code: list[Instruction], first: int, starts: set[int]) -> Iterator[int]
 
 def _agree(a: Known, b: Known) -> Known:
     return {name: value for name, value in a.items() if b.get(name) == value}
+
+
+def _named(i: int, x: Instruction) -> Known:
+    """What an instruction writes, by its place, where nothing more is known of it."""
+    return {name: Value(frozenset({f"{i}.{k}"}), 0) for k, name in enumerate((*x.writes, *_carries(x)))}
 
 
 def _learn(i: int, x: Instruction, known: Known) -> None:
