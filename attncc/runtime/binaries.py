@@ -18,6 +18,7 @@ from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
+from attncc.collector import held
 from attncc.runtime import compilers
 from attncc.runtime.compiler import Binary, Compiled, compile_kernel, is_watched
 from attncc.runtime.specialize import Signature
@@ -95,7 +96,8 @@ class Binaries:
     ) -> None:
         try:
             elsewhere = None if name is None else compilers.compiled(kernel, signature, target)
-            compiled = elsewhere or compile_kernel(kernel, signature, target)
+            with held():
+                compiled = elsewhere or compile_kernel(kernel, signature, target)
         except BaseException as error:
             self._fail(future, key, error)
             return

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 from attncc.runtime.arguments import Cells, addresses_of
 from attncc.runtime.binaries import Binaries, start
@@ -191,5 +192,9 @@ def collect(run: Callable[[], object], device: int) -> list[tuple[str, Future[An
 
 
 def _effort(job: Job) -> tuple[bool, int]:
-    """What compiling a launch's kernel takes beside others: by its text, which of one in Gluon is in many functions."""
-    return job.kernel.is_gluon(), len(job.kernel.src)
+    """What compiling a launch's kernel takes beside others: by its text, and that of the functions that it calls. In
+    Gluon it is in many."""
+    function = job.kernel.fn
+    called = (function.__globals__.get(name) for name in function.__code__.co_names)
+    own = sum(len(x.src) for x in called if isinstance(x, JITFunction))
+    return job.kernel.is_gluon(), len(job.kernel.src) + own

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attncc.codegen.linear import LinearSlots, render_linear
+from attncc.collector import held
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
@@ -73,7 +74,9 @@ class LinearEngine:
         with self._lock:
             key = (d_qk, d_v, interpreted)
             if key not in self._modules:
-                self._modules[key] = load_module(self.source(d_qk, d_v), self.graph.name, interpreted, self._cache)
+                with held():
+                    text = self.source(d_qk, d_v)
+                    self._modules[key] = load_module(text, self.graph.name, interpreted, self._cache)
             return self._modules[key]
 
     def state_shape(self, d_qk: int, d_v: int) -> tuple[int, int]:
@@ -188,7 +191,8 @@ class LinearEngine:
                 of_backward = (out, last, first is not None, wants, cut, schedule.kernels, options)
                 self._derive(module, kept, (*qkv, given, 1.5, first), *of_backward)
 
-        collect(run, q.get_device())
+        with held():
+            collect(run, q.get_device())
 
     def backward(
         self,

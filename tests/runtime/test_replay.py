@@ -268,6 +268,19 @@ def test_the_kernel_with_the_longest_text_is_compiled_first():
     assert [name for name, _ in found] == ["dkdv_kernel", "forward_kernel", "delta_kernel", "delta_kernel"]
 
 
+def test_a_kernel_is_as_long_as_what_it_calls():
+    """The forward waits for prepare, whose equations are solved by a function of its module."""
+
+    def effort(kernel):
+        return launch._effort(launch.Job(None, kernel, (), {}))
+
+    module = ac.compile("gated_delta_net").engine.module(128, 128, False)
+    assert len(module.prepare_kernel.src) < len(module.carry_back_kernel.src)
+    kernels = [module.carry_back_kernel, module.carry_kernel, module.gradients_kernel, module.prepare_kernel]
+    names = [kernel.__name__ for kernel in sorted(kernels, key=effort, reverse=True)]
+    assert names == ["gradients_kernel", "prepare_kernel", "carry_back_kernel", "carry_kernel"]
+
+
 @pytest.mark.parametrize("change", ["shape", "stride", "dtype", "alignment", "which is misaligned", "same", "scalar"])
 def test_calls_of_another_kind_have_another_key(change):
     def misaligned(x):
