@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
+from attncc.cli import sizes as written
 from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score, Similarity
 from attncc.cli.output import FAILED, err, out, print_json
 from attncc.cli.spec import named, resolve
+from attncc.cli.verify_report import OUT_OF_TIME, Findings, every_result, every_variant, plain
 from attncc.errors import InputError, UnsupportedError
 from attncc.language.variant import Variant
+from attncc.runtime.processes import Done, side_by_side
 
 if TYPE_CHECKING:
     from attncc.runtime.verify import Row
+
+
+#: of GPU memory: a context, the code of kernels, and what the largest shape needs
+_BYTES_A_PROCESS = 2 << 30
 
 
 class DeviceName(StrEnum):
@@ -47,23 +56,36 @@ def command(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The first of the shapes only.")] = False,
     workers: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Processes, each with a SPEC at a time: compiling takes longest.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--jobs",
+            "-j",
+            min=1,
+            help="Processes, for compiling takes longest; default 1, on a GPU one for each core.",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="60s, 5m, ...: after it, what is left is named, and fails.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run a spec's kernels and hold outputs and every gradient against the float64 reference; each case runs twice.
 
     A result is right if it is as close to the reference as plain PyTorch in the same dtype is, by a factor of 2
-    (gradients: 3), and if its relative RMS error is small. The exit code is 1 if one is not.
+    (gradients: 3), and if its relative RMS error is small. The exit code is 1 if one is not, or is missing.
+
+    --all tells one line for each variant, of its result that has most of the error it may have, and all that is wrong.
 
     Examples
       attncc verify alibi
       attncc verify spec.toml spec.py:mine --device cpu --dtype fp16
-      attncc verify --all --jobs 8
+      attncc verify --all --budget 5m
     """
     import torch
 
     from attncc import variants
+    from attncc.runtime.verify import shapes_for
 
     where = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
     kind = dtype.value if dtype else "fp32" if where == "cpu" else "bf16"
@@ -75,70 +97,99 @@ def command(
         )
     if all_ and (specs or similarity or score or mask or normalizer):
         raise InputError("both --all and a spec are given", remedy="--all is every variant that ships, and no other")
+    seconds = written.seconds(budget) if budget else math.inf
     wanted = [*(specs or ()), *((*variants.names(), *variants.recurrences()) if all_ else ())]
-    chosen: list[Variant] = [named(spec) for spec in wanted]
+    chosen = [named(spec) for spec in wanted]
     inline = None
     if not chosen or score or mask or normalizer or similarity:
         inline = resolve(None, similarity, score, mask, normalizer)
-    cases = [Case(spec, where, kind, quick) for spec in wanted]
-    results: dict[str, list[Row]] = {}
-    failures: dict[str, str] = {}
-
-    def told(what: str) -> None:
-        if not json:
-            err.print(what, style="dim")
-
-    if workers > 1 and len(cases) > 1:
-        from attncc.runtime.processes import Done, side_by_side
-
-        def finished(at: int, done: Done) -> None:
-            wrong = [f"{row.check.name} at {row.shape}" for row in done.value or () if not row.ok]
-            verdict = done.error or ", ".join(wrong) or "right"
-            told(f"{chosen[at].name}: {verdict}")
-
-        all_done = side_by_side(verified, cases, workers=workers, finished=finished)
-        for variant, done in zip(chosen, all_done, strict=True):
-            if done.error is None:
-                results[variant.name] = done.value
-            else:
-                failures[variant.name] = done.error
+    places = tuple(range(1 if quick else len(shapes_for(where))))
+    found = Findings([*chosen, *([inline] if inline else [])], len(places), told=not json)
+    workers = workers or (_processes() if where == "cuda" else 1)
+    if workers > 1 and len(chosen) > 1:
+        _beside(found, wanted, Case("", where, kind, places), workers, seconds)
+        alone = [inline] if inline else []
     else:
-        for variant in chosen:
-            told(f"{variant.name}: {kind} on {where} ...")
-            results[variant.name] = _rows(variant, where, kind, quick)
-    if inline is not None:
-        told(f"{inline.name}: {kind} on {where} ...")
-        results[inline.name] = _rows(inline, where, kind, quick)
+        alone = found.variants
+    for variant in alone:
+        if found.elapsed > seconds:
+            found.add(variant, None, Done(error=OUT_OF_TIME))
+        else:
+            found.begin(variant, f"{kind} on {where}")
+            start = found.elapsed
+            rows = _rows(variant, where, kind, places)
+            found.add(variant, None, Done(rows, seconds=found.elapsed - start))
     if json:
-        print_json([_plain(name, row) for name, rows in results.items() for row in rows])
+        print_json([plain(name, row) for name, rows in found.rows.items() for row in rows])
     else:
-        out.print(_table(results))
-        wrong = sum(not row.ok for rows in results.values() for row in rows)
-        checks = sum(len(rows) for rows in results.values())
-        out.print(f"{checks - wrong} of {checks} results are right", style="bold red" if wrong else "bold green")
-    for variant in (*chosen, *([inline] if inline else [])):
-        reason = _without_gradients(variant, results.get(variant.name, []))
+        _show(found, each=not all_)
+    for variant in found.variants:
+        reason = _without_gradients(variant, found.rows[variant.name])
         if reason is not None:
             err.print(f"{variant.name}: outputs alone were checked: {reason}", style="yellow")
-    for name, failure in failures.items():
-        err.print(f"{name}: no results: {failure}", style="bold red")
-    if failures or not all(row.ok for rows in results.values() for row in rows):
+    for line in found.missing():
+        err.print(line, style="bold red")
+    if not found.ok:
         raise typer.Exit(FAILED)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one process verifies: a SPEC, by its name, on a device, in a dtype; `quick`: at the first shape only."""
+    """What one process verifies at a time: a SPEC, by its name, on a device, in a dtype, at these of its shapes."""
 
     spec: str
     device: str
     dtype: str
-    quick: bool
+    places: tuple[int, ...]
 
 
 def verified(case: Case) -> list[Row]:
-    """The results of a case."""
-    return _rows(named(case.spec), case.device, case.dtype, case.quick)
+    """The results of a case, in a process among others."""
+    import torch
+
+    torch.set_num_threads(1)
+    return _rows(_known(case.spec), case.device, case.dtype, case.places)
+
+
+@functools.cache
+def _known(spec: str) -> Variant:
+    """The variant of a SPEC, of which its process may be given several shapes."""
+    return named(spec)
+
+
+def _beside(found: Findings, specs: list[str], each: Case, workers: int, seconds: float) -> None:
+    """Each SPEC at each place is a case of its own, so that none is long."""
+    places = [(at, place) for at in range(len(specs)) for place in each.places]
+    cases = [replace(each, spec=specs[at], places=(place,)) for at, place in places]
+
+    def finished(case: int, done: Done) -> None:
+        at, place = places[case]
+        found.add(found.variants[at], place, done)
+
+    side_by_side(verified, cases, workers=workers, seconds=seconds, finished=finished)
+    for variant in found.variants[: len(specs)]:
+        found.end(variant)
+
+
+def _processes() -> int:
+    """One for each core, as far as the GPU has memory for them."""
+    import torch
+
+    return max(1, min(len(os.sched_getaffinity(0)), torch.cuda.mem_get_info()[0] // _BYTES_A_PROCESS))
+
+
+def _show(found: Findings, each: bool) -> None:
+    """`each`: a line for every result, else one for each variant, and what is wrong."""
+    wrong = {name: [row for row in rows if not row.ok] for name, rows in found.rows.items()}
+    if each:
+        out.print(every_result(found.rows))
+    else:
+        out.print(every_variant(found.rows, found.seconds))
+        if any(wrong.values()):
+            out.print(every_result(wrong))
+    faults, checks = (sum(len(rows) for rows in x.values()) for x in (wrong, found.rows))
+    total = "" if each else f", of {len(found.variants)} variants in {found.elapsed:.0f} s"
+    out.print(f"{checks - faults} of {checks} results are right{total}", style="bold green" if found.ok else "bold red")
 
 
 def _without_gradients(variant: Variant, rows: list[Row]) -> str | None:
@@ -151,44 +202,11 @@ def _without_gradients(variant: Variant, rows: list[Row]) -> str | None:
     return None if refusal is None else refusal.reason
 
 
-def _rows(variant: Variant, device: str, dtype: str, quick: bool) -> list[Row]:
+def _rows(variant: Variant, device: str, dtype: str, places: tuple[int, ...]) -> list[Row]:
     import torch
 
     from attncc.runtime.verify import shapes_for, verify_variant
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    return verify_variant(variant, device, kind, shapes_for(device)[: 1 if quick else None])
-
-
-def _plain(name: str, row: Row) -> dict[str, Any]:
-    c = row.check
-    figures = {"max_error": c.max_err, "max_allowed": c.max_allowed, "rms_error": c.rms, "rms_allowed": c.rms_allowed}
-    # NaN and infinity are no JSON
-    finite = {key: value if abs(value) < float("inf") else None for key, value in figures.items()}
-    return {
-        "variant": name,
-        "shape": str(row.shape),
-        "result": c.name,
-        "ok": row.ok,
-        "repeatable": row.repeatable,
-        "ordered": row.ordered,
-        **finite,
-    }
-
-
-def _table(results: dict[str, list[Row]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("", "variant", "shape", "result", "largest error", "allowed", "RMS error", "allowed"):
-        is_figure = column in ("largest error", "allowed", "RMS error")
-        table.add_column(column, justify="right" if is_figure else "left", no_wrap=column in ("", "result", "allowed"))
-    for name, rows in results.items():
-        before = ("", "")
-        for row in rows:
-            c = row.check
-            verdict = "[green]ok[/]" if row.ok else "[red]WRONG[/]" if not c.ok else "[red]NOT REPEATABLE[/]"
-            figures = (f"{x:.1e}" for x in (c.max_err, c.max_allowed, c.rms, c.rms_allowed))
-            case = (name, str(row.shape))
-            shown = [now if case != before else "" for now in case]
-            before = case
-            table.add_row(verdict, *shown, c.name, *figures)
-    return table
+    shapes = shapes_for(device)
+    return verify_variant(variant, device, kind, [shapes[at] for at in places], seed=places[0])

@@ -179,6 +179,7 @@ def verify_variant(
     op: Callable[..., Any] | None = None,
     *,
     tf32: bool = False,
+    seed: int = 0,
 ) -> list[Row]:
     """Compile `variant` (unless `op` is given), hold outputs and all gradients against the reference at each shape.
 
@@ -186,7 +187,7 @@ def verify_variant(
     where the normalizer has one, auxiliary outputs where the variant has them, and gradients where a backward can be
     derived. A variant that is linear in time is checked by each of its plans, those with a state from token to token at
     the shapes with as many queries as keys. A recurrence is checked at these shapes with as many keys as there are
-    queries.
+    queries. The tensors of the first shape are made from `seed`, those of the next from the next number.
     """
     import attncc
 
@@ -197,7 +198,7 @@ def verify_variant(
 
     @functools.cache  # all plans are held against what is right for a shape, which takes longer than they do
     def exam(shape: Shape, only_out: bool) -> Exam:
-        return Exam(variant, shape, device, dtype, seed=chosen.index(shape), tf32=tf32, only_out=only_out)
+        return Exam(variant, shape, device, dtype, seed=seed + chosen.index(shape), tf32=tf32, only_out=only_out)
 
     def verified(run: Callable[..., Any], shapes: Sequence[Shape], only_out: bool = False) -> list[Row]:
         return [row for shape in shapes for row in exam(shape, only_out or out_alone).rows(run)]
