@@ -174,14 +174,19 @@ class _Reverse:
         return ratio * DELTA if ratio is not None else self._part(self.source * direct)
 
     def _part(self, expr: sympy.Expr) -> sympy.Expr:
-        """A row sum that the backward's sweep computes; one that is a multiple of another is not computed again."""
+        """A row sum that the backward's sweep computes; one that is a multiple of another is not computed again.
+
+        What is the same for the whole row stays outside: it may be 0 in some rows, and no multiple is of 0."""
+        factors = sympy.Mul.make_args(sympy.factor_terms(expr))
+        outside = sympy.Mul(*(f for f in factors if not (varies_by_key(f) or f.is_number)))
+        inside = trimmed(sympy.Mul(*(f for f in factors if varies_by_key(f) or f.is_number)))
         for known, symbol in self.parts.items():
-            ratio = row_ratio(expr, known)
+            ratio = row_ratio(inside, known)
             if ratio is not None:
-                return ratio * symbol
+                return outside * ratio * symbol
         symbol = sym.row_symbol("part", len(self.parts))
-        self.parts[trimmed(sympy.factor_terms(expr))] = symbol
-        return symbol
+        self.parts[inside] = symbol
+        return outside * symbol
 
     def _factor(self, stage: Stage) -> sympy.Expr:
         """f: what a statistic's cotangent is multiplied by on its way to the statistic's term."""

@@ -59,6 +59,14 @@ def kept_probabilities(s):
     return kept / (kept.sum(-1, keepdim=True) + 0.1)
 
 
+def sharper_where_flat(s):
+    """A temperature by the row's entropy, which rows below 0.5 have not: there its slope is 0."""
+    log_p = s.log_softmax(-1).where(visible(s), 0.0)
+    entropy = -(s.softmax(-1) * log_p).sum(-1, keepdim=True)
+    factor = torch.where(entropy > 0.5, 1 + 0.3 * entropy - 0.05 * entropy.square(), 1.0)
+    return (factor * s.where(visible(s), 0.0)).masked_fill(~visible(s), -torch.inf).softmax(-1)
+
+
 def over_the_largest(s):
     return (s - s.amax(-1, keepdim=True)).exp()
 
@@ -107,6 +115,16 @@ def _sharp(score, row):
     return ac.sigmoid(3 * (score - t))
 
 
+def _sharper_where_flat(score, row):
+    top = row.max(score)
+    p = ac.exp(score - top)
+    total = row.sum(p)
+    entropy = ac.log(total) - row.sum(p * (score - top)) / total
+    factor = ac.where(entropy > 0.5, 1 + 0.3 * entropy - 0.05 * entropy**2, 1)
+    w = ac.exp(factor * (score - top))
+    return w / row.sum(w)
+
+
 #: the formula, the oracle over rows of scores in which -inf is hidden, passes over the keys
 CASES = {
     "entmax15": (ac.entmax15, sorted_entmax15, 3),
@@ -118,6 +136,7 @@ CASES = {
     "kept_probabilities": (_kept_probabilities, kept_probabilities, 2),
     "over_the_largest": (lambda score, row: ac.exp(score - row.max(score)), over_the_largest, 1),
     "sharp": (_sharp, sharp, 3),
+    "sharper_where_flat": (_sharper_where_flat, sharper_where_flat, 3),
 }
 
 
