@@ -5,6 +5,7 @@ attncc/catalogue; then `python -m attncc.gallery`.
 """
 
 from attncc.recipes.agents import agents
+from attncc.recipes.attention_flow import attention_flow
 from attncc.recipes.collinear import collinear
 from attncc.recipes.diff_transformer import diff_transformer
 from attncc.recipes.dynamic_convolution import dynamic_convolution
@@ -40,6 +41,7 @@ __all__ = [
     "additive",
     "agents",
     "assignment",
+    "attention_flow",
     "collinear",
     "diff_transformer",
     "dpfp",

@@ -39,4 +39,5 @@ def interactive(
         scores = torch.einsum("hc,bcmn->bhmn", cross_out.float(), cross)
         return given_scores(causal=False)(rows, k, v, scores=scores), carry
 
-    return by_queries(step, q, k, block, q.new_empty(0), causal=False)
+    out, _ = by_queries(step, q, k, block, q.new_empty(0), causal=False)
+    return out

@@ -65,4 +65,5 @@ def multi_token(
         weights = weights if post_mix is None else _mixed(post_mix, weights)
         return (weights[:, :, back:] @ v.float().repeat_interleave(group, 1)).to(q.dtype), carry
 
-    return by_queries(step, q, k, block, q.new_empty(0))
+    out, _ = by_queries(step, q, k, block, q.new_empty(0))
+    return out

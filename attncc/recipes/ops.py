@@ -63,6 +63,11 @@ def causal_bias() -> AttentionOp:
     return AttentionOp(_BIASED.graph)
 
 
+def of_every_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values as many as query heads: those of a group are copies, for a call in which keys are the queries."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 def by_queries(
     step: Callable[[int, int, int, Tensor], tuple[Tensor, Tensor]],
     q: Tensor,
@@ -70,8 +75,9 @@ def by_queries(
     block: int,
     carry: Tensor,
     causal: bool = True,
-) -> Tensor:
-    """Run `step(start, stop, first, carry) -> (out, carry)` over blocks of queries and put their outputs together.
+) -> tuple[Tensor, Tensor]:
+    """Run `step(start, stop, first, carry) -> (out, carry)` over blocks of queries: their outputs together, and the
+    last carry.
 
     The last query stands at the last key, so that query `start` stands at key `first`; with `causal`, queries before
     the first key give 0 and are not asked for. A backward runs each step again instead of keeping what it made, so that
@@ -87,4 +93,4 @@ def by_queries(
     if alive or not parts:
         like = parts[0] if parts else q[..., :0]
         parts.insert(0, like.new_zeros(*q.shape[:2], min(alive, q.shape[2]), like.shape[3]))
-    return torch.cat(parts, 2)
+    return torch.cat(parts, 2), carry

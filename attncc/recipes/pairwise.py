@@ -12,6 +12,7 @@ Sources: Bahdanau et al., arXiv:1409.0473; Luong et al., arXiv:1508.04025; Neura
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,12 @@ def pairwise(
     *,
     causal: bool = False,
     block: int = 64,
-) -> Tensor:
-    """(B, H, M, Dv) of scores(q (B, H, rows, D), k (B, H, N, D)) -> (B, H, rows, N), in float32. -inf hides a pair."""
+    received: bool = False,
+) -> Any:
+    """(B, H, M, Dv) of scores(q (B, H, rows, D), k (B, H, N, D)) -> (B, H, rows, N), in float32. -inf hides a pair.
+
+    `received`: and (B, H, N), the sum of the weights that each key gets, which has a gradient, too.
+    """
     group = q.shape[1] // k.shape[1]
 
     def step(start: int, stop: int, first: int, carry: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,9 +41,23 @@ def pairwise(
         seen = first + stop - start if causal else k.shape[2]
         keys = k[:, :, :seen]
         made = scores(rows.float(), keys.float().repeat_interleave(group, 1))
-        return given_scores(causal)(rows, keys, v[:, :, :seen], scores=made), carry
+        out = given_scores(causal)(rows, keys, v[:, :, :seen], scores=made)
+        return out, carry + _column_sums(made, causal, k.shape[2]) if received else carry
 
-    return by_queries(step, q, k, block, q.new_empty(0), causal=causal)
+    sums = q.new_zeros((*q.shape[:2], k.shape[2]), dtype=torch.float32)
+    out, sums = by_queries(step, q, k, block, sums, causal=causal)
+    return (out, sums) if received else out
+
+
+def _column_sums(scores: Tensor, causal: bool, kv_len: int) -> Tensor:
+    """What the keys get of a block's weights; `causal`: its last query stands at its last key."""
+    rows, seen = scores.shape[2:]
+    if causal:
+        visible = torch.ones(rows, seen, dtype=torch.bool, device=scores.device).tril(seen - rows)
+        scores = scores.masked_fill(~visible, -torch.inf)
+    dead = scores.isneginf().all(-1, keepdim=True)
+    weights = scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    return torch.nn.functional.pad(weights.sum(2), (0, kv_len - seen))
 
 
 def additive(v_a: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

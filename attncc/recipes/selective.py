@@ -33,4 +33,5 @@ def selective(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, bl
         return out, carry + asked.sum(2, keepdim=True)
 
     none = torch.zeros(q.shape[0], 1, 1, k.shape[2], device=q.device)
-    return by_queries(step, q, k, block, none)
+    out, _ = by_queries(step, q, k, block, none)
+    return out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attncc.language import functions as fn
 from attncc.language.variant import Input, Variant
+from attncc.recipes.ops import of_every_head
 from attncc.runtime.op import AttentionOp
 
 
@@ -31,11 +32,13 @@ def _ops() -> tuple[AttentionOp, AttentionOp]:
 
 
 def sinkhorn(q: Tensor, k: Tensor, v: Tensor, turns: int = 3) -> Tensor:
-    """out (B, H, M, Dv), without a mask: q (B, H, M, D), k and v with as many heads. `turns` counts the normalizations,
-    of rows first; one is softmax. Differentiable through all of them; each keeps one number a row or a column.
+    """out (B, H, M, Dv), without a mask: q (B, H, M, D), k and v with as many heads or a divisor of them, and then each
+    of a group has columns of its own. `turns` counts the normalizations, of rows first; one is softmax. Differentiable
+    through all of them; each keeps one number a row or a column.
     """
     turn, weigh = _ops()
     batch, heads, q_len, _ = q.shape
+    k, v = of_every_head(k, heads), of_every_head(v, heads)
     of_row = q.new_zeros((batch, heads, q_len), dtype=torch.float32)
     of_key = q.new_zeros((batch, heads, k.shape[2]), dtype=torch.float32)
     nothing = {n: q.new_ones(1).expand(batch, heads, n, 1) for n in (q_len, k.shape[2])}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import attncc as ac
+from attncc.recipes.ops import of_every_head
 from attncc.runtime.op import AttentionOp
 
 _OFFSETS = {"of_row": ac.Input("b", "h", "q_idx", grad=True), "of_column": ac.Input("b", "h", "kv_idx", grad=True)}
@@ -44,9 +45,10 @@ def potentials(
 ) -> tuple[Tensor, Tensor, float]:
     """(u, w, norm): the log of the assignment is scores + u + w - norm, with a dustbin as last row and last column.
 
-    q (B, H, M, D), k (B, H, N, D), dustbin a scalar; u (B, H, M + 1) and w (B, H, N + 1) in float32.
+    q (B, H, M, D), k (B, H or a divisor, N, D), dustbin a scalar; u (B, H, M + 1) and w (B, H, N + 1) in float32.
     """
     (b, heads, m, _), n = q.shape, k.shape[2]
+    k = of_every_head(k, heads)
     norm = -math.log(m + n)
     mu = torch.full((m + 1,), norm, device=q.device)
     nu = torch.full((n + 1,), norm, device=q.device)
@@ -81,7 +83,7 @@ def assignment(
 ) -> Tensor:
     """(B, H, M + 1, N + 1): the log of the assignment, materialized, for those who must have the matrix."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.nn.functional.pad(factor * (q.float() @ k.float().mT), (0, 1, 0, 1))
+    scores = torch.nn.functional.pad(factor * (q.float() @ of_every_head(k, q.shape[1]).float().mT), (0, 1, 0, 1))
     beside = torch.zeros_like(scores, dtype=torch.bool)
     beside[..., -1, :] = beside[..., -1] = True
     return torch.where(beside, dustbin, scores) + u[..., None] + w[..., None, :] - norm

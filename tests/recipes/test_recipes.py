@@ -178,15 +178,15 @@ def test_agents(dtype, tolerance):
 
 
 @DTYPES
-@pytest.mark.parametrize("turns", [1, 4])
-def test_sinkhorn(turns, dtype, tolerance):
+@pytest.mark.parametrize(("turns", "kv_heads"), [(1, 2), (4, 2), (3, 1)])
+def test_sinkhorn(turns, kv_heads, dtype, tolerance):
     def oracle(q, k, v):
-        s = q @ k.mT / 4
+        s = q @ k.mT / 4  # a single key head meets both
         for number in range(turns):
             s = s - s.logsumexp(-1 if number % 2 == 0 else -2, keepdim=True)
         return s.exp() @ v
 
-    shapes = (1, 2, 21, 16), (1, 2, 33, 16), (1, 2, 33, 24)
+    shapes = (1, 2, 21, 16), (1, kv_heads, 33, 16), (1, kv_heads, 33, 24)
     agree(
         lambda *x: recipes.sinkhorn(*x, turns=turns),
         oracle,

@@ -160,8 +160,9 @@ def superglue(s, alpha, iterations):
 
 
 @DTYPES
-def test_sinkhorn(options):
-    q, k, v = qkv(heads=2, kv_heads=2, m=9, n=14)
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_sinkhorn(kv_heads, options):
+    q, k, v = qkv(heads=2, kv_heads=kv_heads, m=9, n=14)
     alpha = torch.tensor(0.7, dtype=torch.float64)
 
     def program(q, k, v, alpha):
@@ -180,6 +181,27 @@ def test_the_assignment_of_sinkhorn():
     columns = log_p.exp().sum(-2)
     torch.testing.assert_close(columns[..., :-1], torch.ones(2, 2, 14), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(columns[..., -1], torch.full((2, 2), 9.0), rtol=1e-4, atol=1e-4)
+
+
+@DTYPES
+@pytest.mark.parametrize(("m", "n"), [(11, 13), (15, 4)])
+def test_attention_flow(m, n, options):
+    """Both directions, as the paper writes them: [h; u; h * u] for every pair."""
+
+    def oracle(q, k, v, w_q, w_k, w_qk):
+        h, u = q[..., :, None, :], rep(k, 4)[..., None, :, :]
+        pairs = torch.cat([h.expand(-1, -1, -1, n, -1), u.expand(-1, -1, m, -1, -1), h * u], -1)
+        s = torch.einsum("bhmnd,hd->bhmn", pairs, torch.cat([w_q, w_k, w_qk], -1))
+        back = (s.amax(-1).softmax(-1)[..., None] * q).sum(-2)
+        return torch.cat([(s.softmax(-1) @ rep(v, 4)).flatten(1), back.flatten(1)], 1)
+
+    def program(q, k, v, *w):
+        out, top = recipes.attention_flow(q, k, v, *w)
+        back = (top.softmax(-1)[..., None] * q.float()).sum(-2)
+        return torch.cat([out.float().flatten(1), back.flatten(1)], 1)
+
+    w = (draw(4, 16, seed=i) / 4 for i in (3, 4, 5))
+    agree(program, oracle, *qkv(m=m, n=n), *w, **options)
 
 
 @DTYPES
@@ -377,3 +399,22 @@ def test_a_network_of_pairs(options):
         return recipes.pairwise(recipes.network(*weights), q, k, v, causal=True, block=4)
 
     agree(program, oracle, q, k, v, w2, b2, w3, **options)
+
+
+@DTYPES
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "causal"])
+def test_what_keys_receive_of_scores_of_pairs(masked, options):
+    """Show, attend and tell wants each part of the image to get as much in all: (1 - sum of its weights)^2."""
+    q, k, v = qkv(m=15, n=11)
+    v_a = draw(4, 16, seed=3) / 2
+
+    def program(q, k, v, v_a):
+        out, sums = recipes.pairwise(recipes.additive(v_a), q, k, v, causal=masked, block=4, received=True)
+        return torch.cat([out.float().flatten(1), (1 - sums).square().flatten(1)], 1)
+
+    def oracle(q, k, v, v_a):
+        s = (torch.tanh(q[:, :, :, None] + rep(k, 4)[:, :, None]) * v_a[:, None, None]).sum(-1)
+        p = softmax(s, causal(15, 11)) if masked else s.softmax(-1)
+        return torch.cat([(p @ rep(v, 4)).flatten(1), (1 - p.sum(2)).square().flatten(1)], 1)
+
+    agree(program, oracle, q, k, v, v_a, **options)

@@ -40,6 +40,17 @@ def test_an_answer_ships(row):
     assert row.paper or any(sources) or any(name.startswith("recipes.") for name in row.by)
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if any(name.startswith("outputs.") for name in row.by)], ids=lambda r: r.name
+)
+def test_an_output_can_be_asked_of_the_variant_beside_it(row):
+    """A similarity of its own has no kernel for outputs; what wants both is a recipe."""
+    for name in row.variants:
+        graph = variants.get(name).graph
+        assert graph.has_dot
+        assert graph.core is graph
+
+
 def test_every_variant_and_every_recipe_answers_something():
     answered = {name for row in ROWS for name in row.by}
     assert {*variants.names(), *variants.recurrences()} <= answered
