@@ -75,6 +75,25 @@ def test_a_process_that_ends_costs_its_spec_alone(attncc, tmp_path, monkeypatch)
     assert "ends: no results: its process ended" in result.stderr
 
 
+def test_all_tells_a_line_of_each_and_what_is_wrong(attncc, verified):
+    result = attncc("verify", "--all", "--device", "cpu")
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    (causal,) = (line.split() for line in lines if " causal " in line)
+    assert causal[:4] == ["ok", "causal", "1", "0.50"]
+    assert len([line for line in lines if " sink " in line]) == 2
+    assert f"{len(verified) - 1} of {len(verified)} results are right, of {len(verified)} variants" in result.stdout
+
+
+def test_what_a_budget_leaves_out_is_named_and_fails(attncc, verified):
+    result = attncc("verify", "causal", "relu", "--device", "cpu", "--budget", "0.000001s")
+    assert result.exit_code == 1
+    assert verified == []
+    assert "0 of 0 results are right" in result.stdout
+    for name in ("causal", "relu"):
+        assert f"{name}: no results: not finished in time" in result.stderr
+
+
 def test_all_means_all(attncc, verified):
     from attncc import variants
 

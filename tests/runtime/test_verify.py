@@ -146,6 +146,13 @@ def test_faulty_kernels_are_found():
     assert found == {"dq"}
 
 
+def test_a_shape_by_itself_is_verified_as_among_others():
+    shapes = [Shape(1, 1, 1, 9, 9, 16, 16), Shape(1, 2, 1, 7, 12, 16, 16)]
+    together = verify_variant(ac.variants.get("causal"), "cpu", torch.float32, shapes)
+    apart = [verify_variant(ac.variants.get("causal"), "cpu", torch.float32, [s], seed=i) for i, s in enumerate(shapes)]
+    assert together == [row for rows in apart for row in rows]
+
+
 def test_samples_are_reproducible_and_sensible():
     variant = ac.Variant(
         inputs={
