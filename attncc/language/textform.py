@@ -21,7 +21,8 @@ import ast
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,20 +100,13 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
                 span=_key_span(lines, file, ("stages",), stage),
             )
         sources[stage] = _value_source(lines, file, ("stages",), stage, value)
-    try:
-        check_branches(data.get("branches", 1))
-    except SpecError as error:
-        raise error.at(_key_span(lines, file, (), "branches")) from None
-    value = data.get("value")
-    try:
-        length = None if value is None else value_of_key(value, data.get("branches", 1))
-    except SpecError as error:
-        raise error.at(_key_span(lines, file, (), "value")) from None
-    dead_rows = data.get("dead_rows", "zero")
-    try:
-        check_dead_rows(dead_rows, data.get("branches", 1))
-    except SpecError as error:
-        raise error.at(_key_span(lines, file, (), "dead_rows")) from None
+    branches, value, dead_rows = data.get("branches", 1), data.get("value"), data.get("dead_rows", "zero")
+    with _placed(lines, file, (), "branches"):
+        check_branches(branches)
+    with _placed(lines, file, (), "value"):
+        length = None if value is None else value_of_key(value, branches)
+    with _placed(lines, file, (), "dead_rows"):
+        check_dead_rows(dead_rows, branches)
     auxiliary = {}
     for output, value in _table(data, "outputs", file, lines).items():
         if not isinstance(value, str):
@@ -128,7 +122,7 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         cites=_string(data, "cites", "", file, lines),
         inputs=_inputs(_table(data, "inputs", file, lines), file, lines),
         scalars=_scalars(_table(data, "scalars", file, lines), file, lines),
-        branches=data.get("branches", 1),
+        branches=branches,
     )
     return Variant.from_graph(variant.graph.changed(value=length, dead_rows=dead_rows))
 
@@ -137,10 +131,8 @@ def _recurrence(data: Mapping[str, Any], file: str, lines: list[str]) -> Variant
     """A variant whose table [recurrence] has the text of `state`, and of `out` where it is not the plain one."""
     for key in ("stages", "branches", "value", "dead_rows", "outputs"):
         if key in data:
-            try:
+            with _placed(lines, file, (), key):
                 check_alone([key])
-            except SpecError as error:
-                raise error.at(_key_span(lines, file, (), key)) from None
     table = _table(data, "recurrence", file, lines)
     if "state" not in table:
         raise SpecError(
@@ -252,8 +244,7 @@ def _string(data: Mapping[str, Any], key: str, default: str, file: str, lines: l
 def _inputs(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, InputDecl]:
     decls = {}
     for name, entry in table.items():
-        span = _key_span(lines, file, ("inputs",), name)
-        try:
+        with _placed(lines, file, ("inputs",), name):
             check_name(name)
             written = f'write {name} = {{ index = ["h"], grad = true }}'
             if not isinstance(entry, dict):
@@ -267,19 +258,15 @@ def _inputs(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, 
             if not isinstance(grad, bool):
                 raise SpecError(f"the input '{name}': grad is true or false, got {grad!r}")
             decls[name] = Input(*entry.get("index", []), dtype=entry.get("dtype", "float"), grad=grad).declare(name)
-        except SpecError as error:
-            raise error.at(span) from None
     return decls
 
 
 def _scalars(table: Mapping[str, Any], file: str, lines: list[str]) -> dict[str, ScalarDecl]:
     numbers = {}
     for name, value in table.items():
-        try:
+        with _placed(lines, file, ("scalars",), name):
             check_name(name)
             numbers[name] = Scalar(value).declare(name)
-        except SpecError as error:
-            raise error.at(_key_span(lines, file, ("scalars",), name)) from None
     return numbers
 
 
@@ -318,6 +305,15 @@ def _header_span(lines: list[str], file: str, table: str) -> Span | None:
         if found:
             return Span(file, number, found.start(1), found.end(1), line)
     return None
+
+
+@contextmanager
+def _placed(lines: list[str], file: str, table: tuple[str, ...], key: str) -> Iterator[None]:
+    """An error in here gets the place of this key, where it has none."""
+    try:
+        yield
+    except SpecError as error:
+        raise error.at(_key_span(lines, file, table, key)) from None
 
 
 def _key_span(lines: list[str], file: str, table: tuple[str, ...], key: str) -> Span | None:
