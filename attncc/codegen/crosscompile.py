@@ -223,7 +223,7 @@ def _box(shape: tuple[int, ...], dtype: Dtype) -> str:
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
     if name in inputs:
         return "i32" if inputs[name].dtype == "int" else "fp32"
-    counts = ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR", "TURNS_PTR", "SUMMED_PTR", "ADDED_PTR")
+    counts = ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR", "TURNS_PTR", "SUMMED_PTR", "ADDED_PTR", "DEALT_PTR")
     if name.startswith("SUMMARY_") or name in counts:
         return "i32"
     rows = ("Q_PTR", "K_PTR", "V_PTR", "OUT_PTR", "DOUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR")

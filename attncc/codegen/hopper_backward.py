@@ -16,7 +16,17 @@ from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import Plan
 from attncc.codegen.statements import free_names, in_gluon, set_names
 from attncc.errors import UnsupportedError
-from attncc.schedule.hopper_backward import NARROW, STRIPS_BESIDE, holds_keys, queries, shares_keys, summed_apart, wide
+from attncc.schedule.hopper import out_in_q
+from attncc.schedule.hopper_backward import (
+    NARROW,
+    STRIPS_BESIDE,
+    holds_keys,
+    queries,
+    shares_keys,
+    stages_beside_keys,
+    summed_apart,
+    wide,
+)
 
 #: where the queries and the keys of a tile lie, which no strip keeps
 _PLACES = frozenset({"q_idx", "kv_idx", "q_in_tile", "tile_shift"})
@@ -63,6 +73,8 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     `alive`: for each delta, has a row seen any key?
     `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
     then; `places_slope`: does ds ask where queries and keys lie?
+    `deals`: may programs have block after block? `leaves_values`: is the slot of values left as soon as they are read,
+    since dV can go by way of the keys'? `stages_beside_keys`: with how many tiles of queries have those two slots?
     """
     _refuse(plan)
     if queries(d_qk, d_v, plan.facts.warps) is None:
@@ -112,6 +124,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
     slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
     alike = plan.masks == (sympy.true,)
+    dealt = not is_wide and not strips and not branches
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,
@@ -143,6 +156,9 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
         held=not strips and holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
+        deals=dealt,
+        leaves_values=dealt and not third and out_in_q(d_qk, d_v),
+        stages_beside_keys=stages_beside_keys(d_qk, d_v, len(k["rows"]) + len(asked.values)),
     )
     return slots
 

@@ -33,7 +33,7 @@ def launch_meta(
     if kernel == "forward" and schedule.splits:
         return {**tiles, **{k: x for k, x in options.items() if k != "STAGES"}, "splits": schedule.splits}
     if kernel == "dkdv":
-        return {**tiles, **options, "SPLITS": max(schedule.splits, 1), "SUM_DQ": not wide, "ORDERED": False}
+        options |= {"SPLITS": max(schedule.splits, 1), "SUM_DQ": not wide, "ORDERED": False}
     return {**tiles, **options, "programs": device.sms} if device else {**tiles, **options}
 
 

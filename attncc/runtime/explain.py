@@ -29,7 +29,7 @@ from attncc.schedule.cache import Cache
 from attncc.schedule.choose import backend_of, choose, first_choice
 from attncc.schedule.cost import Prediction, predict, ranked
 from attncc.schedule.device import Device
-from attncc.schedule.hopper_backward import wide
+from attncc.schedule.hopper_backward import deals, wide
 from attncc.schedule.memory import shared_memory
 from attncc.schedule.problem import KERNELS, Backend, Dtype, Kernel, KernelSchedule, Precision, Problem, Schedule
 from attncc.schedule.registers import registers
@@ -129,6 +129,7 @@ def facts(
         },
         "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
         "dq_in_turn": takes_turns(plan, sizes["d_qk"], sizes["d_v"]),
+        "dealt": schedule.dkdv.backend == "gluon" and deals(schedule.dkdv, problem),
         "dq_of_rows": schedule.dkdv.backend == "gluon" and wide(sizes["d_qk"], sizes["d_v"]),
     }
 

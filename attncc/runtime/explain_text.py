@@ -46,7 +46,8 @@ def text_of(found: Mapping[str, Any]) -> str:
             turns = "; its programs take turns where the order must be fixed" if found["dq_in_turn"] else ""
             reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
             apart = f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
-            parts.append(f"dkdv sums dQ in a free order{turns}{apart}")
+            dealt = "; a program has block after block of keys in that order" if found["dealt"] else ""
+            parts.append(f"dkdv sums dQ in a free order{dealt}{turns}{apart}")
     parts.append(
         f"the schedule is {origin}: the lines with ->\n"
         "times are predicted, in us: of all, then of each unit, where * limits; registers are estimated "

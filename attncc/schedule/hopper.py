@@ -130,7 +130,7 @@ def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
     """Bytes of shared memory of a program: tiles of q, a ring of k, v and maps, and of out where they fit; and
     in the forward what is read a key, four bytes each."""
     if kernel == "dkdv":
-        return hopper_backward.shared_memory(ks, problem) + RESERVED_BYTES
+        return hopper_backward.shared_memory(ks, problem, RESERVED_BYTES)
     if problem.value_of_key:
         return hopper_decode.shared_memory(problem)
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))

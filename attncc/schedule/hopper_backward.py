@@ -25,6 +25,11 @@ STAGES_APART = (4, *STAGES)
 #: of the kernel of dQ, most wanted first, and the bytes for its tiles: all of a block's but for its barriers
 DQ_STAGES = ((3, 3), (3, 2), (2, 2), (2, 1))
 DQ_TILE_BYTES = 231424
+#: of shared memory, in bytes: what a program may have, and what is left beside two tiles of keys at least, for
+#: barriers and what the compiler hands to the warps: 880 to 1,000 bytes, and some for each input
+SHARED_BYTES, LEAST_RESERVED = 232448, 1536
+#: bytes of an entry of a tile
+ENTRY_BYTES = 2
 #: the widest head of which one warpgroup computes all columns of dQ, for half of the rows
 NARROW = 64
 #: the widest heads of q and v, added up, of which a warpgroup has dK and dV of 64 keys and one tile of scores, or of dp
@@ -118,6 +123,28 @@ def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
     return tuple(found)
 
 
+def deals(ks: KernelSchedule, problem: Problem) -> bool:
+    """May a program have block after block of keys, the next one's tiles under way while the last of this one's are
+    multiplied? Not of wide heads or of branches, which gained nothing or spilled, nor with the heads of a group, which
+    spilled; strips leave dK and dV to the warp that loads. And where a second tile of keys fits, the next block's."""
+    if problem.group > 1 or problem.branches > 1 or ks.strips or wide(problem.d_qk, problem.d_v):
+        return False
+    values = problem.costs.rows + problem.costs.warps.asked
+    return ks.num_stages <= stages_beside_keys(problem.d_qk, problem.d_v, values)
+
+
+def stages_beside_keys(d_qk: int, d_v: int, values: int) -> int:
+    """The most tiles of queries, of which each has so many `values` of 4 bytes, beside which there is room for a second
+    tile of keys, the next block's."""
+    qk, v = sum(head_chunks(d_qk)), sum(head_chunks(d_v))
+    beside = (KEYS * (2 * qk + v) + 2 * KEYS * ROWS) * ENTRY_BYTES + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
+
+    def needed(count: int) -> int:
+        return beside + count * ROWS * ((qk + v) * ENTRY_BYTES + 4 * values) + LEAST_RESERVED
+
+    return max((count for count in STAGES_APART if needed(count) <= SHARED_BYTES), default=0)
+
+
 def has_strips(problem: Problem) -> bool:
     """Can a tile be weighed in strips? That of one branch, where dQ has no kernel of its own."""
     return problem.branches == 1 and not wide(problem.d_qk, problem.d_v)
@@ -130,7 +157,15 @@ def in_strips(ks: KernelSchedule, problem: Problem) -> tuple[KernelSchedule, ...
     return tuple(replace(ks, strips=count) for count in STRIPS)
 
 
-def shared_memory(ks: KernelSchedule, problem: Problem) -> int:
+def shared_memory(ks: KernelSchedule, problem: Problem, reserved: int) -> int:
+    """Bytes of a program's tiles, and what is reserved beside them: less where two tiles of keys just fit."""
+    if deals(ks, problem):
+        second = ks.block_n * sum(head_chunks(problem.d_qk)) * problem.dtype_bytes
+        return min(_tile_bytes(ks, problem) + second + reserved, SHARED_BYTES)
+    return _tile_bytes(ks, problem) + reserved
+
+
+def _tile_bytes(ks: KernelSchedule, problem: Problem) -> int:
     """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, two of p or dQ of each warpgroup."""
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     resident = ks.block_n * (qk + v) * problem.dtype_bytes

@@ -180,4 +180,6 @@ def test_heads_of_a_group_that_have_programs_of_their_own_add_up_in_turns(nothin
     assert "a program for each query head of a group; they add up dK and dV in turns" in shared
     assert "gluon 64x128, 7 parts" in shared
     assert "of a group" not in apart
-    assert "dkdv sums dQ in a free order; its programs take turns where the order must be fixed" in shared
+    turns = "; its programs take turns where the order must be fixed"
+    assert f"dkdv sums dQ in a free order{turns}" in shared
+    assert f"dkdv sums dQ in a free order; a program has block after block of keys in that order{turns}" in apart

@@ -34,16 +34,22 @@ class Program:
     def __init__(self, number: int, count: int, seed: int):
         self.number, self.count = number, count
         self.random = random.Random(seed)
-        # each program has a temper: what is early or late in it, and which partitions come first
-        self.early = {kind: self.random.choice((0.0, 0.3, 0.9)) for kind in ("copies", "matmuls", "stores")}
-        self.partial = self.random.random() < 0.6
-        self.overtaking = self.random.random() < 0.6  # is the last copy there first, when all wait?
         self.copies: list[Callable[[], None]] = []
         self.memories: list[Any] = []
         self.barriers: list[Any] = []
         self.partitions: list[Partition] = []
         self.error: BaseException | None = None
         self.asked = 0
+        self.change()
+
+    def change(self) -> None:
+        """Each program has a temper, and another with each block that it is dealt: what is early or late in it, and
+        which partitions come first."""
+        self.early = {kind: self.random.choice((0.0, 0.3, 0.9)) for kind in ("copies", "matmuls", "stores")}
+        self.partial = self.random.random() < 0.6
+        self.overtaking = self.random.random() < 0.6  # is the last copy there first, when all wait?
+        for p in self.partitions:
+            p.rank = self.random.random()
 
     @property
     def own(self) -> Partition:
