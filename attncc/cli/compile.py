@@ -94,6 +94,7 @@ def command(
     from attncc.runtime.explain import explained_device, sizes_of
     from attncc.schedule.cache import Cache
     from attncc.schedule.choose import backend_of, choose
+    from attncc.schedule.hopper_backward import deals
     from attncc.schedule.spills import note_spills
 
     if emit is not Emit.triton and output is None:
@@ -115,7 +116,8 @@ def command(
     asked: Language | None = backend.value if backend else None
     schedule, looked_at = choose(problem, device, cache, asked), None
     while schedule != looked_at:  # what spills is noted, and may be chosen no more
-        source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device)
+        dealt = schedule.dkdv.backend == "gluon" and deals(schedule.dkdv, problem)
+        source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device, dealt)
         module = load_source(source, graph.name)
         kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)
         if schedule.origin != "tuned":

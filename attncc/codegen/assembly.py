@@ -86,13 +86,14 @@ def assemble(
     hopper_backward: bool = False,
     tma: bool = False,
     strips: int = 0,
+    deals: bool = False,
 ) -> Assembly:
     """The parts of a module; the arguments are those of `render`. `hopper_backward`: the kernel for dK and dV is
     Gluon's."""
     module = Assembly(plan, shape)
     _forward(module, forward_in)
     if backward:
-        _backward(module, hopper_backward, tma, strips)
+        _backward(module, hopper_backward, tma, strips, deals)
     _tables(module, backward)
     _scans(module)
     return module
@@ -143,11 +144,11 @@ def _forward(module: Assembly, forward_in: Form) -> None:
     }
 
 
-def _backward(module: Assembly, hopper: bool, tma: bool, strips: int) -> None:
+def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: bool) -> None:
     """The kernels of the backward: what is a row's, dK and dV, dQ, then gradients that are a pair's."""
     plan, shape, similarity = module.plan, module.shape, module.similarity
     if hopper:
-        kv = hopper_backward_slots(plan, shape.d_qk, shape.d_v, shared_key=shape.shared_key, strips=strips)
+        kv = hopper_backward_slots(plan, shape.d_qk, shape.d_v, shape.shared_key, strips, deals)
     else:
         kv = dkdv_slots(plan, shape.qk_chunks, tma)
     dq = dq_slots(plan, shape.qk_chunks, tma, elsewhere=kv["gradients"])

@@ -59,7 +59,9 @@ def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
     return tuple(found)
 
 
-def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False, strips: int = 0) -> dict[str, Any]:
+def hopper_backward_slots(
+    plan: Plan, d_qk: int, d_v: int, shared_key: bool = False, strips: int = 0, deals: bool = False
+) -> dict[str, Any]:
     """Slots of hopper_backward.py.j2, of hopper_backward_own.py.j2 or hopper_backward_wide.py.j2 where heads are wide,
     or of hopper_backward_branches.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
 
@@ -73,7 +75,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     `alive`: for each delta, has a row seen any key?
     `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
     then; `places_slope`: does ds ask where queries and keys lie?
-    `deals`: may programs have block after block? `leaves_values`: is the slot of values left as soon as they are read,
+    `deals`: have programs block after block? `leaves_values`: is the slot of values left as soon as they are read,
     since dV can go by way of the keys'? `stages_beside_keys`: with how many tiles of queries have those two slots?
     """
     _refuse(plan)
@@ -124,7 +126,7 @@ def hopper_backward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fa
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
     slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
     alike = plan.masks == (sympy.true,)
-    dealt = not is_wide and not strips and not branches
+    dealt = deals and not (is_wide or strips or branches)
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,

@@ -23,8 +23,8 @@ def launch_meta(
     schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward", wide: bool = False
 ) -> dict[str, int]:
     """A kernel's schedule in the words of its launch. A Gluon forward that does not split the keys has as
-    many programs as `device` has SMs; a Gluon backward sums dQ unless it is told otherwise, or heads are `wide`, and
-    `splits` programs have a group's heads."""
+    many programs as `device` has SMs, and so has a backward that deals blocks of keys; it sums dQ unless it is told
+    otherwise, or heads are `wide`, and `splits` programs have a group's heads."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
         splits = {"splits": schedule.splits} if schedule.splits else {}

@@ -42,22 +42,23 @@ def render(
     values: int = 1,
     backward_in: Backend = "triton",
     strips: int = 0,
+    deals: bool = False,
     about: str = "",
 ) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
     tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
     language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in: that of
-    the kernel for dK and dV, which in Gluon can sum dQ, too, and weighs a tile in so many `strips`, if any. `d_qk` is
-    the last dimension of q; `d_k` that of k, where branches of q share it; `values`: heads of v for each head of k.
-    `about`: a sentence for the top of the file.
+    the kernel for dK and dV, which in Gluon can sum dQ, too, and weighs a tile in so many `strips`, if any, and
+    `deals` a program block after block of keys. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
+    share it; `values`: heads of v for each head of k. `about`: a sentence for the top of the file.
     """
     users = plan
     plan, called = coded(plan)
     hopper, hopper_backward = "gluon" in forward_in, backward and backward_in == "gluon"
     tma = tma and backward and not plan.similarity.loops  # a component is a column, and loaded by pointers
     shape = Shape.of(plan, d_qk, d_qk if d_k is None else d_k, d_v, values)
-    module = assemble(plan, shape, forward_in, backward, hopper_backward, tma, strips)
+    module = assemble(plan, shape, forward_in, backward, hopper_backward, tma, strips, deals)
     context = {
         **_context(plan, shape, backward),
         "hopper": hopper,

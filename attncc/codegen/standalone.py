@@ -18,7 +18,9 @@ from attncc.schedule.problem import Dtype, Schedule
 _LOCAL = frozenset({"q", "k", "v", "scale", "return_lse", "results", "sizes"})
 
 
-def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype, device: Device) -> str:
+def standalone(
+    plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype, device: Device, deals: bool = False
+) -> str:
     """The file's text. It exports `attention(q, k, v, *, <inputs>, scale=None, return_lse=False)`."""
     if plan.made:
         raise UnsupportedError(
@@ -62,5 +64,11 @@ def standalone(plan: Plan, d_qk: int, d_v: int, schedule: Schedule, dtype: Dtype
     called = f"attention(q, k{'' if graph.value else ', v'}, *, {context['parameters']}{options})"
     able = "It is differentiable, and needs" if backward else "It needs"
     about = f"Call `{called}`,\nat the end of this file. {able} torch and triton alone."
-    kernels = render(plan, d_qk, d_v, backward, tma, forward, backward_in=kv.backend, strips=kv.strips, about=about)
+    kernels = render(
+        *(plan, d_qk, d_v, backward, tma, forward),
+        backward_in=kv.backend,
+        strips=kv.strips,
+        deals=deals,
+        about=about,
+    )
     return kernels + "\n\n" + text.strip("\n") + "\n"

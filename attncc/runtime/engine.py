@@ -36,7 +36,7 @@ from attncc.schedule.cache import Cache, cache_key
 from attncc.schedule.candidates import candidates
 from attncc.schedule.choose import choose
 from attncc.schedule.device import Device, device_of, loads_boxes
-from attncc.schedule.hopper_backward import queries
+from attncc.schedule.hopper_backward import deals, queries
 from attncc.schedule.problem import Backend, Dtype, Kernel, Precision, Problem, Schedule
 from attncc.schedule.spills import with_known_spills
 
@@ -158,7 +158,8 @@ class Engine:
         backward: Backend = schedule.dkdv.backend if self.plan.facts.has_backward else "triton"
         d_k = bound.sizes.get("d_k")
         form, strips = schedule.forward.form, schedule.dkdv.strips
-        features = Features(d_qk, d_v, tma, form, d_k, problem.values, backward, strips)
+        dealt = backward == "gluon" and not ordered and deals(schedule.dkdv, problem)
+        features = Features(d_qk, d_v, tma, form, d_k, problem.values, backward, strips, dealt)
         module = self.modules.load(features, interpreted)
         meta = _meta(schedule, problem, target)
         if backward == "gluon" and ordered:

@@ -24,7 +24,8 @@ class Features:
 
     d_qk, d_v: the head dimensions of q and v; d_k that of k, where branches of q share it (None: that of q). values:
     heads of v for each head of k. tma: tiles are loaded through descriptors. form: that of the forward kernel, and
-    backward that of dkdv, in which a tile is weighed in so many strips, if in any.
+    backward that of dkdv, in which a tile is weighed in so many strips, if in any, and which deals, if it does, a
+    program block after block of keys.
     """
 
     d_qk: int
@@ -35,6 +36,7 @@ class Features:
     values: int = 1
     backward: Backend = "triton"
     strips: int = 0
+    deals: bool = False
 
 
 class Modules:
@@ -76,7 +78,7 @@ class Modules:
         from attncc.codegen.render import render  # what lies on disk needs no generator
 
         has_backward = self._plan.facts.has_backward
-        kernels = (of.tma, of.form, of.d_k, of.values, of.backward, of.strips)
+        kernels = (of.tma, of.form, of.d_k, of.values, of.backward, of.strips, of.deals)
         text = render(self._plan, of.d_qk, of.d_v, has_backward, *kernels)
         self._cache.put(name, {"kind": "source", "what": graph.name, "text": text})
         return text

@@ -104,8 +104,8 @@ def test_nothing_spills_and_the_memory_is_what_the_scheduler_counts(name, tiling
     assert max(barriers(kernel)) - min(barriers(kernel)) < 256
 
 
-def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1, ordered=False):
-    text = render(plan(name), d_qk, d_v, True, True, forward_in="gluon", backward_in="gluon")
+def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1, ordered=False, deals=False):
+    text = render(plan(name), d_qk, d_v, True, True, forward_in="gluon", backward_in="gluon", deals=deals)
     triton = KernelSchedule(64, 64, 4, 2)
     schedule = Schedule(KernelSchedule(128, 64, 8, 2, "gluon"), tiling, triton, pair=triton)
     last = "dq_of_rows_kernel" if hopper_backward.wide(d_qk, d_v) else "finish_kernel"
@@ -127,7 +127,8 @@ def backward_compiled(name, tiling, d_qk, d_v, dtype, group=1, ordered=False):
 def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     sized = replace(problem(kv_heads=16 // group), d_qk=dims[0], d_v=dims[1], dtype=dtype)
     tiling = hopper.tilings("dkdv", sized, H100)[0]
-    kernels = backward_compiled(name, tiling, *dims, dtype, group)
+    dealt = hopper_backward.deals(tiling, sized)
+    kernels = backward_compiled(name, tiling, *dims, dtype, group, deals=dealt)
     kernel = kernels["dkdv_kernel"]
     # softcap, where a program has several heads: one constant that each warp reads again
     assert kernel.spills <= (8 if (name, group) == ("softcap", 4) else 0)
@@ -137,10 +138,9 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
     assert "cp.reduce.async.bulk.tensor" in kernel.ptx
     assert "red.global" not in kernel.ptx
-    # blocks are dealt where a group has one head and a second tile of keys fits; who comes first to a tile of dQ claims
-    # it, and says when it is there
-    assert hopper_backward.deals(tiling, sized) == (group == 1 and dims[0] == dims[1])
-    deals = {"atom.global.gpu.relaxed.add.u32"} if hopper_backward.deals(tiling, sized) else set()
+    # blocks are dealt where a group has one head; who comes first to a tile of dQ claims it, and says when it is there
+    assert dealt == (group == 1)
+    deals = {"atom.global.gpu.relaxed.add.u32"} if dealt else set()
     claims = {"atom.global.acquire.gpu.cas.b32", "atom.global.gpu.release.exch.b32"}
     third = hopper_backward.summed_apart(*dims, plan(name).facts.warps)
     assert set(re.findall(r"atom\.global\S*", kernel.ptx)) == deals | (set() if third else claims)

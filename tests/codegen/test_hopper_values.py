@@ -84,11 +84,11 @@ def variant(name):
 
 
 @cache
-def source(name, d_qk, d_v, shared_key=False, strips=0):
+def source(name, d_qk, d_v, shared_key=False, strips=0, deals=False):
     plan = Plan(variant(name).graph)
     whole = d_qk * plan.graph.branches
     d_k = d_qk if shared_key else None
-    return render(plan, whole, d_v, True, True, "gluon", d_k, backward_in="gluon", strips=strips)
+    return render(plan, whole, d_v, True, True, "gluon", d_k, backward_in="gluon", strips=strips, deals=deals)
 
 
 def poisoned(text):
@@ -102,12 +102,12 @@ def poisoned(text):
 class Run:
     """A forward and, when asked for, a backward of one variant at one shape; `text` may be changed before."""
 
-    def __init__(self, name, shape, change=lambda text: text, rows=128, strips=0):
+    def __init__(self, name, shape, change=lambda text: text, rows=128, strips=0, deals=False):
         self.name, self.shape = name, shape
         self.plan = Plan(variant(name).graph)
         self.warps = self.plan.facts.warps
         self.sample = sample_inputs(self.plan.graph, shape, torch.float16)
-        text = source(name, shape.d_qk, shape.d_v, shape.shared_key, strips)
+        text = source(name, shape.d_qk, shape.d_v, shape.shared_key, strips, deals)
         self.module = machine.load(change(poisoned(text)), name)
         s = self.sample
         bound = bind(self.plan.graph, s.q, s.k, s.v, None, s.inputs)
@@ -344,7 +344,7 @@ def test_the_model_notices_who_comes_before_their_turn(d, before, after):
 @pytest.mark.parametrize("d", [64, 96])
 def test_the_model_notices_a_tile_of_dq_that_overtakes_who_adds_it(d):
     text = source("full", d, d)
-    waits = set(re.findall(r"mbarrier\.wait\(dq_empty\.index\(.*", text[text.index("def _sum_block") :]))
+    waits = set(re.findall(r"mbarrier\.wait\(dq_empty\.index\(.*", text[text.index("def _sum_queries") :]))
     assert len(waits) == (1 if d == 64 else 2)
     for wait in waits:
         run = Run("full", Shape(1, 4, 4, 600, 130, d, d), lambda text, wait=wait: text.replace(wait, "pass"))
@@ -480,12 +480,12 @@ def test_integers_of_any_width_are_read_a_key(kind):
 OF_ONE_WITH_DQ = [
     # a matmul's operands are waited for
     ("mbarrier.wait(do_full.index(stage), (count // STAGES) & 1, pred=turn + 1 < turns)", "pass"),
-    ("mbarrier.wait(v_full.index(0), had & 1)", "pass"),
+    ("mbarrier.wait(v_full.index(0), 0)", "pass"),
     # a buffer is given back when its last matmul is done, not before
     ("mbarrier.wait(ds_empty.index(half), ((count >> 1) + 1) & 1)", "pass"),
     ("mbarrier.wait(q_empty.index(stage), (count // STAGES + 1) & 1)", "pass"),
     ("            tma.store_wait(1)", "            pass"),
-    ("mbarrier.wait(keys_read.index(0), had & 1)", "pass"),
+    ("mbarrier.wait(keys_read.index(0), 0)", "pass"),
     # the asynchronous units see what threads wrote
     ("fence_async_shared()\n                mbarrier.arrive(ds_full", "mbarrier.arrive(ds_full"),
     # barriers count
@@ -514,44 +514,8 @@ def test_the_model_notices_what_is_left_out(d, before, after):
     def broken(text):
         return text.replace(before, after)
 
-    heads = 16 if d == 64 else 3  # seldom is the third warpgroup two tiles behind, or dout late
+    heads = 16 if "ds_empty" in before else 3  # seldom is the third warpgroup two tiles behind
     run = Run("full", Shape(1, heads, heads, 600, 130, d, d), broken)
-    try:
-        noticed = run.failures(run.backward())
-    except machine.MachineError:
-        return
-    assert noticed
-
-
-def short(d):
-    """Many blocks of keys with a tile of queries each, so that the loading warp is blocks ahead."""
-    return Shape(2, 8, 8, 60, 500, d, d)
-
-
-@pytest.mark.parametrize("d", [64, 96, 128])
-def test_blocks_of_a_tile_each(d):
-    run = Run("causal", short(d))
-    assert not run.failures(run.backward())
-
-
-@pytest.mark.parametrize(
-    ("d", "before", "after"),
-    [
-        # the next block's values take the place of this one's when all have read those
-        (64, "mbarrier.wait(v_empty.index(0), (had + 1) & 1)", "pass"),
-        (128, "mbarrier.wait(v_empty.index(0), (had + 1) & 1)", "pass"),
-        # the block after the next is dealt when all are done with this one
-        (128, "mbarrier.wait(dealt_empty.index(had % 2), (had // 2 + 1) & 1)", "pass"),
-        (128, "dealt_empty = _barriers(2, 3)", "dealt_empty = _barriers(2, 1)"),
-        # a phase a block
-        (64, "mbarrier.wait(v_full.index(0), had & 1)", "mbarrier.wait(v_full.index(0), 0)"),
-        (128, "mbarrier.wait(v_full.index(0), had & 1)", "mbarrier.wait(v_full.index(0), 0)"),
-    ],
-)
-def test_the_model_notices_what_is_left_out_between_blocks(d, before, after):
-    assert before in source("causal", d, d)
-
-    run = Run("causal", short(d), lambda text: text.replace(before, after))
     try:
         noticed = run.failures(run.backward())
     except machine.MachineError:
