@@ -34,7 +34,7 @@ from attncc.cli.options import (
 )
 from attncc.cli.output import err, out, print_json, write_file
 from attncc.cli.spec import resolve
-from attncc.errors import InputError
+from attncc.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from attncc.codegen.crosscompile import CompiledKernel
@@ -147,6 +147,10 @@ def command(
     if spelled.outputs:
         names = ", ".join(o.name for o in spelled.outputs)
         err.print(f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)")
+    if _is_linear(spelled):
+        err.print(
+            "not in the file: the forms in linear time, for these kernels are of all pairs; ac.compile(...) has both"
+        )
     if plan.has_backward is not None:
         err.print(f"no backward: {plan.has_backward}")
     for kernel in ("forward", "dkdv") if backend is BackendName.gluon else ():
@@ -155,6 +159,17 @@ def command(
             err.print(f"{kernel} is in Triton: {reason}")
     for path in written:
         out.print(f"wrote {path}")
+
+
+def _is_linear(graph: VariantGraph) -> bool:
+    """Has it a form in linear time?"""
+    from attncc.passes.linearize import linearize
+
+    try:
+        linearize(graph)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def _recurrence(

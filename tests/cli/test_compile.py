@@ -131,3 +131,10 @@ def test_no_kernel_of_an_unusual_formula_spills_on_hopper(attncc, tmp_path, head
     assert dkdv["backend"] == "gluon"
     explained = attncc("explain", *words).stdout
     assert f"a tile in {dkdv['strips']} strips of queries" in explained
+
+
+@pytest.mark.parametrize(("name", "said"), [("retention", True), ("causal", False)])
+def test_forms_that_the_file_has_not_are_said(attncc, name, said):
+    result = attncc("compile", name, "--target", "sm_80", *SMALL)
+    assert result.exit_code == 0
+    assert ("not in the file: the forms in linear time" in " ".join(result.stderr.split())) is said
