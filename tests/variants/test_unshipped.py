@@ -1,0 +1,193 @@
+"""Formulas of newer papers that nobody shipped, as a reader would write them: kernels against plain PyTorch by hand,
+with every gradient, more keys than queries and fewer, grouped heads, rows that see nothing.
+
+Written from the papers' ideas, as remembered: what is tested is that such formulas can be said.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attncc as ac
+from tests.runtime.oracles import sorted_entmax15
+from tests.variants.by_hand import causal, draw, rep, score, softmax
+
+BY_QUERY = ac.Input("b", "h", "q_idx", grad=True)
+BY_HEAD = ac.Input("h", grad=True)
+
+
+def positions(m, n):
+    """(M, 1) and (N,): where queries and keys stand, the last query at the last key."""
+    return torch.arange(m)[:, None] + n - m, torch.arange(n)
+
+
+def position(q_idx, q_len, kv_len):
+    return q_idx + kv_len - q_len
+
+
+# Adaptive-scalable entmax: a temperature that grows with a power of log(n), learned for each query.
+def adaptive_scale(score, b, h, q_idx, q_len, kv_len, beta, gamma):
+    n = ac.maximum(position(q_idx, q_len, kv_len) + 1, 2)
+    return score * (1 + beta[b, h, q_idx] * ac.exp(gamma[b, h, q_idx] * ac.log(ac.log(n))))
+
+
+def scaled_entmax(q, k, beta, gamma):
+    m, n = q.shape[2], k.shape[2]
+    count = (positions(m, n)[0] + 1).clamp(min=2).double().log()
+    s = score(q, k) * (1 + beta[..., None] * count ** gamma[..., None])
+    live = causal(m, n).any(-1)
+    weights = sorted_entmax15(s.masked_fill(~causal(m, n), -torch.inf)[:, :, live])
+    return torch.zeros_like(s).index_add(2, live.nonzero().squeeze(1), weights)
+
+
+# Softplus attention, weighed a second time: what is below a share of 1 / n falls away.
+def twice(score, row, q_idx, q_len, kv_len):
+    n = ac.maximum(position(q_idx, q_len, kv_len) + 1, 1)
+    a = ac.softplus(score * ac.log(1.0 * n + 1))
+    above = ac.relu(n * a / row.sum(a) - 0.3) ** 3
+    return above / (row.sum(above) + 1e-6)
+
+
+def weighed_twice(q, k):
+    m, n = q.shape[2], k.shape[2]
+    shown, count = causal(m, n), (positions(m, n)[0] + 1).clamp(min=1).double()
+    a = F.softplus(score(q, k) * (count + 1).log()) * shown
+    above = F.relu(count * a / a.sum(-1, keepdim=True).clamp_min(1e-30) - 0.3) ** 3 * shown
+    return above / (above.sum(-1, keepdim=True) + 1e-6)
+
+
+# Elliptical attention: distances by a learned diagonal metric.
+def elliptical(q_vec, k_vec, h, metric):
+    return -0.5 * ac.sum_d(metric[h] * (q_vec - k_vec) ** 2)
+
+
+def by_metric(q, k, metric):
+    apart = q[:, :, :, None] - rep(k, q.shape[1])[:, :, None]
+    return softmax(-(metric[:, None, None] * apart**2).sum(-1) / 2, causal(q.shape[2], k.shape[2]))
+
+
+# Scale-invariant attention: scores spread and fall with the log of the distance, in a unit of each head.
+def invariant(score, h, q_idx, kv_idx, q_len, kv_len, unit):
+    far = ac.log(ac.abs(position(q_idx, q_len, kv_len) - kv_idx) / unit[h] + 1)
+    return score * ac.sqrt(2 * far + 1) - 2 * far
+
+
+def by_log_distance(q, k, unit):
+    i, j = positions(q.shape[2], k.shape[2])
+    far = ((i - j).abs() / unit[:, None, None] + 1).log()
+    return softmax(score(q, k) * (2 * far + 1).sqrt() - 2 * far, causal(q.shape[2], k.shape[2]))
+
+
+# Power attention with a gate: an even power of the score in place of its exponential.
+def power(score, row, b, h, q_idx, kv_idx, q_len, kv_len, gate):
+    left = ac.cumsum(gate[b, h, position(q_idx, q_len, kv_len)]) - ac.cumsum(gate[b, h, kv_idx])
+    p = score**4 * ac.exp(left)
+    return p / ac.maximum(row.sum(p), 1e-20)
+
+
+def gated_power(q, k, gate):
+    m, n = q.shape[2], k.shape[2]
+    sums = gate.cumsum(-1)
+    left = sums[..., positions(m, n)[0][:, 0].clamp(min=0)][..., None] - sums[..., None, :]
+    p = score(q, k) ** 4 * left.clamp(max=9).exp() * causal(m, n)
+    return p / p.sum(-1, keepdim=True).clamp_min(1e-20)
+
+
+# Affine weights: softmax times a factor, plus a constant for each visible key.
+def affine(score, row, b, h, q_idx, factor, shift):
+    p = ac.exp(score - row.max(score))
+    return factor[b, h, q_idx] * p / row.sum(p) + shift[b, h, q_idx]
+
+
+def affine_by_hand(q, k, factor, shift):
+    shown = causal(q.shape[2], k.shape[2])
+    return factor[..., None] * softmax(score(q, k), shown) + shift[..., None] * shown
+
+
+# Top-theta with both compensations: of the denominator, and of the mass that fell away by the mean of the values.
+def compensated(score, row, h, theta, dense):
+    top, n = row.max(score), row.count()
+    keep = (score > theta[h]) | (n <= dense)
+    kept, number = ac.where(keep, ac.exp(score - top), 0), row.sum(ac.where(keep, 1.0, 0.0))
+    p = kept / (row.sum(kept) + ac.where(n <= dense, 0, (n - number) * ac.exp(theta[h] - top)))
+    return p + (1 - row.sum(p)) / n
+
+
+def compensated_by_hand(q, k, theta):
+    s, shown = score(q, k), causal(q.shape[2], k.shape[2])
+    count, bar = shown.sum(-1, keepdim=True), theta.detach()[:, None, None]
+    top = s.masked_fill(~shown, -1e9).amax(-1, keepdim=True)
+    keep = ((s > bar) | (count <= 3)) & shown
+    kept = (s - top).clamp(max=0).exp() * keep
+    lost = torch.where(count <= 3, 0.0, (count - keep.sum(-1, keepdim=True)) * (bar - top).clamp(max=50).exp())
+    p = kept / (kept.sum(-1, keepdim=True) + lost).clamp_min(1e-300)
+    return (p + (1 - p.sum(-1, keepdim=True)) / count.clamp(min=1)) * shown
+
+
+def of_queries(b, h, m, n):
+    return {"beta": draw(b, h, m, seed=3).abs(), "gamma": draw(b, h, m, seed=4) / 4}
+
+
+#: the stages, their inputs' tensors, the weights by hand
+CASES = {
+    "scaled_entmax": (
+        {"score": adaptive_scale, "normalizer": ac.entmax15, "inputs": {"beta": BY_QUERY, "gamma": BY_QUERY}},
+        of_queries,
+        scaled_entmax,
+    ),
+    "weighed_twice": ({"normalizer": twice}, lambda *_: {}, weighed_twice),
+    "elliptical": (
+        {"similarity": elliptical, "inputs": {"metric": ac.Input("h", "d", grad=True)}},
+        lambda b, h, m, n: {"metric": draw(h, 12, seed=3).abs()},
+        by_metric,
+    ),
+    "scale_invariant": (
+        {"score": invariant, "inputs": {"unit": BY_HEAD}},
+        lambda b, h, m, n: {"unit": draw(h, seed=3).abs() + 1},
+        by_log_distance,
+    ),
+    "gated_power": (
+        {"normalizer": power, "inputs": {"gate": ac.Input("b", "h", "kv_idx", grad=True)}},
+        lambda b, h, m, n: {"gate": -draw(b, h, n, seed=3).abs() / 9},
+        gated_power,
+    ),
+    "affine": (
+        {"normalizer": affine, "inputs": {"factor": BY_QUERY, "shift": BY_QUERY}},
+        lambda b, h, m, n: {"factor": draw(b, h, m, seed=3), "shift": draw(b, h, m, seed=4)},
+        affine_by_hand,
+    ),
+    "compensated": (
+        {"normalizer": compensated, "inputs": {"theta": ac.Input("h"), "dense": ac.Scalar(3)}},
+        lambda b, h, m, n: {"theta": torch.tensor([0.1, -0.2, 0.9, 0.4], dtype=torch.float64)[:h]},
+        compensated_by_hand,
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2, 21, 21), (2, 2, 2, 9, 23), (1, 2, 1, 17, 8)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_a_formula_that_nobody_shipped(name, shape):
+    stages, make, weights = CASES[name]
+    (b, h, h_kv, m, n) = shape
+    op = ac.compile(ac.Variant(name=name, mask=ac.causal, **stages))
+    tensors = [
+        draw(b, h, m, 12),
+        draw(b, h_kv, n, 12, seed=1),
+        draw(b, h_kv, n, 10, seed=2),
+        *make(b, h, m, n).values(),
+    ]
+    own, exact = ([x.to(kind).requires_grad_() for x in tensors] for kind in (torch.float32, torch.float64))
+    q, k, v, *rest = own
+    names = list(make(b, h, m, n))
+    held = {x for x in names if not stages["inputs"][x].grad}
+    got = op(q, k, v, **{x: t.detach() if x in held else t for x, t in zip(names, rest, strict=True)})
+    want = weights(exact[0], exact[1], *exact[3:]) @ rep(exact[2], h)
+    cotangent = draw(*want.shape, seed=9)
+    found = torch.autograd.grad(got, own, cotangent.float(), allow_unused=True)
+    wanted = torch.autograd.grad(want, exact, cotangent, allow_unused=True)
+    for a, e in zip((got, *found), (want, *wanted), strict=True):
+        if e is not None:
+            assert a.isfinite().all()
+            assert (a.double() - e).abs().max() <= 1e-4 * e.abs().max()
