@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +90,12 @@ def _run(tracer: Tracer, mod: Any, kind: str) -> Cell:
 def trace_function(tracer: Tracer, mod: Any, kind: str) -> Any:
     """Call a user's function on symbolic arguments."""
     if not callable(mod):
-        signature = "score, b, h, q_idx, kv_idx" if kind == "score_mod" else "b, h, q_idx, kv_idx"
-        fail(f"the {kind} is {type(mod).__name__}, not a function", f"pass {kind}=f with f({signature})")
+        fail(f"the {kind} is {type(mod).__name__}, not a function", f"pass {kind}=f with f({', '.join(_TAKES[kind])})")
+    other = "mask_mod" if kind == "score_mod" else "score_mod"
+    if not _takes(mod, kind) and _takes(mod, other):
+        fail(
+            f"the {kind} does not take the {len(_TAKES[kind])} arguments of one", f"as a {other} it would do: {other}=f"
+        )
     given = arguments(kind == "score_mod")
     with tracer:
         result = mod(*given)
@@ -100,6 +105,22 @@ def trace_function(tracer: Tracer, mod: Any, kind: str) -> Any:
 
 
 assert trace_function.__name__ == TRACE
+
+_TAKES = {
+    "score_mod": ("score", "b", "h", "q_idx", "kv_idx"),
+    "mask_mod": ("b", "h", "q_idx", "kv_idx"),
+}
+
+
+def _takes(mod: Callable[..., Any], kind: str) -> bool:
+    """Can the function be called as one of this kind, as far as it says what it takes?"""
+    try:
+        inspect.signature(mod).bind(*_TAKES[kind])
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # it does not say
+    return True
 
 
 def _score(result: Any) -> Cell:

@@ -213,3 +213,19 @@ def test_a_value_that_outlives_its_trace_is_refused_where_it_is_used():
     with pytest.raises(ac.SpecError, match="runs after the trace"):
         kept[0] + 1
     assert repr(kept[0]) == "raw_score"
+
+
+@pytest.mark.parametrize(
+    ("mods", "message"),
+    [
+        ((lambda b, h, q, k: q >= k,), "the score_mod does not take the 5(.|\n)*as a mask_mod it would do: mask_mod=f"),
+        ((None, lambda s, b, h, q, k: s), "the mask_mod does not take the 4(.|\n)*as a score_mod it would do"),
+    ],
+)
+def test_a_function_of_other_arguments_is_refused_before_it_is_called(mods, message):
+    with pytest.raises(ac.SpecError, match=message):
+        ac.from_flex(*mods)
+
+
+def test_arguments_with_defaults_and_any_number_of_them_will_do():
+    ac.from_flex(lambda *given: given[0], lambda b, h, q, k, width=4: q - k < width)
