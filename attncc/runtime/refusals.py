@@ -78,7 +78,8 @@ def fail_dtype(q: Tensor, k: Tensor, v: Tensor, dtypes: Collection[torch.dtype])
             f"q, k and v differ in dtype: {dtype_name(q.dtype)}, {dtype_name(k.dtype)}, {dtype_name(v.dtype)}",
             remedy="cast them to one",
         )
-    raise InputError(f"q, k and v are {dtype_name(q.dtype)}", remedy=f"supported: {_names(dtypes)}")
+    checks = "; ac.reference(variant, q, k, v) is in float64, as gradcheck is" if q.dtype == torch.float64 else ""
+    raise InputError(f"q, k and v are {dtype_name(q.dtype)}", remedy=f"supported: {_names(dtypes)}{checks}")
 
 
 def fail_device(device: torch.device, tensors: dict[str, Tensor]) -> NoReturn:
