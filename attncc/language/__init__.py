@@ -1,1 +1,1 @@
-"""What a user writes: a variant of four stages, in Python or as text, read into the IR."""
+"""What a user writes: a variant of five stages, in Python or as text, read into the IR."""
