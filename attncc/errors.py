@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Self
 
 _INDENT = "   "
@@ -129,10 +130,22 @@ class AttnccWarning(UserWarning):
 
 def warn(message: str, category: type[Warning] = AttnccWarning) -> None:
     """Warn at the line outside of this package from which the call came."""
-    level, frame = 2, sys._getframe(1)
+    level, _ = _caller()
+    warnings.warn(message, category, stacklevel=level + 1)
+
+
+def calling_line() -> tuple[str, int]:
+    """The file and line outside of this package from which the call came."""
+    _, frame = _caller()
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _caller() -> tuple[int, FrameType]:
+    """How many frames above the function that asks the first one outside of this package is, and that frame."""
+    level, frame = 1, sys._getframe(2)
     while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
+    return level, frame
 
 
 def _rebuild(cls: type[AttnccError], attributes: dict[str, Any]) -> AttnccError:

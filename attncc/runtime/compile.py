@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from attncc.collector import held
-from attncc.errors import InputError, SpecError, UnsupportedError
+from attncc.errors import InputError, SpecError, UnsupportedError, calling_line, warn
 from attncc.ir.graph import VariantGraph
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
@@ -39,8 +40,8 @@ def compile(
     `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
     meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). `plan` is "auto",
     "parallel" (all pairs), "chunk" or "recurrent", see `LinearOp`; a fixed schedule is one of all pairs. Kernels are
-    generated and compiled at the first call of each kind. Raises SpecError if the spec is wrong, UnsupportedError if
-    it cannot be compiled yet.
+    generated and compiled at the first call of each kind, and the op keeps them: compile once, call often. Raises
+    SpecError if the spec is wrong, UnsupportedError if it cannot be compiled yet.
     """
     if backend not in (None, *get_args(Backend)):
         raise UnsupportedError(f"there is no backend '{backend}'", remedy=f"backends: {', '.join(get_args(Backend))}")
@@ -58,6 +59,8 @@ def compile(
             f"compile takes a Variant, the name of one that ships, or a TOML file, and got {type(variant).__name__}",
             remedy="write ac.Variant(score=...), or ac.from_flex(score_mod=...) for a function of FlexAttention's",
         )
+    if schedule is None:
+        _note_again(graph)
     if graph.recurrent:
         if schedule is not None or backend == "gluon":
             given = "a schedule" if schedule is not None else "backend='gluon'"
@@ -77,6 +80,22 @@ def compile(
     from attncc.runtime.linear import LinearOp
 
     return LinearOp(graph, linear, parallel, plan, precision)
+
+
+#: at which of the compilations of one formula at one line it is said that an op is to be kept
+OFTEN = 64
+_compiled: Counter[tuple[str, int, str]] = Counter()
+
+
+def _note_again(graph: VariantGraph) -> None:
+    """Warn, once, whoever compiles a formula in every call: each time its kernels are loaded anew."""
+    line = (*calling_line(), graph.digest)
+    _compiled[line] += 1
+    if _compiled[line] == OFTEN:
+        warn(
+            f"'{graph.name}' was compiled {OFTEN} times at this line, and each op loads kernels of its own: compile "
+            "once, where the model is made, and call the op"
+        )
 
 
 def _linear(graph: VariantGraph, plan: PlanName) -> Linear | None:

@@ -6,8 +6,10 @@ import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
@@ -84,15 +86,31 @@ class Modules:
         return text
 
 
+#: what is loaded, while an engine has it: each layer of a model may have an op of its own, and all have one text
+_shared: WeakValueDictionary[tuple[str, str, bool, Path], ModuleType] = WeakValueDictionary()
+_loading = threading.Lock()
+
+
 def load_module(source: str, name: str, interpreted: bool, cache: Cache) -> ModuleType:
-    """A generated module, for the compiler, whose binaries lie in `cache`, or for the interpreter."""
+    """A generated module, for the compiler, whose binaries lie in `cache`, or for the interpreter: the one that another
+    engine has of this text, where one has."""
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    key = (digest, name, interpreted, cache.directory)
+    with _loading:
+        found = _shared.get(key)
+        if found is None:
+            found = _shared[key] = _load(source, digest, name, interpreted, cache)
+        return found
+
+
+def _load(source: str, digest: str, name: str, interpreted: bool, cache: Cache) -> ModuleType:
     if interpreted:
         with interpreter.decorating():
             module = load_source(source, f"{name} (interpreted)")
         module._launch = _interpreted_launch(module._launch)  # type: ignore[attr-defined]
     else:
         module = load_source(source, name)
-        module._launch = Launcher(hashlib.sha256(source.encode()).hexdigest(), cache)  # type: ignore[attr-defined]
+        module._launch = Launcher(digest, cache)  # type: ignore[attr-defined]
     return module
 
 
