@@ -412,7 +412,7 @@ def test_every_kernel_compiles_for_a_gpu(name, target):
         assert kernel.shared <= device.smem_per_block
         # Spills and all one kernel takes 384 us of an H200 with a gate for what took three of them 533. In prepare and
         # prepare_back, 143 and 117 us for 178 and 141 without, three programs share a multiprocessor.
-        gradients = 656 if name == "gated_delta_net" else 8
+        gradients = 288 if name == "gated_delta_net" else 0
         allowed = {"gradients_kernel": gradients, "prepare_kernel": 16, "prepare_back_kernel": 64}.get(kernel.name, 0)
         assert kernel.spills <= allowed or target != "sm_90"
         assert not kernel.faults
