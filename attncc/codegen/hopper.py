@@ -271,15 +271,18 @@ def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
     return wide and f["vanishes"] and bool(f["sums"]) and any_shift_serves(plan.online, [e for _, e in plan.stored])
 
 
-def kernel_arguments(plan: Plan, pointers: list[str], scan: bool, common: tuple[str, ...]) -> list[str]:
-    """A kernel's arguments that hold no tile, in the order of its signature: `pointers`, bounds, inputs, `common`."""
+def kernel_arguments(
+    plan: Plan, pointers: list[str], scan: bool, common: tuple[str, ...], tables: bool = True
+) -> list[str]:
+    """A kernel's arguments that hold no tile, in the order of its signature: `pointers`, bounds, inputs, `common`.
+    `tables`: it reads what a formula has of distances from tables, where there are any."""
     names = [*pointers, *(["BOUNDS_PTR"] if scan else [])]
     for d in plan.core.inputs:
         names.append(f"{d.name.upper()}_PTR")
         for i, _ in enumerate(d.pattern):
             names += [f"stride_{d.name}_{i}", f"size_{d.name}_{i}"]
     names += [s.name for s in plan.graph.scalars]
-    return [*names, *(["DISTANCES_PTR"] if plan.tables.formulas else []), *common]
+    return [*names, *(["DISTANCES_PTR"] if tables and plan.tables.formulas else []), *common]
 
 
 def tile_slots(bounds: BoundLines) -> dict[str, Any]:

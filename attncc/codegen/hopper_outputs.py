@@ -27,7 +27,7 @@ def hopper_pass_slots(plan: Plan, light: Pass, weight: Weight, number: int) -> d
     u = pass_slots(plan, light, weight, number, hopper=True)
     bounds = u["bounds"]
     pointers = [f"{name.upper()}_PTR" for name in (*u["saved"], *(r["name"] for r in u["reductions"]))]
-    arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
+    arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON, tables=False)
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
     own = needed_by(tiles, u["outer"])
     loads = free_names(["n = q_len + kv_len + heads + group", *own, *tiles])

@@ -32,6 +32,7 @@ OUTPUTS = {
         ("causal", "recent", Shape(1, 2, 2, 150, 300, 96, 64, strided=True)),
         ("document", "received", Shape(1, 2, 1, 200, 200, 64, 64)),  # bounds are found apart
         ("sliding_window", "seen", Shape(1, 1, 1, 250, 200, 64, 64)),
+        ("t5_bias", "received", Shape(1, 2, 1, 90, 130, 64, 64)),  # the forward has tables by distance, this pass none
         ("sigmoid", "highest", Shape(1, 1, 1, 130, 70, 64, 64)),  # no stored rows
         ("causal", "received", Shape(1, 1, 1, 140, 20, 64, 64)),  # queries that see nothing
     ],
