@@ -35,7 +35,7 @@ def hopper_decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], v_chunks: tupl
     (chain,) = f["chains"]
     tiles = tile_slots(f["bounds"])
     pointers = ["Q_PTR", "OUT_PTR", *(f"{name.upper()}_PTR" for name in plan.results), "STATE_PTR", "PART_PTR"]
-    arguments = kernel_arguments(plan, pointers, bool(tiles["scan"]), _COMMON)
+    arguments = kernel_arguments(plan, pointers, bool(tiles["scan"]), _COMMON, tables=False)
     own = needed_by([*f["bounds"].setup, *f["bounds"].mixed, *f["bounds"].full], f["outer"])
     loads = free_names(["n = q_len + group + heads + splits + kv_len", *own, *tiles["tiles"], *tiles["mixed"]])
     apart = hopper_decode.weights_apart(widths[0], widths[1])

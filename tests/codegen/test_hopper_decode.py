@@ -20,6 +20,13 @@ VARIANTS = {
     "sigmoid": ac.Variant(
         name="sigmoid_keys", mask=ac.causal, normalizer=lambda score: ac.sigmoid(score - 2), value="k[:512]"
     ),
+    "by_distance": ac.Variant(  # which the forward reads from a table by distance, and this kernel does not
+        name="biased_keys",
+        mask=ac.causal,
+        score=lambda score, h, q_idx, kv_idx, kv_len, table: score + table[(kv_len + q_idx - kv_idx) % 31, h],
+        value="k[:512]",
+        inputs={"table": ac.Input("bucket", "h", grad=True)},
+    ),
     "whole": ac.Variant(name="whole_keys", mask=ac.causal, normalizer=ac.softmax1, value="k[:512]"),
 }
 
@@ -36,11 +43,12 @@ def run(name, d_qk, heads, q_len, kv_len, splits, change=lambda text: text):
     random = torch.Generator().manual_seed(0)
     q = torch.randn(1, heads, q_len, d_qk, generator=random).half()
     k = torch.randn(1, 1, kv_len, d_qk, generator=random).half()
-    bound = bind(plan(name).graph, q, k, k[..., :512], None, {})
+    inputs = {"table": torch.randn(32, heads, generator=random)} if plan(name).graph.inputs else {}
+    bound = bind(plan(name).graph, q, k, k[..., :512], None, inputs)
     meta = {"forward": {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "splits": splits}}
     out, *_ = module.forward(q, k, k[..., :512], *bound.tensors.values(), bound.scale, meta, OPTIONS)
-    exact = reference(VARIANTS[name], q.double(), k.double())
-    plain = eager(VARIANTS[name], q, k)
+    exact = reference(VARIANTS[name], q.double(), k.double(), **inputs)
+    plain = eager(VARIANTS[name], q, k, **inputs)
     return out, check("out", out, exact, plain)
 
 
@@ -51,6 +59,7 @@ def run(name, d_qk, heads, q_len, kv_len, splits, change=lambda text: text):
         ("causal", 576, 40, 2, 200, 3),  # two blocks of rows; shares of one tile and two
         ("window", 576, 16, 2, 300, 1),
         ("sigmoid", 576, 16, 1, 150, 2),  # no maxima to exchange
+        ("by_distance", 576, 16, 1, 150, 2),
         ("whole", 512, 16, 1, 150, 1),  # no columns beside the values: the weights have their own buffer
         ("causal", 576, 8, 5, 3, 1),  # queries that see nothing
     ],
