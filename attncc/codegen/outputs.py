@@ -78,7 +78,7 @@ def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int, hopper: boo
         weight_lines = take(lowering)
     value_lines: list[str] = []
     for entry, expr, condition in zip(light.reductions, exprs, conditions, strict=True):
-        value_lines += _value(lowering, entry, expr, condition)
+        value_lines += _value(lowering, entry, expr, condition, hopper)
     hide = [f"{n.name} = tl.where(visible, {n.name}, {_EMPTY[_kind(n)]})" for n in light.reductions]
     slots = {
         "domain": light.domain,
@@ -121,11 +121,11 @@ def _reduction(entry: Named, kind: str) -> dict[str, Any]:
     }
 
 
-def _value(lowering: Lowering, entry: Named, expr: Any, condition: Any) -> list[str]:
-    """Lines that make `name` the tile of values to reduce, before the mask hides any."""
+def _value(lowering: Lowering, entry: Named, expr: Any, condition: Any, hopper: bool) -> list[str]:
+    """Lines that make `name` the tile of values to reduce, before the mask hides any. hopper: in the scores' layout."""
     op = entry.reduction.op
     if op == "count":
-        lines = [f"{entry.name} = tl.full(qk.shape, 1, tl.int32)"]
+        lines = [f"{entry.name} = tl.full(qk.shape, 1, tl.int32{', layout=SCORES' if hopper else ''})"]
     else:
         if voc.type_of(expr) == "int":
             expr = voc.to_float(expr)

@@ -4,12 +4,17 @@ import pytest
 import torch
 
 import attncc as ac
+from attncc.codegen.crosscompile import cross_compile, kernel_names
+from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
+from attncc.codegen.problem import problem_of
 from attncc.codegen.render_outputs import render_outputs, saved_rows
 from attncc.passes.outputs import final_weight
 from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape, sample_inputs
 from attncc.runtime.shapes import bind
+from attncc.schedule.choose import choose
+from attncc.schedule.device import device_for
 from tests.codegen import machine
 from tests.codegen.test_hopper_values import OPTIONS
 
@@ -52,3 +57,17 @@ def test_values(name, output, shape):
         *(tuple(row.float() for row in rows), {"by_key_in_warps": tiles}, OPTIONS),
     )
     torch.testing.assert_close(found.double(), wanted.double(), rtol=2e-3, atol=2e-3)
+
+
+def test_every_kind_of_sum_compiles():
+    """The model knows of no layouts, and a count is a tile that no score is in."""
+    variant = ac.variants.get("causal").with_outputs(**{name: OUTPUTS[name] for name in OUTPUTS})
+    graph = ac.compile(variant).graph
+    module = load_source(render_outputs(Plan(graph), 64, hopper=True), "outputs")
+    device = device_for("h100")
+    sizes = {"b": 1, "h": 2, "h_kv": 2, "q_idx": 512, "kv_idx": 512, "d_qk": 64, "d_v": 64}
+    schedule = choose(problem_of(Plan(graph.core), sizes, "bf16", "ieee", {}), device)
+    names = tuple(name for name in kernel_names(module) if name.startswith("by_key_in_warps"))
+    assert names
+    compiled = cross_compile(module, graph, schedule, device, "bf16", only=names)
+    assert all(kernel.registers and not kernel.faults for kernel in compiled.values())
