@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -82,6 +83,7 @@ def command(
       attncc verify spec.toml spec.py:mine --device cpu --dtype fp16
       attncc verify --all --budget 5m
     """
+    start = time.monotonic()
     import torch
 
     from attncc import variants
@@ -104,10 +106,10 @@ def command(
     if not chosen or score or mask or normalizer or similarity:
         inline = resolve(None, similarity, score, mask, normalizer)
     places = tuple(range(1 if quick else len(shapes_for(where))))
-    found = Findings([*chosen, *([inline] if inline else [])], len(places), told=not json)
+    found = Findings([*chosen, *([inline] if inline else [])], len(places), start, told=not json)
     workers = workers or (_processes() if where == "cuda" else 1)
     if workers > 1 and len(chosen) > 1:
-        _beside(found, wanted, Case("", where, kind, places), workers, seconds)
+        _beside(found, wanted, Case("", where, kind, places), workers, seconds - found.elapsed)
         alone = [inline] if inline else []
     else:
         alone = found.variants
@@ -116,9 +118,9 @@ def command(
             found.add(variant, None, Done(error=OUT_OF_TIME))
         else:
             found.begin(variant, f"{kind} on {where}")
-            start = found.elapsed
+            began = found.elapsed
             rows = _rows(variant, where, kind, places)
-            found.add(variant, None, Done(rows, seconds=found.elapsed - start))
+            found.add(variant, None, Done(rows, seconds=found.elapsed - began))
     if json:
         print_json([plain(name, row) for name, rows in found.rows.items() for row in rows])
     else:

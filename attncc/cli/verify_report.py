@@ -22,17 +22,17 @@ OUT_OF_TIME = "not finished in time"
 class Findings:
     """The results of some variants as they come in, from each of `count` places (shapes) or from all at once."""
 
-    def __init__(self, variants: Sequence[Variant], count: int, *, told: bool):
-        """`told`: what is done is said on the way."""
+    def __init__(self, variants: Sequence[Variant], count: int, start: float, *, told: bool):
+        """`start`: on the monotonic clock; `told`: what is done is said on the way."""
         self.variants = list(variants)
         self.seconds = {v.name: 0.0 for v in variants}
         self._count, self._told = count, told
         self._found: dict[str, dict[int, Done]] = {v.name: {} for v in variants}
-        self._start = time.monotonic()
+        self._start = start
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the first was begun."""
+        """Seconds since the start."""
         return time.monotonic() - self._start
 
     @property

@@ -244,6 +244,10 @@ class LinearOp(Remade):
         """The plan that the cost model takes to be the fastest."""
         return choose_plan(sizes, device, self.linear.causal)
 
+    def without_state(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        """Why a call for `out` alone has no plan but the quadratic one, if that is so."""
+        return self._refusal(q, k, v, ("out",))
+
     def _refusal(self, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, ...]) -> str | None:
         """Why a call has no plan but the quadratic one, if that is so."""
         if names != ("out",):

@@ -185,9 +185,10 @@ def verify_variant(
 
     Every call is made twice and compared bit for bit, but for gradients whose sums have no fixed order. lse is checked
     where the normalizer has one, auxiliary outputs where the variant has them, and gradients where a backward can be
-    derived. A variant that is linear in time is checked by each of its plans, those with a state from token to token at
-    the shapes with as many queries as keys. A recurrence is checked at these shapes with as many keys as there are
-    queries. The tensors of the first shape are made from `seed`, those of the next from the next number.
+    derived. A variant that is linear in time is checked by each of its plans, those with a state at the shapes that
+    have one: with as many queries as keys where it is causal, and heads it has room for. A recurrence is checked at
+    these shapes with as many keys as there are queries. The tensors of the first shape are made from `seed`, those of
+    the next from the next number.
     """
     import attncc
 
@@ -213,9 +214,12 @@ def verify_variant(
     if not isinstance(op, LinearOp):
         return verified(op, chosen)
     rows = verified(op.parallel, chosen)
-    causal = op.linear.causal
-    rows += planned("chunk", [shape for shape in chosen if shape.q_len == shape.kv_len or not causal])
-    return rows + (planned("recurrent", [s for s in chosen if s.q_len == s.kv_len]) if causal else [])
+    samples = {shape: sample_inputs(variant.graph, shape, dtype, device) for shape in chosen}
+    served = [
+        shape for shape, s in samples.items() if op.without_state(s.q, s.k, value_of(variant.graph, s.k, s.v)) is None
+    ]
+    rows += planned("chunk", served)
+    return rows + (planned("recurrent", served) if op.linear.causal else [])
 
 
 class Exam:

@@ -153,6 +153,16 @@ def test_a_shape_by_itself_is_verified_as_among_others():
     assert together == [row for rows in apart for row in rows]
 
 
+def test_plans_with_a_state_are_verified_where_there_is_one():
+    """A state of degree 2 has no room for heads beyond 128: there only all pairs are verified."""
+    small, large, uneven = Shape(1, 1, 1, 9, 9, 16, 16), Shape(1, 1, 1, 9, 9, 144, 16), Shape(1, 1, 1, 5, 9, 16, 16)
+    rows = verify_variant(ac.variants.get("taylor_causal"), "cpu", torch.float32, [small, large, uneven])
+    assert all(row.ok for row in rows)
+    assert {row.shape for row in rows if "chunk" in row.check.name} == {small}
+    assert {row.shape for row in rows if "recurrent" in row.check.name} == {small}
+    assert {row.shape for row in rows} == {small, large, uneven}
+
+
 def test_samples_are_reproducible_and_sensible():
     variant = ac.Variant(
         inputs={
