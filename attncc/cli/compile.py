@@ -91,6 +91,7 @@ def command(
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
     from attncc.codegen.standalone import standalone
+    from attncc.passes.running import running_sums
     from attncc.runtime.explain import explained_device, sizes_of
     from attncc.schedule.cache import Cache
     from attncc.schedule.choose import backend_of, choose
@@ -150,6 +151,10 @@ def command(
     if _is_linear(spelled):
         err.print(
             "not in the file: the forms in linear time, for these kernels are of all pairs; ac.compile(...) has both"
+        )
+    for total in running_sums(spelled):
+        err.print(
+            f"the file takes {total.name}: {total.of}.cumsum({total.axis}), in float32, whose autograd is PyTorch's"
         )
     if plan.has_backward is not None:
         err.print(f"no backward: {plan.has_backward}")

@@ -133,8 +133,9 @@ def test_no_kernel_of_an_unusual_formula_spills_on_hopper(attncc, tmp_path, head
     assert f"a tile in {dkdv['strips']} strips of queries" in explained
 
 
-@pytest.mark.parametrize(("name", "said"), [("retention", True), ("causal", False)])
+@pytest.mark.parametrize(("name", "said"), [("simple_gla", True), ("causal", False)])
 def test_forms_that_the_file_has_not_are_said(attncc, name, said):
     result = attncc("compile", name, "--target", "sm_80", *SMALL)
     assert result.exit_code == 0
+    assert ("the file takes g_sum: g.cumsum(2)" in " ".join(result.stderr.split())) is said
     assert ("not in the file: the forms in linear time" in " ".join(result.stderr.split())) is said
