@@ -344,6 +344,32 @@ def test_what_a_plan_cannot_do_is_said():
     assert type(ac.compile("simple_gla", plan="parallel")) is ac.AttentionOp
 
 
+@pytest.mark.parametrize(("factor", "shape"), [(ac.gate, (1, 2, 37)), (ac.decay, (2,))])
+def test_what_nobody_reads_of_a_last_segment_is_not_summed(factor, shape, many_segments):
+    (q, k, v), _ = drawn("", length=37)
+    # an engine of its own, which no other test has made: the module is its
+    variant = ac.Variant(name="unread", score=factor("unread"), mask=ac.causal, normalizer=ac.identity)
+    op, inputs = ac.compile(variant, plan="chunk"), {"unread": torch.full(shape, -0.1)}
+    module = op.engine.module(16, 24, True)
+    launch, programs = module._launch, {}
+
+    def counted(kernel, grid, *rest):
+        programs.setdefault(kernel.__name__, []).append(grid)
+        launch(kernel, grid, *rest)
+
+    module._launch = counted
+    first = torch.zeros(1, 2, 16, 24, requires_grad=True)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, last = op(*leaves, **inputs, chunk_size=16, initial_state=first, output_final_state=True)
+    torch.autograd.grad([out, last], [*leaves, first], [out.detach(), last.detach()])
+    whole, programs = programs, {}
+    out = op(*leaves, **inputs, chunk_size=16)
+    torch.autograd.grad(out, leaves, out.detach())
+    blocks = whole["states_kernel"][0] // (2 * 3)
+    assert whole == {**whole, "states_kernel": [6 * blocks, 4 * blocks], "dstates_kernel": [6 * blocks]}
+    assert programs == {**programs, "states_kernel": [4 * blocks] * 2, "dstates_kernel": [4 * blocks]}
+
+
 def test_missing_and_misshapen_gates():
     (q, k, v), _ = drawn("simple_gla", length=8)
     op = ac.compile("simple_gla")
