@@ -18,7 +18,7 @@ from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, sim
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
 from attncc.codegen.slopes import SLOPE, over_raw, over_slope, same_slope
-from attncc.ir.levels import Level
+from attncc.ir.levels import Level, level
 from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.distances import INDICES, Tables
@@ -27,6 +27,8 @@ from attncc.passes.magnitudes import WEIGHT, over_weight
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
 
+#: the cotangent of a dot product, by the name that it has in a kernel
+DS = sympy.Symbol("ds", real=True)
 #: does a tile of a loop that has the cut ones first end inside the tensors?
 WHOLE = "phase == 1"
 
@@ -67,6 +69,21 @@ def _boxed(tile: MapTile) -> dict[str, Any]:
     """A map's tile as the templates load it: `at` are the places of its dimensions but the last two."""
     at = [f"_entry({index}, stride_{tile.input}_{d})" for d, index in enumerate(tile.at)]
     return {"name": tile.name, "input": tile.input, "upper": tile.input.upper(), "text": tile.text, "at": at}
+
+
+def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
+    """What the cotangent of a read with an entry a distance is in multiples of ds, where that is the same for all pairs
+    of a query, or of a key; else None."""
+    if gradient.kind != "band" or gradient.own or len(plan.parts) > 1 or plan.backward.dqk == 0:
+        return None
+    over, under = list(sympy.Mul.make_args(gradient.expr)), []
+    for factor in sympy.Mul.make_args(plan.backward.dqk):
+        if factor in over:
+            over.remove(factor)
+        else:
+            under.append(factor)
+    ratio = sympy.Mul(*over) / sympy.Mul(*under)
+    return ratio if level(ratio) != Level.PAIR else None
 
 
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
@@ -113,7 +130,7 @@ def tile_slots(
     tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     slopes = [part.own(SLOPE) for part in plan.parts]
-    leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in slopes}}
+    leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in (*slopes, DS.name)}}
     blank = blank_tile(similarity, rows_first)
     lowering = Lowering(
         plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
@@ -140,6 +157,12 @@ def tile_slots(
             settles.append(Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), tuple(moved)))
             e.dreads.append(e.weight * DP)
             e.names.append(settles[-1].tile)
+    for (part, _, _), e, gradients in zip(shown, computed, own, strict=True):
+        for gradient in gradients if hopper else ():
+            ratio = over_ds(plan, gradient)
+            if ratio is not None:
+                place = PLACE if by_tile else INDICES
+                e.dreads[e.names.index(f"{gradient.name}_tile")] = tables.apart(over_raw(part, ratio), place) * DS
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside, hopper)
@@ -284,6 +307,9 @@ def _backward_chain(
                     n: settled[name] for n, d in zip(exprs.names, dreads, strict=True) if same_slope(part, d, e)
                 }
     weight_lines = take(lowering)
+    for name, d in zip(exprs.names, dreads, strict=True):
+        if DS in d.free_symbols:  # what is a multiple of ds is 0 where that is
+            settled[name] = settled.get(DS.name)
     hide = []
     for name, expr in (*dsums.items(), *zip(exprs.names, dreads, strict=True)):
         lowering.assign(name, expr, Level.PAIR)
@@ -315,14 +341,20 @@ def saw_a_key(part: Plan) -> str:
 
 
 def dkdv_slots(
-    plan: Plan, qk_chunks: tuple[Chunk, ...], by_tile: bool, hopper: bool = False, streams: bool = False
+    plan: Plan,
+    qk_chunks: tuple[Chunk, ...],
+    by_tile: bool,
+    hopper: bool = False,
+    streams: bool = False,
+    bands: Sequence[InputGradient] = (),
 ) -> dict[str, Any]:
     """Slots of dkdv.py.j2; `by_tile`: in 16 bits, whose tiles come through descriptors, distances are taken apart by
     tile, which is exact enough there.
 
     hopper: for a kernel in which several groups of warps share a block of keys; streams: and what is read a query is
-    read by another warp."""
+    read by another warp; bands: gradients with an entry a distance that it sums."""
     wanted = [g for g in plan.gradients if g.kind == "col"] + (summed_by_key(plan) if hopper else [])
+    wanted += bands
     edges = [edge("q_idx", False), edge("kv_idx", False)]
     inside = "kv_idx < kv_len"
     slots = tile_slots(
@@ -333,7 +365,11 @@ def dkdv_slots(
         streams=streams,
         boxes=by_tile and not hopper,
     )
-    return {**slots, "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"]}
+    return {
+        **slots,
+        "bands": [],
+        "one_loop": plan.one_loop and not slots["resident_operands"] and not slots["accumulators"],
+    }
 
 
 def summed_by_key(plan: Plan) -> list[InputGradient]:

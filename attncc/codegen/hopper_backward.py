@@ -7,18 +7,19 @@ from typing import Any
 
 import sympy
 
-from attncc.codegen.backward import dkdv_slots, saw_a_key, summed_by_key
+from attncc.codegen.backward import dkdv_slots, over_ds, saw_a_key, summed_by_key
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import kernel_arguments, keyed_values, refuse, tile_slots, translated
 from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import base_leaves
-from attncc.codegen.plan import Plan
+from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.statements import free_names, in_gluon, set_names
 from attncc.errors import UnsupportedError
 from attncc.schedule.hopper import out_in_q
 from attncc.schedule.hopper_backward import (
     NARROW,
+    ROWS,
     STRIPS_BESIDE,
     holds_keys,
     queries,
@@ -77,6 +78,8 @@ def hopper_backward_slots(
     then; `places_slope`: does ds ask where queries and keys lie?
     `deals`: have programs block after block? `leaves_values`: is the slot of values left as soon as they are read,
     since dV can go by way of the keys'? `stages_beside_keys`: with how many tiles of queries have those two slots?
+    `bands`: gradients with an entry a distance, which are summed there, of `band_queries` at once; `frugal`: are
+    registers scarce, so that the warp that loads stores dK and dV, too, and where keys lie is computed at each tile?
     """
     _refuse(plan)
     if queries(d_qk, d_v, plan.facts.warps) is None:
@@ -88,23 +91,28 @@ def hopper_backward_slots(
     qk_chunks = chunks(d_qk, len(plan.parts), shared_key)
     is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
     shares = shares_keys(d_qk, d_v, plan.facts.warps)
-    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not shares)
+    bands = summed_by_distance(plan, d_qk, d_v)
+    k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not shares, bands=bands)
+    for name in ("gradients", "summed"):
+        k[name] = [g for g in k[name] if g not in bands]
     if shares and k["gradients"]:
         raise UnsupportedError(
             f"the Gluon backward for heads of {d_qk} and {d_v} has two warpgroups at the queries of a key, and "
             f"'{plan.graph.name}' sums over them",
             remedy="use backend='triton'",
         )
+    if bands:
+        k["helpers"] |= {"_by_distance"}
     chains = k.pop("chains")
     branches = _branches(plan, chains, qk_chunks) if len(chains) > 1 else []
     bounds = k["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
     place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if shares else [])]
-    wanted = tuple(f"WANT_{g.name.upper()}" for g in k["gradients"])
+    wanted = tuple(f"WANT_{g.name.upper()}" for g in (*k["gradients"], *bands))
     pointers = [
         "KEY_SUMS_PTR",
         "ADDED_PTR",
-        *(f"{g.name.upper()}_PTR" for g in k["gradients"]),
+        *(f"{g.name.upper()}_PTR" for g in (*k["gradients"], *bands)),
     ]
     show = [line for chain in chains for line in chain["show"]]
     own, unmasked, hide = [], [], []
@@ -126,7 +134,7 @@ def hopper_backward_slots(
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
     slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
     alike = plan.masks == (sympy.true,)
-    dealt = deals and not (is_wide or strips or branches)
+    dealt = deals and not (is_wide or strips or branches or bands)
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,
@@ -140,7 +148,8 @@ def hopper_backward_slots(
         asked_lines=[in_gluon(line) for line in asked.lines],
         wants_q_idx=wants_q_idx,
         wants_kv_idx="kv_idx" in free_names(unmasked) or bool(hide),
-        keeps_kv_idx=not strips or "kv_idx" in around or bool(k["gradients"]),
+        keeps_kv_idx=not (strips or bands) or "kv_idx" in around or bool(k["gradients"]),
+        keeps_kv_in_tile=not bands or "kv_in_tile" in around,
         strips=strips,
         halvings=strips.bit_length() - 1,
         late=strips > STRIPS_BESIDE,
@@ -155,7 +164,10 @@ def hopper_backward_slots(
         claims=not is_wide and not third,
         rotates=not is_wide and not third and alike,
         alike=alike,
-        held=not strips and holds_keys(d_qk, d_v, plan.facts.warps),
+        bands=bands,
+        band_queries=ROWS // max(strips, 1),
+        frugal=bool(strips or bands),
+        held=not (strips or bands) and holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
         deals=dealt,
@@ -194,6 +206,17 @@ def finish_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         "claims": not summed_apart(d_qk, d_v, plan.facts.warps),
         "queries": queries(d_qk, d_v, plan.facts.warps),
     }
+
+
+def summed_by_distance(plan: Plan, d_qk: int, d_v: int) -> list[InputGradient]:
+    """Gradients with an entry a distance between query and key, as a relative bias has, that the kernel adds up, in any
+    order, where it sums dQ so: whole tiles of ds are there anyway."""
+    return [] if wide(d_qk, d_v) else by_distance(plan)
+
+
+def by_distance(plan: Plan) -> list[InputGradient]:
+    """The gradients with an entry a distance for which ds is all that is needed."""
+    return [g for g in plan.gradients if over_ds(plan, g) is not None]
 
 
 def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:

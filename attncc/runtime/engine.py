@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attncc.codegen.facts import Facts
+from attncc.codegen.hopper_backward import by_distance
 from attncc.codegen.launch import in_fixed_order, kernel_of, schedule_meta
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
@@ -112,9 +113,11 @@ class Engine:
 
     def free_sums(self) -> frozenset[str]:
         """The gradients whose sums have no fixed order in the backwards prepared so far: programs of Gluon's add to
-        dQ."""
+        dQ, and to what has an entry a distance."""
         metas = [p.meta["dkdv"] for p in self._prepared.values()]
-        return frozenset(("dq",) if any(meta.get("SUM_DQ") and not meta["ORDERED"] for meta in metas) else ())
+        if not any(meta.get("SUM_DQ") and not meta["ORDERED"] for meta in metas):
+            return frozenset()
+        return frozenset(("dq", *(f"d{g.read.input}" for g in by_distance(self.plan))))
 
     def prepare(self, call: Operands) -> Prepared:
         """The module, schedule and options for calls like this one."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from attncc.codegen.components import slope
-from attncc.codegen.hopper_backward import by_row, takes_turns
+from attncc.codegen.hopper_backward import by_row, summed_by_distance, takes_turns
 from attncc.codegen.plan import Plan
 from attncc.codegen.problem import problem_of
 from attncc.codegen.similarity import SimilaritySlots
@@ -106,6 +106,8 @@ def facts(
     problem = with_known_spills(problem_of(plan, sizes, dtype, precision, numbers), device, cache)
     given = schedule is not None
     schedule = schedule or choose(problem, device, cache, backend)
+    in_gluon = schedule.dkdv.backend == "gluon" and plan.has_backward is None
+    bands = summed_by_distance(plan, sizes["d_qk"], sizes["d_v"]) if in_gluon else []
     return {
         "name": graph.name,
         "digest": graph.digest,
@@ -127,9 +129,10 @@ def facts(
             kernel: _kernel(kernel, _tiling(schedule, kernel, problem, device), problem, device, shown, backend, given)
             for kernel in kernels_of(plan)
         },
-        "dq_apart": by_row(plan) if schedule.dkdv.backend == "gluon" and plan.has_backward is None else None,
+        "dq_apart": by_row(plan) if in_gluon else None,
         "dq_in_turn": takes_turns(plan, sizes["d_qk"], sizes["d_v"]),
-        "dealt": schedule.dkdv.backend == "gluon" and deals(schedule.dkdv, problem),
+        "dealt": schedule.dkdv.backend == "gluon" and not bands and deals(schedule.dkdv, problem),
+        "by_distance": [str(g.read.input) for g in bands],
         "dq_of_rows": schedule.dkdv.backend == "gluon" and wide(sizes["d_qk"], sizes["d_v"]),
     }
 

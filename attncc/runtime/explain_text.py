@@ -47,7 +47,8 @@ def text_of(found: Mapping[str, Any]) -> str:
             reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
             apart = f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
             dealt = "; a program has block after block of keys in that order" if found["dealt"] else ""
-            parts.append(f"dkdv sums dQ in a free order{dealt}{turns}{apart}")
+            sums = " and ".join(["dQ", *(f"the gradient of {name}" for name in found["by_distance"])])
+            parts.append(f"dkdv sums {sums} in a free order{dealt}{turns}{apart}")
     parts.append(
         f"the schedule is {origin}: the lines with ->\n"
         "times are predicted, in us: of all, then of each unit, where * limits; registers are estimated "

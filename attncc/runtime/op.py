@@ -175,7 +175,7 @@ class AttentionOp(Remade):
 
     def free_sums(self) -> frozenset[str]:
         """The gradients that backwards so far summed in no fixed order, so that a repeated call may give other bits:
-        "dq" or none."""
+        "dq" and those with an entry a distance, or none."""
         return self.engine.free_sums()
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:

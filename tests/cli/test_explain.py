@@ -183,3 +183,5 @@ def test_heads_of_a_group_that_have_programs_of_their_own_add_up_in_turns(nothin
     turns = "; its programs take turns where the order must be fixed"
     assert f"dkdv sums dQ in a free order{turns}" in shared
     assert f"dkdv sums dQ in a free order; a program has block after block of keys in that order{turns}" in apart
+    biased = attncc("explain", "relative_bias", *grouped, "28").stdout
+    assert "dkdv sums dQ and the gradient of table in a free order" in biased

@@ -62,8 +62,16 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.memory[at[shown]] = value[shown]
 
 
-def _atomic(change: Callable[..., Any]) -> Callable[..., Block]:
-    """An atomic operation: `change` makes what is stored from what was there and the operation's arguments."""
+def _add(pointer: Pointer, value: Any, mask: Any = None) -> None:
+    """What several elements add to one place adds up."""
+    at, shown = pointer.places(mask)
+    value = torch.as_tensor(plain(value)).to(pointer.memory.dtype).broadcast_to(at.shape)
+    pointer.memory.index_put_((at[shown],), value[shown], accumulate=True)
+
+
+def _atomic(change: Callable[..., Any], put: Callable[..., None] | None = None) -> Callable[..., Block]:
+    """An atomic operation: `change` makes what is stored from what was there and the operation's arguments; or `put`
+    does with them what has no need of that."""
 
     def atomic(pointer: Pointer, *args: Any, mask: Any = None, sem: str = "relaxed") -> Block:
         program = current()
@@ -77,7 +85,10 @@ def _atomic(change: Callable[..., Any]) -> Callable[..., Block]:
         if sem == "relaxed":  # as who deals blocks asks
             program.change()
         before = _load(pointer, mask)
-        _store(pointer, change(before, *args), mask)
+        if put is None:
+            _store(pointer, change(before, *args), mask)
+        else:
+            put(pointer, *args, mask=mask)
         return before
 
     return atomic
@@ -251,8 +262,9 @@ def _language() -> ModuleType:
     gl.sum = lambda x, axis: Block(plain(x).sum(axis, dtype=plain(x).dtype))
     gl.max = lambda x, axis: Block(plain(x).amax(axis))
     gl.min = lambda x, axis: Block(plain(x).amin(axis))
+    gl.gather = lambda x, index, axis: Block(torch.gather(x.v, axis, index.v.to(torch.int64)))
     gl.load, gl.store, gl.inline_asm_elementwise = _load, _store, _assembly
-    gl.atomic_add = _atomic(lambda before, value: before + value)
+    gl.atomic_add = _atomic(lambda before, value: before + value, _add)
     gl.atomic_xchg = _atomic(lambda before, value: value)
     gl.atomic_cas = _atomic(lambda before, expected, value: value if int(before) == expected else before)
     for name in ("maximum", "minimum", "where", "exp2", "log", "log2", "abs", "sqrt", "rsqrt", "floor", "sin", "cos"):
@@ -264,8 +276,9 @@ def _language() -> ModuleType:
     gl.warp_specialize = lambda functions, warps, registers: current().specialize(functions)
     gl.thread_barrier = lambda: None
     gl.NVMMASharedLayout = SimpleNamespace(get_default_for=lambda shape, kind: "tiles")
-    for name in ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout"):
-        setattr(gl, name, lambda *args: None)
+    layouts = "NVMMADistributed", "DistributedLinear", "Slice", "DotOperand", "Blocked", "SwizzledShared"
+    for name in layouts:
+        setattr(gl, f"{name}Layout", lambda *args: None)
     return gl  # type: ignore[no-any-return]
 
 

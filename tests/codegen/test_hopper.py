@@ -153,6 +153,19 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     assert kernel.ptx.count("wgmma.mma_async") == 2 * (2 * qk // 16 + v // 16 + keys * (chunks_qk + chunks_v)) + dq
 
 
+@pytest.mark.parametrize("name", ["relative_bias", "t5_bias"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_sums_by_distance_spill_nothing_and_add_four_blocks_of_eight_queries_at_once(name, d):
+    sized = replace(problem(), d_qk=d, d_v=d)
+    kernel = backward_compiled(name, hopper.tilings("dkdv", sized, H100)[0], d, d, "bf16")["dkdv_kernel"]
+    assert kernel.spills == 0
+    assert not kernel.faults
+    # ten blocks of each warpgroup's tile, along its diagonals: each is rotated in two exchanges, and added up in two
+    assert len(re.findall(r"(?:atom|red)\.global\.gpu\.relaxed\.add\.f32", kernel.ptx)) == 2 * 3
+    assert kernel.ptx.count("shfl.sync.idx") >= 2 * 10 * 2
+    assert kernel.ptx.count("shfl.sync.bfly") == 2 * 10 * 2
+
+
 @pytest.mark.parametrize(
     ("name", "dims"),
     [("causal", (128, 128)), ("full", (80, 128)), ("document", (128, 80)), ("causal", (64, 64)), ("softcap", (96, 96))],

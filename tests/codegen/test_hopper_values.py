@@ -236,6 +236,8 @@ def test_the_model_notices_what_is_left_out_of_branches(before, after):
         ("qk_temperature", GROUPED, 4),
         ("parallel_context", GROUPED, 2),
         ("t5_bias", GROUPED, 2),
+        ("relative_bias", Shape(1, 1, 1, 100, 130, 96, 96), 4),
+        ("relative_bias", Shape(1, 1, 1, 100, 70, 128, 64), 8),
         ("bam", STRIDED, 4),
         ("sigmoid", Shape(1, 1, 1, 150, 130, 128, 64), 8),
     ],
@@ -281,6 +283,55 @@ def test_dq_in_a_fixed_order_and_the_gradients_of_rows(name):
     wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
     assert not run.failures(run.backward(wanted, sums=False))
     assert not run.failures(run.backward(wanted))
+
+
+#: a bias by distance of pairs that a mask cuts, beside a product with what a query has
+CUT_BIAS = ac.Variant(
+    name="cut_bias",
+    score=lambda score, table, h, q_idx, kv_idx, q_len: score / (2 + q_idx % 3) + table[h, kv_idx - q_idx + q_len - 1],
+    mask=ac.causal & ac.sliding_window(90),
+    inputs={"table": ac.Input("h", "distance", grad=True)},
+)
+OWN[CUT_BIAS.name] = CUT_BIAS
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options"),
+    [
+        ("relative_bias", Shape(2, 2, 1, 150, 130, 128, 64), {}),  # keys past the end have a distance, too
+        ("t5_bias", Shape(1, 4, 2, 130, 200, 128, 128), {"splits": 2}),
+        ("relative_bias", Shape(1, 1, 1, 200, 70, 64, 64), {}),  # a warpgroup has dQ
+        ("cut_bias", Shape(1, 2, 2, 300, 280, 128, 80), {}),
+        ("cut_bias", Shape(1, 1, 1, 70, 400, 64, 64), {}),  # keys that nobody sees
+        ("relative_bias", Shape(1, 2, 1, 100, 90, 128, 64), {"sums": False}),  # in a fixed order, by its own kernel
+    ],
+)
+def test_what_has_an_entry_a_distance_is_summed_with_dk_and_dv(name, shape, options):
+    run = Run(name, shape)
+    launches = []
+    launch = run.module._launch
+    run.module._launch = lambda kernel, *rest: (launches.append(kernel.__name__), launch(kernel, *rest))
+    assert not run.failures(run.backward(("table",), **options))
+    assert ("dtable_0_kernel" in launches) == ("sums" in options)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (" | (block_lo + BLOCK_N > kv_len)", ""),
+        ("gl.where(ahead, ", "gl.where(key >= 0, "),
+        ("far[i + 1]", "far[i]"),
+        ("row + 8 - 8 * which", "row + 8 + 8 * which"),
+    ],
+)
+def test_the_model_notices_what_goes_wrong_by_distance(before, after):
+    assert before in source("t5_bias", 128, 64)
+    run = Run("t5_bias", Shape(1, 2, 1, 150, 130, 128, 64), lambda text: text.replace(before, after))
+    try:
+        noticed = run.failures(run.backward(("table",)))
+    except machine.MachineError:
+        return
+    assert [f.name for f in noticed] == ["dtable"]
 
 
 @pytest.mark.parametrize(

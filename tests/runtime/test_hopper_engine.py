@@ -117,6 +117,18 @@ def test_so_have_gradients_of_what_a_row_reads(monkeypatch):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
+def test_the_gradient_of_a_bias_by_distance_has_a_kernel_where_the_order_of_sums_is_fixed(monkeypatch, deterministic):
+    op = ac.compile("relative_bias", plan="parallel", backend="gluon", deterministic=deterministic)
+    table, qkv = torch.rand(4, 511, requires_grad=True), tensors(d=128)
+    jobs = launched(monkeypatch, op, qkv, table=table)
+    assert ("dtable_0_kernel" in names(jobs)) == deterministic
+    assert dict(zip(names(jobs), jobs, strict=True))["dkdv_kernel"][2]["WANT_DTABLE_0"] != deterministic
+    op.engine.prepare(Operands(bind(op.engine.graph, *qkv, None, {"table": table}), *qkv))
+    assert op.free_sums() == (set() if deterministic else {"dq", "dtable"})
+    assert "dtable_0_kernel" not in names(launched(monkeypatch, op, qkv, table=table.detach()))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_what_the_host_hands_over_compiles(monkeypatch, deterministic):
     op = ac.compile("causal", plan="parallel", backend="gluon", deterministic=deterministic)
     jobs = launched(monkeypatch, op, tensors(250, 96))
