@@ -89,6 +89,8 @@ def test_branches_that_fill_no_tiles_are_refused():
         ("sigmoid", KernelSchedule(128, 128, 8, 3, "gluon"), (96, 80), "bf16"),
         ("document", KernelSchedule(128, 64, 8, 2, "gluon"), (64, 128), "fp16"),
         ("full", KernelSchedule(192, 128, 12, 2, "gluon"), (64, 64), "bf16"),
+        ("full", KernelSchedule(192, 128, 12, 3, "gluon"), (64, 64), "bf16"),
+        ("causal", KernelSchedule(192, 128, 12, 3, "gluon"), (64, 64), "fp16"),
         ("alibi", KernelSchedule(128, 128, 8, 2, "gluon"), (128, 128), "bf16"),
     ],
 )

@@ -56,6 +56,13 @@ def test_heads_of_a_group_go_to_programs_of_their_own_where_that_is_worth_its_su
     assert choose(few_queries, MEASURED, backend="gluon").dkdv.splits == 0
 
 
+def test_three_warpgroups_have_three_tiles_of_keys_under_way():
+    narrow = problem(d_qk=64, length=8192, live=full_live)
+    chosen = choose(narrow, MEASURED, backend="gluon").forward
+    assert (chosen.block_m, chosen.num_stages) == (192, 3)
+    assert choose(problem(length=8192), MEASURED, backend="gluon").forward.num_stages == 2
+
+
 def test_a_shipped_schedule_keeps_what_is_in_its_backend():
     row = read_table(path("schedules") / "tuned" / "h100" / "d128.json")[0]["match"]
     known = problem(row["dtype"], row["d_qk"], digest=row["digest"])
