@@ -1,0 +1,59 @@
+"""A program of the Hopper forward takes block after block of queries: on the model of the machine, with two warpgroups
+and with three, which have the next block's queries while those of this one are in use."""
+
+import pytest
+import torch
+
+from attncc.runtime.reference import reference
+from attncc.runtime.samples import Shape
+from attncc.runtime.verify import check, eager
+from tests.codegen import machine
+from tests.codegen.test_hopper_values import Run, source
+
+MANY = Shape(1, 4, 2, 400, 450, 64, 64)
+
+
+def is_right(run):
+    """Is the output what the reference gives?"""
+    run.dout = torch.zeros_like(run.out)
+    exact, plain = run.expected(reference, torch.float64)[0], run.expected(eager, torch.float16)[0]
+    return check("out", run.out, exact, plain).ok
+
+
+@pytest.mark.parametrize("rows", [128, 192])
+@pytest.mark.parametrize(
+    "name", ["causal", "full", "sliding_window", "alibi", "document", "sigmoid", "cog", "sink", "two_full"]
+)
+def test_values(name, rows):
+    assert is_right(Run(name, MANY, rows=rows))
+
+
+def test_rows_before_the_first_key():
+    assert is_right(Run("causal", Shape(1, 3, 3, 600, 150, 64, 64), rows=192))
+
+
+#: a program with many blocks, of several tiles of keys each, and one whose blocks have one, so that the next come soon
+LONG, SHORT = Shape(1, 12, 12, 400, 450, 64, 64), Shape(1, 12, 12, 400, 60, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "before", "after"),
+    [
+        # a slot of queries is left by all warpgroups before it is filled again
+        ("full", SHORT, "mbarrier.wait(q_empty.index(slot // LEAVERS), (blocks // Q_STAGES + 1) & 1)", "pass"),
+        ("full", SHORT, "q_empty = _barriers(Q_STAGES * CONSUMERS // LEAVERS, LEAVERS)", "q_empty = _barriers(2, 1)"),
+        # so is the word of the next block, which is waited for
+        ("causal", LONG, "mbarrier.wait(turn_full.index(blocks % 2), blocks // 2 & 1)", "pass"),
+        ("full", SHORT, "mbarrier.wait(turn_empty.index(blocks % 2), (blocks // 2 + 1) & 1)", "pass"),
+        # the mask is there from the first tile that it cuts on
+        ("causal", LONG, "i >= full_tiles)", "i > full_tiles)"),
+        ("causal", LONG, ", full_tiles <= 0)", ", False)"),
+    ],
+)
+def test_the_model_notices_what_is_left_out(name, shape, before, after):
+    assert before in source(name, 64, 64)
+    try:
+        noticed = not is_right(Run(name, shape, lambda text: text.replace(before, after), 192))
+    except machine.MachineError:
+        return
+    assert noticed
