@@ -77,6 +77,7 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fal
     quick = quick and len({bool(chain["raises"][0][2]) for chain in chains}) == 1
     own = [_branch_slots(chain, keyed, quick) for chain in chains]
     light = all(_is_light(part, chain) for part, chain in zip(plan.parts, chains, strict=True))
+    seldom = all(_rescales_seldom(part, chain, d_v) for part, chain in zip(plan.parts, chains, strict=True))
     slots = {**{key: translated(value) for key, value in f.items()}, **own[0]}
     for part, branch in zip(plan.parts, own, strict=True):
         branch["chunks"] = tuple(c for c in qk_chunks if c.branch == part.branch)
@@ -95,7 +96,8 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fal
         shared_limit=hopper.TILE_BYTES,
         holds_q=light or (quick and not any(chain["by_tile"] for chain in chains) and not _by_pair(plan)),
         uneven=plan.masks != (sympy.true,),
-        seldom=all(_rescales_seldom(part, chain, d_v) for part, chain in zip(plan.parts, chains, strict=True)),
+        seldom=seldom,
+        awaits_late=seldom and (_is_wide(d_v) or not any(chain["sign_lines"] for chain in chains)),
         quick=quick,
     )
     slots["whole_first"] = _has_whole_tiles_first(slots)
@@ -275,8 +277,18 @@ def _of_head(outer: list[str]) -> set[str]:
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
     """Is the accumulator so wide beside a tile's weights that it is worth a branch to rescale it, and may it be?"""
     plain = _is_light(plan, f) and f["score"] == plan.own("qk")
-    wide = sum(c.width for c in chunks(d_v)) >= (_WIDE_OF_PLAIN if plain else _WIDE_OUTPUT)
-    return wide and f["vanishes"] and bool(f["sums"]) and any_shift_serves(plan.online, [e for _, e in plan.stored])
+    return (
+        _is_wide(d_v, _WIDE_OF_PLAIN if plain else _WIDE_OUTPUT)
+        and f["vanishes"]
+        and bool(f["sums"])
+        and any_shift_serves(plan.online, [e for _, e in plan.stored])
+    )
+
+
+def _is_wide(d_v: int, least: int = _WIDE_OUTPUT) -> bool:
+    """Has an accumulator `least` columns? From _WIDE_OUTPUT on it is also best awaited behind a tile's exponentials, as
+    at 128 where scores are q k; but not there where weights have signs (cog took 1.03 of the time)."""
+    return sum(c.width for c in chunks(d_v)) >= least
 
 
 def kernel_arguments(
