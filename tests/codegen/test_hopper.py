@@ -88,6 +88,8 @@ def test_branches_that_fill_no_tiles_are_refused():
         ("sink", KernelSchedule(128, 128, 8, 2, "gluon"), (192, 128), "bf16"),
         ("sigmoid", KernelSchedule(128, 128, 8, 3, "gluon"), (96, 80), "bf16"),
         ("document", KernelSchedule(128, 64, 8, 2, "gluon"), (64, 128), "fp16"),
+        ("causal", KernelSchedule(128, 128, 8, 2, "gluon"), (96, 96), "bf16"),
+        ("sink", KernelSchedule(128, 128, 8, 2, "gluon"), (96, 96), "bf16"),
         ("full", KernelSchedule(192, 128, 12, 2, "gluon"), (64, 64), "bf16"),
         ("full", KernelSchedule(192, 128, 12, 3, "gluon"), (64, 64), "bf16"),
         ("causal", KernelSchedule(192, 128, 12, 3, "gluon"), (64, 64), "fp16"),

@@ -28,6 +28,11 @@ def test_values(name, rows):
     assert is_right(Run(name, MANY, rows=rows))
 
 
+@pytest.mark.parametrize("name", ["causal", "sink"])
+def test_columns_of_two_widths(name):
+    assert is_right(Run(name, Shape(1, 4, 2, 400, 450, 96, 96)))
+
+
 def test_rows_before_the_first_key():
     assert is_right(Run("causal", Shape(1, 3, 3, 600, 150, 64, 64), rows=192))
 
