@@ -192,7 +192,7 @@ def rank_two(score, h, rate, q_idx, kv_idx):
 @pytest.mark.parametrize("mask", [ac.causal(align="start"), None], ids=["causal", "every key"])
 def test_a_sum_of_terms_that_is_one_product(mask):
     plan = linearize(variant("identity", score=rank_one, mask=mask, inputs=HEAD).graph)
-    place = "kv_idx" if mask else "q_idx"
+    place = "q_idx" if mask is None else "kv_idx"
     found = {formula(e) for e in (plan.constant * plan.row, plan.col)}
     assert found in (
         {f"-scale*({place} - 2)", "kv_idx*rate[h] + 1"},
