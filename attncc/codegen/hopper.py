@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import triton
 
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import chunks
@@ -26,6 +27,8 @@ _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
 #: columns of an accumulator from which on to rescale it in a branch pays, and the same where a score is q k as it is:
 #: at 256 an H200 takes a tenth less time for all of a tile, at 128 up to a twentieth; ALiBi took a fiftieth more there
 _WIDE_OUTPUT, _WIDE_OF_PLAIN = 192, 128
+#: the release of Triton that compiles what is generated
+_TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
 def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False) -> dict[str, Any]:
@@ -107,7 +110,10 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fal
 def _has_whole_tiles_first(f: dict[str, Any]) -> bool:
     """Do the tiles that a mask leaves whole come first? Nothing runs beside the first one, so that a mask is waited for
     there. But scores that read distances grow towards the diagonal: from the far end their maximum moves with every
-    tile. Stages that are no softmax's of a tile's scores, and several branches, were not measured."""
+    tile. Stages that are no softmax's of a tile's scores, and several branches, were not measured. And Triton 3.9 takes
+    more registers for it: causal attention spilled 120 bytes at D=128, softcap 168, which have 8 in the other order."""
+    if _TRITON >= (3, 9):
+        return False
     return f["quick"] and not (f["by_tile"] or f["keyed"] or f["maps"] or f["branches"])
 
 

@@ -4,11 +4,14 @@ and with three, which have the next block's queries while those of this one are 
 import pytest
 import torch
 
+from attncc.codegen import hopper
+from attncc.codegen.plan import Plan
+from attncc.codegen.render import render
 from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape
 from attncc.runtime.verify import check, eager
 from tests.codegen import machine
-from tests.codegen.test_hopper_values import Run, source
+from tests.codegen.test_hopper_values import Run, source, variant
 
 MANY = Shape(1, 4, 2, 400, 450, 64, 64)
 
@@ -62,3 +65,10 @@ def test_the_model_notices_what_is_left_out(name, shape, before, after):
     except machine.MachineError:
         return
     assert noticed
+
+
+@pytest.mark.parametrize(("release", "first"), [((3, 6), True), ((3, 8), True), ((3, 9), False)])
+def test_whole_tiles_come_first_where_that_spills_nothing(monkeypatch, release, first):
+    monkeypatch.setattr(hopper, "_TRITON", release)
+    text = render(Plan(variant("causal").graph), 128, 128, False, forward_in="gluon")
+    assert ("i >= full_tiles)" in text, "i < mixed_tiles)" in text) == (first, not first)
