@@ -73,7 +73,8 @@ def _boxed(tile: MapTile) -> dict[str, Any]:
 
 def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
     """What the cotangent of a read with an entry a distance is in multiples of ds, where that is the same for all pairs
-    of a query, or of a key; else None."""
+    of a query, or of a key; else None. Nothing is a multiple of what may be 0: where ds has a factor that the cotangent
+    lacks, as a head's temperature, it is 0 with it."""
     if gradient.kind != "band" or gradient.own or len(plan.parts) > 1 or plan.backward.dqk == 0:
         return None
     over, under = list(sympy.Mul.make_args(gradient.expr)), []
@@ -83,7 +84,7 @@ def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
         else:
             under.append(factor)
     ratio = sympy.Mul(*over) / sympy.Mul(*under)
-    return ratio if level(ratio) != Level.PAIR else None
+    return ratio if all(f.is_number for f in under) and level(ratio) != Level.PAIR else None
 
 
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:

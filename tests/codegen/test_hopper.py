@@ -13,6 +13,7 @@ import pytest
 
 import attncc as ac
 from attncc.codegen.crosscompile import cross_compile
+from attncc.codegen.hopper_backward import by_distance
 from attncc.codegen.module import load_source
 from attncc.codegen.plan import Plan
 from attncc.codegen.render import render
@@ -371,3 +372,14 @@ def test_entries_of_a_table_are_loaded_one_by_one():
     kernel = compiled("relative_bias", KernelSchedule(128, 64, 8, 2, "gluon"))
     assert "ld.global.b32" in kernel.ptx
     assert "ld.global.v" not in kernel.ptx
+
+
+@pytest.mark.parametrize(("score", "summed"), [("2 * score", True), ("score * temperature[h]", False)])
+def test_a_table_is_summed_with_dk_where_its_cotangent_is_a_multiple_of_ds_that_is_never_0(score, summed):
+    """ds has the temperature as a factor, and is 0 with it; the table's cotangent is not."""
+    variant = ac.loads_toml(
+        f'[stages]\nscore = "{score} + bias[h, q_idx - kv_idx]"\n'
+        '[inputs]\nbias = { index = ["h", "dist"], grad = true }\n'
+        + ('temperature = { index = ["h"] }\n' if "temperature" in score else "")
+    )
+    assert bool(by_distance(Plan(variant.graph))) == summed
