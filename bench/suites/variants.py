@@ -7,6 +7,7 @@ plan takes, and which unit of the GPU limits each kernel by the cost model.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -75,6 +76,8 @@ def inputs(variant: ac.Variant, shape: Shape, device: str) -> Tensors:
             made[decl.name] = torch.randn(shared, **random, dtype=shape.dtype)
         else:
             made[decl.name] = torch.rand(size, **random) + 0.5  # positive: temperatures are among them
+        if "d" in decl.pattern and "b" not in decl.pattern:  # a layer's weights, as small as models have them
+            made[decl.name] /= math.sqrt(shape.d)
     return made
 
 
