@@ -6,9 +6,12 @@ place, and the piece of work alone has failed.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +55,19 @@ def side_by_side(
     return results
 
 
+def _end_with_parent() -> None:
+    """End this process, and what it has started, when whoever started it ends, be that by a signal in the middle of a
+    piece: what nobody waits for would still keep cores and the GPU busy."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+
 def _serve(connection: Connection) -> None:
     """In a process of its own: do what comes until nothing does, or CUDA has failed."""
+    os.setpgid(0, 0)  # with the assemblers and compilers that it starts, which end with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read when torch is imported, with the first piece of work
     while True:
         try:
@@ -99,8 +113,10 @@ class _Worker:
         return done
 
     def stop(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, whatever it does, and what it has started."""
         self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it had not come so far as to have a group, or has ended
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
         self.connection.close()
 

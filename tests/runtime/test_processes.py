@@ -1,5 +1,9 @@
 import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,11 @@ def work(what):
     if what == "die":
         os._exit(3)
     if what == "sleep":
+        time.sleep(600)
+    if isinstance(what, Path):  # with a process of its own
+        child = subprocess.Popen(["sleep", "600"])
+        what.with_suffix(".new").write_text(f"{os.getpid()} {child.pid}")
+        what.with_suffix(".new").rename(what)
         time.sleep(600)
     return what, os.getpid()
 
@@ -47,3 +56,48 @@ def test_results_are_told_as_they_come():
 
 def test_nothing_to_do():
     assert side_by_side(work, [], workers=3) == []
+
+
+def gone(pid):
+    """Has a process ended? One that nobody asks for its result is a zombie at most."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def all_gone(told):
+    pids = told.read_text().split()
+    end = time.monotonic() + 20
+    while time.monotonic() < end and not all(map(gone, pids)):
+        time.sleep(0.1)
+    return all(map(gone, pids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_what_is_given_up_ends_with_all_that_it_started(tmp_path):
+    told = tmp_path / "pids"
+    (late,) = side_by_side(work, [told], workers=1, seconds=15)
+    assert late.error == "not finished in time"
+    assert all_gone(told)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_no_worker_outlives_who_is_killed(tmp_path):
+    told = tmp_path / "pids"
+    text = f"""
+from pathlib import Path
+from attncc.runtime.processes import side_by_side
+from tests.runtime.test_processes import work
+if __name__ == "__main__":
+    side_by_side(work, [Path({str(told)!r})], workers=1)
+"""
+    script = tmp_path / "main.py"
+    script.write_text(text)
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    end = time.monotonic() + 60
+    while not told.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    parent.send_signal(signal.SIGTERM)
+    parent.wait()
+    assert all_gone(told)
