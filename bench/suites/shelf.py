@@ -1,7 +1,8 @@
 """Variants that other tools say in several calls, or only in plain PyTorch: differential attention, MLA, and four
 normalizers of which `torch.compile` holds whole maps.
 
-Each is compiled and checked ahead, side by side with its peers, and then timed alone. The peer in plain PyTorch runs at
+Each is compiled and checked ahead, side by side with its peers, and then timed alone; the peers of an absorbed call in
+processes of their own, so that one which fails late costs no more than itself. The peer in plain PyTorch runs at
 fewer heads, for it takes several M x N tensors a head; its bytes, and ours, are the peak of one forward and backward.
 """
 
@@ -70,6 +71,8 @@ ENTRIES = {
     ),
     **{name: Entry(variants.case(name), LONG, plain=True) for name in plain.WEIGHTS},
 }
+#: the peers of an absorbed call
+ABSORBED_PEERS = ("flex", "torch.compile")
 #: decoding with absorbed projections: sequences, keys of each
 CACHES = ((8, 8192), (64, 4096), (1, 65536))
 ABSORBED = replace(variants.case("mla"), name="absorbed MLA", area=area.full)
@@ -155,12 +158,11 @@ def trained(run: Run, results: Results, name: str, errors: dict[str, float]) -> 
     return rows
 
 
-def beside(shape: Shape, q: torch.Tensor, k: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """The peers of an absorbed call."""
-    return {
-        "flex": partial(flex(FULL, shape, {}), q, k, k[..., : shape.dv]),
-        "torch.compile": partial(plain.latent(shape), q, k),
-    }
+def beside(name: str, shape: Shape, q: torch.Tensor, k: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A peer of an absorbed call."""
+    if name == "flex":
+        return partial(flex(FULL, shape, {}), q, k, k[..., : shape.dv])
+    return partial(plain.latent(shape), q, k)
 
 
 def decoded(results: Results, cache: tuple[int, int], broken: dict[str, Any]) -> dict[str, Any]:
@@ -178,10 +180,10 @@ def decoded(results: Results, cache: tuple[int, int], broken: dict[str, Any]) ->
     if not found.ok:
         raise CheckFailedError(f"against the float64 reference: {found}")
     errors = {"reference": relative_rms(out[one], exact)}
-    for name, call in beside(shape, q, k).items():
+    for name in ABSORBED_PEERS:
         if name not in broken:
-            errors[name] = relative_rms(out, call())
-            calls[name] = call
+            calls[name] = beside(name, shape, q, k)
+            errors[name] = relative_rms(out, calls[name]())
     require({name: e for name, e in errors.items() if name != "reference"}, PEER_TOLERANCE, "a peer")
     moved = shape.b * shape.n * shape.d * shape.dtype.itemsize
     entries: dict[str, Any] = {
@@ -195,25 +197,19 @@ def decoded(results: Results, cache: tuple[int, int], broken: dict[str, Any]) ->
     return results.add(case=ABSORBED.name, **shape.row(), mode="decode", **row)
 
 
-def decoded_ahead(cache: tuple[int, int]) -> dict[str, Any]:
-    """In another process: compile an absorbed call and its peers into the caches. Why the broken peers are broken."""
+def decoded_ahead(cache: tuple[int, int], name: str) -> None:
+    """In another process: compile an absorbed call into the caches, ours or a peer's."""
     shape = absorbed(*cache)
     q, k = (x.detach() for x in shape.tensors())
-    op: Any = ac.compile(ABSORBED.variant)
-    op(q, k)
-    broken = {}
-    for name, call in beside(shape, q, k).items():
-        try:
-            call()
-        except Exception as failure:
-            broken[name] = {"error": f"{type(failure).__name__}: {str(failure)[:200]}"}
-    return broken
+    with torch.no_grad():
+        call = partial(ac.compile(ABSORBED.variant), q, k) if name == "attncc" else beside(name, shape, q, k)
+        call()
 
 
-def work(piece: tuple[str, Any]) -> Any:
+def work(piece: tuple[Any, ...]) -> Any:
     """What a process ahead does: one of the two kinds."""
-    kind, argument = piece
-    return prepared(argument) if kind == "trained" else decoded_ahead(argument)
+    kind, *arguments = piece
+    return prepared(*arguments) if kind == "trained" else decoded_ahead(*arguments)
 
 
 def suite(run: Run) -> None:
@@ -221,27 +217,34 @@ def suite(run: Run) -> None:
     results = run.results("shelf")
     names = run.take(list(ENTRIES), quick=1)
     caches = run.take(list(CACHES), quick=1)
-    pieces = [*(("trained", name) for name in names), *(("decoded", cache) for cache in caches)]
-    ready = run.ahead(work, pieces)
+    pieces = [
+        *(("decoded", cache, "attncc") for cache in caches),
+        *(("trained", name) for name in names),
+        *(("decoded", cache, name) for cache in caches for name in ABSORBED_PEERS),
+    ]
+    ready = dict(zip(pieces, run.ahead(work, pieces), strict=True))
     results.note("seconds ahead", round(run.budget.elapsed()))
     results.note("copy_tbps", copy_rate())
     shown, lines = [], []
-    for cache, done in zip(caches, ready[len(names) :], strict=True):
+    for cache in caches:
+        done = ready["decoded", cache, "attncc"]
+        peers = {name: ready["decoded", cache, name].error for name in ABSORBED_PEERS}
         if run.out_of_time(results, f"{ABSORBED.name} {cache}"):
             break
         try:
             if done.error is not None:
                 raise NotReadyError(done.error)
             with torch.no_grad():
-                row = decoded(results, cache, done.value)
+                row = decoded(results, cache, {name: {"error": e[:200]} for name, e in peers.items() if e})
         except Exception as error:  # a broken case must cost its own row alone
             run.fail(results, ABSORBED.name, error, case=ABSORBED.name, **absorbed(*cache).row())
             continue
-        contestants = (row["attncc"], *(row["peers"][name] for name in ("flex", "torch.compile")))
+        contestants = (row["attncc"], *(row["peers"][name] for name in ABSORBED_PEERS))
         rates = [f"{e['tbps']:.2f}" if "tbps" in e else "cannot" for e in contestants]
         lines.append([str(cache), *rates, tile(row["attncc"]["schedule"]["forward"])])
     run.show("absorbed MLA, TB/s", ["sequences, keys", "attncc", "flex", "torch.compile", "schedule"], lines)
-    for name, done in zip(names, ready, strict=False):
+    for name in names:
+        done = ready["trained", name]
         if run.out_of_time(results, name):
             break
         if done.error is not None:
