@@ -166,7 +166,7 @@ def hopper_backward_slots(
         alike=alike,
         bands=bands,
         band_queries=ROWS // max(strips, 1),
-        frugal=bool(strips or bands),
+        frugal=bool(strips or bands) or (is_wide and not shares),
         held=not (strips or bands) and holds_keys(d_qk, d_v, plan.facts.warps),
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,

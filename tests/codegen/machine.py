@@ -121,7 +121,7 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return Block(args[0].v.to(torch.bfloat16 if "bf16x2" in text else torch.float16))
     if text.startswith(("shl.b32", "{ .reg .b16 low, high;")):
         return Block(args[0].v.float())
-    if text.endswith("mov.u32 $0, 0;"):
+    if text.endswith("mov.u32 $0, 0;") or text == "shr.s32 $0, $1, 31;":
         return Block(0)
     if "@never pmevent" in text:
         return args[0]
