@@ -26,8 +26,9 @@ _BY_ROW = {"h": Leaf("h", Level.ROW)}
 _ONE_ROW = {"q_idx": Leaf("q_idx", Level.PROGRAM)}
 
 
-def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of decode.py.j2, those of forward.py.j2 among them, and under `merge` those of merge.py.j2.
+def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], fades: bool = False) -> dict[str, Any]:
+    """Slots of decode.py.j2, those of forward.py.j2 among them, and under `merge` those of merge.py.j2. `fades`: as for
+    the forward's.
 
     UnsupportedError where parts of the keys have no merge."""
     if plan.whole_rows:
@@ -35,7 +36,7 @@ def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
             f"the keys of '{plan.graph.name}' cannot be dealt to several programs: {plan.whole_rows}",
             remedy="give a schedule without splits",
         )
-    f = forward_slots(plan, qk_chunks, own=_BY_ROW if plan.packs_heads else {})
+    f = forward_slots(plan, qk_chunks, own=_BY_ROW if plan.packs_heads else {}, fades=fades)
     counts_seen = [bool(x["count_seen"]) for x in f["chains"]]
     states = [name for x, seen in zip(f["chains"], counts_seen, strict=True) for name in _states(x, seen)]
     merge = _merge_slots(plan, counts_seen, states)

@@ -115,9 +115,10 @@ def forward_slots(
     hopper: bool = False,
     own: dict[str, Leaf] | None = None,
     tables: Tables = NO_TABLES,
+    fades: bool = False,
 ) -> dict[str, Any]:
     """Slots of forward.py.j2. `own`: leaves that a kernel has at another level than most; `tables`: what it is given by
-    distance.
+    distance; `fades`: whether maxima also move for keys that are weighed elsewhere.
 
     hopper: for kernels in which several groups of warps share a block of rows. There, bounds that need a whole block
     are found apart, distances are taken apart by tile, and what a score adds to all keys of a row joins the row's
@@ -158,6 +159,11 @@ def forward_slots(
         _chain(t, lowering, visible, fresh, "p")
         for t, (_, visible, fresh) in zip(computed, shown_masks(plan), strict=True)
     ]
+    if fades:  # apart from the lines of a tile, for it is done where those are not
+        alone = lowering.next_sweep(running[-1])
+        for chain, t in zip(chains, computed, strict=True):
+            chain["fade_lines"] = _fade_lines(t, alone)
+        lowering.outer += alone.outer
     after = lowering.after_loop()
     for chain, t in zip(chains, computed, strict=True):
         chain.update(end_slots(t.part, after))
@@ -227,17 +233,7 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
             lowering.assign(names[term], term, Level.PAIR)
             weight_lines += take(lowering)
     hide = [] if hidden is not None else [f"{n} = tl.where({visible}, {n}, 0.0)" for n in names.values()]
-    factor_names: dict[Any, str] = {}
-    rescale_lines = []
-    for rescale in t.rescales:
-        if rescale != 1 and rescale not in factor_names:
-            name = own("alpha" if not factor_names else f"alpha_{len(factor_names)}")
-            factor_names[rescale] = name
-            text = lowering.emit(rescale)
-            rescale_lines += take(lowering)
-            if not isinstance(rescale, exp2):  # only exp2 is known to be finite at the start, when m is still NEGATIVE
-                text = f"tl.where({own(t.maxima[0].name)} > {NEGATIVE}, {text}, 0.0)"
-            rescale_lines.append(f"{name} = {text}")
+    factor_names, rescale_lines = _factors(t, lowering)
     sums = [
         (own(r.symbol.name), term, rescale)
         for r, term, rescale in zip(t.runnings, terms, t.rescales, strict=True)
@@ -269,6 +265,30 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         "moves": [(own(m.name), own(renamed(m).name)) for m in t.maxima],
         "sums": [*(name for name, _, _ in sums), *places],
     }
+
+
+def _factors(t: _Terms, lowering: Lowering) -> tuple[dict[Any, str], list[str]]:
+    """Names of the factors that scale what a loop carries where a maximum moves, and the lines that make them."""
+    own, names, made = t.part.own, dict[Any, str](), list[str]()
+    for rescale in t.rescales:
+        if rescale != 1 and rescale not in names:
+            names[rescale] = own("alpha" if not names else f"alpha_{len(names)}")
+            text = lowering.emit(rescale)
+            made += take(lowering)
+            if not isinstance(rescale, exp2):  # only exp2 is known to be finite at the start, when m is still NEGATIVE
+                text = f"tl.where({own(t.maxima[0].name)} > {NEGATIVE}, {text}, 0.0)"
+            made.append(f"{names[rescale]} = {text}")
+    return names, made
+
+
+def _fade_lines(t: _Terms, lowering: Lowering) -> list[str]:
+    """What is done with a row's sums where a maximum moves for keys that are weighed elsewhere."""
+    names, made = _factors(t, lowering)
+    for running, rescale in zip(t.runnings, t.rescales, strict=True):
+        if rescale != 1 and sym.is_row_name(running.symbol.name):
+            name = t.part.own(running.symbol.name)
+            made.append(f"{name} = {name} * {names[rescale]}")
+    return made
 
 
 def end_slots(part: Plan, after: Lowering) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def hopper_decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], v_chunks: tupl
         raise UnsupportedError(
             f"Gluon has no kernel that splits the keys of '{plan.graph.name}'", remedy="use backend='triton'"
         )
-    f = decode_slots(plan, qk_chunks)
+    f = decode_slots(plan, qk_chunks, fades=True)
     (chain,) = f["chains"]
     tiles = tile_slots(f["bounds"])
     pointers = ["Q_PTR", "OUT_PTR", *(f"{name.upper()}_PTR" for name in plan.results), "STATE_PTR", "PART_PTR"]
@@ -55,7 +55,7 @@ def hopper_decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], v_chunks: tupl
         "totals": [(s, _joined(s)) for s in f["states"] if s not in moved],
         "weights_apart": apart,
         "weights_at": buffer.format("consumer"),
-        "weights_of": buffer.format("slot"),
+        "weights_of": buffer,
         "final": in_gluon(chain["final"].removesuffix("[:, None]")) if chain["final"] else None,
         "final_by_row": bool(chain["final"]) and (chain["guard"] or chain["final"].endswith("[:, None]")),
     }
