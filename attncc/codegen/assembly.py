@@ -9,6 +9,7 @@ from typing import Any
 from attncc.codegen.backward import dkdv_slots, dq_slots, settles_delta
 from attncc.codegen.bounds import BoundLines
 from attncc.codegen.chunks import Chunk, chunks, value_chunks
+from attncc.codegen.columns import column_slots
 from attncc.codegen.components import WIDEST
 from attncc.codegen.decode import decode_slots
 from attncc.codegen.forward import forward_slots
@@ -140,6 +141,7 @@ def _forward(module: Assembly, forward_in: Form) -> None:
         "tables": {},
         "nested_reads": False,
         "cotangents": [],
+        "columns": None,
         "maps": bool(f.get("maps")),
     }
 
@@ -158,7 +160,8 @@ def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: boo
     for p in pair.values():
         p.update(_kept(plan, p["gradient"]))
     swept = [cotangent_slots(plan, part, shape.qk_chunks) for part in plan.parts if part.backward.cotangents]
-    for slots in (kv, dq, *pair.values(), *swept):
+    columns = column_slots(plan, shape.qk_chunks) if plan.columns else None
+    for slots in (kv, dq, *pair.values(), *swept, *([columns] if columns else [])):
         module.helpers |= slots["helpers"]
     module.bounds += bounds_of(plan, "q", plan.over_queries, kv["bounds"])
 
@@ -166,6 +169,8 @@ def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: boo
         module.add("delta.py.j2")
     for slots in swept:
         module.add("cotangents.py.j2", k=slots)
+    if columns:
+        module.add("columns.py.j2", k=columns)
     if hopper:
         _hopper_backward(module, kv)
     else:
@@ -187,6 +192,7 @@ def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: boo
         "shifts": any("_shifted(" in line for line in collects),
         "nested_reads": nested_reads((*plan.gradients, *similarity.gradients, *similarity.bands)),
         "cotangents": swept,
+        "columns": columns,
         "by_row": by_row(plan),
         "maps": any(slots.get("maps") for slots in (module.host["f"], kv, dq)),
     }

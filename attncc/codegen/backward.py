@@ -94,6 +94,7 @@ def backward_leaves(plan: Plan) -> dict[str, Leaf]:
         extra |= {part.own(s.name): Leaf(part.own(s.name), Level.ROW) for s, _ in swept}
     extra[DP.name] = Leaf("dp", Level.PAIR)
     extra |= {part.own(DELTA.name): Leaf(part.own(DELTA.name), Level.ROW) for part in plan.parts}
+    extra |= {name: Leaf(name, Level.COL) for name in plan.columns}
     return base_leaves(plan, extra)
 
 
@@ -134,7 +135,13 @@ def tile_slots(
     leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in (*slopes, DS.name)}}
     blank = blank_tile(similarity, rows_first)
     lowering = Lowering(
-        plan.core, leaves, rows_first, running=RUNNING, many_heads=many_heads, blank=blank, tables=tables
+        plan.core,
+        leaves,
+        rows_first,
+        running=RUNNING | set(plan.columns),
+        many_heads=many_heads,
+        blank=blank,
+        tables=tables,
     )
     lowering.whole = WHOLE if in_loop and not hopper else ""
     lowering.maps = [] if boxes else None
@@ -202,6 +209,7 @@ def tile_slots(
         "saved": saved,
         "deltas": deltas,
         "rows": (*saved, *deltas),
+        "columns": plan.columns,
         "gradients": [g for g in wanted if not g.own],
         "summed": [g for g in wanted if not g.row_only],
         "settles": settles,

@@ -236,6 +236,8 @@ def no_backward(plan: Plan) -> str:
     """Why a variant that has a forward in Gluon has no backward there; empty where it has one."""
     if any(part.backward.cotangents for part in plan.parts):
         return "the gradient needs a sweep over the keys first, which Gluon kernels have not"
+    if plan.columns:
+        return "the gradient needs a sweep over the queries first, which Gluon kernels have not"
     if plan.core is not plan.graph:
         return "the Gluon backward multiplies q with k alone, and this similarity has more"
     if any(part.graph.has_dot and part.backward.dqk == 0 for part in plan.parts):

@@ -16,6 +16,8 @@ def kernel_of(name: str) -> Kernel | None:
     known: dict[str, Kernel] = {"forward": "forward", "decode": "forward", "dkdv": "dkdv", "dq": "dq"}
     if name.startswith("cotangents"):
         return "dq"
+    if name == "columns_kernel":
+        return "dkdv"
     return known.get(name.removesuffix("_kernel"))
 
 

@@ -262,6 +262,11 @@ class Plan:
     def needs_delta(self) -> bool:
         return any(part.backward.needs_delta or part.backward.sweep_needs_delta for part in self.parts)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a sweep makes for each key, by the name that it has in the kernels."""
+        return tuple(c.symbol.name for part in self.parts for c in part.backward.columns)
+
     @cached_property
     def results(self) -> tuple[str, ...]:
         """What the forward returns behind `out`: row statistics, then rows as long as those of `out`."""
@@ -297,7 +302,7 @@ class Plan:
     def one_loop(self) -> bool:
         """Can dK/dV visit the tiles of all query heads of a group in one loop? Their bounds must be the same, and
         nothing be summed for each head on its own."""
-        by_key = any(g.kind == "col" for g in self.gradients) or loops_by_key(self.graph)
+        by_key = any(g.kind == "col" for g in self.gradients) or loops_by_key(self.graph) or self.columns
         return not self.over_queries.by_head and not by_key
 
 

@@ -38,8 +38,8 @@ STATE = sympy.Symbol("state", real=True)
 
 #: the row reductions, and what kernels keep beside them: the next maximum, where it is, how often, a cotangent
 ROW_NAME = r"row_(max|sum|root|part)_\d+(_[a-z]+)?(\[\d+\])?|row_unknown"
-#: the reductions over the queries that see a key
-COL_NAME = r"col_(max|sum)_\d+"
+#: the reductions over the queries that see a key, a pair's share of a sum, and the mean that its gradient is less by
+COL_NAME = r"col_(max|sum|share|mean)_\d+(_[a-z]+)*"
 #: what a row.root solves for; bound inside it
 UNKNOWN = sympy.Symbol("row_unknown", real=True)
 

@@ -28,6 +28,8 @@ from attncc.ir.levels import Level, level, level_of_name, varies_by_key
 from attncc.ir.vocabulary import Read, attached
 from attncc.passes.algebra import row_ratio
 from attncc.passes.calculus import derivative as _diff
+from attncc.passes.columns import Column, column, reads_of_shares
+from attncc.passes.phases import is_column_sum, shares
 from attncc.passes.reverse import DELTA, DP, Adjoint, detaches, reverse
 from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
 
@@ -45,7 +47,8 @@ class Backward:
     dreads: for each element read whose input wants a gradient, its cotangent (a pair expression, over DP and DELTA);
     row_dreads: the same for reads in row expressions such as a sink: one value a row;
     parts, cotangents: where a gradient passes through row statistics, the row sums that a sweep of its own computes,
-    and the row values that it stores for the other kernels (see `passes.reverse`).
+    and the row values that it stores for the other kernels (see `passes.reverse`);
+    columns: the column sums that it passes through (see `passes.columns`).
     """
 
     saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -57,6 +60,7 @@ class Backward:
     row_dreads: tuple[tuple[Read, sympy.Expr], ...]
     parts: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
     cotangents: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
+    columns: tuple[Column, ...] = ()
 
     @property
     def needs_delta(self) -> bool:
@@ -80,7 +84,8 @@ class Backward:
         return tuple(n for n in names if n in used)
 
     def _of_pairs(self) -> list[sympy.Expr]:
-        return [self.dqk, *(e for _, e in (*self.dsums, *self.dreads, *self.row_dreads))]
+        columns = (c.value for c in self.columns)
+        return [self.dqk, *columns, *(e for _, e in (*self.dsums, *self.dreads, *self.row_dreads))]
 
 
 @dataclass(frozen=True)
@@ -145,16 +150,30 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
 
     With `extra`, DELTA has one more term, the row's sum of weight * extra.of_weight, which the caller supplies.
     """
-    wanted = {d.name for d in graph.inputs if d.grad}
+    of_columns = shares(graph)
+    wanted = {d.name for d in graph.inputs if d.grad} | {read.input for read, _ in of_columns}
     if needs_reverse(graph, online):
         found = reverse(graph, wanted, online.lse is not None, extra.of_weight if extra is not None else sympy.S.Zero)
         direct = extra.direct if extra is not None else None
     else:
         found = _one_pass(online, wanted)
         direct = extra.by if extra is not None else None
-    dscore = found.dscore
+    dscore, to_reads = found.dscore, dict(found.dreads)
     if direct is not None:
         dscore = sympy.factor_terms(dscore + direct(sym.SCORE))
+        assert extra is not None
+        for read in sorted((r for r in extra.reads if r.input in wanted), key=str):
+            to_reads[read] = to_reads.get(read, sympy.S.Zero) + direct(read)
+    columns = tuple(
+        column(i, sympy.factor_terms(to_reads.pop(read)), share)
+        for i, (read, share) in enumerate(of_columns)
+        if to_reads.get(read, 0) != 0
+    )
+    if columns:
+        dscore = sympy.factor_terms(sympy.Add(dscore, *(c.to(sym.SCORE) for c in columns)))
+        for read in reads_of_shares(columns):
+            if read.input in wanted and not is_column_sum(read):
+                to_reads[read] = sympy.Add(to_reads.get(read, sympy.S.Zero), *(c.to(read) for c in columns))
     score, raw = graph["score"].expr, graph["raw_score"].expr
     draw = attached(_diff(score, sym.RAW_SCORE))
     by_qk = attached(_diff(raw, sym.QK))
@@ -170,11 +189,8 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
     for outer, expr in ((dscore, score), (dscore * draw, raw)):
         for read in reads_of(expr):
             add(read, outer * attached(_diff(expr, read)))
-    for read, e in found.dreads.items():
+    for read, e in to_reads.items():
         add(read, e)
-    if extra is not None and direct is not None:
-        for read in sorted(extra.reads, key=str):
-            add(read, direct(read))
     return Backward(
         found.saved,
         found.weight,
@@ -185,6 +201,7 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
         tuple((r, e) for r, e in found.row_dreads.items() if e != 0),
         found.parts,
         found.cotangents,
+        columns,
     )
 
 

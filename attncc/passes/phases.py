@@ -6,7 +6,8 @@ Both become inputs of a graph that is as any other, made by the lse of a variant
     col_lse_i[b, h, kv_idx]    log col.sum(f): the lse of the transposed variant, whose queries are the keys
 
 A maximum over the queries is a mere shift: exp(s - col.max(s)) / col.sum(exp(s - col.max(s))) = exp(s - col_lse).
-Gradients pass through col_lse as through any input, and on through the lse that made it.
+What a pair adds to the sum, over the sum, is a stage of its own, col_share_i: by it the gradient passes through the sum
+(see `passes.columns`), and the lse that was made is a constant.
 """
 
 from __future__ import annotations
@@ -31,11 +32,23 @@ DEAD = "dead_rows"
 #: beside a column sum without a maximum, so that one whose terms are all 0 has a log, with its gradient
 _TINY = sympy.Float(2.0**-100)
 _COLUMN = "col_lse_"
+_SHARE = "col_share_"
 
 
 def is_column_sum(read: Read) -> bool:
     """Does it read the log of a column sum, which no user's input is called like?"""
     return read.input.startswith(_COLUMN)
+
+
+def shares(graph: VariantGraph) -> tuple[tuple[Read, sympy.Expr], ...]:
+    """The column sums that a graph of `phases` reads, each by its log, with what a pair adds to one, over that."""
+    stages = {s.name: s.expr for s in graph.stages if s.name.startswith(_SHARE)}
+    found = {n: _log_of(n.replace(_SHARE, _COLUMN)) for n in sorted(stages)}
+    return tuple((found[n], stages[n]) for n in sorted(stages))
+
+
+def _log_of(name: str) -> Read:
+    return Read(sym.input_symbol(name, False), sym.B, sym.H, sym.KV_IDX)
 
 
 @dataclass(frozen=True)
@@ -119,15 +132,17 @@ def _without_columns(graph: VariantGraph) -> tuple[VariantGraph, list[Made]]:
     known: dict[sympy.Symbol, sympy.Expr] = {}
     made: list[Made] = []
     decls: list[InputDecl] = []
+    stages: list[Stage] = []
     for stage in graph.cols:
         if stage.op == "col_sum":
             name = f"{_COLUMN}{len(made)}"
             found, shift = _column(graph, stage, name)
-            read = Read(sym.input_symbol(name, False), sym.B, sym.H, sym.KV_IDX)
+            read = _log_of(name)
             known[sympy.Symbol(stage.name, real=True)] = sympy.exp(read - shift)
             made.append(found)
-            decls.append(InputDecl(name, ("b", "h", "kv_idx"), grad=True))
-    stages = []
+            decls.append(InputDecl(name, ("b", "h", "kv_idx")))
+            share = _shifted(attached(stage.expr) * sympy.exp(shift - read))
+            stages.append(Stage(f"{_SHARE}{len(made) - 1}", share, span=stage.span))
     for stage in graph.stages:
         if stage.op in ("col_max", "col_sum"):
             continue

@@ -20,6 +20,7 @@ from attncc.ir.formulas import stage_texts
 from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Root
+from attncc.passes.columns import Column
 from attncc.passes.phases import Made
 from attncc.runtime.explain_linear import linear_facts
 from attncc.runtime.explain_outputs import output_facts
@@ -193,12 +194,19 @@ def _part_backward(part: Plan) -> dict[str, Any]:
     return {
         "parts": {part.own(s.name): f"row.sum({formula(part.tagged(e))})" for s, e in backward.parts},
         "cotangents": {part.own(s.name): formula(part.tagged(e)) for s, e in backward.cotangents},
+        "columns": {c.symbol.name: _column_text(c) for c in backward.columns},
         "saved": {part.own(symbol.name): formula(expr) for symbol, expr in backward.saved},
         "weight": formula(part.tagged(backward.weight)),
         "dqk": formula(part.tagged(backward.dqk_scale * backward.dqk)),
         "delta": delta if needs_delta else None,
         "looped": _looped(part),
     }
+
+
+def _column_text(column: Column) -> str:
+    """What the sweep over the queries makes for each key."""
+    value, share = formula(column.value), formula(column.share)
+    return f"col.sum(({value})*share), share = {share}" if column.normed else f"col.sum({value})"
 
 
 def _looped(part: Plan) -> dict[str, str]:

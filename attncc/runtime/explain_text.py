@@ -97,6 +97,7 @@ def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
         rows |= {f"delta{tag}": delta} if delta else {}
         rows |= {f"{name} (a sweep of its own)": text for name, text in own["parts"].items()}
         rows |= own["cotangents"]
+        rows |= {f"{name} (a sweep of its own)": text for name, text in own["columns"].items()}
         looped = dict(own["looped"])
         by_dot = not looped or own["dqk"] != "0"
         rows |= {f"dqk{tag}": own["dqk"]} if by_dot else {}

@@ -21,19 +21,19 @@ class Maker:
         self._names = [*(d.name for d in made.graph.inputs), *(s.name for s in made.graph.scalars)]
 
     def __call__(self, q: Tensor, k: Tensor, scale: float | None, inputs: Mapping[str, Any]) -> Tensor:
-        """int32 (B, Hq, M), or float32 (B, Hq, N) with gradients to q, k and inputs."""
+        """int32 (B, Hq, M), or float32 (B, Hq, N), through which no gradient passes: the main op has those of sums."""
         read = {name: inputs[name] for name in self._names if name in inputs}
-        if not self.made.transposed:
-            with torch.no_grad():
-                read = {name: x.detach() if isinstance(x, Tensor) else x for name, x in read.items()}
-                seen: Tensor = self._op(q.detach(), k.detach(), _ones(k), outputs="lse", **read)
+        read = {name: x.detach() if isinstance(x, Tensor) else x for name, x in read.items()}
+        q, k = q.detach(), k.detach()
+        with torch.no_grad():
+            if not self.made.transposed:
+                seen: Tensor = self._op(q, k, _ones(k), outputs="lse", **read)
                 return (seen == -torch.inf).to(torch.int32)
-        if k.shape[1] and q.shape[1] % k.shape[1] == 0:
-            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        lse: Tensor = self._op(
-            k, q, _ones(q), scale=scale if self.made.graph.has_scale else None, outputs="lse", **read
-        )
-        return lse
+            if k.shape[1] and q.shape[1] % k.shape[1] == 0:
+                k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            scale = scale if self.made.graph.has_scale else None
+            lse: Tensor = self._op(k, q, _ones(q), scale=scale, outputs="lse", **read)
+            return lse
 
 
 def _ones(keys: Tensor) -> Tensor:

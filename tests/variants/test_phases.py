@@ -90,6 +90,40 @@ def test_normalizing_over_queries(name, sizes, options):
     agree(variant, oracle, arguments, shift=draw(heads, n, seed=3), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", CASES)
+def test_one_query_has_all_of_each_key(name, dtype):
+    """Its share of a key is 1 whatever its score is, so nothing comes of that: not what rounding leaves, either."""
+    op = ac.compile(ac.Variant(normalizer=CASES[name][0]))
+    leaves = [draw(2, 4, 1, 16), draw(2, 2, 70, 16, seed=1), draw(2, 2, 70, 24, seed=2)]
+    leaves = [x.to(dtype).requires_grad_() for x in leaves]
+    out = op(*leaves)
+    dq, dk, dv = torch.autograd.grad(out, leaves, draw(*out.shape, seed=3).to(dtype))
+    assert dq.abs().max() <= 4e-7
+    assert dk.abs().max() <= 4e-7
+    assert dv.any()
+
+
+def test_two_column_sums_and_an_input_in_the_terms_of_one():
+    """Each passes its gradient on to scores, to q and k, and to what its own terms read."""
+
+    def normalizer(score, row, col, h, q_idx, t):
+        p, w = ac.exp(score - col.max(score)), ac.sigmoid(score) * ac.exp(t[h, q_idx])
+        a = p / col.sum(p) - w / (0.5 + col.sum(w))
+        return a / (row.sum(ac.abs(a)) + 0.1)
+
+    def oracle(q, k, v, t):
+        shown = causal(17, 29)
+        s = score(q, k)
+        w = s.sigmoid() * t[:, :, None].exp() * shown
+        a = column_softmax(s, shown) - w / (0.5 + w.sum(-2, keepdim=True))
+        return a / (a.abs().sum(-1, keepdim=True) + 0.1) @ rep(v, 4)
+
+    inputs = {"t": ac.Input("h", "q_idx", grad=True)}
+    arguments = draw(1, 4, 17, 16), draw(1, 2, 29, 16, seed=1), draw(1, 2, 29, 24, seed=2)
+    agree(ac.Variant(normalizer=normalizer, mask=ac.causal, inputs=inputs), oracle, arguments, t=draw(4, 17, seed=3))
+
+
 def test_messages_from_children_to_parents():
     """Reversed attention: a child's weights over its parents sum to 1, and its message goes to them. Here parents are
     the queries, and children the keys; gates are a head's and a child's."""
