@@ -19,7 +19,7 @@ from attncc.cli.spec import named, resolve
 from attncc.cli.verify_report import OUT_OF_TIME, Findings, every_result, every_variant, plain
 from attncc.errors import InputError, UnsupportedError
 from attncc.language.variant import Variant
-from attncc.runtime.processes import Done, side_by_side
+from attncc.runtime.processes import Done, side_by_side, told
 
 if TYPE_CHECKING:
     from attncc.runtime.verify import Row
@@ -119,8 +119,11 @@ def command(
         else:
             found.begin(variant, f"{kind} on {where}")
             began = found.elapsed
-            rows = _rows(variant, where, kind, places)
-            found.add(variant, None, Done(rows, seconds=found.elapsed - began))
+            try:
+                done = Done(_rows(variant, where, kind, places))
+            except torch.OutOfMemoryError as error:
+                done = Done(error=told(error))
+            found.add(variant, None, replace(done, seconds=found.elapsed - began))
     if json:
         print_json([plain(name, row) for name, rows in found.rows.items() for row in rows])
     else:
@@ -160,8 +163,9 @@ def _known(spec: str) -> Variant:
 
 
 def _beside(found: Findings, specs: list[str], each: Case, workers: int, seconds: float) -> None:
-    """Each SPEC at each place is a case of its own, so that none is long."""
-    places = [(at, place) for at in range(len(specs)) for place in each.places]
+    """Each SPEC at each place is a case of its own, so that none is long. The last come first: the shelf ends with what
+    has most kernels, and the shapes with the widest heads, which take longest to compile."""
+    places = [(at, place) for at in reversed(range(len(specs))) for place in reversed(each.places)]
     cases = [replace(each, spec=specs[at], places=(place,)) for at, place in places]
 
     def finished(case: int, done: Done) -> None:

@@ -1,7 +1,8 @@
 """Work in several processes, for compiling keeps one core busy, and a GPU waits meanwhile.
 
 A process that CUDA has failed is of no further use (an illegal access poisons all that follows): another takes its
-place, and the piece of work alone has failed.
+place, and the piece of work alone has failed. One for which there was no memory beside the others is done again when
+they have ended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -34,6 +36,16 @@ class Done:
         """Whether its process may have lost the GPU, or holds memory that it could not get more of."""
         return self.error is not None and "CUDA" in self.error
 
+    @property
+    def lacked_memory(self) -> bool:
+        """Whether the GPU had no memory left for it."""
+        return self.error is not None and re.search(r"CUDA.*(out of memory|ALLOC_FAILED)", self.error) is not None
+
+
+def told(error: Exception) -> str:
+    """An error in a line, without what PyTorch says of every process when the GPU's memory is full."""
+    return re.sub(r"\. GPU \d+ has a total.*", "", f"{type(error).__name__}: {error}", flags=re.DOTALL)
+
 
 def side_by_side(
     function: Callable[[Any], Any],
@@ -46,7 +58,8 @@ def side_by_side(
     """`function` of each argument, in at most `workers` processes that import its module anew; in the order given.
 
     Function, arguments and values are pickled. A piece that raises, ends its process, or is not finished after
-    `seconds` has an error; nothing is raised. `finished` is called here with the place and result of each piece.
+    `seconds` has an error; nothing is raised. What lacked memory is tried once more, with nothing else beside it.
+    `finished` is called here with the place and result of each piece.
     """
     results = [Done(error="not finished in time")] * len(arguments)
     for at, done in _finished(function, arguments, workers, seconds):
@@ -78,7 +91,7 @@ def _serve(connection: Connection) -> None:
         try:
             done = Done(function(argument))
         except Exception as error:
-            done = Done(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+            done = Done(error=told(error), trace=traceback.format_exc())
         connection.send(replace(done, seconds=time.monotonic() - start))
         if done.poisoned:
             return
@@ -125,13 +138,17 @@ def _finished(
     function: Callable[[Any], Any], arguments: Sequence[Any], workers: int, seconds: float
 ) -> Iterator[tuple[int, Done]]:
     end = time.monotonic() + seconds
-    left = iter(range(len(arguments)))
+    left = list(range(len(arguments)))
+    alone: list[int] = []
+    again: set[int] = set()
     busy: list[_Worker] = []
 
     def go_on(worker: _Worker | None) -> None:
-        """The next piece, for this worker or for a new one."""
-        at = next(left, None)
-        if at is not None:
+        """The next piece, for this worker or for a new one; when all others have ended, one of those that need that."""
+        if not left and not busy and alone:
+            left.append(alone.pop())
+        if left:
+            at = left.pop(0)
             worker = worker or _Worker.start()
             busy.append(worker)
             worker.take(at, function, arguments[at])
@@ -152,8 +169,13 @@ def _finished(
                 lost = done.poisoned or (done.error is not None and not done.trace)
                 if lost:
                     each.stop()
+                put_off = done.lacked_memory and at not in again
+                if put_off:
+                    again.add(at)
+                    alone.append(at)
                 go_on(None if lost else each)
-                yield at, done
+                if not put_off:
+                    yield at, done
     finally:
         for each in busy:
             each.stop()

@@ -51,7 +51,9 @@ def test_every_name_of_generated_code_is_known(name, backend):
         base = re.sub(r"(_f)?(_\d+)*(_f)?(_kernel|_new)?$", "", identifier.replace("_gl_", "_").removesuffix("_PTR"))
         known = taken(identifier) or cannot_name(identifier) or taken(base) or cannot_name(base) or base in _FRESH
         known = known or cannot_name(base.lower()) or taken(base.lower())
-        assert known or base.lower().startswith(("row_", "col_mean", "summary_", "bounds_", "q_terms", "k_terms")), identifier
+        assert known or base.lower().startswith(("row_", "col_mean", "summary_", "bounds_", "q_terms", "k_terms")), (
+            identifier
+        )
 
 
 @pytest.mark.parametrize("name", ["tile", "i", "phase", "meta", "k_0", "alpha", "s", "ds", "live_begin", "total"])

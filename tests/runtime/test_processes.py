@@ -48,6 +48,34 @@ def test_what_is_not_finished_in_time_is_given_up():
     assert time.monotonic() - start < 60
 
 
+def in_turns(what):
+    """There is memory for one at a time."""
+    folder, name = what
+    (folder / name).touch()
+    time.sleep(0.5)
+    others = [each for each in folder.iterdir() if each.name != name]
+    (folder / name).unlink()
+    if others or name == "huge":
+        raise RuntimeError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which "
+            "12.88 MiB is free. Process 518 has 518.00 MiB memory in use. Process 550 has 7.34 GiB memory in use."
+        )
+    return name
+
+
+def test_what_lacks_memory_is_done_again_alone(tmp_path):
+    told = []
+    *fit, huge = side_by_side(
+        in_turns,
+        [(tmp_path, name) for name in ("a", "b", "c", "d", "huge")],
+        workers=3,
+        finished=lambda at, done: told.append(at),
+    )
+    assert [done.value for done in fit] == ["a", "b", "c", "d"]
+    assert huge.error == "RuntimeError: CUDA out of memory. Tried to allocate 20.00 MiB"
+    assert sorted(told) == [0, 1, 2, 3, 4]
+
+
 def test_results_are_told_as_they_come():
     told = {}
     side_by_side(work, ["a", "b"], workers=1, finished=lambda at, done: told.update({at: done.value[0]}))
