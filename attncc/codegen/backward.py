@@ -24,6 +24,7 @@ from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.distances import INDICES, Tables
 from attncc.passes.fold import S
 from attncc.passes.magnitudes import WEIGHT, over_weight
+from attncc.passes.reverse import DLSE
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
 
@@ -95,6 +96,7 @@ def backward_leaves(plan: Plan) -> dict[str, Leaf]:
     extra[DP.name] = Leaf("dp", Level.PAIR)
     extra |= {part.own(DELTA.name): Leaf(part.own(DELTA.name), Level.ROW) for part in plan.parts}
     extra |= {name: Leaf(name, Level.COL) for name in plan.columns}
+    extra[DLSE.name] = Leaf("dlse", Level.ROW)
     return base_leaves(plan, extra)
 
 
@@ -213,6 +215,7 @@ def tile_slots(
         "gradients": [g for g in wanted if not g.own],
         "summed": [g for g in wanted if not g.row_only],
         "settles": settles,
+        "reads_dlse": any(g.expr.has(DLSE) for g in wanted),
         "settled": [g for s in settles for g in s.gradients],
         "helpers": lowering.helpers | ({"_entry"} if lowering.maps else set()),
     }

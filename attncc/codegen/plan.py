@@ -33,6 +33,7 @@ from attncc.passes.reverse import first_at
 from attncc.passes.running import without_running_sums
 from attncc.passes.similarity import Similarity, loops_by_key, refuse_gradients, similarity
 from attncc.passes.stream import LSE, Online, Sweep, renamed, stream
+from attncc.passes.ties import with_ties
 from attncc.passes.tiles import TilePlan, tile_plan_of
 
 
@@ -71,7 +72,7 @@ class Plan:
             )
         found = phases(graph)
         self.given = graph
-        self.graph = without_running_sums(found.main)
+        self.graph = with_ties(without_running_sums(found.main))
         #: inputs that other ops make before the kernels run
         self.made = found.made
         self.tag = tag

@@ -21,6 +21,7 @@ class Level(IntEnum):
 
 #: "dp" is dot(dout, v_vec), which the backward has a pair
 _PAIR_NAMES = {s.name for s in (sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)} | {"dp"}
+_ROW_NAMES = {sym.Q_IDX.name, sym.Q_VEC.name, "lse", "delta", "dlse"}
 _PAIR_SUMS = re.compile(r"(dot|band|pair)_\d+")
 
 
@@ -33,7 +34,7 @@ def level_of_name(name: str) -> Level:
     """The level of one symbol. Names of row reductions and of stored row statistics are rows."""
     if name in _PAIR_NAMES or _PAIR_SUMS.fullmatch(name):
         return Level.PAIR
-    if name in (sym.Q_IDX.name, sym.Q_VEC.name, "lse", "delta") or sym.is_row_name(name) or name.startswith("q_term_"):
+    if name in _ROW_NAMES or sym.is_row_name(name) or name.startswith("q_term_"):
         return Level.ROW
     if name in (sym.KV_IDX.name, sym.K_VEC.name) or name.startswith("k_term_") or sym.is_col_name(name):
         return Level.COL

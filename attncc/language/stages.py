@@ -44,7 +44,7 @@ SEES_STATE: dict[str, tuple[str, ...]] = {
 BRANCH = "branch"
 _STAGE_NAME = (
     rf"{sym.ROW_NAME}|{sym.COL_NAME}|col_lse_\d+|dead_rows|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc"
-    r"|delta"
+    r"|delta|dlse"
 )
 #: names that a user's input or scalar cannot have
 _RESERVED = {

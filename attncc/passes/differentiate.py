@@ -7,9 +7,10 @@ With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j),
 
 because lse = M - log G, so that a cotangent of lse is one more term of delta. A factor of the whole row, which the
 reduction may have, is one of A's here: o has it, too. The running maximum counts as a constant: `shift_invariant`
-proves that the weight does not change when it moves. Where the weight has an exponential, the proof lets us put the
-maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the forward
-stores the sums themselves.
+proves that the weight does not change when it moves. What else of M is read from an input, as in exp(-rate (i - j)),
+whose part of the row M has, gets its own cotangent from dlse. Where the weight has an exponential, the proof lets us
+put the maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the
+forward stores the sums themselves.
 
 Where a gradient does pass through a maximum, or through a statistic of an earlier sweep, `passes.reverse` derives it.
 """
@@ -30,7 +31,7 @@ from attncc.passes.algebra import row_ratio
 from attncc.passes.calculus import derivative as _diff
 from attncc.passes.columns import Column, column, reads_of_shares
 from attncc.passes.phases import is_column_sum, shares
-from attncc.passes.reverse import DELTA, DP, Adjoint, detaches, reverse
+from attncc.passes.reverse import DELTA, DLSE, DP, Adjoint, detaches, reverse
 from attncc.passes.stream import LSE, Online, exponent, reads_of, renamed
 
 __all__ = ["DELTA", "DP", "Backward", "Normal", "PairCotangents", "differentiate", "normal_form"]
@@ -153,7 +154,8 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
     of_columns = shares(graph)
     wanted = {d.name for d in graph.inputs if d.grad} | {read.input for read, _ in of_columns}
     if needs_reverse(graph, online):
-        found = reverse(graph, wanted, online.lse is not None, extra.of_weight if extra is not None else sympy.S.Zero)
+        lse = None if online.lse is None else _of_shift(online)
+        found = reverse(graph, wanted, lse, extra.of_weight if extra is not None else sympy.S.Zero)
         direct = extra.direct if extra is not None else None
     else:
         found = _one_pass(online, wanted)
@@ -209,10 +211,14 @@ def _one_pass(online: Online, wanted: set[str]) -> Adjoint:
     """The backward of a plan whose weight does not change when its maxima move."""
     normal = normal_form(online)
     by_row = dict(normal.row_reads)
+    of_lse: dict[Read, sympy.Expr] = {}
+    shifts = {} if online.lse is None or (normal.saved and normal.saved[0][0] == LSE) else _of_shift(online)
     for read in reads_of(normal.numerator):
         slope = None if read in reads_of(online.coefficient) else _log_slope(normal, online, read)
         if slope is not None:
             by_row[read] = by_row.get(read, sympy.S.Zero) + slope
+        elif read in shifts:
+            of_lse[read] = DLSE * shifts[read]
     whole = {r for r in by_row if r in reads_of(normal.numerator)}
     normal = replace(normal, numerator=online.coefficient * normal.numerator)
     terms = (normal.numerator, *(t for t, _ in normal.sums))
@@ -222,8 +228,15 @@ def _one_pass(online: Online, wanted: set[str]) -> Adjoint:
         normal.numerator * normal.scale,
         _cotangent(normal, sym.SCORE),
         {r: _cotangent(normal, r) for r in reads if r.input in wanted},
-        {r: DELTA * e for r, e in by_row.items() if r.input in wanted and e != 0},
+        {r: DELTA * e for r, e in by_row.items() if r.input in wanted and e != 0}
+        | {r: e for r, e in of_lse.items() if r.input in wanted},
     )
+
+
+def _of_shift(online: Online) -> dict[Read, sympy.Expr]:
+    """How lse moves with what its shift M reads of inputs, all else held."""
+    shift = online.shift if online.shift is not None else sympy.S.Zero
+    return {read: attached(_diff(shift, read)) for read in reads_of(shift)}
 
 
 def _log_slope(normal: Normal, online: Online, read: Read) -> sympy.Expr | None:

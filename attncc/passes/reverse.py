@@ -31,13 +31,14 @@ from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, attached, detach
 from attncc.passes.algebra import is_zero, row_ratio
 from attncc.passes.calculus import derivative as diff
+from attncc.passes.ties import TIE
 
-#: two computations of one float32 score agree to this, relative to it
-TIE = 1e-5
 #: do . v, one value a pair
 DP = sympy.Symbol("dp", real=True)
 #: do . o - dlse, one value a row
 DELTA = sympy.Symbol("delta", real=True)
+#: the cotangent of lse, one value a row
+DLSE = sympy.Symbol("dlse", real=True)
 
 
 def first_at(symbol: sympy.Symbol) -> sympy.Symbol:
@@ -74,14 +75,17 @@ class Adjoint:
     cotangents: tuple[tuple[sympy.Symbol, sympy.Expr], ...] = ()
 
 
-def reverse(graph: VariantGraph, wanted: set[str], has_lse: bool, of_weight: sympy.Expr = sympy.S.Zero) -> Adjoint:
+def reverse(
+    graph: VariantGraph, wanted: set[str], lse: dict[Read, sympy.Expr] | None, of_weight: sympy.Expr = sympy.S.Zero
+) -> Adjoint:
     """Differentiate the weight through all row statistics. `wanted` names the inputs that want a gradient.
 
+    lse: how it moves with what is read of a row and shifts all exponents of it, None where there is no lse.
     of_weight: the cotangent of a pair's weight beside that of the output row; DELTA has its share, too. So it has that
     of lse: where there is an lse, the weight knows its row by the factor exp(-lse) alone.
     UnsupportedError where that cannot be shown.
     """
-    return _Reverse(graph, wanted, has_lse, of_weight).run()
+    return _Reverse(graph, wanted, lse, of_weight).run()
 
 
 def detaches(graph: VariantGraph) -> bool:
@@ -93,7 +97,7 @@ def detaches(graph: VariantGraph) -> bool:
 class _Reverse:
     graph: VariantGraph
     wanted: set[str]
-    has_lse: bool
+    lse: dict[Read, sympy.Expr] | None
     of_weight: sympy.Expr
     parts: dict[sympy.Expr, sympy.Symbol] = field(default_factory=dict)
     #: the factor of a statistic's cotangent that multiplies its term, and the cotangents so multiplied
@@ -165,7 +169,7 @@ class _Reverse:
         if direct == 0 or is_zero(direct):
             return sympy.S.Zero
         ratio = row_ratio(direct, self.known)
-        if ratio is None and self.has_lse:
+        if ratio is None and self.lse is not None:
             raise UnsupportedError(
                 f"the gradient of lse is not derived: '{formula(direct)}' is no multiple of the weight",
                 stage="normalizer",
@@ -259,7 +263,10 @@ class _Reverse:
         # a factor of the reduction is none of the weight's, and so has no part in lse and delta
         slope = attached(diff(self.weight, read))
         ratio = None if slope == 0 or varies_by_key(read) else row_ratio(slope, self.known)
-        by_row, by_pair = (ratio * DELTA, by_pair) if ratio is not None else (by_row, self.source * slope)
+        if ratio is not None:
+            by_row = ratio * DELTA
+        else:
+            by_row, by_pair = DLSE * (self.lse or {}).get(read, sympy.S.Zero), self.source * slope
         by_pair += DP * attached(diff(self.factor, read) * self.weight)
         for stage in self.graph.rows:
             if stage.name not in self.multipliers:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import attncc as ac
 from tests.runtime.oracles import sorted_entmax15
-from tests.variants.by_hand import causal, draw, rep, score, softmax
+from tests.variants.by_hand import agree, causal, draw, rep, score, softmax
 
 BY_QUERY = ac.Input("b", "h", "q_idx", grad=True)
 BY_HEAD = ac.Input("h", grad=True)
@@ -191,3 +191,54 @@ def test_a_formula_that_nobody_shipped(name, shape):
         if e is not None:
             assert a.isfinite().all()
             assert (a.double() - e).abs().max() <= 1e-4 * e.abs().max()
+
+
+def test_the_key_that_has_the_maximum_is_known_as_such():
+    """Its score is computed again, with another rounding; the gradient is that of the soft weights."""
+
+    def straight(score, row):
+        p = ac.exp(score - row.max(score))
+        soft = p / row.sum(p)
+        return soft + ac.detach(ac.where(score >= row.max(score), 1.0, 0.0) - soft)
+
+    def oracle(q, k, v):
+        soft = softmax(score(q, k), causal(23, 31))
+        hard = F.one_hot(soft.argmax(-1), 31).double() * soft.any(-1, keepdim=True)
+        return (soft + (hard - soft).detach()) @ rep(v, 4)
+
+    arguments = draw(1, 4, 23, 16), draw(1, 2, 31, 16, seed=1), draw(1, 2, 31, 24, seed=2)
+    agree(ac.Variant(normalizer=straight, mask=ac.causal), oracle, arguments)
+
+
+@pytest.mark.parametrize(
+    ("relation", "holds"),
+    [("score < row.max(score)", True), ("score > row.min(score)", False), ("score != row.max(score)", True)],
+)
+def test_all_but_the_extreme_of_a_row(relation, holds):
+    variant = ac.loads_toml(f"[stages]\nnormalizer = 'sigmoid(score) if {relation} else 0'")
+    q, k, v = draw(1, 1, 40, 16), draw(1, 1, 33, 16, seed=1), draw(1, 1, 33, 8, seed=2)
+    s = score(q, k)
+    left = (s.argmax if holds else s.argmin)(-1, keepdim=True)
+    want = s.sigmoid().scatter(-1, left, 0) @ v
+    torch.testing.assert_close(ac.compile(variant)(q.float(), k.float(), v.float()), want.float())
+
+
+def test_lse_moves_with_what_shifts_a_rows_exponents():
+    """exp(-rate (i - j)) has a part of its row, exp(-rate i), which is one of the denominator."""
+
+    def decaying(score, row, h, q_idx, kv_idx, rate):
+        p = score**2 * ac.exp(-rate[h] * (q_idx - kv_idx))
+        return p / (row.sum(p) + 1e-2)
+
+    op = ac.compile(ac.Variant(normalizer=decaying, inputs={"rate": BY_HEAD}))
+    q, k, v = draw(1, 2, 9, 8), draw(1, 2, 13, 8, seed=1), draw(1, 2, 13, 8, seed=2)
+    rate = torch.tensor([0.1, 0.02], dtype=torch.float64, requires_grad=True)
+    i, j = torch.arange(9)[:, None], torch.arange(13)
+    p = score(q, k) ** 2 * (-rate[:, None, None] * (i - j)).exp()
+    out, lse = p / (p.sum(-1, keepdim=True) + 1e-2) @ v, (p.sum(-1) + 1e-2).log() + rate[:, None] * i[:, 0]
+    own = rate.detach().float().requires_grad_()
+    got = op(q.float(), k.float(), v.float(), rate=own, outputs=("out", "lse"))
+    cotangents = draw(*out.shape, seed=3), draw(*lse.shape, seed=4)
+    (want,) = torch.autograd.grad((out, lse), rate, cotangents)
+    (found,) = torch.autograd.grad(got, own, [c.float() for c in cotangents])
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)

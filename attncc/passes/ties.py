@@ -1,0 +1,44 @@
+"""Comparisons with a row's own extreme, as kernels can make them: a key attains it if it is as close as float32 tells.
+
+A kernel computes a score again where it is compared with the maximum, in another unit or another order of sums, and so
+`score >= row.max(score)` would be false of the very key that has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sympy
+from sympy.core.relational import Relational
+
+from attncc.ir import vocabulary as voc
+from attncc.ir.graph import VariantGraph
+
+#: two computations of one float32 score agree to this, relative to it
+TIE = 1e-5
+
+
+def with_ties(graph: VariantGraph) -> VariantGraph:
+    """The graph with room for rounding wherever something is compared with what is its own maximum over the row."""
+    maxima = {sympy.Symbol(s.name, real=True): s.expr for s in graph.stages if s.op == "max"}
+    known = {r: _roomy(r, maxima) for s in graph.stages for r in s.expr.atoms(Relational)} if maxima else {}
+    changed = {r: e for r, e in known.items() if r != e}
+    if not changed:
+        return graph
+    return graph.changed(stages=[replace(s, expr=s.expr.xreplace(changed)) for s in graph.stages])
+
+
+def _roomy(relation: Any, maxima: dict[sympy.Symbol, sympy.Expr]) -> Any:
+    """The comparison as it is, or with room where its two sides are equal at the maximum that it reads."""
+    apart = relation.lhs - relation.rhs
+    for symbol, value in maxima.items():
+        if symbol in apart.free_symbols and sympy.expand(apart.xreplace({symbol: value})) == 0:
+            room = TIE * voc.absolute(symbol)
+            if isinstance(relation, sympy.Eq | sympy.Ne):
+                close = voc.absolute(apart) <= room
+                return close if isinstance(relation, sympy.Eq) else sympy.Not(close)
+            # what holds of equals has the room
+            above = isinstance(relation, sympy.Le | sympy.Gt)
+            return relation.func(apart, room if above else -room)
+    return relation
