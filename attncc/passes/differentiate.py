@@ -264,6 +264,8 @@ def _program_factor(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """(factors that are the same for the whole program, the rest). A program of dK/dV has all query heads of a key
     head."""
     scale, rest = sympy.S.One, sympy.S.One
+    if expr == 0:  # no factor: what is 0 is the cotangent, where a score reads nothing of q and k
+        return scale, expr
     for f in sympy.Mul.make_args(expr):
         if level(f) == Level.PROGRAM and not f.atoms(Read) and sym.H not in f.free_symbols:
             scale *= f
