@@ -76,6 +76,11 @@ def test_a_left_operand_in_memory_has_a_descriptor_too():
     assert said(wrong.replace("R24, gdesc", "R24, R4, gdesc")) == []
 
 
+def test_what_closes_a_group_and_sums_nothing_has_no_descriptor():
+    """A matmul whose sums nobody reads is gone but for this."""
+    assert said("WARPGROUP.ARRIVE\nHGMMA.64x8x16.F16 RZ, gdesc[URZ], RZ, !UPT, gsb0\nEXIT") == []
+
+
 #: a sum in R24 to R39, a left operand in R4 to R7
 FLIGHT = """
 UMOV UR11, 0x40000040

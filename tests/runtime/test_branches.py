@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import attncc as ac
+from attncc.codegen.hopper_backward import no_backward
+from attncc.codegen.plan import Plan
 from attncc.errors import InputError, UnsupportedError
+from tests.variants.by_hand import draw, score
 
 
 def difference(weight, lam, h, row, v_vec):
@@ -197,3 +200,24 @@ def test_inside_pytorch():
     assert "share_1" in op.source(16)
     text = op.explain(q_len=64, heads=2, d_qk=16)
     assert "branch 1" in text
+
+
+def test_a_branch_of_positions_alone():
+    """Its weights are no matter of q and k, of which it leaves no cotangent: a matmul of zeros is nobody's."""
+    variant = ac.Variant(
+        branches=2,
+        score=lambda score, branch, h, q_idx, kv_idx, near: score if branch == 0 else -near[h] * (q_idx - kv_idx) ** 2,
+        reduction=lambda weight, v_vec, row: row.sum((weight[0] + weight[1]) * v_vec),
+        inputs={"near": ac.Input("h", grad=True)},
+    )
+    plan = Plan(variant.graph)
+    assert [part.backward.dqk == 0 for part in plan.parts] == [False, True]
+    assert "q and k have no gradient" in no_backward(plan)
+    q, k = draw(1, 2, 19, 32), draw(1, 2, 23, 32, seed=1)
+
+    def oracle(q, k, v, near):
+        apart = torch.arange(19)[:, None] - torch.arange(23)
+        by_place = (-near[:, None, None] * apart**2).softmax(-1)
+        return (score(q[..., :16], k[..., :16]).softmax(-1) + by_place) @ v
+
+    agree(variant, (q, k, draw(1, 2, 23, 8, seed=2)), oracle, near=draw(2, seed=3).abs() / 9)
