@@ -413,6 +413,8 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(outputs):
     loss = result.sum() if outputs == "out" else sum(x.sum() for x in result)
     (dq,) = torch.autograd.grad(loss, q, create_graph=True)
     with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        torch.autograd.grad(dq.sum(), q, allow_unused=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
         dq.square().sum().backward()
 
 
