@@ -214,11 +214,14 @@ def decode_table(folder: Path) -> str:
 
 
 def variants_table(folder: Path) -> str:
-    """TFLOP/s of every shipped variant, the share of plain causal attention's, and what limits those below it."""
-    data = results(folder, "variants")
+    """TFLOP/s of every shipped variant, the share of plain causal attention's, and what limits those below it; behind
+    the table, those that the run had no figure for."""
+    data = results(folder, "variants", failures=True)
     cases: dict[str, dict[str, dict[str, Any]]] = {}
     for row in data["rows"]:
-        cases.setdefault(row["case"], {})[row["mode"]] = row
+        if "error" not in row:
+            cases.setdefault(row["case"], {})[row["mode"]] = row
+    failed = [f"`{row['case']}`" for row in data["rows"] if "error" in row]
     lines = [
         "| TFLOP/s forward / backward | passes | attncc | of plain causal | limited by (busy) |",
         "|---|---|---|---|---|",
@@ -231,7 +234,8 @@ def variants_table(folder: Path) -> str:
         lines.append(f"| `{case}` | {rows[0]['passes']} | **{ours}** | {ratio} | {limits} |")
     shape = data["rows"][0]
     size = f"B={shape['B']}, H={shape['Hq']}, S={shape['M']}, D={shape['Dqk']}"
-    lines += ["", f"bf16, {size}, exact mask area; the unit is the cost model's. {_provenance(data)}"]
+    missing = f" Without a figure in this run: {', '.join(failed)}." if failed else ""
+    lines += ["", f"bf16, {size}, exact mask area; the unit is the cost model's.{missing} {_provenance(data)}"]
     return "\n".join(lines)
 
 

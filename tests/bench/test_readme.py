@@ -208,8 +208,9 @@ def test_variants_are_shown_with_what_limits_their_slowest_kernel(folder):
             "softcap", "backward", 400.0, {"our causal": 0.8}, dkdv=limited("tensor", 2, 0.5), dq=limited("alu", 3, 0.9)
         ),
     ]
-    put(folder, "variants", rows)
+    put(folder, "variants", [*rows, {"case": "cog", "error": "not finished in time"}])
     text = readme.variants_table(folder)
+    assert "Without a figure in this run: `cog`." in text
     assert "| `our causal` | 1 | **600 / 500** |  | matmuls 80% / matmuls 70% |" in text
     assert "| `softcap` | 1 | **510 / 400** | 0.85x / 0.80x | exp, tanh 75% / arithmetic 90% |" in text
     assert "B=4, H=16, S=4096, D=128" in text
