@@ -16,7 +16,7 @@ from attncc.schedule.problem import Dtype, Precision
 
 _TENSORS = (
     *("Q_PTR", "K_PTR", "V_PTR", "DO_PTR", "OUT_PTR", "DQ_PTR", "DK_PTR", "DV_PTR", "OWN_PTR"),
-    *("ERASED_PTR", "WRITTEN_PTR", "SOLVED_PTR", "ADDED_PTR", "DRIGHT_PTR", "RECALLED_PTR", "WEIGHTS_PTR"),
+    *("ERASED_PTR", "SOLVED_PTR", "REST_PTR", "ADDED_PTR", "DRIGHT_PTR", "RECALLED_PTR", "WEIGHTS_PTR"),
     *("X_PTR", "Y_PTR", "Z_PTR", "U_PTR", "KEPT_PTR", "FEATURES_PTR", "PAIR_PTR", "DIAGONAL_PTR"),
     *("ASKED_PTR", "LEFT_PTR"),
 )

@@ -1,9 +1,10 @@
 """The delta rule's plan and its head dimensions to the source of a module: kernels of `passes.recur`'s second form.
 
 Within a chunk the tokens' equations are solved (`prepare`), all chunks side by side; from chunk to chunk goes the
-state, and with it is known what each token adds (`carry`). Behind that it is attention in linear time over those
-values: pairs within a chunk, and the state that it finds (`forward`). Where programs that go from chunk to chunk fill
-the device, `carry` makes that too, and no chunk's state is stored; decayed weights of pairs it has of `prepare`.
+state, and with it are known their right sides, and what each token adds (`carry`). Behind that it is attention in
+linear time over those values: pairs within a chunk, and the state that it finds (`forward`). Where programs that go
+from chunk to chunk fill the device, `carry` makes that too, and no chunk's state is stored; decayed weights of pairs
+it has of `prepare`.
 
 For the backward the forward keeps what tokens add, and T, the inverse of a chunk's equations: Dv + chunk numbers a
 token. The states that chunks find are sums over what is added, and `carry` makes them again. Backwards the equations
@@ -13,6 +14,9 @@ chunk to chunk (`carry_back`), and then all gradients of a chunk are made at onc
 
 The gradient of a decay's step is that of the pairs which it parts: all pairs of the tokens behind it less those within
 them, sums of one tile in float32. Of pairs that were rounded apart the difference would be what is left of rounding.
+What it is by the state that goes through a chunk, a product of the state and its gradient over all their entries, is
+hardly larger than the noise of either: so with a decay and operands of 16 bits the state is summed of what tokens add,
+as it reaches the chunk's end, in two terms (`rest` is the second, Dv numbers more a token), and its gradient likewise.
 """
 
 from __future__ import annotations
@@ -45,12 +49,8 @@ class DeltaSlots:
         self.v, self.out = TokenTile("v", d_v, "h_kv", own=False), TokenTile("out", d_v, own=False)
         self.do, self.dq = TokenTile("do", d_v, own=False), TokenTile("dq", d_qk, own=False)
         self.dk, self.dv = TokenTile("dk", d_qk, own=False), TokenTile("dv", d_v, own=False)
-        #: what the tokens of a chunk erase and write, solved; and what they add to the state
-        self.erased, self.written, self.added = (
-            TokenTile("erased", d_qk),
-            TokenTile("written", d_v),
-            TokenTile("added", d_v),
-        )
+        #: what the tokens of a chunk add to the state, and what rounding took of what reaches it
+        self.added, self.rest = TokenTile("added", d_v), TokenTile("rest", d_v)
         #: the gradient of the right sides of a chunk's equations, and by what keys it depends on that of the state
         self.dright, self.recalled = TokenTile("dright", d_v), TokenTile("recalled", d_qk)
 

@@ -56,7 +56,12 @@ class DeltaEngine(LinearEngine):
         """Of what tokens add, and of the inverse of their chunk's equations: as many columns as a chunk of a long
         sequence has tokens, for how long packed ones are is not known where calls are traced."""
         sizes = replace(self.sizes(q, v, None), length=_LONG)
-        return v.shape[3], delta_schedule(sizes, device_of(q.device), chunk).chunk
+        return self._kept(q, v, delta_schedule(sizes, device_of(q.device), chunk).chunk)
+
+    def _kept(self, q: Tensor, v: Tensor, chunk: int) -> tuple[int, ...]:
+        """Those sizes, and with a decay and operands of 16 bits that of what their rounding takes from the state."""
+        rest = q.dtype != torch.float32 and self.delta.linear.decay != "none"
+        return (v.shape[3], chunk, v.shape[3]) if rest else (v.shape[3], chunk)
 
     def _forward(
         self, module: Any, stepwise: bool, keep: tuple[int, ...], *call: Any
@@ -70,7 +75,7 @@ class DeltaEngine(LinearEngine):
         """The module's backward, which needs what the forward by chunks keeps: made here if it was another."""
         *_, cut, schedule, options = call
         if not kept:
-            keep = (of_forward[2].shape[3], schedule["prepare"]["CHUNK"])
+            keep = self._kept(of_forward[0], of_forward[2], schedule["prepare"]["CHUNK"])
             *_, kept = module.forward(*of_forward, False, cut, schedule, options, keep)
         return module.backward(*of_forward, kept, *call)
 

@@ -47,7 +47,7 @@ def delta_schedule(sizes: LinearSizes, device: Device, chunk: int | None = None)
     kernels["recall"] = _carried(sizes, chunk, device, 0)
     if not _reads(sizes, device, kernels["carry"]):
         kernels["forward"] = _scanned(sizes, chunk, device)
-    kernels["prepare_back"] = _prepared(sizes, chunk, device, twice=True)
+    kernels["prepare_back"] = {**_prepared(sizes, chunk, device), "BLOCK": _passed(sizes, chunk)}
     kernels["carry_back"] = _carried(sizes, chunk, device, 2)
     warps = _warps(sizes.dtype, device, wide=padded(sizes.d_qk) > 128)
     kernels["gradients"] = {"CHUNK": chunk, "BLOCK": columns, "num_warps": warps, "num_stages": 1}
@@ -81,20 +81,24 @@ def _warps(dtype: Dtype, device: Device, wide: bool = False) -> int:
     return (256 if wide or dtype == "fp32" else 128) // device.warp_size
 
 
-def _prepared(sizes: LinearSizes, chunk: int, device: Device, twice: bool = False) -> dict[str, int]:
-    """How a chunk's equations are solved, or passed backwards: columns that are multiplied at once, and warps.
+def _prepared(sizes: LinearSizes, chunk: int, device: Device) -> dict[str, int]:
+    """How a chunk's equations are solved, or passed backwards.
 
-    At 64 tokens and 16 bits they are multiplied by wgmma. One whose right operand has fewer columns than 64 is what the
-    assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`). On Hopper three programs of so many registers share a
+    At 64 tokens and 16 bits they are multiplied by wgmma. On Hopper three programs of so many registers share a
     multiprocessor, for each waits for its own loads and matmuls most of the time: 137 us in place of 164 of an H200.
     """
-    block = max(16, _columns(sizes.dtype, sizes.d_v) // 2)
-    tiles = {"CHUNK": chunk, "BLOCK": block, "num_warps": _warps(sizes.dtype, device), "num_stages": 1}
-    if chunk == 64 and sizes.dtype != "fp32":
-        tiles["BLOCK"] = max(COLUMNS, _columns(sizes.dtype, sizes.d_v, twice))
-        if device.target.startswith("sm_9"):
-            tiles["maxnreg"] = 168
+    tiles = {"CHUNK": chunk, "num_warps": _warps(sizes.dtype, device), "num_stages": 1}
+    if chunk == 64 and sizes.dtype != "fp32" and device.target.startswith("sm_9"):
+        tiles["maxnreg"] = 168
     return tiles
+
+
+def _passed(sizes: LinearSizes, chunk: int) -> int:
+    """Columns that are multiplied at once where equations are passed backwards. A wgmma whose right operand has fewer
+    than 64 is what the assembler of CUDA 12.8 makes wrong here (`codegen.wgmma`)."""
+    if chunk == 64 and sizes.dtype != "fp32":
+        return max(COLUMNS, _columns(sizes.dtype, sizes.d_v, twice=True))
+    return max(16, _columns(sizes.dtype, sizes.d_v) // 2)
 
 
 def _shared(sizes: LinearSizes, chunk: int) -> int:
@@ -120,7 +124,7 @@ def _carried(sizes: LinearSizes, chunk: int, device: Device, tiles: int) -> dict
 
 def _stage(dtype: Dtype, width: int, block: int, chunk: int, tiles: int) -> int:
     """Bytes of one chunk's operands, and of the state as one."""
-    return DTYPE_BYTES[dtype] * (chunk * ((1 + tiles) * width + (2 if tiles else 1) * block) + width * block)
+    return DTYPE_BYTES[dtype] * (chunk * ((1 + tiles) * width + 2 * block) + width * block)
 
 
 def _scanned(sizes: LinearSizes, chunk: int, device: Device) -> dict[str, int]:
