@@ -68,7 +68,7 @@ def render_delta(graph: VariantGraph, plan: Delta, d_qk: int, d_v: int) -> str:
     kernels = ("prepare", "carry", "forward", "prepare_back", "carry_back", "gradients", "step")
     parts = [
         header(graph, "The recurrence", "form by chunks", plan.proof, d_qk, d_v),
-        text("helpers.py.j2", helpers={"_expm1"} if slots.decays else set()),
+        text("helpers.py.j2", helpers={"_expm1", "_bounded"} if slots.decays else set()),
         *(text(f"delta_{name}.py.j2") for name in (*kernels, "host")),
     ]
     return tidy("\n\n\n".join(p.strip("\n") for p in parts) + "\n")

@@ -22,16 +22,17 @@ from attncc.ir.vocabulary import Read, absolute, cumsum, maximum, where
 #: a token, query and key at once, where the mask is causal
 T = sym.KV_IDX
 
+_REMEDY = "linear are polynomials of degree 1 or 2 in a dot product, times f(query) * g(key)"
 
-def refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
+
+def refuse(graph: VariantGraph, stage: str, reason: str, remedy: str = _REMEDY) -> NoReturn:
     """UnsupportedError with the reason why a stage has no form in linear time."""
     shown = {"raw_score": "similarity", "weight": "normalizer", "out": "reduction"}.get(stage, stage)
     raise UnsupportedError(
         f"no linear-time form: {reason}",
         stage=shown,
         span=graph[stage].span if stage in graph else None,
-        remedy="linear are polynomials of degree 1 or 2 in a dot product, times f(query) * g(key); "
-        "plan='parallel' computes any weight in quadratic time",
+        remedy=f"{remedy}; plan='parallel' computes any weight in quadratic time",
     )
 
 
@@ -52,7 +53,7 @@ def channel_decay(
     """The features without a decay of each channel, D(t) of that decay, 0 if there is none, and whether it is late."""
     exponents = []
     features = []
-    for side, vector in ((left, sym.Q_VEC), (right, sym.K_VEC)):
+    for side, vector in ((_product(left), sym.Q_VEC), (_product(right), sym.K_VEC)):
         found = [
             f
             for f in sympy.Mul.make_args(side)
@@ -71,8 +72,14 @@ def channel_decay(
         refuse(graph, "raw_score", f"'{text}' is no decay from the key to the query in each channel")
     for side in features:
         if side.atoms(Read):
-            refuse(graph, "raw_score", f"the features '{formula(side)}' read an input")
+            remedy = "multiply q or k by them before the call"
+            refuse(graph, "raw_score", f"the features '{formula(side)}' read an input", remedy)
     return features[0], features[1], decay, late
+
+
+def _product(side: sympy.Expr) -> sympy.Expr:
+    """A sum whose terms have an exponential in common, (1 - exp(g)) * exp(-G) multiplied out, as their product again."""
+    return sympy.factor(side) if side.is_Add and side.atoms(cumsum) else side
 
 
 def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> bool:

@@ -15,12 +15,13 @@ from attncc.ir.text import formula
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
 from attncc.runtime.linear_calls import Calls, Kind, LinearCalls
-from attncc.runtime.linear_cut import places
+from attncc.runtime.linear_cut import check_lengths, places
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast, is_traced
 from attncc.runtime.remade import Remade
+from attncc.runtime.refusals import kind_of
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound, bind, check_dimensions, output_names
 from attncc.runtime.square_engine import SquareEngine
@@ -101,6 +102,7 @@ class LinearOp(Remade):
         """
         check_dimensions(q, k, v)
         q, k, v = autocast(q, k, v)
+        _check_kinds(initial_state, cu_seqlens, chunk_size)
         given = (scale, initial_state, output_final_state, chunk_size)
         if self._calls is not None and q.is_cuda and cu_seqlens is None and position is None and not is_traced(q, k, v):
             return self._eager(q, k, v, plan or self.choice, outputs, *given, inputs)
@@ -278,6 +280,16 @@ class LinearOp(Remade):
     def explain(self, *args: Any, **options: Any) -> str:
         """What `AttentionOp.explain` says, the linear form and its proof among it; the arguments are the same."""
         return self.parallel.explain(*args, **options)
+
+
+def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any) -> None:
+    """InputError for what no call can have, whatever its shapes."""
+    if initial is not None and not isinstance(initial, Tensor):
+        raise InputError(f"initial_state is {kind_of(initial)}, not a tensor", remedy="pass the state that a call returned")
+    if cu_seqlens is not None:
+        check_lengths(cu_seqlens)
+    if chunk is not None and not isinstance(chunk, int | torch.SymInt):
+        raise InputError(f"chunk_size is {chunk!r}, not a whole number", remedy="tokens a chunk, such as 64, or None")
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

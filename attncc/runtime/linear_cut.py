@@ -9,12 +9,20 @@ import torch
 from torch import Tensor
 
 from attncc.errors import InputError
+from attncc.runtime.refusals import kind_of
+
+
+def check_lengths(cu_seqlens: Any) -> None:
+    """InputError where these are not lengths summed up, whatever the shapes of a call. Their values are not read."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise InputError(f"cu_seqlens is {kind_of(cu_seqlens)}, not a tensor", remedy="pass torch.tensor(cu_seqlens)")
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
+        raise InputError("cu_seqlens is not a tensor of at least 2 integers", remedy="pass the sums of the lengths")
 
 
 def sequence_lengths(cu_seqlens: Tensor, batch: int, length: int) -> list[int]:
     """Where each packed sequence begins, and the end. InputError where that is not so for tensors of this shape."""
-    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
-        raise InputError("cu_seqlens is not a tensor of at least 2 integers", remedy="pass the sums of the lengths")
+    check_lengths(cu_seqlens)
     if batch != 1:
         raise InputError(f"packed sequences need a batch of 1, got {batch}", remedy="q, k, v are (1, H, total, D)")
     ends = [int(x) for x in cu_seqlens.tolist()]
