@@ -12,6 +12,7 @@ from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.ir.symbols import KV_LEN, Q_LEN
 from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
 from attncc.runtime.linear_calls import Calls, Kind, LinearCalls
@@ -57,6 +58,9 @@ class LinearOp(Remade):
         self._terms = TokenTerms(graph)
         self._set_up(precision)
         self._missing = self._gaps()
+        of_bias = () if linear.bias is None else (*linear.bias, linear.step)
+        #: the inputs whose gradients only the quadratic plan has
+        self._underived = frozenset(r.input for e in of_bias if e is not None for r in e.atoms(Read))
 
     def _set_up(self, precision: Precision | None) -> None:
         """Make the engine, and what stands beside it."""
@@ -110,6 +114,7 @@ class LinearOp(Remade):
         stateful = initial_state is not None or output_final_state
         needs_linear = stateful or cu_seqlens is not None or bool(position)
         chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
+        chosen = self._with_gradients(chosen, plan or self.choice, needs_linear, inputs)
         if chosen == "parallel":
             return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
         bound = self._terms.join(bind(self.graph, q, k, v, scale, inputs), q, k)
@@ -168,6 +173,7 @@ class LinearOp(Remade):
         if kind is None:
             needs_linear = first is not None or want_last
             chosen = self._chosen(q, k, v, plan, output_names(outputs, self.graph), needs_linear, None)
+            chosen = self._with_gradients(chosen, plan, needs_linear, inputs)
             if chosen == "parallel":
                 return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
             bound = bind(self.graph, q, k, v, scale, inputs)
@@ -242,6 +248,20 @@ class LinearOp(Remade):
             raise UnsupportedError(refusal, remedy="plan='parallel' computes it")
         return plan
 
+    def _with_gradients(self, chosen: PlanName, plan: PlanName, needs_linear: bool, inputs: dict[str, Any]) -> PlanName:
+        """The plan that was chosen for a call that asks for `plan`, or all pairs where those alone have a gradient."""
+        if chosen == "parallel" or not self._underived or not torch.is_grad_enabled():
+            return chosen
+        wanted = [n for n in sorted(self._underived) if isinstance(x := inputs.get(n), Tensor) and x.requires_grad]
+        if not wanted:
+            return chosen
+        if plan == "auto" and not needs_linear:
+            return "parallel"
+        raise UnsupportedError(
+            f"the weight has a part that is free of the score, whose gradient to '{wanted[0]}' is not derived yet",
+            remedy="plan='parallel' has it, in quadratic time; or write that part by a component of q and k that is 1",
+        )
+
     def _fastest(self, sizes: LinearSizes, device: Device) -> PlanName:
         """The plan that the cost model takes to be the fastest."""
         return choose_plan(sizes, device, self.linear.causal)
@@ -285,7 +305,9 @@ class LinearOp(Remade):
 def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any) -> None:
     """InputError for what no call can have, whatever its shapes."""
     if initial is not None and not isinstance(initial, Tensor):
-        raise InputError(f"initial_state is {kind_of(initial)}, not a tensor", remedy="pass the state that a call returned")
+        raise InputError(
+            f"initial_state is {kind_of(initial)}, not a tensor", remedy="pass the state that a call returned"
+        )
     if cu_seqlens is not None:
         check_lengths(cu_seqlens)
     if chunk is not None and not isinstance(chunk, int | torch.SymInt):

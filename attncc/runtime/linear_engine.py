@@ -14,7 +14,6 @@ from torch import Tensor
 
 from attncc.codegen.linear import LinearSlots, render_linear
 from attncc.collector import held
-from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
 from attncc.passes.linearize import Linear
 from attncc.passes.similarity import similarity
@@ -217,7 +216,6 @@ class LinearEngine:
         module, schedule, cut, options = self._prepare(q, v, cu_seqlens, chunk)
         named = dict(zip(self.names, rows, strict=True))
         wants = dict(zip(self.names, wanted, strict=True))
-        self._refuse(wants)
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         given = dict(named)
         delta = None
@@ -244,14 +242,6 @@ class LinearEngine:
     def _asked(self, wants: dict[str, bool]) -> tuple[bool, ...]:
         """Which gradients of factors the kernels are to note: the query's, the key's, the decay's, the diagonal's."""
         return tuple(wants.get(name, False) for name in ("row", "col", "step", "diagonal"))
-
-    def _refuse(self, wants: dict[str, bool]) -> None:
-        bias = wants.get("alpha") or wants.get("beta") or (self.plan.bias is not None and wants.get("step"))
-        if bias:
-            raise UnsupportedError(
-                "the part of the weight that is free of the score has a gradient that is not derived yet",
-                remedy="plan='parallel' has it, in quadratic time",
-            )
 
 
 def _of_tokens(found: Tensor, factor: Tensor, segments: int) -> Tensor:

@@ -39,6 +39,7 @@ class RecurrenceOp(LinearOp):
         self.linear, self._rows = engine.plan, engine.rows
         self._key = library.register(f"{graph.digest}:{precision}", engine)
         self._missing = self._gaps()
+        self._underived = frozenset()
         self._calls = None if self._terms.names else LinearCalls(engine)
 
     def __repr__(self) -> str:

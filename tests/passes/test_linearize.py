@@ -262,6 +262,11 @@ def clamped(score, row):
     return score / ac.maximum(row.sum(ac.abs(score)), 1)
 
 
+def forgotten(q_vec, k_vec, b, h, q_idx, kv_idx, q_len, kv_len, g):
+    between = ac.cumsum(g[b, h, q_idx + kv_len - q_len]) - ac.cumsum(g[b, h, kv_idx])
+    return ac.sum_d(q_vec * k_vec * (1 - ac.exp(g[b, h, kv_idx])) * ac.exp(between))
+
+
 REFUSED = {
     "the token before": (
         variant(lambda score, q_idx, kv_idx: ac.where(kv_idx == q_idx - 1, 2 * score, score)),
@@ -317,6 +322,10 @@ REFUSED = {
         "has no dot product",
     ),
     "branches": (ac.variants.get("differential"), "2 branches"),
+    "a gate of a key's channels": (
+        variant("identity", similarity=forgotten, inputs={"g": ac.Input("b", "h", "kv_idx", "d")}),
+        "the features '-k_vec*(exp(g[b, h, kv_idx]) - 1)' read an input",
+    ),
     "a weighted length": (
         variant(
             "identity",
