@@ -78,7 +78,7 @@ def channel_decay(
 
 
 def _product(side: sympy.Expr) -> sympy.Expr:
-    """A sum whose terms have an exponential in common, (1 - exp(g)) * exp(-G) multiplied out, as their product again."""
+    """A sum whose terms have an exponential in common, (1 - exp(g)) * exp(-G) multiplied out, as a product again."""
     return sympy.factor(side) if side.is_Add and side.atoms(cumsum) else side
 
 

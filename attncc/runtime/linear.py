@@ -21,8 +21,8 @@ from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
 from attncc.runtime.op import AttentionOp, autocast, is_traced
-from attncc.runtime.remade import Remade
 from attncc.runtime.refusals import kind_of
+from attncc.runtime.remade import Remade
 from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound, bind, check_dimensions, output_names
 from attncc.runtime.square_engine import SquareEngine

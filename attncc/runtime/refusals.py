@@ -24,8 +24,8 @@ _ELSEWHERE = {
     "enable_gqa": "fewer heads of k and v than of q need no word",
     **dict.fromkeys(
         _OF_LINEAR,
-        "what has a form in linear time takes it, and this was compiled to none: ac.compile(..., plan='chunk') gives it, "
-        "or says which factor does not split",
+        "what has a form in linear time takes it, and this was compiled to none: ac.compile(..., plan='chunk') gives "
+        "it, or says which factor does not split",
     ),
     "cu_seqlens": "packed sequences are a mask, as in 'document'; what has a form in linear time, ac.compile(..., "
     "plan='chunk'), takes their sums of lengths",

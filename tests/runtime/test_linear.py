@@ -550,8 +550,7 @@ def test_a_state_of_what_has_none_is_refused_by_name():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["gla", "simple_gla", "gated_delta_net"])
 def test_what_forgets_all_costs_other_tokens_nothing(name, dtype, many_segments):
-    """Steps of -1e9 and of -inf in the midst of a chunk, as of a new document, beside steps of a few percent. Token after
-    token the gradients are those of chunks: autograd has them of the formula by hand."""
+    """Steps of -1e9 and of -inf in the midst of a chunk, as of a new document, beside steps of a few percent."""
     (q, k, v), _ = drawn("gla", length=70)
     g = 0.1 * (inputs_of("gla", 1, 2, 70)["g"] if name == "gla" else -torch.rand(1, 2, 70))
     g[:, :, [9, 33]] = -1e4 if dtype == torch.float16 else -1e9
