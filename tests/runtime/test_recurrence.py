@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from attncc.codegen.module import load_source
 from attncc.errors import InputError, UnsupportedError
 from attncc.passes.recur import recur
 from attncc.runtime import delta_engine
+from attncc.runtime.samples import sample_inputs
 from attncc.runtime.verify import Shape, verify_variant
 from attncc.schedule.delta import delta_schedule
 from attncc.schedule.device import device_for
@@ -265,6 +267,28 @@ def test_sixteen_bits(name, dtype, limit):
         assert error <= limit * size
 
 
+def test_rounding_hardly_reaches_the_gradient_of_a_step():
+    """It is a sum over the state times its own gradient, of numbers that have either sign: what rounds the one or the
+    other counts in full. Of eight heads it was off by 5.7e-4 with what tokens write and add, and queries ask, rounded
+    once more on the way to the state."""
+    shape = Shape(1, 8, 8, 256, 256, 32, 32)
+    sample = sample_inputs(VARIANTS["gated_delta_net"].graph, shape, torch.float16)
+    tensors = [sample.q, sample.k, sample.v, *sample.inputs.values()]
+    cotangent = torch.randn(1, 8, 256, 32, generator=torch.Generator().manual_seed(1)).half()
+    op = ac.compile("gated_delta_net", plan="chunk")
+
+    def gradients(function, tensors):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = function(*leaves[:3], **dict(zip(sample.inputs, leaves[3:], strict=True)))
+        return torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
+
+    got = gradients(partial(op, chunk_size=64), tensors)
+    exact = gradients(partial(ac.reference, VARIANTS["gated_delta_net"]), [x.double() for x in tensors])
+    limits = (4.6e-4, 5e-4, 4.7e-4, *(4.6e-4 if name == "g" else 4.4e-4 for name in sample.inputs))
+    for ours, theirs, limit in zip(got, exact, limits, strict=True):
+        assert (ours - theirs).square().mean().sqrt() <= limit * theirs.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("plan", ["chunk", "recurrent"])
 @pytest.mark.parametrize(("batch", "length"), [(1, 0), (0, 5)])
 def test_no_tokens_leave_the_state_as_it_was(batch, length, plan):
@@ -410,9 +434,9 @@ def test_every_kernel_compiles_for_a_gpu(name, target):
     assert ("forward" in schedule.kernels) == (target != "sm_90")
     for kernel in found.values():
         assert kernel.shared <= device.smem_per_block
-        # Spills and all one kernel takes 384 us of an H200 with a gate for what took three of them 533. In prepare and
-        # prepare_back, 143 and 117 us for 178 and 141 without, three programs share a multiprocessor.
+        # Spills and all one kernel takes 384 us of an H200 with a gate for what took three of them 533. Of prepare_back
+        # three programs share a multiprocessor: 117 us for 141 without.
         gradients = 288 if name == "gated_delta_net" else 0
-        allowed = {"gradients_kernel": gradients, "prepare_kernel": 16, "prepare_back_kernel": 64}.get(kernel.name, 0)
+        allowed = {"gradients_kernel": gradients, "prepare_back_kernel": 64}.get(kernel.name, 0)
         assert kernel.spills <= allowed or target != "sm_90"
         assert not kernel.faults
