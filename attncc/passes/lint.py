@@ -22,7 +22,7 @@ from attncc.ir.vocabulary import Read, attached
 from attncc.passes.bounds import INF, Extent, extent, numbers
 from attncc.passes.differentiate import differentiate
 from attncc.passes.phases import is_column_sum, phases
-from attncc.passes.recur import recur
+from attncc.passes.recur import Delta, recur
 from attncc.passes.running import without_running_sums
 from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
@@ -61,7 +61,7 @@ class Finding:
 def lint(graph: VariantGraph) -> tuple[Finding, ...]:
     """Everything that is found, errors first."""
     if graph.recurrent:
-        return tuple(undone_recurrence(graph))
+        return (*undone_recurrence(graph), *logs_of_what_is_kept(graph))
     try:
         main = without_running_sums(phases(graph).main)
     except UnsupportedError as error:
@@ -83,6 +83,27 @@ def undone_recurrence(graph: VariantGraph) -> Iterator[Finding]:
         recur(graph)
     except UnsupportedError as error:
         yield Finding("error", error.reason, error.stage, error.span, error.remedy)
+
+
+def logs_of_what_is_kept(graph: VariantGraph) -> Iterator[Finding]:
+    """May what a token leaves of the state be 0 or less? Chunks multiply it by adding its logarithms."""
+    try:
+        plan = recur(graph)
+    except UnsupportedError:
+        return
+    step = plan.linear.step if isinstance(plan, Delta) else plan.step
+    logs = () if step is None else sorted(step.atoms(sympy.log), key=str)
+    for kept in (log.args[0] for log in logs):
+        if extent(kept, numbers(graph)).positive or not kept.atoms(Read):
+            continue
+        yield Finding(
+            "warning",
+            f"what is kept of the state, '{formula(kept)}', goes through its logarithm: where it is below 0 the result "
+            "is NaN, and where it is 0 its gradient is",
+            "state",
+            graph["update"].span,
+            "write it as exp(g), and pass its logarithm g, or as sigmoid(a)",
+        )
 
 
 def hidden_rows(graph: VariantGraph) -> Iterator[Finding]:

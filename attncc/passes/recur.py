@@ -148,6 +148,9 @@ def _summed(graph: VariantGraph, stage: str, expr: sympy.Expr) -> sympy.Expr:
         vectors = sympy.Mul(*(f for f in factors if is_vector(f)))
         found = {sym.K_VEC * sym.STATE: _RECALL, sym.Q_VEC * sym.STATE: _READ}.get(vectors)
         if found is None:
+            gate = sympy.cancel(vectors / (sym.K_VEC * sym.STATE))
+            if not gate.free_symbols & set(_PARTS):
+                _refuse(graph, stage, f"the key finds a state that each channel keeps on its own, by '{formula(gate)}'")
             _refuse(graph, stage, f"sum_d({formula(term)}) is no dot product of the vector with the state")
         total += found * sympy.Mul(*(f for f in factors if not is_vector(f)))
     return total

@@ -8,10 +8,12 @@ import attncc as ac
 from attncc.errors import SpecError, UnsupportedError
 from attncc.ir.text import to_text
 from attncc.passes.linearize import Linear
+from attncc.passes.lint import lint
 from attncc.passes.recur import Delta, recur
 
 GATE = 'g = { index = ["b", "h", "kv_idx"], grad = true }'
 BETA = 'beta = { index = ["b", "h", "kv_idx"], grad = true }'
+WIDE = 'w = { index = ["h", "d"] }'
 GATED = f'''
 name = "gated_delta_net"
 [recurrence]
@@ -26,7 +28,7 @@ out = "scale * dot(q_vec, state)"
 
 
 def text(state, out="scale * dot(q_vec, state)"):
-    inputs = "\n".join(line for name, line in (("beta[", BETA), ("g[", GATE)) if name in state + out)
+    inputs = "\n".join(line for name, line in (("beta[", BETA), ("g[", GATE), ("w[", WIDE)) if name in state + out)
     return f'[recurrence]\nstate = "{state}"\nout = "{out}"\n[inputs]\n{inputs}\n'
 
 
@@ -135,6 +137,10 @@ def test_families(state, family, proof):
         ("v_vec * k_vec * k_vec + state", "no factor times the outer product"),
         ("k_vec * v_vec - state", "kept by the factor '-1', which is not positive"),
         (f"{KEPT} * state + k_vec * (v_vec - dot(k_vec, state))", "is of the state before it decays by"),
+        (
+            "exp(w[h]) * state + k_vec * (v_vec - dot(k_vec, exp(w[h]) * state))",
+            "the key finds a state that each channel keeps on its own, by 'exp(w[h])'",
+        ),
     ],
 )
 def test_what_is_of_no_family_is_refused_by_its_term(state, said):
@@ -142,6 +148,20 @@ def test_what_is_of_no_family_is_refused_by_its_term(state, said):
         ac.compile(ac.loads_toml(text(state)))
     assert said in caught.value.reason
     assert caught.value.span is not None
+
+
+def test_a_factor_that_may_be_0_is_warned_of():
+    """Chunks multiply what is kept by adding logarithms."""
+    for kept, warned in (
+        ("(1 - g[b, h, kv_idx])", True),
+        ("g[b, h, kv_idx]", True),
+        ("exp(g[b, h, kv_idx])", False),
+        ("sigmoid(g[b, h, kv_idx]) / 2", False),
+        ("(0.5 + relu(g[b, h, kv_idx]))", False),
+    ):
+        found = lint(ac.loads_toml(text(f"{kept} * (state - k_vec * dot(k_vec, state)) + k_vec * v_vec")).graph)
+        assert [f.level for f in found] == ["warning"] * warned
+        assert all("where it is below 0 the result is NaN" in str(f) and "as exp(g)" in str(f) for f in found)
 
 
 def test_what_is_read_is_refused_by_its_factor():
