@@ -192,9 +192,9 @@ def collect(run: Callable[[], object], device: int) -> list[tuple[str, Future[An
 
 
 def _effort(job: Job) -> tuple[bool, int]:
-    """What compiling a launch's kernel takes beside others: by its text, and that of the functions that it calls. In
-    Gluon it is in many."""
+    """What compiling a launch's kernel takes beside others: by its text, and that of the functions that it calls, more
+    where loops are unrolled. In Gluon it is in many."""
     function = job.kernel.fn
     called = (function.__globals__.get(name) for name in function.__code__.co_names)
-    own = sum(len(x.src) for x in called if isinstance(x, JITFunction))
-    return job.kernel.is_gluon(), len(job.kernel.src) + own
+    texts = [job.kernel.src, *(x.src for x in called if isinstance(x, JITFunction))]
+    return job.kernel.is_gluon(), sum(len(text) * (1 + text.count("static_range")) for text in texts)
