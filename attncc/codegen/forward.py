@@ -137,6 +137,7 @@ def forward_slots(
     lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank, tables=tables)
     if hopper:
         lowering.streamed, lowering.ahead, lowering.maps, lowering.whole = [], [], [], "whole"
+        lowering.fragments = True
     elif not own:
         lowering.whole = WHOLE
     sweeps: list[dict[str, Any]] = []

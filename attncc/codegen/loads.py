@@ -129,6 +129,7 @@ def by_distance(scope: Lowering, expr: Any, level: Level) -> str:
     moved = None if shift == 0 else scope.leaves[shift.name].name
     if scope.rows_first:
         row = f"({moved} + _minus({q}))" if moved else f"_minus({q})"
-        return f"tl.load(({start} + {row})[:, None] + _wide({kv})[None, :])"
+        entries = f"({start} + {row})[:, None] + _wide({kv})[None, :]"
+        return f"_entries({entries})" if scope.fragments else f"tl.load({entries})"
     row = f"({moved} + _wide({kv}))" if moved else f"_wide({kv})"
     return f"tl.load(({start} + {row})[:, None] + _minus({q})[None, :])"

@@ -65,7 +65,8 @@ class Lowering:
     axis of the loop, and what follows from that alone; `ahead` takes the loads of what is read a pair, which need no
     score, and `maps` those of tiles that a copy could fetch. whole: the condition that a tile ends inside the tensors
     along the axis of the loop, where there is one.
-    tables: those that the kernel is given by distance.
+    tables: those that the kernel is given by distance; fragments: a thread has of a tile what a warp group's matmul
+    gives it.
     """
 
     graph: VariantGraph
@@ -83,6 +84,7 @@ class Lowering:
     ahead: list[str] | None = None
     maps: list[MapTile] | None = None
     tables: Tables = NO_TABLES
+    fragments: bool = False
     helpers: set[str] = field(default_factory=set)
     _memo: dict[Any, tuple[str, Level]] = field(default_factory=dict)
     _names: Counter[str] = field(default_factory=Counter)

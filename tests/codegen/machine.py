@@ -14,6 +14,7 @@ Layouts are not modelled, nor registers, nor the threads within a warpgroup; `cr
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +130,22 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         return _highest(args[0].v, args[1].v)
     if "vote.sync.any.pred moved" in text:
         return args[0] * args[1]
+    if "ld.global.nc.b32" in text:
+        return _fragments(text, args[0])
     raise MachineError(f"assembly that the model does not know: {text}")
+
+
+def _fragments(text: str, places: Pointer) -> Block:
+    """Loads of a tile [64, N], of which a thread knows its first element's place and has N / 8 times two rows, eight
+    apart, of two neighbours; `text` says which of those it loads how far from there, and which are others again."""
+    bytes_on = {int(i): int(far) for i, far in re.findall(r"ld\.global\.nc\.b32 \$(\d+), \[at \+ (-?\d+)\]", text)}
+    for i, other in re.findall(r"mov\.b32 \$(\d+), \$(\d+);", text):
+        bytes_on[int(i)] = bytes_on[int(other)]
+    rows, keys = places.shape
+    own = torch.tensor([bytes_on[i] // 4 for i in range(keys // 2)]).view(keys // 8, 2, 2).transpose(0, 1)
+    first = torch.as_tensor(places.offset).view(rows // 16, 2, 8, keys // 8, 4, 2)[:, :1, :, :1, :, :1]
+    at = first + own[None, :, None, :, None, :]
+    return _load(Pointer(places.memory, at.reshape(rows, keys)))
 
 
 def _highest(scores: Tensor, limit: Tensor) -> Block:

@@ -139,6 +139,10 @@ class Pointer:
     def __getitem__(self, index: Any) -> Pointer:
         return Pointer(self.memory, torch.as_tensor(self.offset)[index])
 
+    @property
+    def shape(self) -> torch.Size:
+        return torch.as_tensor(self.offset).shape
+
     def places(self, mask: Any) -> tuple[Tensor, Tensor]:
         at = torch.as_tensor(self.offset).to(torch.int64)
         shown = torch.as_tensor(True if mask is None else plain(mask))
