@@ -22,7 +22,7 @@ from attncc.passes.fold import LN2
 
 #: operations of a pair beyond which a load of a table's entry is less: its clock of an SM's load unit is that of four
 #: of them, and it is waited for
-WORK_OF_A_LOAD = 20
+WORK_OF_A_LOAD = 16
 #: entries that a pair of a forward reads at most, and one of a backward: each is a tile, and more were not measured
 MOST_OF_A_SCORE, MOST_TABLES = 2, 6
 #: operations that take as long as a load of an element of an input, with its offset and guard
