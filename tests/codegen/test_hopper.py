@@ -367,11 +367,12 @@ def test_bounds_of_blocks_that_are_no_power_of_two(rows):
     assert {"bounds_kv_kernel", "forward_kernel"} <= set(kernels)
 
 
-def test_entries_of_a_table_are_loaded_one_by_one():
-    """A row's pointer is at any multiple of four bytes, though it is a multiple of a tile less the row's number."""
+def test_entries_of_a_table_are_loaded_one_by_one_and_once():
+    """A row's pointer is at any multiple of four bytes, though it is a multiple of a tile less the row's number. Of a
+    tile of 64 keys a thread has 32 pairs at 18 distances, in each of its warpgroup's two copies of the stages."""
     kernel = compiled("relative_bias", KernelSchedule(128, 64, 8, 2, "gluon"))
-    assert "ld.global.b32" in kernel.ptx
     assert "ld.global.v" not in kernel.ptx
+    assert kernel.ptx.count("ld.global.nc.b32") == 2 * 2 * 18
 
 
 @pytest.mark.parametrize(("score", "summed"), [("2 * score", True), ("score * temperature[h]", False)])

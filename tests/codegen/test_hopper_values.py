@@ -163,6 +163,8 @@ class Run:
         ("parallel_context", GROUPED),
         ("t5_bias", GROUPED),
         ("bam", STRIDED),
+        ("kerple", GROUPED),
+        ("faceformer", Shape(1, 2, 1, 150, 200, 128, 128)),
     ],
 )
 def test_values(name, shape):
