@@ -20,6 +20,7 @@ from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorG
 from attncc.codegen.slopes import SLOPE, over_raw, over_slope, same_slope
 from attncc.ir.levels import Level, level
 from attncc.ir.text import formula
+from attncc.ir.vocabulary import Read
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.distances import INDICES, Tables
 from attncc.passes.fold import S
@@ -85,7 +86,13 @@ def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
         else:
             under.append(factor)
     ratio = sympy.Mul(*over) / sympy.Mul(*under)
-    return ratio if all(f.is_number for f in under) and level(ratio) != Level.PAIR else None
+    return ratio if all(map(_never_zero, under)) and level(ratio) != Level.PAIR else None
+
+
+def _never_zero(factor: Any) -> bool:
+    """A number, or one over what places and lengths alone make; an input may be anything, and infinite below a line."""
+    over_places = factor.is_Pow and factor.exp.is_number and factor.exp < 0 and not factor.has(Read)
+    return bool(factor.is_number or over_places)
 
 
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:

@@ -375,9 +375,17 @@ def test_entries_of_a_table_are_loaded_one_by_one_and_once():
     assert kernel.ptx.count("ld.global.nc.b32") == 2 * 2 * 18
 
 
-@pytest.mark.parametrize(("score", "summed"), [("2 * score", True), ("score * temperature[h]", False)])
+@pytest.mark.parametrize(
+    ("score", "summed"),
+    [
+        ("2 * score", True),
+        ("score / (2 + q_idx % 3)", True),
+        ("score * temperature[h]", False),
+        ("score / temperature[h]", False),
+    ],
+)
 def test_a_table_is_summed_with_dk_where_its_cotangent_is_a_multiple_of_ds_that_is_never_0(score, summed):
-    """ds has the temperature as a factor, and is 0 with it; the table's cotangent is not."""
+    """ds has the temperature as a factor, and is 0 with it, or with its inverse; the table's cotangent is not."""
     variant = ac.loads_toml(
         f'[stages]\nscore = "{score} + bias[h, q_idx - kv_idx]"\n'
         '[inputs]\nbias = { index = ["h", "dist"], grad = true }\n'
