@@ -2,7 +2,8 @@
 
 A program has 64 rows of one key head, a warp that loads tiles of 64 keys by TMA, and two warpgroups. Each of these has
 the scores of every second tile, and half of the output's columns of all tiles: an output of 512 columns would not fit
-the registers of one. Keys lie in shared memory once, for the scores and as values.
+the registers of one. Keys lie in shared memory once, for the scores and as values; a half of a tile's place is loaded
+anew as soon as that half of the output has it.
 """
 
 from __future__ import annotations
