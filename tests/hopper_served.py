@@ -13,13 +13,12 @@ NO_FORWARD = {
     "mla": "where keys hold their values",
 }
 _MORE = "the Gluon backward multiplies q with k alone"
-_KEPT_A_KEY = ("key_gain", "head_gates", "simple_gla", "ssd", "forgetting", "bee_rag")
-_TWO_WAIT = ("elu1", "bounded_sum", "top_theta", "softpick", "local_gaussian")
 NO_BACKWARD = {
     **NO_FORWARD,
     **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
-    **dict.fromkeys((*_KEPT_A_KEY, *_TWO_WAIT), "no tiling fits"),
+    "ssd": "no tiling fits",
     **dict.fromkeys(("slots", "reversed"), "the gradient needs a sweep over the queries first"),
+    "forgetting": "an input has gradients by key and by query",
     "dense_bias": "an input with an entry a pair",
     "mla": "Gluon's backward loads v for itself",
     "sdm": "q and k have no gradient",

@@ -17,7 +17,8 @@ from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses
 from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
-from attncc.codegen.slopes import SLOPE, over_raw, over_slope, same_slope
+from attncc.codegen.slopes import SLOPE, by_side, over_raw, over_slope, same_slope
+from attncc.codegen.statements import set_names
 from attncc.ir.levels import Level, level
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
@@ -74,15 +75,18 @@ def _boxed(tile: MapTile) -> dict[str, Any]:
 
 
 def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
-    """What the cotangent of a read with an entry a distance is in multiples of ds, where that is the same for all pairs
-    of a query, or of a key; else None. Nothing is a multiple of what may be 0: where ds has a factor that the cotangent
-    lacks, as a head's temperature, it is 0 with it."""
-    if gradient.kind != "band" or gradient.own or len(plan.parts) > 1 or plan.backward.dqk == 0:
+    """What the cotangent of a read with an entry a key, or a distance, is in multiples of ds, where that is the same
+    for all pairs of a query, or of a key; else None. Nothing is a multiple of what may be 0: where ds has a factor that
+    the cotangent lacks, as a head's temperature, it is 0 with it."""
+    if gradient.kind not in ("band", "col") or gradient.own or len(plan.parts) > 1 or plan.backward.dqk == 0:
         return None
     over, under = list(sympy.Mul.make_args(gradient.expr)), []
     for factor in sympy.Mul.make_args(plan.backward.dqk):
         if factor in over:
             over.remove(factor)
+        elif -factor in over:  # delta - dp, for dp - delta
+            over.remove(-factor)
+            over.append(sympy.S.NegativeOne)
         else:
             under.append(factor)
     ratio = sympy.Mul(*over) / sympy.Mul(*under)
@@ -140,7 +144,7 @@ def tile_slots(
     """
     tables = plan.tables if hopper else plan.tables.read
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
-    slopes = [part.own(SLOPE) for part in plan.parts]
+    slopes = [part.own(name) for part in plan.parts for name in (SLOPE, "p")]
     leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in (*slopes, DS.name)}}
     blank = blank_tile(similarity, rows_first)
     lowering = Lowering(
@@ -160,7 +164,7 @@ def tile_slots(
     # where v is part of k, one accumulator takes dk and dv
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
     computed = [
-        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables)
+        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables, hopper)
         for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
     settles = []
@@ -254,10 +258,16 @@ class _Cotangents:
 
 
 def _backward_exprs(
-    part: Plan, gradients: list[InputGradient], in_loop: bool, one_scale: bool, by_tile: bool, tables: Tables
+    part: Plan,
+    gradients: list[InputGradient],
+    in_loop: bool,
+    one_scale: bool,
+    by_tile: bool,
+    tables: Tables,
+    slope_apart: bool,
 ) -> _Cotangents:
     """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
-    accumulator."""
+    accumulator. slope_apart: that of `_backward_chain`."""
     folded, backward = part.folded, part.backward
     weight = folded.apply(backward.weight)
     place = PLACE if by_tile else INDICES
@@ -273,7 +283,11 @@ def _backward_exprs(
         over = over_weight(expr, backward.weight)
         return tables.apart(over_raw(part, expr if over is None else over), place).xreplace({WEIGHT: weight})
 
-    dsums, dreads = [cotangent(sums[name]) for name in names], [cotangent(g.expr) for g in summed]
+    def of_score(expr: Any) -> Any:
+        signed = by_side(part, expr) if slope_apart else None
+        return cotangent(expr) if signed is None else tables.apart(signed, place)
+
+    dsums, dreads = [of_score(sums[name]) for name in names], [cotangent(g.expr) for g in summed]
     weight_alone = sympy.Dummy("weight")
     outer = weight
     others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
@@ -320,12 +334,18 @@ def _backward_chain(
         if less_delta:
             dsums, dreads = dict(zip(dsums, less, strict=False)), less[len(dsums) :]
         for name, e in dsums.items():
-            dsums[name], settled[name] = over_slope(part, e, lowering, exprs.weight)
-            if part.tag:
+            others = [] if part.tag else dreads
+            dsums[name], settled[name], over = over_slope(part, e, lowering, exprs.weight, others)
+            if not part.tag:
+                settled |= {n: settled[name] for n, d, o in zip(exprs.names, dreads, over, strict=True) if d != o}
+                dreads = over
+            else:
                 settled |= {
                     n: settled[name] for n, d in zip(exprs.names, dreads, strict=True) if same_slope(part, d, e)
                 }
     weight_lines = take(lowering)
+    if slope_apart:  # kept until dp is there, it takes 16 registers of a thread
+        lowering.forget_rows(set_names([*score_lines, *weight_lines]))
     for name, d in zip(exprs.names, dreads, strict=True):
         if DS in d.free_symbols:  # what is a multiple of ds is 0 where that is
             settled[name] = settled.get(DS.name)

@@ -129,11 +129,12 @@ def facts_of(plan: Plan) -> Facts:
 
 
 def _warps(plan: Plan, has_backward: bool) -> WarpWork:
+    from attncc.codegen.backward import over_ds
     from attncc.codegen.forward import vanishes
     from attncc.codegen.hopper_backward import no_backward
     from attncc.codegen.lower import Leaf, Lowering
     from attncc.codegen.pairs import base_leaves
-    from attncc.codegen.slopes import slope_of
+    from attncc.codegen.slopes import keeps_a_tile, slope_of
 
     def by_row(part: Plan, slope: Any) -> bool:
         """Has the slope a factor that is a row's, besides those that make it a multiple of the weight?"""
@@ -151,6 +152,12 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         if has_backward
         else False,
         columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
+        columns_apart=sum(
+            g.kind == "col" and over_ds(plan, g) is None and keeps_a_tile(plan.parts[g.part], g.expr)
+            for g in plan.gradients
+        )
+        if has_backward
+        else 0,
         tables=plan.tables.count,
         asked=len({x for part in plan.parts for x in _streamed(part, Level.ROW)}),
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),

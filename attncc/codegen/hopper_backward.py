@@ -16,6 +16,7 @@ from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.statements import free_names, in_gluon, set_names
 from attncc.errors import UnsupportedError
+from attncc.passes.reverse import DELTA
 from attncc.schedule.hopper import out_in_q
 from attncc.schedule.hopper_backward import (
     NARROW,
@@ -74,6 +75,7 @@ def hopper_backward_slots(
     `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys? `branches`: the chains of
     several, each with the chunks of q and the rows that are its own; with one, its slots are those of the kernel.
     `alive`: for each delta, has a row seen any key?
+    `late_rows`, `late_asked`: what the queries have that is read again for ds;
     `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
     then; `places_slope`: does ds ask where queries and keys lie?
     `deals`: have programs block after block? `leaves_values`: is the slot of values left as soon as they are read,
@@ -127,6 +129,10 @@ def hopper_backward_slots(
     # strips are weighed one after the other, so what the cotangents take of a strip has a name of its own
     early = {"qk", "s", *k["saved"], *(x.name for x in asked.values if x.always)}
     early |= set_names([*chains[0]["score_lines"], *chains[0]["weight_lines"]])
+    sloped = free_names(chains[0]["grad_lines"])
+    late_rows = [name for name in k["saved"] if name in sloped]
+    late_asked = [x for x in asked.values if x.always and x.name in sloped]
+    early -= {*late_rows, *(x.name for x in late_asked)}
     late = free_names([*chains[0]["grad_lines"], *(show if hide else ()), *hide])
     around = free_names([*k["outer"], *k["by_head"], *k["final_lines"]])
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
@@ -153,6 +159,8 @@ def hopper_backward_slots(
         strips=strips,
         halvings=strips.bit_length() - 1,
         late=strips > STRIPS_BESIDE,
+        late_rows=late_rows,
+        late_asked=late_asked,
         kept=[name for name in late if name in early],
         places_slope=not _PLACES.isdisjoint(late),
         branches=branches,
@@ -216,7 +224,7 @@ def summed_by_distance(plan: Plan, d_qk: int, d_v: int) -> list[InputGradient]:
 
 def by_distance(plan: Plan) -> list[InputGradient]:
     """The gradients with an entry a distance for which ds is all that is needed."""
-    return [g for g in plan.gradients if over_ds(plan, g) is not None]
+    return [g for g in plan.gradients if g.kind == "band" and over_ds(plan, g) is not None]
 
 
 def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:
@@ -242,7 +250,15 @@ def no_backward(plan: Plan) -> str:
         return "the Gluon backward multiplies q with k alone, and this similarity has more"
     if any(part.graph.has_dot and part.backward.dqk == 0 for part in plan.parts):
         return "q and k have no gradient, and the Gluon backward is about making theirs"
+    if _sums_the_exact_delta(plan):
+        return "an input has gradients by key and by query, for which the kernel of dQ finds the exact delta first"
     return ""
+
+
+def _sums_the_exact_delta(plan: Plan) -> bool:
+    """Would the kernel of dQ leave its exact delta to that of dK and dV, as `settles_delta` says?"""
+    of_delta = [(g.kind, g.read.input) for g in plan.gradients if not (g.row_only or g.own) and g.expr.has(DELTA)]
+    return any(("col", name) in of_delta for kind, name in of_delta if kind in ("program", "row"))
 
 
 def _refuse(plan: Plan) -> None:

@@ -7,7 +7,7 @@ Here are scopes, names and places; how each kind of expression reads is in `code
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import sympy
 
 from attncc.codegen.loads import MapTile
 from attncc.codegen.spelling import spell, sum_text
+from attncc.codegen.statements import free_names
 from attncc.codegen.texts import hinted, is_number, literal, unwrap, wrap
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
@@ -201,6 +202,12 @@ class Lowering:
         name = self.fresh(hinted(expr))
         self.define(name, unwrap(text), expr, level)
         return name
+
+    def forget_rows(self, names: Set[str]) -> None:
+        """Rows' values of statements that set these names are computed anew where they are asked for again."""
+        gone = [e for e, (text, level) in self._memo.items() if level == Level.ROW and names & {*free_names([text])}]
+        for expr in gone:
+            del self._memo[expr]
 
     def fresh(self, hint: str) -> str:
         """A name that nothing else has."""

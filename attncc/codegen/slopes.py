@@ -9,10 +9,12 @@ import sympy
 from attncc.codegen.lower import Lowering
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
-from attncc.ir.levels import Level
+from attncc.ir import vocabulary as voc
+from attncc.ir.levels import Level, level
+from attncc.ir.vocabulary import Read
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.fold import S
-from attncc.passes.magnitudes import ends_with, over_weight
+from attncc.passes.magnitudes import SIDE, ends_with, over_side, over_weight
 
 #: the name of what dp is multiplied by in the cotangent of a score
 SLOPE = "slope"
@@ -24,12 +26,23 @@ def over_raw(part: Plan, expr: Any) -> Any:
 
 
 def split_slope(dscore: Any) -> tuple[Any, Any] | None:
-    """A score's cotangent as its slope and what that is multiplied by, which hangs on dp and delta alone; None where it
-    is no such product."""
+    """A score's cotangent as its slope and what that is multiplied by, which has of a pair nothing but dp; None where
+    it is no such product."""
     late = [f for f in sympy.Mul.make_args(dscore) if {DP, DELTA} & f.free_symbols]
-    if not late or any(f.free_symbols - {DP, DELTA} for f in late):
+    if not late or any(_of_pair(f) for f in late):
         return None
     return dscore / sympy.Mul(*late), sympy.Mul(*late)
+
+
+def _of_pair(late: Any) -> bool:
+    """Has an expression, term by term, anything of a pair besides dp?"""
+    terms = sympy.Add.make_args(late.xreplace({DP: sympy.Dummy("late")}))
+    return any(_level(term) == Level.PAIR for term in terms)
+
+
+def _level(expr: Any) -> Level:
+    """The level of what is made of a kernel's own score, or of the IR's names."""
+    return Level.PAIR if {S, sym.QK} & expr.free_symbols else level(expr)
 
 
 def split_branch_slope(part: Plan, dscore: Any) -> tuple[Any, Any] | None:
@@ -49,29 +62,92 @@ def same_slope(part: Plan, dread: Any, dscore: Any) -> bool:
     return found is not None and own is not None and found[0] == own[0]
 
 
+def by_side(part: Plan, dscore: Any) -> Any | None:
+    """The cotangent of a score that asks for the sign of something of its pair as a multiple of a slope with that sign;
+    None where it does not."""
+    sums = frozenset(r.symbol for r in part.online.sums if r.term.is_nonnegative)
+    found = None if part.tag else over_side(dscore, sums)
+    return None if found is None else over_raw(part, found[0]) * over_raw(part, found[1])
+
+
 def slope_of(part: Plan) -> Any:
-    """What a part's dp waits for in the cotangent of its score, if that is one value a pair; else None."""
+    """What a part's dp waits for in the cotangent of its score, if that is one value a pair, or a row's; else None."""
     backward = part.backward
     if over_weight(backward.dqk, backward.weight) is not None:
         return part.folded.apply(backward.weight)
-    dscore = over_raw(part, backward.dqk)
+    dscore = by_side(part, backward.dqk) or over_raw(part, backward.dqk)
     found = split_branch_slope(part, dscore) if part.tag else split_slope(dscore)
-    return None if found is None else found[0]
+    if found is None or (_level(found[0]) == Level.PAIR and not (part.tag or _is_finite(found[1]))):
+        return None
+    return found[0]
 
 
-def over_slope(part: Plan, dscore: Any, lowering: Lowering, weight: Any) -> tuple[Any, str | None]:
-    """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, and the name
-    of that; the cotangent as it is, and what it is 0 with, or None, where it is no such multiple."""
+def over_slope(
+    part: Plan, dscore: Any, lowering: Lowering, weight: Any, others: list[Any]
+) -> tuple[Any, str | None, list[Any]]:
+    """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, the name of
+    that, and those of `others` that are a multiple of it, too; the cotangent as it is, and what it is 0 with, or None,
+    where it is no such multiple, or what the slope is multiplied by may not be finite."""
     found = split_branch_slope(part, dscore) if part.tag else split_slope(dscore)
     if found is None:
         beside = dscore.xreplace({weight: sympy.S.One, DP: sympy.S.One})
         alone = lowering.level_of(beside) != Level.PAIR and ends_with(dscore, weight)
-        return dscore, "p" if alone else None
-    if lowering.level_of(found[0]) != Level.PAIR:
-        return dscore, None
+        return dscore, "p" if alone else None, others
+    if lowering.level_of(found[0]) != Level.PAIR or not (part.tag or _is_finite(found[1])):
+        return dscore, None, others
     slope, rest = found
-    if slope == weight:
-        return dscore, "p"
-    name = part.own(SLOPE)
-    lowering.assign(name, slope, Level.PAIR)
-    return sympy.Symbol(name, real=True) * rest, name
+    if part.tag and slope == weight:
+        return dscore, "p", others
+    bare, of_keys = _apart(slope)
+    if not part.tag and (slope != weight or any(_over(e, slope) is None and _over(e, bare) for e in others)):
+        slope, rest = bare, rest * of_keys
+    name = part.own("p" if slope == weight else SLOPE)
+    if slope != weight:
+        lowering.assign(name, slope, Level.PAIR)
+    by_name = sympy.Symbol(name, real=True)
+    over = [e if (beside := _over(e, slope)) is None else by_name * beside for e in others]
+    return by_name * rest.xreplace({SIDE: by_name}), "p" if slope == weight else name, over
+
+
+def _apart(slope: Any) -> tuple[Any, Any]:
+    """A slope without the factors that are a key's own, and those. They take a register a row of keys, and need not be
+    in what waits, which may be the weight then, or what others are a multiple of."""
+    of_keys = [f for f in sympy.Mul.make_args(slope) if _level(f) == Level.COL]
+    return sympy.Mul(*(f for f in sympy.Mul.make_args(slope) if f not in of_keys)), sympy.Mul(*of_keys)
+
+
+def keeps_a_tile(part: Plan, cotangent: Any) -> bool:
+    """Is there a value of each pair that waits for dp to make this cotangent, beside the slope of the score's?"""
+    slope = slope_of(part)
+    if slope is None:
+        return True
+    expr = over_raw(part, cotangent)
+    found = (_over(expr, s) for s in (slope, _apart(slope)[0]))
+    return all(rest is None or _of_pair(rest) for rest in found)
+
+
+def _over(expr: Any, slope: Any) -> Any | None:
+    """What `expr` is in multiples of the slope; None where it is none, or that may not be finite."""
+    factors = list(sympy.Mul.make_args(expr))
+    for factor in sympy.Mul.make_args(slope):
+        if factor not in factors:
+            return None
+        factors.remove(factor)
+    rest = sympy.Mul(*factors)
+    return rest if _is_finite(rest) else None
+
+
+def _is_finite(expr: Any) -> bool:
+    """Is this finite wherever inputs are, for rows that see nothing, too? What is stored of those may be infinite, and
+    what is divided by may be 0."""
+    if isinstance(expr, voc.sign | voc.step | Read) or expr.is_number:
+        return True
+    if expr.is_Symbol:
+        return expr in (DELTA, sym.Q_IDX) or _level(expr) != Level.ROW
+    if isinstance(expr, voc.where):
+        return all(map(_is_finite, expr.args[1:]))
+    if expr.is_Pow:
+        return bool(expr.exp.is_Integer and expr.exp > 0) and _is_finite(expr.base)
+    return (expr.is_Add or expr.is_Mul or isinstance(expr, voc.maximum | voc.minimum | voc.absolute)) and all(
+        map(_is_finite, expr.args)
+    )

@@ -356,6 +356,12 @@ def _solve_for_one(scale: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None
     return solutions[0] if len(solutions) == 1 else None
 
 
+def _cancelled(expr: sympy.Expr) -> sympy.Expr:
+    """`sympy.cancel`, which writes 1.0 * x for x where any number is no integer: then nothing is alike any more."""
+    found = sympy.cancel(expr)
+    return found.xreplace({f: sympy.Integer(int(f)) for f in found.atoms(sympy.Float) if float(f).is_integer()})
+
+
 def _with_sums(online: Online) -> Normal:
     """The plan as it is: the forward stores the maxima and the sums that the weight needs."""
     symbols = [*online.max_symbols, *(r.symbol for r in online.sums)]
@@ -367,6 +373,6 @@ def _with_sums(online: Online) -> Normal:
     )
     saved = tuple((s, s) for s in symbols if s in used)
     log_scale = sympy.log(online.scale)
-    pairs = tuple((r.term, sympy.cancel(log_scale.diff(r.symbol))) for r in online.sums)
+    pairs = tuple((r.term, _cancelled(log_scale.diff(r.symbol))) for r in online.sums)
     reads = tuple((r, sympy.cancel(_diff(log_scale, r))) for r in reads_of(online.scale))
     return Normal(saved, online.numerator.term, online.scale, pairs, reads)

@@ -8,11 +8,13 @@ from typing import Any
 import sympy
 
 from attncc.ir import vocabulary as voc
-from attncc.ir.levels import Level, level_of_name
+from attncc.ir.levels import Level, level, level_of_name
 from attncc.passes.reverse import DELTA, DP
 
 #: the final weight of a pair
 WEIGHT = sympy.Symbol("pair_weight", real=True)
+#: a slope, where what it is multiplied by asks for its sign
+SIDE = sympy.Symbol("pair_slope", real=True)
 
 
 def over_weight(expr: Any, weight: Any) -> Any:
@@ -36,6 +38,24 @@ def over_weight(expr: Any, weight: Any) -> Any:
     ):
         return None
     return by_sign * voc.absolute(WEIGHT) + alone * WEIGHT
+
+
+def over_side(expr: Any, sums: frozenset[Any]) -> tuple[Any, Any] | None:
+    """`expr`, which is f * (a * sign(x) + b * step(x)), as the slope f * sign(x) and a + b * step(SIDE), SIDE being
+    that slope, where f is not negative, and a and b are made of nothing that a pair has but dp; None where it is no
+    such product. `sums`: row sums of what is not negative."""
+    late = [f for f in sympy.Mul.make_args(expr) if {DP, DELTA} & f.free_symbols]
+    of_pairs = [e for f in late for e in f.atoms(voc.sign, voc.step) if level(e) == Level.PAIR]
+    beside = {s: sympy.Symbol(s.name, nonnegative=True) for s in sums}
+    magnitude = expr / sympy.Mul(*late)
+    if len({e.args[0] for e in of_pairs}) != 1 or not magnitude.xreplace(beside).is_nonnegative:
+        return None
+    (x,) = {e.args[0] for e in of_pairs}
+    sign, above = sympy.Dummy("sign", real=True), voc.step(SIDE)
+    rest = sympy.expand(sympy.Mul(*late).xreplace({voc.sign(x): sign, voc.step(x): sign * above}) / sign)
+    if rest.has(sign) or any(level_of_name(s.name) == Level.PAIR for s in rest.free_symbols - {DP, DELTA}):
+        return None
+    return magnitude * voc.sign(x), rest
 
 
 def ends_with(expr: Any, weight: Any) -> bool:

@@ -69,17 +69,22 @@ def shares_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
 
 def summed_apart(d_qk: int, d_v: int, warps: WarpWork) -> bool:
     """Does a third warpgroup have dQ? Else it is shared out between the two that have the keys: where their heads are
-    too wide, or a second value waits for dp beside the slope, or something is summed a key, which all spilled."""
+    too wide, or not narrow and a second value waits for dp beside the slope, or a third does, which all spilled."""
     both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
-    alone = warps.branches == 1 and warps.slope and not warps.columns
-    return both <= SUMMED_APART and not wide(d_qk, d_v) and alone
+    widest = {1: SUMMED_APART, 2: 2 * NARROW}.get(_waiting(warps), 0)
+    return both <= widest and not wide(d_qk, d_v) and warps.branches == 1
+
+
+def _waiting(warps: WarpWork) -> int:
+    """Values of a pair that wait for dp."""
+    return (1 if warps.slope else 2) + warps.columns_apart
 
 
 def holds_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
     """Are a warpgroup's keys and values in registers, as left operands of scores and dp? Shared memory, which the
     kernel waits for, then gives a sixth less. A slope with a row's factor takes their room."""
     narrow = max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) <= NARROW
-    return narrow and summed_apart(d_qk, d_v, warps) and not warps.slope_by_row
+    return narrow and summed_apart(d_qk, d_v, warps) and _waiting(warps) == 1 and not warps.slope_by_row
 
 
 def both_branches(d_qk: int, d_v: int, warps: WarpWork) -> bool:
@@ -195,7 +200,7 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
     held = max(qk, v) if shares else qk + v
     # of wide heads a warpgroup with keys of its own has its matmuls one after the other
     tiles = (1.5 if apart and not shares else 2.5) + (0 if costs.warps.slope else 1)
-    tiles += costs.warps.columns + 2 * costs.backward.loads
+    tiles += costs.warps.columns_apart + 2 * costs.backward.loads
     tiles -= (LATE_TILES if ks.strips > STRIPS_BESIDE else STRIP_TILES) if ks.strips else 0
     return round(ROWS * (held + ks.block_m * tiles) / 128)
 

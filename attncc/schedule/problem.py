@@ -53,14 +53,15 @@ class WarpWork:
     """What the warps of a Gluon kernel keep in registers besides their tiles. `vanishes`: a score of -inf is all that
     hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `slope_by_row`: it is
     no function of the weight and the score alone, but has a row's factor; `columns`: gradients that are summed there a
-    key; `maps`: inputs of the score with an entry a pair, of which a tile is loaded at once; `tables`: what is read by
-    distance; `asked`: what is read a query; `branches`: scores of a pair; `no_backward`: why only the Triton backend
-    has this backward, if so."""
+    key; `columns_apart`: those of them for which a further value a pair waits; `maps`: inputs of the score with an
+    entry a pair, of which a tile is loaded at once; `tables`: what is read by distance; `asked`: what is read a query;
+    `branches`: scores of a pair; `no_backward`: why only the Triton backend has this backward, if so."""
 
     vanishes: bool = True
     slope: bool = True
     slope_by_row: bool = False
     columns: int = 0
+    columns_apart: int = 0
     maps: int = 0
     tables: int = 0
     asked: int = 0

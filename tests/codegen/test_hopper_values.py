@@ -76,7 +76,17 @@ BRANCHES = (
     ac.Variant(name="two_scores", branches=2, score=with_distances, mask=ac.causal, reduction=mixed, inputs=SLOPES),
     ac.Variant(name="two_full", branches=2, reduction=mixed, inputs=TILT),
 )
-OWN = {own.name: own for own in (TWO_NORM, *BRANCHES)}
+
+
+def by_key(weight, v_vec, row, b, h, kv_idx, gate):
+    return row.sum(weight * gate[b, h, kv_idx] * v_vec)
+
+
+#: what dp is multiplied by beside the slope is a key's, and the gradient of that a multiple of the slope
+GATED_KEYS = ac.Variant(
+    name="gated_keys", mask=ac.causal, reduction=by_key, inputs={"gate": ac.Input("b", "h", "kv_idx", grad=True)}
+)
+OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, *BRANCHES)}
 
 
 def variant(name):
@@ -245,6 +255,29 @@ def test_the_model_notices_what_is_left_out_of_branches(before, after):
     ],
 )
 def test_tiles_in_strips(name, shape, strips):
+    run = Run(name, shape, strips=strips)
+    wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
+    assert not run.failures(run.backward(wanted))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "strips"),
+    [
+        ("elu1", Shape(1, 2, 1, 100, 130, 128, 128), 0),  # a slope that is not the weight
+        ("softpick", GROUPED, 0),  # one that has a sign, for which ds asks
+        ("softpick", Shape(1, 1, 1, 150, 130, 128, 80), 2),
+        ("head_gates", GROUPED, 0),  # dp is multiplied by what a query has, which is read again
+        ("head_gates", Shape(1, 1, 1, 130, 150, 128, 64), 2),
+        ("bounded_sum", GROUPED, 4),  # ds has nothing of a pair but dp
+        ("bee_rag", Shape(1, 2, 1, 100, 130, 128, 80), 0),  # a sum a key of ds itself
+        ("bee_rag", Shape(1, 1, 1, 100, 130, 64, 64), 2),
+        ("key_gain", Shape(1, 1, 1, 150, 130, 128, 128), 4),  # one that keeps the scores
+        ("gated_keys", GROUPED, 0),
+        ("gated_keys", Shape(1, 1, 1, 100, 70, 128, 128), 2),
+        ("elu1", Shape(1, 1, 1, 100, 70, 256, 256), 0),
+    ],
+)
+def test_what_waits_for_dp(name, shape, strips):
     run = Run(name, shape, strips=strips)
     wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
     assert not run.failures(run.backward(wanted))

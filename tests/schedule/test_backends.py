@@ -101,7 +101,7 @@ def test_shipped_variants_that_are_left_to_triton(kernel, left):
 
 def test_reasons():
     costs = problem().costs
-    heavy = replace(problem(), costs=replace(costs, warps=WarpWork(slope=False)))
+    heavy = replace(problem(), costs=replace(costs, warps=WarpWork(slope=False, columns_apart=2)))
     more = replace(problem(), costs=replace(costs, warps=WarpWork(no_backward="because")))
     assert "registers" in hopper.refusal("dkdv", heavy, H100)
     assert hopper.refusal("dkdv", more, H100) == "because"
