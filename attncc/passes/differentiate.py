@@ -193,8 +193,12 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
             add(read, outer * attached(_diff(expr, read)))
     for read, e in to_reads.items():
         add(read, e)
+    saved = found.saved
+    if LSE not in dict(saved) and any(e.has(DLSE) for e in found.row_dreads.values()):
+        assert online.lse is not None
+        saved = (*saved, (LSE, online.lse))  # which tells a row without keys from one whose weights are all 0
     return Backward(
-        found.saved,
+        saved,
         found.weight,
         sympy.factor_terms(dscore * local),
         scale,

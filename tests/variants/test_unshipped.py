@@ -230,15 +230,18 @@ def test_lse_moves_with_what_shifts_a_rows_exponents():
         p = score**2 * ac.exp(-rate[h] * (q_idx - kv_idx))
         return p / (row.sum(p) + 1e-2)
 
-    op = ac.compile(ac.Variant(normalizer=decaying, inputs={"rate": BY_HEAD}))
-    q, k, v = draw(1, 2, 9, 8), draw(1, 2, 13, 8, seed=1), draw(1, 2, 13, 8, seed=2)
-    rate = torch.tensor([0.1, 0.02], dtype=torch.float64, requires_grad=True)
-    i, j = torch.arange(9)[:, None], torch.arange(13)
-    p = score(q, k) ** 2 * (-rate[:, None, None] * (i - j)).exp()
+    op = ac.compile(
+        ac.Variant(normalizer=decaying, mask=lambda kv_idx, q_idx: kv_idx < q_idx, inputs={"rate": BY_HEAD})
+    )
+    q, k, v = draw(1, 2, 60, 8), draw(1, 2, 13, 8, seed=1), draw(1, 2, 13, 8, seed=2)
+    rate = torch.tensor([4.0, 0.02], dtype=torch.float64, requires_grad=True)  # the weights of a far row are all 0
+    i, j = torch.arange(60)[:, None], torch.arange(13)
+    p = torch.where(j < i, score(q, k) ** 2 * (-rate[:, None, None] * (i - j)).exp(), 0)
     out, lse = p / (p.sum(-1, keepdim=True) + 1e-2) @ v, (p.sum(-1) + 1e-2).log() + rate[:, None] * i[:, 0]
+    lse = lse * (i[:, 0] > 0)
     own = rate.detach().float().requires_grad_()
     got = op(q.float(), k.float(), v.float(), rate=own, outputs=("out", "lse"))
-    cotangents = draw(*out.shape, seed=3), draw(*lse.shape, seed=4)
+    cotangents = draw(*out.shape, seed=3), draw(*lse.shape, seed=4)  # of the first row, too, which sees no key
     (want,) = torch.autograd.grad((out, lse), rate, cotangents)
     (found,) = torch.autograd.grad(got, own, [c.float() for c in cotangents])
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)
