@@ -19,9 +19,10 @@ from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
 from attncc.codegen.slopes import SLOPE, by_side, over_raw, over_slope, same_slope
 from attncc.codegen.statements import set_names
+from attncc.ir import symbols as sym
 from attncc.ir.levels import Level, level
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import Read, attached
 from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.distances import INDICES, Tables
 from attncc.passes.fold import S
@@ -175,9 +176,16 @@ def tile_slots(
             e.dreads.append(part.tagged(slope.xreplace(e.inlined)))
             e.names.append(f"{gradient.name}_by_delta_tile")
         if moved:
-            settles.append(Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), tuple(moved)))
+            share = share_of(part) if grows_with_place(part) else None
+            shares = "" if share is None else part.own("weight_sum")
+            settles.append(
+                Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), shares, tuple(moved))
+            )
             e.dreads.append(e.weight * DP)
             e.names.append(settles[-1].tile)
+            if share is not None:
+                e.dreads.append(part.tagged(part.folded.apply(share).xreplace(e.inlined)))
+                e.names.append(f"{shares}_tile")
     for (part, _, _), e, gradients in zip(shown, computed, own, strict=True):
         for gradient in gradients if hopper else ():
             ratio = over_ds(plan, gradient)
@@ -232,14 +240,38 @@ def tile_slots(
     }
 
 
+def share_of(part: Plan) -> Any | None:
+    """The weight of a pair without the reduction's factor, where those of a row sum to 1, since it is a function of the
+    pair over its sum; None elsewhere."""
+    weight, sums = part.core["weight"].expr, [stage for stage in part.core.stages if stage.op == "sum"]
+    if not any(weight == stage.expr / sympy.Symbol(stage.name, real=True) for stage in sums):
+        return None
+    factors = list(sympy.Mul.make_args(part.backward.weight))
+    for factor in sympy.Mul.make_args(attached(part.core["out"].expr.coeff(sym.V_VEC).diff(sym.WEIGHT))):
+        if factor != 1 and factor not in factors:
+            return None
+        factors = [f for f in factors if f != factor]
+    return sympy.Mul(*factors)
+
+
+def grows_with_place(part: Plan) -> bool:
+    """Is a score made of the indices themselves, and not only read by them?"""
+    score = part.core["score"].expr
+    alone = score.xreplace({read: sympy.Dummy() for read in score.atoms(Read)})
+    return bool({sym.Q_IDX, sym.KV_IDX} & alone.free_symbols)
+
+
 @dataclass(frozen=True)
 class Settles:
     """How a part's gradients are moved to what its exact delta makes of them: the names of its delta, of the exact one,
-    and of the tile that this is the sum of."""
+    and of the tile that this is the sum of. shares: the name of the sum of the weights that it is divided by, or "".
+
+    That sum is 1 but for what is rounded of exponents, which are in the thousands where they grow with places."""
 
     delta: str
     exact: str
     tile: str
+    shares: str
     gradients: tuple[InputGradient, ...]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
-
-from attncc.codegen.backward import backward_leaves, saw_a_key
+from attncc.codegen.backward import backward_leaves, saw_a_key, share_of
 from attncc.codegen.bounds import bound_lines
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.lower import Lowering
@@ -17,13 +15,6 @@ from attncc.codegen.slopes import over_raw
 from attncc.ir.levels import Level
 from attncc.ir.text import formula
 from attncc.passes.differentiate import DELTA, DP
-
-
-def _sums_to_one(part: Plan) -> bool:
-    """Are the weights a function of the pair over its sum, so that those of a row sum to 1?"""
-    weight = part.core["weight"].expr
-    sums = [stage for stage in part.core.stages if stage.op == "sum"]
-    return any(weight == stage.expr / sympy.Symbol(stage.name, real=True) for stage in sums)
 
 
 def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
@@ -41,10 +32,10 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
     needs_dp = any(DP in e.free_symbols for _, e in backward.parts)
     early = any(DELTA in e.free_symbols for _, e in backward.parts)
     exact = len(plan.parts) == 1 and needs_dp and backward.sweep_needs_delta and not early
-    shares = exact and _sums_to_one(part)
+    share = share_of(part) if exact else None
     if exact:
         weight = folded.apply(backward.weight)
-        parts |= {"exact_delta": weight * DP} | ({"weight_sum": weight} if shares else {})
+        parts |= {"exact_delta": weight * DP} | ({"weight_sum": folded.apply(share)} if share is not None else {})
     blank = blank_tile(similarity, rows_first=True)
     running = frozenset({*parts, *([DELTA.name] if exact else [])})
     lowering = Lowering(plan.core, base, running=running, blank=blank)
@@ -80,7 +71,7 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
         "texts": texts,
         "needs_dp": needs_dp,
         "exact": exact,
-        "shares": shares,
+        "shares": share is not None,
         "alive": saw_a_key(part),
         "helpers": lowering.helpers,
     }

@@ -221,3 +221,24 @@ def test_a_branch_of_positions_alone():
         return (score(q[..., :16], k[..., :16]).softmax(-1) + by_place) @ v
 
     agree(variant, (q, k, draw(1, 2, 23, 8, seed=2)), oracle, near=draw(2, seed=3).abs() / 9)
+
+
+def test_exponents_in_the_thousands_leave_the_gradient_of_what_makes_them():
+    """Weights that are computed again are a part in a thousand off there, all of a row alike: their sum tells by how
+    much. What is left of delta else meets a distance squared."""
+    variant = ac.Variant(
+        branches=2,
+        score=lambda score, branch, h, q_idx, kv_idx, near: score if branch == 0 else -near[h] * (q_idx - kv_idx) ** 2,
+        reduction=lambda weight, v_vec, row: row.sum((weight[0] + weight[1]) * v_vec),
+        inputs={"near": ac.Input("h", grad=True)},
+    )
+    q, k, v = (draw(1, 2, n, d, seed=i).half() for i, (n, d) in enumerate(((190, 32), (40, 32), (40, 16))))
+    near = torch.tensor([0.93, 0.057])
+    exact = near.double().requires_grad_()
+    apart = torch.arange(190)[:, None] - torch.arange(40)
+    by_place = (-exact[:, None, None] * apart**2).softmax(-1)
+    cotangent = draw(1, 2, 190, 16, seed=3)
+    (want,) = torch.autograd.grad(by_place @ v.double(), exact, cotangent)
+    own = near.clone().requires_grad_()
+    (found,) = torch.autograd.grad(ac.compile(variant)(q, k, v, near=own), own, cotangent.half())
+    torch.testing.assert_close(found.double(), want, rtol=5e-3, atol=0.05)

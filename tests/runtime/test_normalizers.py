@@ -11,6 +11,7 @@ import torch
 import attncc as ac
 from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape, sample_inputs
+from tests.variants.by_hand import agree, draw, score
 
 from .oracles import sorted_entmax15, sorted_sparsemax
 
@@ -208,6 +209,32 @@ def test_what_cancels_is_not_multiplied(dtype):
     dq, *_ = torch.autograd.grad(op(*leaves), leaves, torch.randn_like(v))
     assert not dq[:, :, 0].any()
     assert dq[:, :, 2:].any()
+
+
+def test_a_factor_of_the_reduction_is_none_of_the_weights_sum():
+    """Delta is divided by the sum of the weights, which is 1 only without the factor of a row or a key."""
+
+    def tempered(score, row):
+        m = row.mean(score)
+        z = (score - m) / ac.sqrt(1 + row.mean((score - m) ** 2))
+        p = ac.exp(z - row.max(z))
+        return p / row.sum(p)
+
+    def oracle(q, k, v, f, e):
+        s = score(q, k)
+        m = s.mean(-1, keepdim=True)
+        z = (s - m) / (1 + ((s - m) ** 2).mean(-1, keepdim=True)).sqrt()
+        return f[..., None] * (z.softmax(-1) * e[:, None]) @ v
+
+    variant = ac.Variant(
+        normalizer=tempered,
+        reduction=lambda weight, v_vec, row, b, h, q_idx, kv_idx, f, e: (
+            f[b, h, q_idx] * row.sum(weight * e[h, kv_idx] * v_vec)
+        ),
+        inputs={"f": ac.Input("b", "h", "q_idx", grad=True), "e": ac.Input("h", "kv_idx", grad=True)},
+    )
+    arguments = draw(2, 2, 17, 16), draw(2, 2, 23, 16, seed=1), draw(2, 2, 23, 24, seed=2)
+    agree(variant, oracle, arguments, f=draw(2, 2, 17, seed=3), e=draw(2, 23, seed=4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
