@@ -102,7 +102,7 @@ def loads_toml(text: str, file: str = "<spec>") -> Variant:
         sources[stage] = _value_source(lines, file, ("stages",), stage, value)
     branches, value, dead_rows = data.get("branches", 1), data.get("value"), data.get("dead_rows", "zero")
     with _placed(lines, file, (), "branches"):
-        check_branches(branches)
+        check_branches(branches, "reduction" in sources)
     with _placed(lines, file, (), "value"):
         length = None if value is None else value_of_key(value, branches)
     with _placed(lines, file, (), "dead_rows"):

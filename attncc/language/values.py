@@ -208,6 +208,13 @@ class Indexed:
     __hash__ = None  # type: ignore[assignment]
 
 
+#: what people add to v, or to the output
+_NO_VECTOR = (
+    "only the similarity stage sees vectors: add one to v before the op, or to the output behind it, times the output "
+    "row.sum(weight) where that is not 1"
+)
+
+
 class InputTensor(Indexed):
     """A user's tensor inside a formula: `slopes[h]` reads one element.
 
@@ -225,7 +232,7 @@ class InputTensor(Indexed):
         if whole and not self._vectors:
             fail(
                 f"'{self._decl.name}[{', '.join(pattern[:-1])}]' is a vector over the head dimension",
-                "only the similarity stage sees vectors",
+                _NO_VECTOR,
             )
         if len(index) != len(pattern) and not whole:
             fail(
@@ -248,7 +255,7 @@ class InputTensor(Indexed):
     def _how(self) -> tuple[str, str]:
         name, pattern = self._decl.name, self._decl.pattern[: -1 if self._decl.is_vector else None]
         if self._decl.is_vector and not self._vectors:
-            return f"'{name}' is a vector over the head dimension", "only the similarity stage sees vectors"
+            return f"'{name}' is a vector over the head dimension", _NO_VECTOR
         return f"the input '{name}' is a tensor and must be indexed", f"write {name}[{', '.join(pattern)}]"
 
 
@@ -411,6 +418,8 @@ def over_head_dim(name: str, *vectors: Any) -> Value:
 
 #: what PyTorch has for a row and no pass over its keys computes
 _OF_ORDER = ("topk", "sort", "argsort", "kthvalue", "median", "quantile")
+_RUNNING = ("cumsum", "cumprod", "logcumsumexp")
+_INSTEAD_OF_RUNNING = "make the running sums in PyTorch, M x N for each head, and add them as an input: ac.bias()"
 
 
 def no_reduction(domain: str, name: str, methods: Sequence[str]) -> tuple[str, str]:
@@ -421,6 +430,8 @@ def no_reduction(domain: str, name: str, methods: Sequence[str]) -> tuple[str, s
             "keep the keys above a threshold: row.root solves for one, as in ac.entmax15, or it is an input, as in "
             "top_theta"
         )
+    elif name in _RUNNING:
+        remedy = f"a reduction is one value a {domain}; {_INSTEAD_OF_RUNNING}"
     return f"no {domain} reduction is called '{name}'", remedy
 
 
@@ -429,8 +440,8 @@ def running_sum(x: Any) -> Value:
     expr = number(x)
     if not isinstance(expr, voc.Read):
         if expr.free_symbols & {SCORE, RAW_SCORE, QK}:
-            remedy = "make the running sums in PyTorch, M x N for each head, and add them as an input: ac.bias()"
-            fail(f"a running sum along the keys of a row, as of '{formula(expr)}', is no sum over the row", remedy)
+            why = f"a running sum along the keys of a row, as of '{formula(expr)}', is no sum over the row"
+            fail(why, _INSTEAD_OF_RUNNING)
         remedy = "compute what each token adds before the call, pass it as an input, and write cumsum(g[b, h, kv_idx])"
         fail(f"cumsum takes an element of an input, and '{formula(expr)}' is none", remedy)
     if expr.is_integer:

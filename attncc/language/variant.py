@@ -162,7 +162,7 @@ class Variant:
             check_alone([key for key, given in of_pairs.items() if given])
             self.graph = _recurrent(name, inputs or {}, recurrence, cites)
             return
-        check_branches(branches)
+        check_branches(branches, reduced=reduction is not normalizers.weighted_sum)
         check_dead_rows(dead_rows, branches)
         decls, scalars = _declarations(inputs or {})
         if isinstance(normalizer, str):
@@ -243,10 +243,16 @@ def _recurrent(name: str, inputs: Mapping[str, Input | Scalar], recurrence: Recu
     return assemble_recurrence(name, decls, scalars, evaluate, cites)
 
 
-def check_branches(count: Any) -> None:
-    """Raise SpecError unless a variant can have so many branches."""
+def check_branches(count: Any, reduced: bool) -> None:
+    """Raise SpecError unless a variant can have so many branches, and the reduction, if it is given, tells how they
+    add up."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_BRANCHES:
         raise SpecError(f"branches is {count!r}", remedy=f"a variant has 1 to {MAX_BRANCHES} branches")
+    if count > 1 and not reduced:
+        raise SpecError(
+            f"there are {count} branches, and no reduction says how their weights add up",
+            remedy="give one, such as row.sum((weight[0] - weight[1]) * v_vec)",
+        )
 
 
 def check_dead_rows(policy: Any, branches: int) -> None:

@@ -391,3 +391,28 @@ def test_reductions_are_named_by_what_they_are():
     assert first.graph == second.graph
     unused = ac.Variant(normalizer=lambda score, row: (row.count(), row.max(score), ac.softmax(score, row))[2])
     assert unused.graph == ac.Variant().graph
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"branches": 2}, "no reduction says how their weights add up"),
+        (
+            {"normalizer": lambda score, row: ac.exp(row.cumsum(ac.log(1 - ac.sigmoid(score))))},
+            r"'cumsum'(.|\n)*one value a row; make the running sums in PyTorch",
+        ),
+        (
+            {
+                "reduction": lambda weight, v_vec, row, h, e: row.sum(weight * v_vec) + e[h],
+                "inputs": {"e": ac.Input("h", "d")},
+            },
+            r"e\[h\](.|\n)*add one to v before the op, or to the output behind it",
+        ),
+    ],
+)
+def test_what_is_said_in_another_place(stages, message):
+    with pytest.raises(SpecError, match=message):
+        ac.Variant(**stages)
+    if stages == {"branches": 2}:
+        with pytest.raises(SpecError, match=f"spec.toml:1(.|\n)*{message}"):
+            ac.loads_toml("branches = 2", file="spec.toml")
