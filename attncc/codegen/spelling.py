@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -137,11 +138,30 @@ def _power(scope: Lowering, expr: Any, level: Level) -> str:
             return f"tl.rsqrt({unwrap(operand)})"
         if value == -1:
             return f"(1.0 / {operand})"
-        if value.is_integer() and 2 <= abs(value) <= 8:
+        if value.is_integer() and abs(value) >= 2:
             name = operand if operand.isidentifier() else _hoist_own(scope, base, level)
-            product = " * ".join([name] * int(abs(value)))
+            product = _whole_power(scope, name, int(abs(value)))
             return f"({product})" if value > 0 else f"(1.0 / ({product}))"
-    return f"tl.exp2({wrap(scope.operand(power, level, True))} * {_logarithm(scope, 'log2', base, level)})"
+    exponent = wrap(scope.operand(power, level, True))
+    if base.is_number and base.is_positive:
+        return f"tl.exp2({exponent} * {math.log2(float(base))!r})"
+    if base.is_positive or power.is_number:  # a negative number has no other powers than whole ones
+        return f"tl.exp2({exponent} * {_logarithm(scope, 'log2', base, level)})"
+    scope.helpers |= {"_power", "_log2"}
+    fast = "FAST_MATH" if scope.level_of(base) == Level.PAIR else "False"
+    x = f"{exponent} * 0.0 + {literal(base, True)}" if base.is_number else unwrap(scope.operand(base, level, True))
+    return f"_power({x}, {unwrap(exponent)}, {fast})"
+
+
+def _whole_power(scope: Lowering, name: str, power: int) -> str:
+    """A product of a name with itself: written out, or by squares where it is long."""
+    if power <= 8:
+        return " * ".join([name] * power)
+    scope.helpers.add("_square")
+    text = name
+    for bit in f"{power:b}"[1:]:
+        text = f"_square({unwrap(text)})" + (f" * {name}" if bit == "1" else "")
+    return text
 
 
 def _hoist_own(scope: Lowering, expr: Any, level: Level) -> str:

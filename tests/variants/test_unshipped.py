@@ -245,3 +245,40 @@ def test_lse_moves_with_what_shifts_a_rows_exponents():
     (want,) = torch.autograd.grad((out, lse), rate, cotangents)
     (found,) = torch.autograd.grad(got, own, [c.float() for c in cotangents])
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-4)
+
+
+def over_magnitude(w):
+    return w / (1 + w.abs().sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "by_hand"),
+    [
+        ("score**10", lambda s, i, j: s**10),
+        ("score**9", lambda s, i, j: s**9),
+        ("score**whole", lambda s, i, j: s**3),
+        ("relu(score)**whole", lambda s, i, j: s.relu() ** 3),
+        ("score * (-1)**kv_idx * 0.9**q_idx", lambda s, i, j: s * (-1.0) ** j * 0.9**i),
+    ],
+)
+def test_powers_of_what_is_negative_or_zero(text, by_hand):
+    scalars = "[scalars]\nwhole = 3" if "whole" in text else ""
+    variant = ac.loads_toml(f"[stages]\nnormalizer = '({text}) / (1 + row.sum(abs({text})))'\n{scalars}")
+
+    def oracle(q, k, v):
+        return over_magnitude(by_hand(score(q, k), torch.arange(21.0)[:, None], torch.arange(33.0))) @ v
+
+    agree(variant, oracle, (draw(1, 2, 21, 16), draw(1, 2, 33, 16, seed=1), draw(1, 2, 33, 8, seed=2)))
+
+
+def test_the_gradient_of_an_exponent_is_0_where_its_base_is():
+    variant = ac.loads_toml(
+        "[stages]\nnormalizer = 'relu(score)**p[h] / (1 + row.sum(relu(score)**p[h]))'\n"
+        "[inputs]\np = { index = ['h'], grad = true }"
+    )
+
+    def oracle(q, k, v, p):
+        return over_magnitude(score(q, k).relu() ** p[:, None, None]) @ v
+
+    arguments = draw(1, 2, 21, 16), draw(1, 2, 33, 16, seed=1), draw(1, 2, 33, 8, seed=2)
+    agree(variant, oracle, arguments, p=torch.tensor([1.7, 2.0], dtype=torch.float64))
