@@ -22,6 +22,7 @@ _EMITTED = frozenset(
         first_full first_live full_begin full_count full_end head_tiles k_d k_desc k_dot k_rows known last_full
         last_live live_begin live_end may mixed must out_desc out_dot_tile own_max own_min p pair q_d q_desc q_dot
         q_rows row_offset share share_X_desc shown swap term tile_hi tile_id tile_lo tile_max tile_min unbroken v_desc
+        weight_sum weight_sum_tile
         """,
     )
 )
