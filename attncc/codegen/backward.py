@@ -255,10 +255,11 @@ def share_of(part: Plan) -> Any | None:
 
 
 def grows_with_place(part: Plan) -> bool:
-    """Is a score made of the indices themselves, and not only read by them?"""
+    """Has a score powers of distances? Exponents in the thousands are then those of the largest weights, too."""
     score = part.core["score"].expr
     alone = score.xreplace({read: sympy.Dummy() for read in score.atoms(Read)})
-    return bool({sym.Q_IDX, sym.KV_IDX} & alone.free_symbols)
+    powers = (p for p in alone.atoms(sympy.Pow) if p.exp.is_number and p.exp > 1)
+    return any({sym.Q_IDX, sym.KV_IDX} & p.base.free_symbols for p in powers)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _power(scope: Lowering, expr: Any, level: Level) -> str:
     exponent = wrap(scope.operand(power, level, True))
     if base.is_number and base.is_positive:
         return f"tl.exp2({exponent} * {math.log2(float(base))!r})"
-    if base.is_positive or power.is_number:  # a negative number has no other powers than whole ones
+    if power.is_number or (base.is_nonnegative and not power.is_integer):  # what is negative has whole powers alone
         return f"tl.exp2({exponent} * {_logarithm(scope, 'log2', base, level)})"
     scope.helpers |= {"_power", "_log2"}
     fast = "FAST_MATH" if scope.level_of(base) == Level.PAIR else "False"
