@@ -11,7 +11,7 @@ from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape
 from attncc.runtime.verify import check, eager
 from tests.codegen import machine
-from tests.codegen.test_hopper_values import Run, source, variant
+from tests.codegen.hopper_calls import Run, source, variant
 
 MANY = Shape(1, 4, 2, 400, 450, 64, 64)
 

@@ -5,7 +5,7 @@ import pytest
 
 from attncc.runtime.samples import Shape
 from tests.codegen import machine
-from tests.codegen.test_hopper_values import GROUPED, STRIDED, Run, source
+from tests.codegen.hopper_calls import GROUPED, STRIDED, Run, source
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from attncc.runtime.reference import reference
 from attncc.runtime.shapes import bind
 from attncc.runtime.verify import check, eager
 from tests.codegen import machine
-from tests.codegen.test_hopper_values import OPTIONS
+from tests.codegen.hopper_calls import OPTIONS
 
 VARIANTS = {
     "causal": ac.Variant(name="causal_keys", mask=ac.causal, value="k[:512]"),

@@ -16,7 +16,7 @@ from attncc.runtime.shapes import bind
 from attncc.schedule.choose import choose
 from attncc.schedule.device import device_for
 from tests.codegen import machine
-from tests.codegen.test_hopper_values import OPTIONS
+from tests.codegen.hopper_calls import OPTIONS
 
 OUTPUTS = {
     "received": ac.outputs.received,
