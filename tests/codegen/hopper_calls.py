@@ -159,3 +159,10 @@ class Run:
                 pair = (exact[1][name], plain[1][name])
                 found.append(check(f"d{name}", gradient, *pair, "gradient", dtype=torch.float16))
         return [f for f in found if not f.ok]
+
+    def noticed(self, wanted=(), **options):
+        """What the model notices of a changed text: the results that are wrong, or that it ended the backward."""
+        try:
+            return [f.name for f in self.failures(self.backward(wanted, **options))]
+        except machine.MachineError:
+            return ["ended"]

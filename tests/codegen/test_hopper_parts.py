@@ -130,11 +130,7 @@ def test_strips_in_a_fixed_order_and_of_heads_of_a_group_apart():
 def test_the_model_notices_what_goes_wrong_in_strips(before, after):
     assert before in source("softcap", 128, 128, strips=2)
     run = Run("softcap", Shape(1, 1, 1, 130, 150, 128, 128), lambda text: text.replace(before, after), strips=2)
-    try:
-        noticed = run.failures(run.backward())
-    except machine.MachineError:
-        return
-    assert noticed
+    assert run.noticed()
 
 
 @pytest.mark.parametrize(
@@ -169,8 +165,4 @@ def test_what_has_an_entry_a_distance_is_summed_with_dk_and_dv(name, shape, opti
 def test_the_model_notices_what_goes_wrong_by_distance(before, after):
     assert before in source("t5_bias", 128, 64)
     run = Run("t5_bias", Shape(1, 2, 1, 150, 130, 128, 64), lambda text: text.replace(before, after))
-    try:
-        noticed = run.failures(run.backward(("table",)))
-    except machine.MachineError:
-        return
-    assert [f.name for f in noticed] == ["dtable"]
+    assert run.noticed(("table",)) in (["dtable"], ["ended"])
