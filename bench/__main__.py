@@ -85,18 +85,19 @@ def plot(results: Annotated[Path, typer.Option(help="Folder with one folder of J
 
 @app.command()
 def readme(
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if the README is stale.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if a page is stale.")] = False,
 ) -> None:
-    """Write the measured tables into README.md, between their markers."""
-    from bench.readme import README, refresh
+    """Write the measured tables into README.md and bench/results/README.md, between their markers."""
+    from bench.readme import PAGES, refresh
 
-    old = README.read_text()
-    new = refresh(old, RESULTS)
-    if check and new != old:
-        typer.echo("README.md does not show the committed results: run `python -m bench readme`", err=True)
-        raise typer.Exit(1)
-    if not check:
-        README.write_text(new)
+    for page in PAGES:
+        old = page.read_text()
+        new = refresh(old, RESULTS)
+        if check and new != old:
+            typer.echo(f"{page} does not show the committed results: run `python -m bench readme`", err=True)
+            raise typer.Exit(1)
+        if not check:
+            page.write_text(new)
 
 
 @app.command()

@@ -1,17 +1,18 @@
-"""The README's measured tables, made from the committed result files and from nothing else."""
+"""The measured tables of README.md and of bench/results/README.md, made from the committed result files alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from bench import linear_rows
 from bench.record import RESULTS, ROOT, load
 
-README = ROOT / "README.md"
-#: the card whose figures the README shows, as its results folder is called
+#: the pages with tables between markers: the comparison with the best peers, and all else that was measured
+PAGES = (ROOT / "README.md", RESULTS / "README.md")
+#: the card whose figures the pages show, as its results folder is called
 SHOWN_GPU = "nvidia-h100-80gb-hbm3"
 #: the card on which flash-linear-attention ran beside
 LINEAR_GPU = "nvidia-h100-80gb-hbm3"
@@ -226,13 +227,13 @@ def decode_table(folder: Path) -> str:
 
 def variants_table(folder: Path) -> str:
     """TFLOP/s of every shipped variant, the share of plain causal attention's, and what limits those below it; behind
-    the table, those that the run had no figure for."""
+    the table, those that the run had no figure for: they failed, or it was stopped while it measured them."""
     data = results(folder, "variants", failures=True)
     cases: dict[str, dict[str, dict[str, Any]]] = {}
+    missing = _missing(row["case"] for row in data["rows"] if "passes" not in row)
     for row in data["rows"]:
-        if "error" not in row:
+        if "passes" in row:
             cases.setdefault(row["case"], {})[row["mode"]] = row
-    failed = [f"`{row['case']}`" for row in data["rows"] if "error" in row]
     lines = [
         "| TFLOP/s forward / backward | passes | attncc | of plain causal | limited by (busy) |",
         "|---|---|---|---|---|",
@@ -245,9 +246,14 @@ def variants_table(folder: Path) -> str:
         lines.append(f"| `{case}` | {rows[0]['passes']} | **{ours}** | {ratio} | {limits} |")
     shape = data["rows"][0]
     size = f"B={shape['B']}, H={shape['Hq']}, S={shape['M']}, D={shape['Dqk']}"
-    missing = f" Without a figure in this run: {', '.join(failed)}." if failed else ""
     lines += ["", f"bf16, {size}, exact mask area; the unit is the cost model's.{missing} {_provenance(data)}"]
     return "\n".join(lines)
+
+
+def _missing(cases: Iterable[str]) -> str:
+    """The sentence that names the cases for which a run has no figure, each once."""
+    names = dict.fromkeys(f"`{case}`" for case in cases)
+    return f" Without a figure in this run: {', '.join(names)}." if names else ""
 
 
 def _limit(limits: dict[str, Any]) -> str:
@@ -326,10 +332,11 @@ def linear_table(folder: Path) -> str:
 
 def outputs_table(folder: Path) -> str:
     """Milliseconds of the forward alone, and with an auxiliary output."""
-    data = results(folder, "outputs")
+    data = results(folder, "outputs", failures=True)
     lengths = sorted({row["M"] for row in data["rows"]})
     cases: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in data["rows"]:
+    missing = _missing(row["case"] for row in data["rows"] if "error" in row)
+    for row in (row for row in data["rows"] if "error" not in row):
         cases.setdefault(row["case"], {})[row["M"]] = row
     columns = " | ".join(f"S={length // 1024}k | more" for length in lengths)
     lines = [
@@ -340,7 +347,7 @@ def outputs_table(folder: Path) -> str:
         rows = [by_length[length] for length in lengths]
         shown = " | ".join(f"{row['forward_ms']:.2f} -> {row['ms']:.2f} | {row['more']:+.0%}" for row in rows)
         lines.append(f"| `{case}` | {shown} |")
-    lines += ["", f"Causal, bf16, D={data['rows'][0]['Dqk']}, H={data['rows'][0]['Hq']}. {_provenance(data)}"]
+    lines += ["", f"Causal, bf16, D={data['rows'][0]['Dqk']}, H={data['rows'][0]['Hq']}.{missing} {_provenance(data)}"]
     return "\n".join(lines)
 
 
@@ -360,14 +367,14 @@ TABLES: dict[str, Callable[[Path], str]] = {
 
 
 def refresh(text: str, folder: Path = RESULTS) -> str:
-    """`text` with every marked table made anew; ValueError for a marker that nothing fills or that does not end."""
+    """A page's `text` with every marked table made anew. ValueError: an unknown marker, or one that is not closed."""
     for name in re.findall(r"<!-- bench:([\w-]+) -->", text):
         if name not in TABLES:
-            raise ValueError(f"README.md marks a table bench:{name}; there are {', '.join(TABLES)}")
+            raise ValueError(f"a page marks a table bench:{name}; there are {', '.join(TABLES)}")
         begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"README.md opens {begin} and does not close it")
+            raise ValueError(f"a page opens {begin} and does not close it")
         text = f"{before}{begin}\n{TABLES[name](folder)}\n{end}{after}"
     return text
