@@ -25,8 +25,14 @@ _BINARY: dict[type, Callable[[Any, Any], Any]] = {
     ast.BitAnd: lambda a, b: a & b,
     ast.BitOr: lambda a, b: a | b,
     ast.RShift: lambda a, b: a >> b,
+    # refused by a value, in its words
+    ast.LShift: lambda a, b: a << b,
+    ast.BitXor: lambda a, b: a ^ b,
+    ast.MatMult: lambda a, b: a @ b,
 }
-_SIGNS: dict[type, str] = {ast.BitXor: "^", ast.LShift: "<<", ast.MatMult: "@"}
+#: what joins masks, and modifiers of scores; what Python computes of plain numbers
+_JOINS = (ast.BitAnd, ast.BitOr, ast.RShift)
+_ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
 _COMPARE: dict[type, Callable[[Value, Any], Value]] = {
     ast.Lt: lambda a, b: a < b,
     ast.LtE: lambda a, b: a <= b,
@@ -199,20 +205,16 @@ class _Reader:
         raise unknown_name(node.id, self.stage, self.env, [*functions.TABLE, *self.pieces, *shipped])
 
     def _BinOp(self, node: ast.BinOp) -> Any:
-        operator = _BINARY.get(type(node.op))
-        if operator is None:
-            sign = _SIGNS.get(type(node.op), type(node.op).__name__)
-            power = "a power is written a ** b" if isinstance(node.op, ast.BitXor) else None
-            self.refuse(node, f"the operator {sign} is not part of the language", power)
         left, right = self.eval(node.left), self.eval(node.right)
-        if isinstance(left, Piece) != isinstance(right, Piece) or isinstance(left, outputs.OutputSpec):
+        joins = isinstance(node.op, _JOINS) and not isinstance(left, outputs.OutputSpec)
+        if isinstance(left, Piece) != isinstance(right, Piece) or not joins:
             left, right = self._run(left), self._run(right)
         if constant(left) and constant(right):
             if isinstance(node.op, ast.Pow):
                 return constant_power(left, right)
-            if isinstance(node.op, ast.BitAnd | ast.BitOr | ast.RShift):
+            if not isinstance(node.op, _ARITHMETIC):
                 left = lift(left)
-        return operator(left, right)
+        return _BINARY[type(node.op)](left, right)
 
     def _UnaryOp(self, node: ast.UnaryOp) -> Any:
         if isinstance(node.op, ast.Not | ast.Invert):
@@ -233,7 +235,8 @@ class _Reader:
         for op, comparator in zip(node.ops, node.comparators, strict=True):
             compare = _COMPARE.get(type(op))
             if compare is None:
-                self.refuse(node, f"the comparison {type(op).__name__} is not part of the language")
+                remedy = "write x == 1 or x == 2" if isinstance(op, ast.In | ast.NotIn) else "write == or !="
+                self.refuse(node, f"the comparison {type(op).__name__} is not part of the language", remedy)
             right = self._compared(comparator)
             term = compare(left, right)
             result, left = term if result is None else result & term, right
@@ -262,7 +265,7 @@ class _Reader:
         if any(isinstance(i, ast.Slice) for i in indices):
             self.refuse(node, "slices are not part of the language", "a formula reads one element: name[i, j]")
         target = self.eval(node.value)
-        if isinstance(target, Value | int | float):
+        if isinstance(target, int | float):
             self.refuse(node, f"'{node.value.id}' is not a tensor", "only inputs are indexed")
         return target[tuple(self.value(i) for i in indices)]
 

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from attncc.language.values import Value, apply, arity, constant, fail, lift, over_head_dim, running_sum
+from attncc.language.values import OF_ORDER, Value, apply, arity, constant, fail, lift, over_head_dim, running_sum
 
 _ON_NUMBERS: dict[str, Callable[..., Any]] = {
     "exp": math.exp,
@@ -126,6 +126,33 @@ _ELSEWHERE = {
     "round": "floor(x + 0.5)",
     "log1p": "log(1 + x)",
     "expm1": "exp(x) - 1",
+    "logsigmoid": "-softplus(-x)",
+    "log_sigmoid": "-softplus(-x)",
+    "logaddexp": "maximum(a, b) + softplus(-abs(a - b))",
+    "logsumexp": "m + log(row.sum(exp(x - m))), with m = row.max(x)",
+    "var": "row.mean((x - row.mean(x)) ** 2)",
+    "std": "sqrt(row.mean((x - row.mean(x)) ** 2))",
+    "tan": "sin(x) / cos(x)",
+    "cosh": "(exp(x) + exp(-x)) / 2",
+    "sinh": "(exp(x) - exp(-x)) / 2",
+    "acosh": "log(x + sqrt(x * x - 1))",
+    "ceil": "-floor(-x)",
+    "swish": "silu(x)",
+    "elu": "where(x > 0, x, exp(minimum(x, 0)) - 1)",
+    "leaky_relu": "where(x > 0, x, a * x)",
+    "heaviside": "where(x > 0, 1, 0)",
+    "masked_fill": "where(condition, a, b); what is hidden is the mask's",
+    "normalize": "x / norm(x)",
+    "int": "to_int(x)",
+    "float": "to_float(x)",
+}
+_NOT_RANDOM = "no formula draws numbers: draw them before the call, and read them as an input over b, h, q_idx, kv_idx"
+_NOT_ROTATED = "rotate q and k before the call: a formula sees one component of a vector at a time"
+#: what people write that is no part of a formula, and where it goes
+_OUTSIDE = {
+    **dict.fromkeys(("dropout", "rand", "randn", "bernoulli"), _NOT_RANDOM),
+    **dict.fromkeys(("rope", "rotary", "rotate", "rotate_half", "apply_rotary_emb"), _NOT_ROTATED),
+    "topk": OF_ORDER,
 }
 
 
@@ -133,11 +160,13 @@ def instead(name: str, known: Iterable[str]) -> str | None:
     """What a user may have meant by a function that there is not, of those `known` or by other means."""
     if name in _ELSEWHERE:
         return f"write {_ELSEWHERE[name]}"
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean '{near[0]}'?" if near else None
 
 
-#: every function by the name it has in the text form
+#: every function by the name it has in the text form, where int and float may be said as in Python, too
 TABLE: dict[str, Callable[..., Any]] = {
     "exp": exp,
     "exp2": exp2,
@@ -164,6 +193,8 @@ TABLE: dict[str, Callable[..., Any]] = {
     "bit_xor": bit_xor,
     "int": to_int,
     "float": to_float,
+    "to_int": to_int,
+    "to_float": to_float,
     "dot": dot,
     "norm": norm,
     "sum_d": sum_d,

@@ -301,7 +301,8 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
         "v_vec": "only the reduction stage sees the value vectors",
         "weight": "only the reduction stage sees the weight, and outputs do",
         "row": "only the normalizer and the reduction see row reductions, and outputs do",
-        "score": "the mask decides before any score is known; hide pairs by index or input",
+        "score": "the mask decides before any score is known; hide pairs by index or input, or let the normalizer "
+        "give them weight 0: where(score > ..., p, 0)",
         BRANCH: "a variant with branches=2 or more has them; the reduction sees the weight of each, weight[0]",
     }
     if stage in SEES_STATE:

@@ -19,7 +19,7 @@ from attncc.errors import SpecError
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import InputDecl
 from attncc.ir.similarity import is_vector
-from attncc.ir.symbols import COMPONENT, QK, RAW_SCORE, SCORE, V_VEC, input_symbol
+from attncc.ir.symbols import COMPONENT, QK, RAW_SCORE, SCORE, V_VEC, WEIGHT, input_symbol
 from attncc.ir.text import formula
 
 _ARTICLE = {"bool": "a boolean", "int": "an index (integer)", "float": "a number"}
@@ -33,6 +33,13 @@ _LARGEST_POWER = 64
 
 _BITWISE = ("bit_and", "bit_or", "bit_xor")
 _TWO_ARGUMENTS = ("maximum", "minimum", *_BITWISE)
+
+
+#: where what mixes heads goes, as talking heads do
+_OTHER_HEADS = (
+    "sums over heads go around the op: of scores, q and k of all heads side by side, and factors times q; of weights, "
+    "v of all heads side by side, and sums of the outputs"
+)
 
 
 def fail(reason: str, remedy: str | None = None) -> NoReturn:
@@ -154,6 +161,33 @@ class Value:
 
     __hash__ = None  # type: ignore[assignment]
 
+    # what is written of whole tensors, or of bits
+    def __getitem__(self, index: Any) -> NoReturn:
+        remedy = "only inputs are indexed"
+        if self.expr in (RAW_SCORE, SCORE, WEIGHT):
+            branches = "weight[0] is that of a branch, with branches=2 or more; " if self.expr == WEIGHT else ""
+            remedy = branches + _OTHER_HEADS
+        fail(f"'{self}' is not a tensor, but one number of one head, query and key", remedy)
+
+    def __matmul__(self, other: Any) -> NoReturn:
+        fail("the operator @ is not part of the language: a formula is of one head, query and key", _OTHER_HEADS)
+
+    def __lshift__(self, other: Any) -> NoReturn:
+        self._shifted("<<", other)
+
+    def __rshift__(self, other: Any) -> NoReturn:
+        self._shifted(">>", other)
+
+    def _shifted(self, sign: str, other: Any) -> NoReturn:
+        number(other)
+        remedy = "by a constant n write x * 2**n, x // 2**n; other bits go into an input of 0 and 1"
+        fail(f"the operator {sign} is not part of the language", remedy)
+
+    def __xor__(self, other: Any) -> NoReturn:
+        fail("the operator ^ is not part of the language", "a power is written a ** b, and of bits bit_xor(a, b)")
+
+    __rmatmul__, __rlshift__, __rrshift__, __rxor__ = __matmul__, __lshift__, __rshift__, __xor__
+
     # logic
     def __and__(self, other: Any) -> Value:
         return Value(sympy.And(*_booleans("&", self, other)))
@@ -210,8 +244,8 @@ class Indexed:
 
 #: what people add to v, or to the output
 _NO_VECTOR = (
-    "only the similarity stage sees vectors: add one to v before the op, or to the output behind it, times the output "
-    "row.sum(weight) where that is not 1"
+    "only the similarity stage sees vectors: multiply v by one, or add one to it, before the op, and the output behind "
+    "it; what is added for each query goes there times the output row.sum(weight) where that is not 1"
 )
 
 
@@ -244,7 +278,7 @@ class InputTensor(Indexed):
         for i in index:
             expr = number(i)
             if not expr.is_integer:
-                fail(f"'{formula(expr)}' is {_ARTICLE['float']}, not an index", "wrap it in int(...) or floor(...)")
+                fail(f"'{formula(expr)}' is {_ARTICLE['float']}, not an index", "wrap it in to_int(...) or floor(...)")
             if is_vector(expr):
                 fail(f"'{formula(expr)}' is a vector, not an index")
             exprs.append(expr)
@@ -398,10 +432,11 @@ def apply(name: str, *args: Any) -> Value:
     if any(e.has(V_VEC) for e in exprs):
         fail(
             f"{name}(v_vec): the output must be linear in v_vec",
-            "write row.sum(weight * v_vec), or in a recurrence factor * k_vec * v_vec",
+            "write row.sum(weight * v_vec), or in a recurrence factor * k_vec * v_vec; functions of v go before the "
+            "op, those of the output behind it",
         )
     if name in _BITWISE and not all(e.is_integer for e in exprs):
-        fail(f"{name} is for indices and integers", "wrap a number in int(...) or floor(...)")
+        fail(f"{name} is for indices and integers", "wrap a number in to_int(...) or floor(...)")
     result = cls(*exprs)
     # exp(1) and log(3) are numbers; algebra would keep them as E and log(3)
     return Value(sympy.Float(float(result)) if name in ("exp", "log") and result.is_number else result)
@@ -417,7 +452,10 @@ def over_head_dim(name: str, *vectors: Any) -> Value:
 
 
 #: what PyTorch has for a row and no pass over its keys computes
-_OF_ORDER = ("topk", "sort", "argsort", "kthvalue", "median", "quantile")
+_ORDERED = ("topk", "sort", "argsort", "kthvalue", "median", "quantile")
+OF_ORDER = (
+    "keep the keys above a threshold: row.root solves for one, as in ac.entmax15, or it is an input, as in top_theta"
+)
 _RUNNING = ("cumsum", "cumprod", "logcumsumexp")
 _INSTEAD_OF_RUNNING = "make the running sums in PyTorch, M x N for each head, and add them as an input: ac.bias()"
 
@@ -425,11 +463,8 @@ _INSTEAD_OF_RUNNING = "make the running sums in PyTorch, M x N for each head, an
 def no_reduction(domain: str, name: str, methods: Sequence[str]) -> tuple[str, str]:
     """Why a formula cannot ask for a reduction that there is not, and what it can ask for."""
     remedy = f"one of: {', '.join(f'{domain}.{method}' for method in methods)}"
-    if name in _OF_ORDER and "root" in methods:
-        remedy = (
-            "keep the keys above a threshold: row.root solves for one, as in ac.entmax15, or it is an input, as in "
-            "top_theta"
-        )
+    if name in _ORDERED and "root" in methods:
+        remedy = OF_ORDER
     elif name in _RUNNING:
         remedy = f"a reduction is one value a {domain}; {_INSTEAD_OF_RUNNING}"
     return f"no {domain} reduction is called '{name}'", remedy

@@ -58,7 +58,9 @@ class Input:
         for dim in flat:
             _check_free(dim, flat)
         if dtype not in ("float", "int"):
-            raise SpecError(f"Input(dtype={dtype!r}): dtype is 'float' or 'int'")
+            truth = "booleans are integers: dtype='int', and x[...] != 0 where a condition is wanted"
+            remedy = truth if dtype in ("bool", bool) else None
+            raise SpecError(f"Input(dtype={dtype!r}): dtype is 'float' or 'int'", remedy=remedy)
         if grad and dtype == "int":
             raise SpecError("an integer input has no gradient", remedy="drop grad=True, or make it a float")
         self.pattern, self.dtype, self.grad, self.default = tuple(flat), dtype, grad, default

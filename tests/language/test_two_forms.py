@@ -200,6 +200,11 @@ AWKWARD = [
         "[stages]\nscore = 'floor(score) if not q_idx == kv_idx and q_idx > 3 else -float(kv_idx) + int(score)'",
     ),
     (
+        "casts as Python has them",
+        ac.Variant(score=lambda score, kv_idx: score + ac.to_float(kv_idx) * ac.to_int(score)),
+        "[stages]\nscore = 'score + to_float(kv_idx) * to_int(score)'",
+    ),
+    (
         "chained comparisons",
         ac.Variant(mask=lambda q_idx, kv_idx: (q_idx - kv_idx >= 0) & (q_idx - kv_idx < 4) | (kv_idx != 2)),
         "[stages]\nmask = '0 <= q_idx - kv_idx < 4 or kv_idx != 2'",

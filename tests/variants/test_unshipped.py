@@ -282,3 +282,31 @@ def test_the_gradient_of_an_exponent_is_0_where_its_base_is():
 
     arguments = draw(1, 2, 21, 16), draw(1, 2, 33, 16, seed=1), draw(1, 2, 33, 8, seed=2)
     agree(variant, oracle, arguments, p=torch.tensor([1.7, 2.0], dtype=torch.float64))
+
+
+def test_talking_heads_by_heads_side_by_side():
+    q, k, v, scores, weights = (
+        draw(2, 3, 9, 4),
+        draw(2, 3, 9, 4, seed=1),
+        draw(2, 3, 9, 4, seed=2),
+        draw(3, 3),
+        -draw(3, 3),
+    )
+
+    def by_hand(q, k, v, scores, weights):
+        mixed = torch.einsum("hg,bgmn->bhmn", scores, score(q, k)).softmax(-1)
+        return torch.einsum("hg,bgmn->bhmn", weights, mixed) @ v
+
+    def side_by_side(q, k, v, scores, weights):
+        wide = torch.einsum("hg,bgmd->bhmgd", scores, q).flatten(-2)
+        keys, values = (x.transpose(1, 2).flatten(-2)[:, None] for x in (k, v))
+        out = ac.compile("full")(wide, keys, values, scale=q.shape[-1] ** -0.5).unflatten(-1, (3, 4))
+        return torch.einsum("hg,bgmhd->bhmd", weights, out)
+
+    leaves = [x.requires_grad_() for x in (q, k, v, scores, weights)]
+    found = [x.detach().float().requires_grad_() for x in leaves]
+    want, got = by_hand(*leaves), side_by_side(*found)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    wanted, gradients = torch.autograd.grad(want.sum(), leaves), torch.autograd.grad(got.sum(), found)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
