@@ -1,4 +1,4 @@
-"""The command line. Each command is a file; what it does is in the other rooms."""
+"""The command line: one file per command, which reads its options, calls the other packages, and prints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from attncc.cli.options import help_text
 from attncc.cli.output import ReportingGroup, out
 from attncc.version import __version__
 
-_HELP = """Attention kernels from the formula: forward, backward and merge are derived from it and checked against it.
+_HELP = """Compile the formula of an attention variant to GPU kernels; forward, backward and merge are derived from it.
 
-A SPEC, wherever a command takes one, is
+A SPEC is one of
 
 \b
-  alibi                a variant that ships: attncc list
-  spec.toml            a file of formulas, which is data and never executed
-  spec.py:name         a Variant in a Python file, which is executed to find it
+  alibi                a shipped variant (attncc list)
+  spec.toml            a file of formulas; parsed, never executed
+  spec.py:name         a Variant in a Python file, which is executed
   --mask "kv_idx <= q_idx" --score "score + 0.1 * (kv_idx - q_idx)"
-                       no file at all: formulas on the command line
+                       formulas on the command line, without a file
 
 \b
 Start with
@@ -52,22 +52,22 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What `attncc` alone does: show the help."""
+    """Without a command, show the help."""
 
 
-#: each in a line that the help of `attncc` has room for at 80 columns
+#: each line is short enough for the help of `attncc` at 80 columns
 _COMMANDS = {
-    list: "The variants that ship, with their formulas.",
-    show: "A spec's formulas, and its mask as a picture.",
-    check: "What is wrong with a spec, or may go wrong.",
-    explain: "What is derived and why, and which tilings.",
-    compile: "Kernels for a GPU, which need not be here.",
-    verify: "Kernels against the float64 reference.",
-    tune: "Measure tilings on this GPU, keep the best.",
-    bench: "Time a spec on this machine's GPU.",
-    doctor: "What this machine can do.",
+    list: "List the shipped variants.",
+    show: "Show a spec's formulas and draw its mask.",
+    check: "Report errors and likely mistakes in a spec.",
+    explain: "Show what is derived, and the schedule.",
+    compile: "Compile for any GPU; none is needed here.",
+    verify: "Check kernels against the reference.",
+    tune: "Find the fastest schedule on this GPU.",
+    bench: "Time a spec on this GPU.",
+    doctor: "Report what works on this machine.",
 }
 for _command, _line in _COMMANDS.items():
     _name = _command.__name__.rpartition(".")[2]
     app.command(_name, help=help_text(_command.command), short_help=_line)(_command.command)
-app.add_typer(cache.app, name="cache", short_help="Tuned schedules and sources, kept on disk.")
+app.add_typer(cache.app, name="cache", short_help="Manage cached schedules and sources.")

@@ -1,4 +1,4 @@
-"""`attncc bench`: what a variant takes on this machine's GPU, and where that stands against the machine."""
+"""`attncc bench`: time a variant on this machine's GPU, and compare it with the roofline."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ def command(
     against: Against = False,
     roofline: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the last case under the machine's roofline.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Draw the last case under the GPU's roofline into this file.", show_default=False
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Time a spec's forward and backward on this machine's GPU, as a call would run them.
+    """Time a spec's forward and backward on this machine's GPU, with the schedule that a call would use.
 
-    Results are held against the reference first; a wrong one is not timed, and the exit code is 1. Nothing is tuned:
-    the schedule is the one that calls get.
+    Results are first checked against the reference. If one is wrong, it is not timed and the exit code is 1. Nothing is
+    tuned.
 
     Examples
       attncc bench alibi --q-len 8192 --batch 4 --against
@@ -94,7 +96,7 @@ def command(
 
 
 def _measured(job: Job, dtype: DtypeName, where: Any, against: bool, backend: BackendName | None) -> dict[str, Any]:
-    """One case: checked, then timed."""
+    """Check one case, then time it. TrialError: a result is wrong."""
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
     from attncc.runtime.explain import kernels_of
@@ -137,7 +139,7 @@ def _show(case: dict[str, Any]) -> None:
         out.print(f"  {line}")
     if case["peers"]:
         table = Table(box=None, padding=(0, 2, 0, 2))
-        table.add_column("beside")
+        table.add_column("compared")
         for column in ("forward us", "backward us"):
             table.add_column(column, justify="right")
         ours = {p.name: p.us for p in case["points"] if p.source == "measured"}
@@ -148,7 +150,7 @@ def _show(case: dict[str, Any]) -> None:
 
 
 def _plain(case: dict[str, Any]) -> dict[str, Any]:
-    """A case for programs."""
+    """A case as JSON."""
     return {
         "what": case["what"],
         "schedule": case["schedule"].to_json(),

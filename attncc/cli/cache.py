@@ -1,4 +1,4 @@
-"""`attncc cache`: what is kept on disk between runs."""
+"""`attncc cache`: list, move and clear the schedules and sources that are kept on disk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from attncc.errors import InputError
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="""The folder of tuned schedules and generated sources: $ATTNCC_CACHE_DIR, else the user's cache folder.
+    help="""Manage tuned schedules and generated sources, kept in $ATTNCC_CACHE_DIR, else the user's cache folder.
 
 \b
 Examples
   attncc cache list
-  attncc cache export tuned.json      (and on another machine)
+  attncc cache export tuned.json      (then, on another machine)
   attncc cache import tuned.json
   attncc cache table h100 schedules/tuned/h100/mine.json
 """,
@@ -36,7 +36,7 @@ def _cache() -> Any:
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """List the entries, the newest first."""
+    """List the entries, newest first."""
     cache = _cache()
     entries = cache.list()
     if json:
@@ -53,9 +53,9 @@ def list_(json: Json = False) -> None:
     out.print(f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'} in {cache.directory}")
 
 
-@app.command("export", short_help="Write every entry into one file, for another machine.")
+@app.command("export", short_help="Write all entries to a file, for another machine.")
 def export(file: Annotated[Path, typer.Argument(help="The JSON file to write.")]) -> None:
-    """Write every entry into one file, for another machine with the same GPU."""
+    """Write all entries to a file, for another machine with the same GPU."""
     try:
         count = _cache().export(file)
     except OSError as error:
@@ -70,16 +70,16 @@ def import_(file: Annotated[Path, typer.Argument(help="A file that `attncc cache
     out.print(f"read {count} {'entry' if count == 1 else 'entries'} from {file}")
 
 
-@app.command("table", short_help="Write the tuned schedules as a table that attncc ships.")
+@app.command("table", short_help="Write tuned schedules as a table that ships with attncc.")
 def table(
-    device: Annotated[str, typer.Argument(help="The device file whose GPU they were tuned on: h100, ...")],
+    device: Annotated[str, typer.Argument(help="Device file of the GPU they were tuned on: h100, ...")],
     file: Annotated[Path, typer.Argument(help="The JSON file to write, e.g. schedules/tuned/h100/mine.json.")],
     least: Annotated[
-        str, typer.Option(metavar="PERCENT", help="What a schedule must save of the time of the model's first choice.")
+        str, typer.Option(metavar="PERCENT", help="Least gain in time over the model's first choice.")
     ] = "2%",
 ) -> None:
-    """Write the tuned schedules as a table that attncc ships: calls of the same variant, dtype and head dimensions, and
-    of lengths that round up to the same powers of two, then use them on every GPU of this kind."""
+    """Write tuned schedules as a table that ships with attncc. Calls on such a GPU use an entry if variant, dtype and
+    head dimensions match, and their lengths round up to the same powers of two."""
     from attncc.schedule.choose import shipped_row, table_text
     from attncc.schedule.device import load_device
 
@@ -105,6 +105,6 @@ def _share(text: str) -> float:
 
 @app.command("clear")
 def clear() -> None:
-    """Remove every entry, also unreadable ones."""
+    """Remove all entries, including unreadable ones."""
     count = _cache().clear()
     out.print(f"removed {count} {'entry' if count == 1 else 'entries'}")

@@ -1,4 +1,4 @@
-"""`attncc check`: what is wrong with a spec, and what may go wrong."""
+"""`attncc check`: report errors and likely mistakes in a spec, without compiling it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def command(
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail, too.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     json: Json = False,
 ) -> None:
-    """Check a spec: queries that may see no key, overflow, division by zero, indices out of range, no backward.
+    """Check a spec for fully masked rows, overflow, division by zero, indices out of range, and a missing backward.
 
     The exit code is 1 if there are errors, or, with --strict, warnings.
 
@@ -61,16 +61,16 @@ def command(
 
 
 def _undone_gradients(graph: VariantGraph) -> list[Finding]:
-    """A gradient that is derived, and that no kernel can sum up."""
+    """A warning if the backward can be derived but no kernel can accumulate one of its gradients."""
     from attncc.codegen.plan import Plan
 
     if graph.recurrent:
-        return []  # all of one has a gradient, or it is refused
+        return []  # a recurrence has all gradients, or is refused as a whole
     plan = Plan(graph)
     try:
         plan.backward  # noqa: B018
     except UnsupportedError:
-        return []  # lint has said so
+        return []  # no backward can be derived: lint has reported that
     error = plan.has_backward
     if error is None:
         return []

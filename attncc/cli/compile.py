@@ -1,4 +1,5 @@
-"""`attncc compile`: a spec to one self-contained kernel file, or to a target's own code, with what it costs."""
+"""`attncc compile`: from a spec to one self-contained file of kernels, or to a target's assembly, and its resource
+usage."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 
 class Emit(StrEnum):
-    """What is written: Triton source, or the target's assembly or binary, one file a kernel."""
+    """The kind of output: Triton source in one file, or the target's assembly or binary in one file per kernel."""
 
     triton = "triton"
     ptx = "ptx"
@@ -62,7 +63,9 @@ def command(
     output: Output = None,
     emit: Annotated[
         Emit,
-        typer.Option(help="triton: one file that needs no attncc; ptx, cubin (on AMD: amdgcn, hsaco): one a kernel."),
+        typer.Option(
+            help="triton: one file that needs no attncc; ptx, cubin (on AMD: amdgcn, hsaco): a file per kernel."
+        ),
     ] = Emit.triton,
     dtype: Dtype = DtypeName.bf16,
     head_dim: HeadDim = 128,
@@ -76,9 +79,10 @@ def command(
     backend: Backend = None,
     json: Json = False,
 ) -> None:
-    """Compile a spec for a GPU, which need not be here, and print registers, spills and shared memory of each kernel.
+    """Cross-compile a spec for a GPU, and print registers, spills and shared memory of each kernel. Needs no GPU.
 
-    The head dimensions and the dtype are compiled in; the lengths only help to choose the tiling, and any will run.
+    Head dimensions and dtype are fixed at compile time. The lengths only guide the choice of tiling; the kernels accept
+    any.
 
     Examples
       attncc compile alibi --target h100 -o alibi.py
@@ -116,7 +120,7 @@ def command(
     cache = Cache()
     asked: Language | None = backend.value if backend else None
     schedule, looked_at = choose(problem, device, cache, asked), None
-    while schedule != looked_at:  # what spills is noted, and may be chosen no more
+    while schedule != looked_at:  # spills are recorded, so the next choice may be another
         dealt = schedule.dkdv.backend == "gluon" and deals(schedule.dkdv, problem)
         source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device, dealt)
         module = load_source(source, graph.name)
@@ -150,7 +154,7 @@ def command(
         err.print(f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)")
     if _is_linear(spelled):
         err.print(
-            "not in the file: the forms in linear time, for these kernels are of all pairs; ac.compile(...) has both"
+            "not in the file: the forms in linear time; these kernels compute all pairs, ac.compile(...) has both"
         )
     for total in running_sums(spelled):
         err.print(
@@ -167,7 +171,7 @@ def command(
 
 
 def _is_linear(graph: VariantGraph) -> bool:
-    """Has it a form in linear time?"""
+    """Whether the variant has a form in linear time."""
     from attncc.passes.linearize import linearize
 
     try:
@@ -186,7 +190,7 @@ def _recurrence(
     output: Path | None,
     json: bool,
 ) -> None:
-    """The kernels of a recurrence's forms by chunks and by tokens. Its file has no autograd of its own."""
+    """Compile a recurrence: its kernels by chunks and by tokens. The file has no autograd of its own."""
     from attncc.codegen.crosscompile_linear import cross_compile_linear
     from attncc.codegen.module import load_source
     from attncc.passes.recur import Delta, recur
@@ -216,7 +220,7 @@ def _recurrence(
 
 
 def _write(emit: Emit, output: Path | None, source: str, kernels: dict[str, CompiledKernel]) -> list[Path]:
-    """One file of Triton source; of code, one a kernel: `out.ptx` becomes out.forward_kernel.ptx."""
+    """Write one file of Triton source, or a file per kernel: `out.ptx` becomes out.forward_kernel.ptx. The paths."""
     if output is None:
         return []
     if emit is Emit.triton:
@@ -241,7 +245,7 @@ def _usage(kernel: CompiledKernel) -> dict[str, Any]:
 
 
 def _warn(kernels: dict[str, CompiledKernel]) -> None:
-    """Say which kernels the assembler made wrong, and what helps."""
+    """Print which kernels the assembler miscompiled, and the remedy."""
     wrong = [name for name, kernel in kernels.items() if kernel.faults]
     for name in wrong:
         first, *more = kernels[name].faults

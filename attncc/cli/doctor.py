@@ -1,4 +1,4 @@
-"""`attncc doctor`: what this machine can do."""
+"""`attncc doctor`: report which parts of attncc work on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attncc.cli.output import FAILED, out, print_json
 
 
 def command(json: Json = False) -> None:
-    """Say what this machine can do: versions, GPUs, interpreter, cross-compilation, cache. Exit code 1 if broken.
+    """Report versions, GPUs, interpreter, cross-compilation and cache. The exit code is 1 if anything is broken.
 
     Examples
       attncc doctor

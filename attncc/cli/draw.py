@@ -1,4 +1,4 @@
-"""A mask as characters, and mask and weights as a figure: both from the stages themselves, on sample inputs."""
+"""Draw a mask as characters, or mask and weights as an image, by evaluating the stages on sample inputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from attncc.runtime.reference import dense
 from attncc.runtime.samples import Sample, Shape, sample_inputs
 from attncc.runtime.shapes import REFERENCE_DTYPES, bind, value_of
 
-#: pairs evaluated at once
+#: most pairs evaluated at once, which bounds the memory
 CHUNK = 1 << 22
-#: longer sequences would take minutes to draw
+#: longest sequence drawn: longer ones take minutes
 MAX_LENGTH = 32768
 _BLOCKS = {(False, False): "·", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A mask reduced to `pixels` (rows, columns), boolean; each stands for `step` x `step` pairs, any of them visible.
+    """A mask reduced to boolean `pixels` (rows, columns). A pixel is set if any of its `step` x `step` pairs is
+    visible.
 
     `visible` counts the visible pairs of `total`; `scalars` are the values it was drawn with.
     """
@@ -38,7 +39,7 @@ class Picture:
     scalars: dict[str, Any]
 
     def lines(self) -> list[str]:
-        """Two rows of pixels a line of text."""
+        """The picture as text, two rows of pixels per line."""
         rows = self.pixels.tolist()
         if len(rows) % 2:
             rows.append([False] * len(rows[0]))
@@ -77,7 +78,7 @@ def picture(
 
 
 def _any(shown: Tensor, step: int) -> Tensor:
-    """Blocks of step x step pairs: is any visible? The last ones may be smaller."""
+    """Whether any pair of each `step` x `step` block is visible; blocks at the edges may be smaller."""
     rows, columns = shown.shape
     pad = (0, -columns % step, 0, -rows % step)
     padded = torch.nn.functional.pad(shown, pad)
@@ -124,7 +125,7 @@ def figure(
 def mask_and_weights(
     graph: VariantGraph, q_len: int, kv_len: int, head: int, heads: int, scalars: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """(M, N) mask and weights of one head, for random q and k; the weight of a hidden pair is 0."""
+    """(M, N) mask and weights of one head, for random q and k; a masked pair has weight 0. InputError: too large."""
     if q_len * kv_len * heads > CHUNK:
         raise InputError(
             f"an image of {heads} heads at {q_len} x {kv_len} is too large", remedy="use shorter sequences"

@@ -1,4 +1,4 @@
-"""`attncc explain`: what is derived from a spec, and how it is scheduled."""
+"""`attncc explain`: what the passes derive from a spec, and how the scheduler chooses among the candidates."""
 
 from __future__ import annotations
 
@@ -60,16 +60,18 @@ def command(
     head_dim_v: HeadDimV = None,
     settings: Set = None,
     backend: Backend = None,
-    top: Annotated[int, typer.Option(min=1, help="How many candidates of each kernel are shown.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of candidates to show for each kernel.")] = 5,
     roofline: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw the kernels under the machine's roofline.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="Draw the kernels under the GPU's roofline into this file.", show_default=False
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Explain a spec: passes over the keys and the proof, the derived backward, live tiles, candidates, the choice.
+    """Explain a spec: passes over the keys and their proof, the derived backward, live tiles, candidate schedules.
 
-    Nothing is compiled or measured; it needs no GPU.
+    Nothing is compiled or measured. Needs no GPU.
 
     Examples
       attncc explain alibi --target h100
@@ -104,7 +106,7 @@ def command(
         return
     out.print(text_of(found))
     if roofline is not None:
-        out.print("\nthe machine's roof, and the share of it that each kernel reaches")
+        out.print("\nroofline of the GPU, and the share of it that each kernel reaches")
         for line in lines(points):
             out.print(f"  {line}")
         out.print(f"wrote {roofline}")
@@ -113,7 +115,7 @@ def command(
 def _recurrence(
     graph: VariantGraph, sizes: dict[str, int], dtype: DtypeName, device: Device, roofline: Path | None, json: bool
 ) -> None:
-    """What is said of a recurrence, which has no pairs, candidates or roofline."""
+    """Explain a recurrence, which has no pairs, candidates or roofline."""
     from attncc.runtime.explain_recurrence import recurrence_facts, recurrence_text
 
     if roofline is not None:
@@ -133,7 +135,7 @@ def _points(
     values: dict[str, int | float],
     backend: Language | None,
 ) -> tuple[Problem, tuple[Point, ...]]:
-    """The kernels as the model predicts them, and as a race measured them, if one did at these sizes."""
+    """The kernels as the model predicts them, and as `attncc tune` measured them at these sizes, if it did."""
     from attncc.codegen.problem import problem_of
     from attncc.runtime.explain import kernels_of
     from attncc.schedule.cache import Cache

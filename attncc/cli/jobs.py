@@ -1,4 +1,4 @@
-"""What `tune` and `bench` measure: each SPEC at each shape."""
+"""The measurements that `tune` and `bench` are asked for: each SPEC at each shape."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ Shapes = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TEXT",
-        help='Shapes, parted by commas: "B4 H32/8 M1 N65536 D128, B1 H16 M8192 D64".',
+        help='Shapes, separated by commas: "B4 H32/8 M1 N65536 D128, B1 H16 M8192 D64".',
         show_default=False,
     ),
 ]
-Against = Annotated[bool, typer.Option("--against", help="Time PyTorch's own attention beside.")]
+Against = Annotated[bool, typer.Option("--against", help="Also time PyTorch's own attention.")]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One variant at one size: the scalars' values, and the sizes by their names in a formula."""
+    """One variant at one size: `values` of its scalars, and `sizes` by their names in a formula (q_idx queries, kv_idx
+    keys, b sequences, ...)."""
 
     graph: VariantGraph
     values: dict[str, int | float]
@@ -44,7 +45,7 @@ class Job:
 
     @property
     def shape(self) -> Shape:
-        """The sizes as sample tensors are made by."""
+        """The sizes as the shape of sample tensors."""
         from attncc.runtime.samples import Shape
 
         s, graph = self.sizes, self.graph

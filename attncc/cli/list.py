@@ -1,4 +1,4 @@
-"""`attncc list`: the shelf."""
+"""`attncc list`: the shipped variants by family, and the published mechanisms that they implement."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from attncc.errors import InputError
 if TYPE_CHECKING:
     from attncc.catalogue import Mechanism
 
-#: columns from which a table is readable
+#: terminal width, in characters, from which a table is readable
 WIDE = 140
 
 
 def command(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME | FAMILY]...", show_default=False, help="What is listed in full."),
+        typer.Argument(metavar="[NAME | FAMILY]...", show_default=False, help="Variants or families to list in full."),
     ] = None,
     mechanisms: Annotated[
-        bool, typer.Option("--mechanisms", help="List published mechanisms instead, and what answers each.")
+        bool, typer.Option("--mechanisms", help="List published mechanisms, and the variant or recipe for each.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """List the variants that ship; of those that are named: formula, passes over the keys, kernels, gradients, source.
+    """List the shipped variants. For each NAME: formula, passes over the keys, kernels, gradients, citation.
 
     Examples
       attncc list
@@ -105,7 +105,7 @@ def _mechanism_table(rows: Sequence[Mechanism]) -> None:
 
 
 def _blocks(entries: Sequence[tuple[str, str, Text]]) -> None:
-    """For a terminal too narrow for columns: under each family's heading, name and text side by side."""
+    """Print name and text side by side under a heading per family, for terminals too narrow for a table."""
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column(max_width=28, overflow="fold")
     table.add_column(overflow="fold")

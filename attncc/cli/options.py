@@ -31,27 +31,34 @@ Normalizer = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="The value of a scalar of the spec: window=4096."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Set a scalar of the spec: window=4096."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
-QLen = Annotated[int, typer.Option(min=1, help="Queries.")]
-KvLen = Annotated[int | None, typer.Option(min=1, help="Keys; as many as queries if not given.", show_default=False)]
-Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
-Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
-KvHeads = Annotated[int | None, typer.Option(min=1, help="Key/value heads; default --heads.", show_default=False)]
-HeadDim = Annotated[int, typer.Option(min=1, help="The head dimension of q and k.")]
-HeadDimV = Annotated[int | None, typer.Option(min=1, help="That of v; default --head-dim.", show_default=False)]
+QLen = Annotated[int, typer.Option(min=1, help="Number of queries.")]
+KvLen = Annotated[
+    int | None, typer.Option(min=1, help="Number of keys; default: as many as queries.", show_default=False)
+]
+Batch = Annotated[int, typer.Option(min=1, help="Number of sequences.")]
+Heads = Annotated[int, typer.Option(min=1, help="Number of query heads.")]
+KvHeads = Annotated[
+    int | None, typer.Option(min=1, help="Number of key/value heads; default: --heads.", show_default=False)
+]
+HeadDim = Annotated[int, typer.Option(min=1, help="Head dimension of q and k.")]
+HeadDimV = Annotated[
+    int | None, typer.Option(min=1, help="Head dimension of v; default: --head-dim.", show_default=False)
+]
 Target = Annotated[
     str | None,
     typer.Option(
-        help="h100, rtx4090, ... or sm_90, gfx942, ...; default: this machine's GPU, else h100.", show_default=False
+        help="GPU or architecture: h100, rtx4090, sm_90, gfx942, ...; default: this machine's GPU, else h100.",
+        show_default=False,
     ),
 ]
 
 
 class BackendName(StrEnum):
-    """The language of kernels that both backends have."""
+    """The language that kernels are generated in, where both have them."""
 
     triton = "triton"
     gluon = "gluon"
@@ -59,24 +66,25 @@ class BackendName(StrEnum):
 
 Backend = Annotated[
     BackendName | None,
-    typer.Option(help="The language of the kernels on Hopper; default: the scheduler's choice.", show_default=False),
+    typer.Option(help="Language of the kernels on Hopper; default: chosen by the scheduler.", show_default=False),
 ]
-Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="Where to write it.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE", help="File to write.")]
 
 
 class DtypeName(StrEnum):
-    """What q, k, v and out are stored as."""
+    """The dtype of q, k, v and out."""
 
     bf16 = "bf16"
     fp16 = "fp16"
     fp32 = "fp32"
 
 
-Dtype = Annotated[DtypeName, typer.Option(help="What q, k, v and out are stored as.")]
+Dtype = Annotated[DtypeName, typer.Option(help="Dtype of q, k, v and out.")]
 
 
 def scalars(graph: VariantGraph, settings: Sequence[str] | None) -> dict[str, int | float]:
-    """Every scalar of the variant with its value: what `--set NAME=VALUE` says, else its default."""
+    """The value of every scalar of the variant: from `--set NAME=VALUE`, else its default. InputError: a setting that
+    is malformed, or names no scalar."""
     values: dict[str, int | float] = {s.name: s.default for s in graph.scalars}
     kinds = {s.name: s.is_int for s in graph.scalars}
     for setting in settings or ():

@@ -1,4 +1,4 @@
-"""What every command prints through: results go to stdout, errors and warnings to stderr."""
+"""The output of every command: results go to stdout, errors and warnings to stderr."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typer.core import TyperGroup
 
 from attncc.errors import AttnccError, AttnccWarning, InputError
 
-#: exit codes: what was asked for is wrong (a failed verification, a spec with errors), or could not be done at all
+#: exit codes: the answer is negative (a failed verification, a spec with errors), or the command could not run
 FAILED, REFUSED = 1, 2
 
 
 class _Console:
-    """A rich console on the stream that is stdout (stderr) at the time of use, not at import."""
+    """A rich console on the current sys.stdout or sys.stderr, looked up at each use because tests replace them."""
 
     def __init__(self, stream: str):
         self._stream = stream
@@ -55,7 +55,7 @@ def print_json(value: Any) -> None:
 
 
 def write_file(path: Path, data: str | bytes) -> None:
-    """Write a result. InputError if it cannot be written, and none of the file is then there."""
+    """Write a result. InputError: it cannot be written."""
     try:
         if isinstance(data, str):
             path.write_text(data, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The roofline of a device, with kernels as points: as lines of text, and as a picture."""
+"""Print or draw kernels as points under the roofline of a device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ WIDTH = 40
 
 
 def lines(points: Sequence[Point]) -> list[str]:
-    """One line a point: its rate, a bar of the share of the roof that it reaches, and the units' ceilings."""
+    """One line per point: its rate, a bar for the share of the roof that it reaches, and the ceilings of single
+    units."""
     found = []
     for p in points:
         filled = min(round(p.share * WIDTH), WIDTH)
         bar = "█" * filled + "·" * (WIDTH - filled)
-        # the unit that would be the tightest roof by itself first
+        # the unit with the lowest ceiling first
         units = ", ".join(f"{unit} {rate:.0f}" for unit, rate in sorted(p.ceilings.items(), key=lambda e: e[1]))
         found.append(
             f"{p.name:<9}{p.source:<10}{p.tflops:>7.1f} TFLOP/s {p.tbps:>6.2f} TB/s  {bar} {p.share:>4.0%} of "
@@ -35,7 +36,7 @@ def lines(points: Sequence[Point]) -> list[str]:
 
 
 def draw(points: Sequence[Point], problem: Problem, device: Device, title: str, path: Path) -> None:
-    """The picture, SVG or whatever else the file's name ends with. InputError where it cannot be drawn or written."""
+    """Write the figure to `path`, in the format of its suffix. InputError: it cannot be drawn or written."""
     try:
         import matplotlib
     except ImportError:
@@ -50,7 +51,7 @@ def draw(points: Sequence[Point], problem: Problem, device: Device, title: str, 
             _mark(axis, p)
         axis.set(xscale="log", yscale="log")
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel("matmul operations a byte of memory", color=INK)
+        axis.set_xlabel("matmul operations per byte of memory", color=INK)
         axis.set_ylabel("TFLOP/s", color=INK)
         axis.tick_params(colors=INK, which="both")
         axis.yaxis.set_major_formatter("{x:g}")
@@ -67,7 +68,7 @@ def draw(points: Sequence[Point], problem: Problem, device: Device, title: str, 
 
 
 def _roof(axis: Any, points: Sequence[Point], problem: Problem, device: Device) -> None:
-    """The memory's slope and the matmul peak, over the range of the points and their corner."""
+    """Draw the roof, memory bandwidth and matmul peak, over the range of the points."""
     from attncc.schedule.roofline import roof_at
 
     peak = device.matmul_tflops(problem.dtype, problem.precision)
@@ -83,7 +84,7 @@ def _roof(axis: Any, points: Sequence[Point], problem: Problem, device: Device) 
 
 
 def _few_numbers(limits: tuple[float, float]) -> Any:
-    """Between powers of ten 2 and 5 are written out, where the axis has few powers of its own."""
+    """A formatter that labels 2 and 5 between powers of ten if the axis spans few powers."""
 
     def text(value: float, _: int) -> str:
         return f"{value:g}" if limits[1] < 20 * limits[0] and f"{value:.0e}"[0] in "25" else ""
@@ -92,7 +93,7 @@ def _few_numbers(limits: tuple[float, float]) -> Any:
 
 
 def _mark(axis: Any, p: Point) -> None:
-    """A point, under the roof and those ceilings of units that are lower."""
+    """Draw a point, its distance to the roof, and the unit ceilings below the roof."""
     colour, filled = COLOURS.get(p.name, INK), p.source == "measured"
     label = f"{p.name}, {p.source}: {p.tflops:.0f} TFLOP/s, {p.share:.0%} of its roof"
     face = colour if filled else "none"

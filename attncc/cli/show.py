@@ -1,4 +1,4 @@
-"""`attncc show`: a spec's formulas, its IR, and its mask drawn."""
+"""`attncc show`: print a spec's formulas or its IR, and draw its mask."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ def command(
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
-    ir: Annotated[bool, typer.Option("--ir", help="Print the typed stage graph instead, for a bug report.")] = False,
-    q_len: Annotated[int, typer.Option(min=1, help="Queries of the mask that is drawn.")] = 48,
+    ir: Annotated[
+        bool, typer.Option("--ir", help="Print the typed stage graph (IR) instead, for a bug report.")
+    ] = False,
+    q_len: Annotated[int, typer.Option(min=1, help="Number of queries to draw.")] = 48,
     kv_len: KvLen = None,
-    head: Annotated[int, typer.Option(min=0, help="The head that is drawn.")] = 0,
-    heads: Annotated[int, typer.Option(min=1, help="How many heads there are.")] = 8,
+    head: Annotated[int, typer.Option(min=0, help="Head to draw.")] = 0,
+    heads: Annotated[int, typer.Option(min=1, help="Number of heads.")] = 8,
     settings: Set = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw mask and weights into a PNG.")] = None,
-    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw mask and weights into an SVG.")] = None,
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw mask and weights into a PNG file.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw mask and weights into an SVG file.")] = None,
 ) -> None:
     """Show a spec: its formulas, its inputs, and its mask (rows are queries, columns are keys).
 
@@ -68,7 +70,7 @@ def _is_set(name: str, settings: list[str] | None) -> bool:
 
 
 def formulas(graph: VariantGraph, about: str = "") -> None:
-    """Name, what it is, source, stages and declarations."""
+    """Print name, description, citation, stages and declarations of a variant."""
     from attncc.ir.formulas import stage_texts
     from attncc.ir.text import output_text
 
@@ -89,7 +91,7 @@ def formulas(graph: VariantGraph, about: str = "") -> None:
 
 
 def drawing(graph: VariantGraph, q_len: int, kv_len: int, head: int, heads: int, given: dict[str, int | float]) -> None:
-    """The mask, and what it was drawn with."""
+    """Print the mask, and the values it was drawn with."""
     from attncc.cli.draw import picture
 
     drawn = picture(graph, q_len, kv_len, head, heads, given)

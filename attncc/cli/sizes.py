@@ -1,4 +1,4 @@
-"""Shapes and durations as a command line writes them: "B4 H32/8 M1 N65536 D128", "60s"."""
+"""Parse shapes and durations of the command line: "B4 H32/8 M1 N65536 D128", "60s"."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 def shapes(texts: Sequence[str], defaults: dict[str, int]) -> list[dict[str, int]]:
-    """The sizes that each text says, by their names in a formula; commas part several shapes of one text.
+    """The sizes in each text, by their names in a formula. A text may hold several shapes, separated by commas.
 
-    What a shape leaves out is as in `defaults`, but that keys are then as many as queries, key heads as heads, and v as
-    wide as q. InputError for a text of another form.
-    """
+    A shape takes what it omits from `defaults`, except that one with M but no N has N = M, and "H" and "D" with a
+    single number set both of their sizes. InputError: a text of another form."""
     return [_sizes(part, defaults) for text in texts for part in text.split(",") if part.strip()]
 
 
 def text_of(sizes: Mapping[str, int]) -> str:
-    """Sizes by their names in a formula as a command line writes them."""
+    """The inverse of `shapes`, for one shape."""
 
     def pair(one: str, other: str) -> str:
         return f"{sizes[one]}" if sizes[one] == sizes[other] else f"{sizes[one]}/{sizes[other]}"

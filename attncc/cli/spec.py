@@ -1,4 +1,4 @@
-"""SPEC to a Variant: a shipped name, a TOML file, a Variant in a Python file, or formulas on the command line."""
+"""Resolve a SPEC to a Variant: a shipped name, a TOML file, a Variant in a Python file, or formulas in options."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def resolve(
     mask: str | None = None,
     normalizer: str | None = None,
 ) -> Variant:
-    """The variant that a command line names. SpecError if it names none or two, or is wrong."""
+    """The variant that a command line names. SpecError: it names none or two, or the spec is wrong."""
     inline = {"similarity": similarity, "score": score, "mask": mask, "normalizer": normalizer}
     stages = {stage: text for stage, text in inline.items() if text is not None}
     if spec is None and not stages:
@@ -39,7 +39,7 @@ def resolve(
 
 
 def named(spec: str) -> Variant:
-    """The variant of one SPEC word."""
+    """The variant of one SPEC argument. SpecError: there is none, or it is wrong."""
     path, colon, name = spec.rpartition(":")
     if spec.endswith(".py") or path.endswith(".py"):
         return _from_python(Path(path), name) if colon and path.endswith(".py") else _from_python(Path(spec), "")
@@ -53,7 +53,7 @@ def named(spec: str) -> Variant:
 
 
 def _from_python(path: Path, name: str) -> Variant:
-    """The Variant called `name` in a Python file. The file is executed: it is the user's own program."""
+    """The Variant called `name` in a Python file, which is executed."""
     if not path.is_file():
         raise SpecError(f"no such file: {path}")
     module = _execute(path)
@@ -79,11 +79,11 @@ def _execute(path: Path) -> ModuleType:
     sys.path.insert(0, folder)  # as when Python itself runs the file
     try:
         found.loader.exec_module(module)
-    except Diagnostic as error:  # without a place where no formula is at fault: then it is the line that the file ran
+    except Diagnostic as error:  # if no formula is at fault it has no place: then give it the line of the file
         raise error.at(traceback_span(error)) from None
     except AttnccError:
         raise
-    except Exception as error:  # the user's program may raise anything; what counts is where and why
+    except Exception as error:  # the user's program may raise anything
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else own[-1].lineno if own else None
         where = f"{path}:{line}" if line else str(path)

@@ -1,4 +1,4 @@
-"""`attncc tune`: measure the candidates on this machine's GPU."""
+"""`attncc tune`: measure candidate schedules on this machine's GPU, and keep the fastest."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def command(
     normalizer: Normalizer = None,
     shapes: Shapes = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="60s, 5m, ...: the time for all of it, shared out evenly.")
+        str | None, typer.Option(metavar="TIME", help="Total time, divided evenly over specs and shapes: 60s, 5m, ...")
     ] = None,
     dtype: Dtype = DtypeName.bf16,
     q_len: QLen = 8192,
@@ -63,18 +63,18 @@ def command(
     settings: Set = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Candidates of each kernel; default 16, or all within a budget."),
+        typer.Option(min=1, help="Candidates per kernel; default: 16, or all that fit a --budget."),
     ] = None,
     backend: Backend = None,
-    forward: Annotated[bool, typer.Option("--forward", help="The forward alone, as for inference.")] = False,
+    forward: Annotated[bool, typer.Option("--forward", help="Tune the forward only, as for inference.")] = False,
     against: Against = False,
 ) -> None:
-    """Measure candidate schedules on this machine's GPU, and keep the best: calls of these sizes then use it.
+    """Measure candidate schedules on this machine's GPU, and cache the fastest; calls of these sizes then use it.
 
-    Each candidate is checked against the reference, and for the same bits twice, before it may win. The cost model's
-    first choice always races, and its order finds most of the gain early. Candidates compile side by side, in processes
-    of their own, and are timed one by one. Every result is in the cache as soon as it is measured: a race that is
-    stopped goes on where it was.
+    Before it may win, each candidate is checked against the reference, and for bitwise equality of two runs. Candidates
+    compile in parallel processes and are timed one at a time, in the order that the cost model predicts; its first
+    choice always takes part. Every result is cached as soon as it is measured, so the same command continues a run that
+    was stopped.
 
     Examples
       attncc tune alibi --q-len 8192 --batch 4 --heads 16
@@ -82,7 +82,7 @@ def command(
       attncc tune spec.toml --q-len 4096 --head-dim 64 --limit 40
       attncc tune softcap --shapes "B8 H32/8 M1 N8192" --forward
     """
-    with compilers() as count:  # they start while this process imports torch and asks for the GPU
+    with compilers() as count:  # start now, while this process imports torch and asks for the GPU
         err.print(f"starting torch{f', and {count} processes that compile' if count else ''}")
         given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
         found = jobs(specs, (similarity, score, mask, normalizer), shapes, settings, given)
@@ -101,7 +101,7 @@ def _races(
     backend: Any,
     forward: bool,
 ) -> None:
-    """One race after the other, the time until `end` shared out evenly."""
+    """Run the races one after the other, dividing the time until `end` (of time.monotonic) evenly."""
     from attncc.runtime.binaries import drop_waiting
     from attncc.runtime.tune import gpu
 
@@ -119,7 +119,8 @@ def _races(
 
 
 def _by_rule(found: Sequence[Job]) -> dict[str, str]:
-    """What of these is not tuned, by variant. UnsupportedError for a recurrence, of which nothing is."""
+    """For each variant that has a plan in chunks, which is not tuned, the message that says so. UnsupportedError: a
+    recurrence, which has nothing to tune."""
     from attncc.passes.linearize import linearize
 
     told = {}
@@ -145,7 +146,7 @@ def _tune(
     backend: Any,
     forward: bool,
 ) -> None:
-    """One variant at one shape: its race, then what came of it."""
+    """Tune one variant at one shape, and print the results."""
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
     from attncc.runtime.explain import kernels_of
@@ -195,13 +196,15 @@ def _tune(
     if result.unmeasured:
         out.print(f"{result.unmeasured} candidates were left when the time was up; the same command goes on with them")
     if track.cramped:
-        out.print("the reference has no room at this size: it was asked on a slice, and here candidates were compared")
+        out.print(
+            "the reference does not fit at this size: it checked a slice, and at full size candidates were compared"
+        )
     if against:
         out.print(_beside(result, track.against("dkdv" in kernels)))
 
 
 def _results(result: Result, kernels: tuple[Any, ...]) -> Table:
-    """The best of each kernel beside the model's choice."""
+    """The fastest schedule of each kernel, and the model's choice."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("kernel", "best", "us", "model's choice", "us"):
         table.add_column(column, justify="right" if column == "us" else "left")
@@ -215,7 +218,7 @@ def _results(result: Result, kernels: tuple[Any, ...]) -> Table:
 
 
 def _beside(result: Result, peers: Mapping[str, tuple[float | None, float | None]]) -> Table:
-    """Forward and backward of this variant, and of PyTorch's attention at the same sizes."""
+    """Times of this variant, and of PyTorch's attention at the same sizes."""
     forward = result.best("forward")
     rows = {"attncc": (forward.us if forward else None, result.backward_us), **peers}
     table = Table(box=None, padding=(0, 2, 0, 0))

@@ -1,4 +1,4 @@
-"""`attncc verify`: kernels against the float64 reference, forward and backward."""
+"""`attncc verify`: check kernels against the float64 reference, forward and backward."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from attncc.runtime.verify import Row
 
 
-#: of GPU memory: a context, the code of kernels, and what the largest shape needs
-_BYTES_A_PROCESS = 2 << 30
+#: GPU memory per process: a context, the code of kernels, and the tensors of the largest shape
+_BYTES_PER_PROCESS = 2 << 30
 
 
 class DeviceName(StrEnum):
@@ -47,36 +47,38 @@ def command(
     score: Score = None,
     mask: Mask = None,
     normalizer: Normalizer = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every variant that ships.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Verify every shipped variant.")] = False,
     dtype: Annotated[
-        DtypeName | None, typer.Option(help="Of q, k, v; default bf16 on a GPU, fp32 on a CPU.", show_default=False)
+        DtypeName | None,
+        typer.Option(help="Dtype of q, k, v; default: bf16 on a GPU, fp32 on a CPU.", show_default=False),
     ] = None,
     device: Annotated[
         DeviceName | None,
-        typer.Option(help="cpu is Triton's interpreter; default: the GPU, if there is one.", show_default=False),
+        typer.Option(help="cpu runs Triton's interpreter; default: the GPU, if there is one.", show_default=False),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The first of the shapes only.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Verify the first shape only.")] = False,
     workers: Annotated[
         int | None,
         typer.Option(
             "--jobs",
             "-j",
             min=1,
-            help="Processes, for compiling takes longest; default 1, on a GPU one for each core.",
+            help="Number of processes (compiling takes longest); default: 1, on a GPU one per core.",
             show_default=False,
         ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="60s, 5m, ...: after it, what is left is named, and fails.")
+        str | None, typer.Option(metavar="TIME", help="Time limit: 60s, 5m, ...; variants not finished by then fail.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Run a spec's kernels and hold outputs and every gradient against the float64 reference; each case runs twice.
+    """Run a spec's kernels, and check outputs and all gradients against the float64 reference.
 
-    A result is right if it is as close to the reference as plain PyTorch in the same dtype is, by a factor of 2
-    (gradients: 3), and if its relative RMS error is small. The exit code is 1 if one is not, or is missing.
+    A result is right if its largest error is at most 2 times that of plain PyTorch in the same dtype (gradients: 3
+    times), its relative RMS error is small, and a second run gives the same bits. The exit code is 1 if any result is
+    wrong or missing.
 
-    --all tells one line for each variant, of its result that has most of the error it may have, and all that is wrong.
+    With --all, each variant has one line, of the result closest to its allowed error; wrong results are listed in full.
 
     Examples
       attncc verify alibi
@@ -84,19 +86,10 @@ def command(
       attncc verify --all --budget 5m
     """
     start = time.monotonic()
-    import torch
-
     from attncc import variants
     from attncc.runtime.verify import shapes_for
 
-    where = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
-    kind = dtype.value if dtype else "fp32" if where == "cpu" else "bf16"
-    if where == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no GPU that torch can use", remedy="--device cpu runs through Triton's interpreter")
-    if where == "cpu" and kind == "bf16":
-        raise UnsupportedError(
-            "Triton's interpreter multiplies bf16 matrices wrongly", remedy="use --dtype fp32 or fp16, or a GPU"
-        )
+    where, kind = _device_and_dtype(device, dtype)
     if all_ and (specs or similarity or score or mask or normalizer):
         raise InputError("both --all and a spec are given", remedy="--all is every variant that ships, and no other")
     seconds = written.seconds(budget) if budget else math.inf
@@ -113,17 +106,7 @@ def command(
         alone = [inline] if inline else []
     else:
         alone = found.variants
-    for variant in alone:
-        if found.elapsed > seconds:
-            found.add(variant, None, Done(error=OUT_OF_TIME))
-        else:
-            found.begin(variant, f"{kind} on {where}")
-            began = found.elapsed
-            try:
-                done = Done(_rows(variant, where, kind, places))
-            except torch.OutOfMemoryError as error:
-                done = Done(error=told(error))
-            found.add(variant, None, replace(done, seconds=found.elapsed - began))
+    _here(found, alone, Case("", where, kind, places), seconds)
     if json:
         print_json([plain(name, row) for name, rows in found.rows.items() for row in rows])
     else:
@@ -138,9 +121,24 @@ def command(
         raise typer.Exit(FAILED)
 
 
+def _device_and_dtype(device: DeviceName | None, dtype: DtypeName | None) -> tuple[str, str]:
+    """Where kernels run and the dtype of q, k, v, with their defaults. InputError, UnsupportedError: they cannot."""
+    import torch
+
+    where = device.value if device else "cuda" if torch.cuda.is_available() else "cpu"
+    kind = dtype.value if dtype else "fp32" if where == "cpu" else "bf16"
+    if where == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no GPU that torch can use", remedy="--device cpu runs through Triton's interpreter")
+    if where == "cpu" and kind == "bf16":
+        raise UnsupportedError(
+            "Triton's interpreter multiplies bf16 matrices wrongly", remedy="use --dtype fp32 or fp16, or a GPU"
+        )
+    return where, kind
+
+
 @dataclass(frozen=True)
 class Case:
-    """What one process verifies at a time: a SPEC, by its name, on a device, in a dtype, at these of its shapes."""
+    """A unit of work of one process: a SPEC by name, a device, a dtype, and the shapes, as indices of `shapes_for`."""
 
     spec: str
     device: str
@@ -149,7 +147,7 @@ class Case:
 
 
 def verified(case: Case) -> list[Row]:
-    """The results of a case, in a process among others."""
+    """The results of a case. Runs in a worker process, on one thread."""
     import torch
 
     torch.set_num_threads(1)
@@ -158,13 +156,13 @@ def verified(case: Case) -> list[Row]:
 
 @functools.cache
 def _known(spec: str) -> Variant:
-    """The variant of a SPEC, of which its process may be given several shapes."""
+    """The variant of a SPEC, kept because a process may get several of its shapes."""
     return named(spec)
 
 
 def _beside(found: Findings, specs: list[str], each: Case, workers: int, seconds: float) -> None:
-    """Each SPEC at each place is a case of its own, so that none is long. The last come first: the shelf ends with what
-    has most kernels, and the shapes with the widest heads, which take longest to compile."""
+    """Verify in worker processes; each SPEC at each shape is a case of its own, so that none is long. Cases run from
+    last to first: the last variants have most kernels, and the last shapes the widest heads, which compile slowest."""
     places = [(at, place) for at in reversed(range(len(specs))) for place in reversed(each.places)]
     cases = [replace(each, spec=specs[at], places=(place,)) for at, place in places]
 
@@ -177,15 +175,32 @@ def _beside(found: Findings, specs: list[str], each: Case, workers: int, seconds
         found.end(variant)
 
 
-def _processes() -> int:
-    """One for each core, as far as the GPU has memory for them."""
+def _here(found: Findings, variants: list[Variant], each: Case, seconds: float) -> None:
+    """Verify in this process, one variant after the other, while fewer than `seconds` have passed since the start."""
     import torch
 
-    return max(1, min(len(os.sched_getaffinity(0)), torch.cuda.mem_get_info()[0] // _BYTES_A_PROCESS))
+    for variant in variants:
+        if found.elapsed > seconds:
+            found.add(variant, None, Done(error=OUT_OF_TIME))
+            continue
+        found.begin(variant, f"{each.dtype} on {each.device}")
+        began = found.elapsed
+        try:
+            done = Done(_rows(variant, each.device, each.dtype, each.places))
+        except torch.OutOfMemoryError as error:
+            done = Done(error=told(error))
+        found.add(variant, None, replace(done, seconds=found.elapsed - began))
+
+
+def _processes() -> int:
+    """The number of worker processes: one per core, if the GPU has memory for them."""
+    import torch
+
+    return max(1, min(len(os.sched_getaffinity(0)), torch.cuda.mem_get_info()[0] // _BYTES_PER_PROCESS))
 
 
 def _show(found: Findings, each: bool) -> None:
-    """`each`: a line for every result, else one for each variant, and what is wrong."""
+    """Print a line per result (`each`), or a line per variant and the wrong results."""
     wrong = {name: [row for row in rows if not row.ok] for name, rows in found.rows.items()}
     if each:
         out.print(every_result(found.rows))
@@ -199,7 +214,7 @@ def _show(found: Findings, each: bool) -> None:
 
 
 def _without_gradients(variant: Variant, rows: list[Row]) -> str | None:
-    """Why the results of a variant have no gradients, if they have none."""
+    """The reason why the results of a variant have no gradients, or None if they have some."""
     from attncc.codegen.plan import Plan
 
     if not rows or any(row.check.name.split()[0] == "dq" for row in rows):
@@ -209,6 +224,7 @@ def _without_gradients(variant: Variant, rows: list[Row]) -> str | None:
 
 
 def _rows(variant: Variant, device: str, dtype: str, places: tuple[int, ...]) -> list[Row]:
+    """The results of a variant at some of the shapes of `shapes_for`."""
     import torch
 
     from attncc.runtime.verify import shapes_for, verify_variant

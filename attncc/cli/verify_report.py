@@ -1,4 +1,4 @@
-"""What `attncc verify` finds, and how it tells: every result of a few specs, a line for each of many."""
+"""Collect the results of `attncc verify`, and format them: every result of a few specs, or a line for each of many."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Findings:
     """The results of some variants as they come in, from each of `count` places (shapes) or from all at once."""
 
     def __init__(self, variants: Sequence[Variant], count: int, start: float, *, told: bool):
-        """`start`: on the monotonic clock; `told`: what is done is said on the way."""
+        """`start`: time of the start, by time.monotonic; `told`: print progress on stderr."""
         self.variants = list(variants)
         self.seconds = {v.name: 0.0 for v in variants}
         self._count, self._told = count, told
@@ -44,15 +44,15 @@ class Findings:
 
     @property
     def ok(self) -> bool:
-        """Is all there, and right?"""
+        """Whether all results are there, and right."""
         return not any(self.missing()) and all(row.ok for rows in self.rows.values() for row in rows)
 
     def begin(self, variant: Variant, how: str) -> None:
-        """Say that a variant's turn has come."""
+        """Report that a variant is about to be verified."""
         self._say(f"{variant.name}: {how} ...")
 
     def add(self, variant: Variant, place: int | None, done: Done) -> None:
-        """What a place of a variant gave; None is all of them."""
+        """Add the results of one shape of a variant; `place` is None for all shapes at once."""
         every = self._found[variant.name]
         every[place or 0] = done
         self.seconds[variant.name] += done.seconds
@@ -66,13 +66,13 @@ class Findings:
             )
 
     def end(self, variant: Variant) -> None:
-        """No more comes of a variant: its places that gave nothing were not finished in time."""
+        """Declare a variant finished: shapes without results were not finished in time."""
         every = self._found[variant.name]
         for place in range(self._count):
             every.setdefault(place, Done(error=OUT_OF_TIME))
 
     def missing(self) -> Iterator[str]:
-        """A line for each variant with results that there are none of, and why."""
+        """A line for each variant that lacks results, with the reasons."""
         for name, every in self._found.items():
             errors = [done.error for done in every.values() if done.error]
             if errors:
@@ -136,7 +136,7 @@ def every_variant(results: Mapping[str, Sequence[Row]], seconds: Mapping[str, fl
 
 
 def share(row: Row) -> float:
-    """How much of what a result may have of an error it has, by the rule that it is nearer to breaking."""
+    """The error of a result as a share of what is allowed, by the stricter of the two rules; above 1 it is wrong."""
     c = row.check
     pairs = ((c.max_err, c.max_allowed), (c.rms, c.rms_allowed))
     shares = [error / allowed if allowed else float(error > 0) for error, allowed in pairs]
