@@ -20,7 +20,7 @@ from attncc.runtime.linear_cut import check_lengths, places
 from attncc.runtime.linear_engine import DTYPES, LinearEngine
 from attncc.runtime.linear_own import OwnWeight
 from attncc.runtime.linear_terms import TokenTerms
-from attncc.runtime.op import AttentionOp, autocast, is_traced
+from attncc.runtime.op import AttentionOp, autocast, is_traced, refuse_transforms, transformed
 from attncc.runtime.refusals import kind_of
 from attncc.runtime.remade import Remade
 from attncc.runtime.replay import key_of
@@ -106,9 +106,16 @@ class LinearOp(Remade):
         """
         check_dimensions(q, k, v)
         q, k, v = autocast(q, k, v)
+        traced = is_traced(q, k, v)
+        if not traced and transformed():
+            refuse_transforms(q, k, v, initial_state, *inputs.values())
+        if torch._C._get_tracing_state() is not None:
+            raise UnsupportedError(
+                "torch.jit.trace does not go through an op in linear time", remedy="use torch.export, or torch.compile"
+            )
         _check_kinds(initial_state, cu_seqlens, chunk_size)
         given = (scale, initial_state, output_final_state, chunk_size)
-        if self._calls is not None and q.is_cuda and cu_seqlens is None and position is None and not is_traced(q, k, v):
+        if self._calls is not None and q.is_cuda and cu_seqlens is None and position is None and not traced:
             return self._eager(q, k, v, plan or self.choice, outputs, *given, inputs)
         names = output_names(outputs, self.graph)
         stateful = initial_state is not None or output_final_state
@@ -240,7 +247,7 @@ class LinearOp(Remade):
             else:
                 batch, heads, length, d_qk = q.shape
                 sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), batch, heads, length, d_qk, v.shape[3])
-                return self._fastest(sizes, device_of(q.device))
+                return self._fastest(sizes, device_of("cpu" if q.is_meta else q.device))
         if plan == "parallel" and needs_linear:
             reason = refusal or "the quadratic plan has no state and no packed sequences"
             raise UnsupportedError(reason, remedy="use plan='chunk' or plan='recurrent'")

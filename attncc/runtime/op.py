@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
@@ -104,6 +105,8 @@ class AttentionOp(Remade):
         q, k, v = autocast(q, k, v)
         inputs = self.kernel_inputs(q, k, scale, inputs)
         traced = is_traced(q, k, v)
+        if not traced and transformed():
+            refuse_transforms(q, k, v, *inputs.values())
         graph = self.engine.graph
         if self.graph.outputs:
             auxiliary, inputs = self._auxiliary(outputs, inputs)
@@ -115,8 +118,6 @@ class AttentionOp(Remade):
             scalars = [float(x) for x in bound.scalars.values()]
             results = library.forward_op(q, k, v, list(bound.tensors.values()), scalars, bound.scale, self._key)
             return results[0] if outputs == "out" else self._pick(results, outputs)
-        if torch._C._are_functorch_transforms_active():
-            refuse_transforms(q, k, v, *inputs.values())
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)} if inputs else inputs
         key, kind = self.kinds.known(q, k, v, scale, inputs) if q.is_cuda else (None, None)
         only_out = outputs == "out"
@@ -244,20 +245,31 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Does somebody look at operators rather than at values? Tensor subclasses, such as fake tensors, never reach a
-    kernel by themselves."""
+    """Does somebody look at operators, or at shapes, rather than at values? Tensor subclasses, such as fake tensors,
+    never reach a kernel by themselves."""
     return (
         torch.compiler.is_compiling()
         or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
+        or q.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
 
 
+def transformed() -> bool:
+    """May somebody have wrapped tensors, to see more in them than values: a batch, or how they change?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def refuse_transforms(*values: Any) -> None:
-    """Raise UnsupportedError for a tensor that torch.func has wrapped: no kernel can read it."""
-    if any(isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in values):
+    """Raise UnsupportedError for a tensor that torch.func has wrapped, which no kernel can read, and for one with a
+    tangent, which the results would lack."""
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    if dual or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         raise UnsupportedError(
-            "torch.func's transforms (vmap, grad, jvp, ...) do not go through an attncc op",
+            "torch.func's transforms (vmap, grad, jvp, ...), and derivatives in forward mode, do not go through an "
+            "attncc op",
             remedy="make what vmap goes over a part of the batch; take gradients by torch.autograd",
         )
 

@@ -19,7 +19,18 @@ _ELSEWHERE = {
     **{stage: f"it is a stage of the variant: ac.Variant({stage}=...)" for stage in ("score", "mask", "normalizer")},
     **dict.fromkeys(("score_mod", "mask_mod", "block_mask"), "ac.from_flex(score_mod, mask_mod) makes a variant of it"),
     "attn_mask": "a mask is a formula of the variant; a dense one is an input: ac.compile('dense_bias')",
-    "dropout_p": "no weights are dropped",
+    "key_padding_mask": "ac.padding() is a mask of the variant, and a call passes lengths=, one a sequence",
+    "window_size": "ac.window(left, right) is a mask of the variant",
+    **dict.fromkeys(("dropout_p", "dropout"), "no weights are dropped"),
+    **dict.fromkeys(("softmax_scale", "sm_scale", "scaling"), "write scale=..."),
+    **dict.fromkeys(("return_lse", "return_softmax_lse", "return_aux"), 'write outputs=("out", "lse")'),
+    **dict.fromkeys(
+        ("need_weights", "output_attentions", "return_attn_probs"),
+        "what is read out of the weights is an output of the variant: ac.outputs.weights(), or less",
+    ),
+    "softcap": "it is a score of the variant: ac.softcap(cap)",
+    "alibi_slopes": "ac.alibi() is a score of the variant, and a call passes slopes=",
+    "deterministic": "ac.compile(..., deterministic=True) asks for it",
     "is_causal": "it is the mask of the variant: ac.Variant(mask=ac.causal)",
     "enable_gqa": "fewer heads of k and v than of q need no word",
     **dict.fromkeys(
@@ -156,6 +167,8 @@ def cast_to(decl: InputDecl, value: Tensor, dtypes: Collection[torch.dtype]) -> 
         if value.is_floating_point():
             return f"pass {decl.name}.to(torch.int32), or declare ac.Input(...) without dtype='int'"
         return f"pass {decl.name}.to(torch.int32)"
+    if value.dtype == torch.float64:
+        return f"pass {decl.name}.float(); supported: {_names(dtypes)}"
     if value.is_floating_point() or value.dtype == torch.bool or value.is_complex():
         return f"supported: {_names(dtypes)}"
     return f"pass {decl.name}.float(), or declare ac.Input(..., dtype='int')"

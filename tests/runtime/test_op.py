@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import attncc as ac
@@ -281,8 +283,17 @@ def test_an_option_that_is_none_of_a_call_is_sent_where_it_belongs():
         op(q, k, v, output="lse")
     with pytest.raises(InputError, match=r"ac\.Variant\(mask=ac\.causal\)"):
         op(q, k, v, is_causal=True)
-    with pytest.raises(UnsupportedError, match="device 'meta'"):
-        op(*(x.to("meta") for x in (q, k, v)))
+    for option, remedy in {
+        "softmax_scale": "write scale=",
+        "return_lse": r'outputs=\("out", "lse"\)',
+        "need_weights": r"ac\.outputs\.weights",
+        "key_padding_mask": r"ac\.padding\(\)",
+        "window_size": r"ac\.window\(left, right\)",
+    }.items():
+        with pytest.raises(InputError, match=f"no input '{option}'(.|\n)*{remedy}"):
+            op(q, k, v, **{option: None})
+    with pytest.raises(InputError, match=r"'slopes' is float64(.|\n)*pass slopes.float\(\)"):
+        ac.compile("alibi")(q, k, v, slopes=torch.rand(2).double())
     with pytest.raises(SpecError, match="compile takes a Variant(.|\n)*ac.from_flex"):
         ac.compile(lambda score: score)
 
@@ -428,12 +439,45 @@ def test_documents_with_numbers_of_64_bits(base):
     torch.testing.assert_close(ac.compile("document")(q, k, v, doc=doc).double(), exact, atol=2e-6, rtol=2e-6)
 
 
-def test_transforms_of_torch_func_are_refused_where_they_reach_a_tensor():
+@pytest.mark.parametrize("name", ["causal", "watched", "simple_gla", "delta_net"])
+def test_transforms_of_torch_func_are_refused_where_they_reach_a_tensor(name):
+    """A tangent that no result has would be a derivative of 0."""
     q, k, v = tensors()
-    op = ac.compile("causal")
+    inputs = {"simple_gla": {"g": -torch.rand(1, 2, 9)}, "delta_net": {"beta": torch.rand(1, 2, 9)}}.get(name, {})
+    watched = ac.Variant(outputs={"entropy": ac.outputs.entropy})
+    made = ac.compile(watched) if name == "watched" else ac.compile(name)
+    op = functools.partial(made, **inputs, **({"outputs": "entropy"} if name == "watched" else {}))
     with pytest.raises(UnsupportedError, match="vmap, grad, jvp(.|\n)*part of the batch"):
         torch.vmap(lambda x: op(x, k, v))(q[None])
     with pytest.raises(UnsupportedError, match=r"torch\.autograd"):
         torch.func.grad(lambda x: op(q, k, x).sum())(v)
+    with pytest.raises(UnsupportedError, match="vmap, grad, jvp"):
+        torch.func.jvp(lambda x: op(q, x, v), (k,), (k,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, q)
+        with pytest.raises(UnsupportedError, match="derivatives in forward mode"):
+            op(dual, k, v)
+        assert torch.equal(op(q, k, v), op(forward_ad.unpack_dual(dual).primal, k, v))
     found = torch.vmap(lambda x: x + op(q, k, v).sum())(torch.zeros(2))
     assert torch.equal(found, op(q, k, v).sum().expand(2))
+
+
+@pytest.mark.parametrize("name", ["causal", "simple_gla", "delta_net"])
+def test_on_meta_there_are_shapes(name):
+    q, k, v = tensors()
+    inputs = {"simple_gla": {"g": -torch.rand(1, 2, 9)}, "delta_net": {"beta": torch.rand(1, 2, 9)}}.get(name, {})
+    op = ac.compile(name)
+    shaped = [x.to("meta").requires_grad_() for x in (q, k, v)]
+    found, want = op(*shaped, **{n: x.to("meta") for n, x in inputs.items()}), op(q, k, v, **inputs)
+    assert found.is_meta
+    assert (found.shape, found.stride(), found.dtype) == (want.shape, want.stride(), want.dtype)
+    assert [x.shape for x in torch.autograd.grad(found.sum(), shaped)] == [x.shape for x in (q, k, v)]
+
+
+def test_torch_jit_trace_records_the_operator():
+    op, gated = ac.compile("alibi"), ac.compile("simple_gla", plan="chunk")
+    traced = torch.jit.trace(lambda q, k, v: op(q, k, v), tensors())
+    longer = tensors(q_len=14, kv_len=14)
+    assert torch.equal(traced(*longer), op(*longer))
+    with pytest.raises(UnsupportedError, match=r"torch\.jit\.trace(.|\n)*use torch\.export"):
+        torch.jit.trace(lambda q, k, v: gated(q, k, v, g=torch.zeros(1, 2, 9)), tensors())
