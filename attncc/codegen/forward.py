@@ -206,6 +206,8 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
     max_lines, places, raises = [], [], []
     if t.row_part != 0:
         row_part = lowering.emit(t.row_part, Level.ROW)
+        if lowering.level_of(t.row_part) != Level.ROW:  # the same for all rows of a head
+            row_part = f"tl.full([ROWS], {row_part}, tl.float32, layout=BY_ROW)"
         max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {row_part}"]
     for number, (m, operand) in enumerate(zip(t.maxima, t.operands, strict=True)):
         # unit is positive, so it can multiply the row's maximum and not every pair

@@ -92,7 +92,18 @@ CUT_BIAS = ac.Variant(
     mask=ac.causal & ac.sliding_window(90),
     inputs={"table": ac.Input("h", "distance", grad=True)},
 )
-OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, CUT_BIAS, *BRANCHES)}
+
+
+def shifted_by_head(score, shift, h):
+    return 3 * ac.tanh(score / 3) + shift[h]
+
+
+#: what a score adds is the same for all rows of a head, or of all heads
+SHIFTED = (
+    ac.Variant(name="shifted", score=lambda score: score - 0.5, mask=ac.causal),
+    ac.Variant(name="shifted_by_head", score=shifted_by_head, inputs={"shift": ac.Input("h", grad=True)}),
+)
+OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, CUT_BIAS, *BRANCHES, *SHIFTED)}
 
 
 def variant(name):

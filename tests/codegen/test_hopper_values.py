@@ -27,6 +27,8 @@ from tests.codegen.hopper_calls import GROUPED, OPTIONS, STRIDED, Run, schedule,
         ("bam", STRIDED),
         ("kerple", GROUPED),
         ("faceformer", Shape(1, 2, 1, 150, 200, 128, 128)),
+        ("shifted", GROUPED),
+        ("shifted_by_head", GROUPED),
     ],
 )
 def test_values(name, shape):
