@@ -183,6 +183,13 @@ UNSHIPPED = {
             "p": ac.Input("q_idx", "d", grad=True),
         },
     ),
+    "terms of functions": ac.Variant(
+        similarity=lambda q_vec, k_vec, scale: (
+            scale * ac.dot(q_vec, k_vec)
+            - ac.sum_d(ac.abs(k_vec)) / 8
+            + ac.sum_d(ac.tanh(k_vec) * ac.softplus(k_vec)) / 8
+        ),
+    ),
     "a number inside": ac.Variant(
         similarity=lambda q_vec, k_vec, h, gain, scale: scale * ac.dot(ac.softplus(gain[h] * q_vec), k_vec),
         inputs={"gain": ac.Input("h", grad=True)},
