@@ -77,7 +77,7 @@ def separate(expr: sympy.Expr) -> tuple[sympy.Expr, tuple[Stage, ...]]:
             total += coefficient * symbol
         return total
 
-    result = visit(_gathered(expr))
+    result = visit(gathered(expr))
     named: dict[sympy.Symbol, sympy.Symbol] = {}
     stages: list[Stage] = []
     for (kind, term), dummy in sorted(sums.items(), key=lambda x: (KINDS.index(x[0][0]), ordered_text(x[0][1]))):
@@ -92,11 +92,11 @@ def separate(expr: sympy.Expr) -> tuple[sympy.Expr, tuple[Stage, ...]]:
     return result.xreplace(named), tuple(stages)
 
 
-def _gathered(expr: sympy.Expr) -> sympy.Expr:
+def gathered(expr: sympy.Expr) -> sympy.Expr:
     """Added sums with one coefficient as one sum: dot(q, k) + dot(w * q, k) is one matmul."""
     if not expr.has(sum_d):
         return expr
-    expr = expr.func(*(_gathered(a) for a in expr.args))
+    expr = expr.func(*(gathered(a) for a in expr.args))
     if not expr.is_Add:
         return expr
     inside: dict[sympy.Expr, list[sympy.Expr]] = defaultdict(list)

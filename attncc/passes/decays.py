@@ -108,11 +108,18 @@ def monomial(
     if not causal or of_query == 0 or of_key == 0:
         row, of_key_factor = token(row * sympy.exp(of_query), causal), col * sympy.exp(of_key)
         return Monomial(row, of_key_factor, sympy.S.Zero, False)
-    decay = token(of_query, causal)
+    decay, more = _in_both(token(of_query, causal), of_key)
     rest = sympy.expand(decay + of_key)
     if T in rest.free_symbols:
-        return Monomial(token(row, causal), col * sympy.exp(rest), decay, False)
-    return Monomial(token(row, causal) * sympy.exp(rest), col, decay, False)
+        return Monomial(token(row, causal) * sympy.exp(more), col * sympy.exp(rest), decay, False)
+    return Monomial(token(row, causal) * sympy.exp(more + rest), col, decay, False)
+
+
+def _in_both(of_query: sympy.Expr, of_key: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """The query's exponent as (what the key's has with the other sign, the rest); all of it where that is nothing."""
+    terms, others = (sympy.Add.make_args(sympy.expand(x, log=False, power_exp=False)) for x in (of_query, of_key))
+    shared = sympy.Add(*(x for x in terms if -x in others))
+    return (shared, of_query - shared) if T in shared.free_symbols else (of_query, sympy.S.Zero)
 
 
 def _distance(x: sympy.Expr) -> sympy.Expr:
@@ -129,6 +136,14 @@ def token(expr: sympy.Expr, causal: bool) -> sympy.Expr:
     if not causal:
         return expr
     return sympy.expand(expr.subs({sym.Q_LEN: sym.KV_LEN}).subs({sym.Q_IDX: T}), log=False, power_exp=False)
+
+
+def gates(graph: VariantGraph, step: sympy.Expr | None) -> frozenset[str]:
+    """The inputs whose elements are terms of a decay's `step`, and stand in exponents alone: where such a one is very
+    small nothing is left, whatever it is."""
+    terms = sympy.Add.make_args(sympy.S.Zero if step is None else step)
+    other = (s.expr.replace(lambda e: isinstance(e, sympy.exp), lambda _: sympy.S.One) for s in graph.stages)
+    return frozenset(r.input for r in terms if isinstance(r, Read)) - {r.input for e in other for r in e.atoms(Read)}
 
 
 def decay_step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:

@@ -35,7 +35,7 @@ from attncc.passes.decays import Monomial, T, channel_decay, decay_step, monomia
 from attncc.passes.diagonal import Parts, apart, own_product, positions
 from attncc.passes.differentiate import shift_invariant
 from attncc.passes.phases import phases
-from attncc.passes.similarity import Dot, similarity
+from attncc.passes.similarity import Dot, similarity, whole
 from attncc.passes.stream import Online, Running, stream
 
 #: total_i: the row's sum of weights, without G
@@ -122,7 +122,7 @@ def linearize(graph: VariantGraph) -> Linear:
         refuse(graph, "out", "v is a part of k, whose gradient has both parts")
     if any(s.expr.has(detach) for s in graph.stages):
         refuse(graph, "weight", "a part of it is held constant for the gradient")
-    found = similarity(graph)
+    found = whole(similarity(graph))
     core = found.core
     for stage in graph.sums_d:
         if kind_of(stage) in ("pair", "band"):
@@ -207,7 +207,7 @@ def linearize(graph: VariantGraph) -> Linear:
 
 def at_origin(graph: VariantGraph, error: UnsupportedError) -> UnsupportedError:
     """A refusal of the weight, at the first of the stages that make it by which it does not split."""
-    core = similarity(graph).core
+    core = whole(similarity(graph)).core
     raw = core["raw_score"].expr
     made = {"raw_score": raw, "score": core["score"].expr.xreplace({sym.RAW_SCORE: raw})}
     if error.stage == "normalizer":

@@ -12,7 +12,7 @@ summand of the row term t and dterm_t its cotangent; for keys alike, and for eve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -20,9 +20,9 @@ from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir.graph import InputDecl, Stage, VariantGraph
 from attncc.ir.levels import Level, level
-from attncc.ir.similarity import by_distance, kind_of, sides
+from attncc.ir.similarity import by_distance, gathered, kind_of, sides
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read
+from attncc.ir.vocabulary import Read, sum_d
 
 #: the kinds of sums that are a loop
 _LOOPS = ("band", "pair")
@@ -110,6 +110,32 @@ def similarity(graph: VariantGraph) -> Similarity:
     own = [InputDecl(t.name, tuple(map(str, t.read.index)), grad=True, beyond=1) for t in (*q_terms, *k_terms)]
     core = graph.changed(stages=stages, inputs=[*graph.inputs, *own])
     return Similarity(core, q_terms, k_terms, dots, loops)
+
+
+def whole(found: Similarity) -> Similarity:
+    """Features with a constant in them, f(q_vec) + 1, as one dot product again: a graph has all products multiplied
+    out, so that terms of the query and of the key stand beside the matmul."""
+    if not (found.q_terms or found.k_terms):
+        return found
+    summands = {sym.QK: sym.Q_VEC * sym.K_VEC, **{d.symbol: d.left * d.right for d in found.dots}}
+    summands |= {t.read: t.summand for t in (*found.q_terms, *found.k_terms)}
+    known = {sum_d(summand): value for value, summand in summands.items()}
+    stage = found.core["raw_score"]
+    raw = gathered(stage.expr.xreplace({value: sum_d(summand) for value, summand in summands.items()}))
+    dots: list[Dot] = []
+    for total in sorted(raw.atoms(sum_d) - known.keys(), key=str):
+        factors = sympy.Mul.make_args(sympy.factor(total.args[0]))
+        right = sympy.Mul(*(f for f in factors if level(f) == Level.COL))
+        left = sympy.Mul(*factors) / right
+        if level(left) != Level.ROW or right == 1:
+            return found
+        dots.append(Dot(sym.similarity_symbol("dot", len(found.dots) + len(dots)), left, right))
+        known[total] = dots[-1].symbol
+    if not dots:
+        return found
+    settled = replace(stage, expr=raw.xreplace(known))
+    core = found.core.changed(stages=[settled if s is stage else s for s in found.core.stages])
+    return replace(found, core=core, dots=(*found.dots, *dots))
 
 
 def refuse_gradients(graph: VariantGraph) -> None:

@@ -13,6 +13,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.symbols import KV_LEN, Q_LEN
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
+from attncc.passes.decays import gates
 from attncc.passes.linearize import Linear
 from attncc.runtime import linear_library as library
 from attncc.runtime.linear_calls import Calls, Kind, LinearCalls
@@ -30,6 +31,9 @@ from attncc.schedule.device import Device, device_of
 from attncc.schedule.linear import LinearSizes, PlanName
 from attncc.schedule.linear_cost import choose_plan
 from attncc.schedule.problem import Precision
+
+#: the log of what is nothing beside anything else in float32
+_NOTHING = -100.0
 
 
 class LinearOp(Remade):
@@ -59,8 +63,10 @@ class LinearOp(Remade):
         self._set_up(precision)
         self._missing = self._gaps()
         of_bias = () if linear.bias is None else (*linear.bias, linear.step)
-        #: the inputs whose gradients only the quadratic plan has
-        self._underived = frozenset(r.input for e in of_bias if e is not None for r in e.atoms(Read))
+        reads = {r.input for e in of_bias if e is not None for r in e.atoms(Read)}
+        self._gates = gates(graph, linear.step) if linear.decay == "token" else frozenset()
+        #: the arguments of a call whose gradients only the quadratic plan has
+        self._underived = frozenset(self._terms.sources.get(name, name) for name in reads)
 
     def _set_up(self, precision: Precision | None) -> None:
         """Make the engine, and what stands beside it."""
@@ -121,9 +127,9 @@ class LinearOp(Remade):
         stateful = initial_state is not None or output_final_state
         needs_linear = stateful or cu_seqlens is not None or bool(position)
         chosen = self._chosen(q, k, v, plan or self.choice, names, needs_linear, cu_seqlens)
-        chosen = self._with_gradients(chosen, plan or self.choice, needs_linear, inputs)
+        chosen = self._with_gradients(chosen, plan or self.choice, needs_linear, {"q": q, "k": k, **inputs})
         if chosen == "parallel":
-            return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
+            return self.parallel(q, k, v, scale=scale, outputs=outputs, **self._bounded(inputs))
         bound = self._terms.join(bind(self.graph, q, k, v, scale, inputs), q, k)
         self._check_state(q, v, initial_state, cu_seqlens)
         stands = self._places(q, cu_seqlens, position, initial_state is not None)
@@ -182,7 +188,7 @@ class LinearOp(Remade):
             chosen = self._chosen(q, k, v, plan, output_names(outputs, self.graph), needs_linear, None)
             chosen = self._with_gradients(chosen, plan, needs_linear, inputs)
             if chosen == "parallel":
-                return self.parallel(q, k, v, scale=scale, outputs=outputs, **inputs)
+                return self.parallel(q, k, v, scale=scale, outputs=outputs, **self._bounded(inputs))
             bound = bind(self.graph, q, k, v, scale, inputs)
             self._check_state(q, v, first, None)
             self._places(q, None, None, first is not None)
@@ -255,11 +261,12 @@ class LinearOp(Remade):
             raise UnsupportedError(refusal, remedy="plan='parallel' computes it")
         return plan
 
-    def _with_gradients(self, chosen: PlanName, plan: PlanName, needs_linear: bool, inputs: dict[str, Any]) -> PlanName:
-        """The plan that was chosen for a call that asks for `plan`, or all pairs where those alone have a gradient."""
+    def _with_gradients(self, chosen: PlanName, plan: PlanName, needs_linear: bool, given: dict[str, Any]) -> PlanName:
+        """The plan that was chosen for a call that asks for `plan`, or all pairs where those alone have a gradient.
+        given: the arguments by name."""
         if chosen == "parallel" or not self._underived or not torch.is_grad_enabled():
             return chosen
-        wanted = [n for n in sorted(self._underived) if isinstance(x := inputs.get(n), Tensor) and x.requires_grad]
+        wanted = [n for n in sorted(self._underived) if isinstance(x := given.get(n), Tensor) and x.requires_grad]
         if not wanted:
             return chosen
         if plan == "auto" and not needs_linear:
@@ -268,6 +275,13 @@ class LinearOp(Remade):
             f"the weight has a part that is free of the score, whose gradient to '{wanted[0]}' is not derived yet",
             remedy="plan='parallel' has it, in quadratic time; or write that part by a component of q and k that is 1",
         )
+
+    def _bounded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs for all pairs, where sums of gates are subtracted: one of -inf would leave NaN, and one of -1e9 round
+        the others away."""
+        if not self._gates:
+            return inputs
+        return {n: x.clamp(min=_NOTHING) if n in self._gates and _is_float(x) else x for n, x in inputs.items()}
 
     def _fastest(self, sizes: LinearSizes, device: Device) -> PlanName:
         """The plan that the cost model takes to be the fastest."""
@@ -319,6 +333,10 @@ def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any) -> None:
         check_lengths(cu_seqlens)
     if chunk is not None and not isinstance(chunk, int | torch.SymInt):
         raise InputError(f"chunk_size is {chunk!r}, not a whole number", remedy="tokens a chunk, such as 64, or None")
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -33,6 +33,11 @@ class TokenTerms:
         """The terms, as inputs of the core are named."""
         return tuple(name for name, _, _ in self._terms)
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """Of which vectors each term is: "q" or "k"."""
+        return {name: "q" if of_query else "k" for name, _, of_query in self._terms}
+
     def join(self, bound: Bound, q: Tensor, k: Tensor) -> Bound:
         """The call with its terms among the inputs: float32 (B, H, M), and (B, H or Hkv, N)."""
         own: dict[str, Any] = {}

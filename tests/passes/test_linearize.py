@@ -51,6 +51,11 @@ def delayed(score, b, h, g, q_idx, kv_idx, q_len, kv_len):
     return score * ac.exp(ac.cumsum(g[b, h, i]) - g[b, h, i] - ac.cumsum(g[b, h, kv_idx]))
 
 
+def gate_of_query(score, b, h, g, beta, q_idx, kv_idx):
+    """exp(-beta) has nothing to do with the decay."""
+    return score * ac.exp(ac.cumsum(g[b, h, q_idx]) - beta[b, h, q_idx] - ac.cumsum(g[b, h, kv_idx]))
+
+
 def polynomial(score, row):
     return (1 + score) / row.sum(1 + score)
 
@@ -76,6 +81,10 @@ FOUND = {
     "two gates": (
         variant(two_gates, inputs={**HEAD, **TOKEN}),
         *("token", "g[b, h, kv_idx] - rate[h]", "scale", "1", "1", None, "1"),
+    ),
+    "a gate of the query": (
+        variant(gate_of_query, inputs={**TOKEN, "beta": ac.Input("b", "h", "q_idx")}),
+        *("token", "g[b, h, kv_idx]", "scale", "exp(-beta[b, h, kv_idx])", "1", None, "1"),
     ),
     "degree 0": (variant(polynomial), "none", None, "scale", "1", "1", ("1", "1"), "1/total"),
     "weighted": (
@@ -107,6 +116,20 @@ def test_features_of_both_sides():
     plan = linearize(ac.variants.get("linear_attention").graph)
     assert formula(plan.left) == "exp(minimum(0, q_vec)) + relu(q_vec)"
     assert formula(plan.right) == "exp(minimum(0, k_vec)) + relu(k_vec)"
+
+
+def test_features_with_a_constant_are_one_dot_product():
+    """A graph has them multiplied out: a matmul, sums of the query and of the key alone, and a number."""
+
+    def elu1(x):
+        return ac.where(x > 0, x, ac.exp(x) - 1) + 1
+
+    plan = linearize(variant("by_sum", similarity=lambda q_vec, k_vec: ac.dot(elu1(q_vec), elu1(k_vec))).graph)
+    assert formula(plan.left) == "where(q_vec > 0, q_vec, exp(q_vec) - 1) + 1"
+    assert (formula(plan.scale), plan.bias) == ("1/total", None)
+    one_side = variant("identity", similarity=lambda q_vec, k_vec, scale: scale * ac.dot(1 + q_vec, ac.exp(k_vec)))
+    plan = linearize(one_side.graph)
+    assert (formula(plan.left), formula(plan.right), plan.bias) == ("q_vec + 1", "exp(k_vec)", None)
 
 
 def test_a_row_maximum_that_cancels_is_no_hindrance():

@@ -402,6 +402,41 @@ def test_a_gradient_that_only_all_pairs_have():
         assert op._with_gradients("chunk", "auto", False, {"g": g}) == "chunk"
 
 
+def test_a_gradient_of_a_term_that_only_all_pairs_have():
+    """The same where that part is made of a key: (1 + q) . exp(k) + 1 has a sum over k in it."""
+    shifted = ac.Variant(
+        similarity=lambda q_vec, k_vec: ac.dot(q_vec, ac.exp(k_vec)) + ac.sum_d(ac.exp(k_vec)) ** 2,
+        normalizer=ac.identity,
+    )
+    op = ac.compile(shifted)
+    (q, k, v), _ = drawn("shifted", length=9)
+    exact = ac.reference(shifted, q.double(), k.double(), v.double())
+    agree([op(q.requires_grad_(), k, v, plan="chunk")], [exact], 1e-5)
+    with pytest.raises(UnsupportedError, match="whose gradient to 'k' is not derived yet"):
+        op(q, k.requires_grad_(), v, plan="chunk")
+    op(q, k, v).sum().backward()
+    assert k.grad is not None
+
+
+def test_a_factor_of_the_key_has_a_gradient_beside_no_other():
+    only = ac.Variant(
+        name="only",
+        score=lambda score, h, kv_idx, beta: score * ac.sigmoid(beta[h, kv_idx]),
+        normalizer=ac.identity,
+        mask=ac.causal,
+        inputs={"beta": ac.Input("h", "kv_idx", grad=True)},
+    )
+    tensors, _ = drawn("only", length=20)
+    beta, cotangent = torch.randn(2, 20), torch.randn(1, 2, 20, 24)
+    out, gradients = with_gradients(partial(ac.compile(only), plan="chunk"), tensors, {"beta": beta}, cotangent)
+
+    def by_hand(q, k, v, beta):
+        return (q @ k.mT / 4 * beta.sigmoid()[:, None]).tril() @ v
+
+    exact, exactly = with_gradients(by_hand, [x.double() for x in tensors], {"beta": beta.double()}, cotangent)
+    agree((out, *gradients), (exact, *exactly), 2e-5)
+
+
 def test_missing_and_misshapen_gates():
     (q, k, v), _ = drawn("simple_gla", length=8)
     op = ac.compile("simple_gla")
@@ -561,6 +596,10 @@ def test_what_forgets_all_costs_other_tokens_nothing(name, dtype, many_segments)
     op = ac.compile(name)
     got, gradients = with_gradients(partial(op, plan="chunk", **beta), (q, k, v), {"g": g}, v.expand(1, 2, -1, -1))
     by_token = op(q, k, v, g=g, **beta, plan="recurrent")
+    of_pairs = []
+    if name == "simple_gla":  # all pairs subtract sums of gates
+        out, found = with_gradients(partial(op, plan="parallel"), (q, k, v), {"g": g}, v.expand(1, 2, -1, -1))
+        of_pairs = [out, *found]
 
     def formula(q, k, v, g):
         state, outs, kept = torch.zeros(1, 2, 16, 24, dtype=torch.float64), [], g.exp().reshape(1, 2, 70, -1, 1)
@@ -575,6 +614,7 @@ def test_what_forgets_all_costs_other_tokens_nothing(name, dtype, many_segments)
     double = [x.double() for x in (q, k, v)]
     exact, of_formula = with_gradients(formula, double, {"g": g.double()}, v.expand(1, 2, -1, -1))
     limit = 2e-3 if dtype == torch.float16 else 3e-5
-    for ours, theirs in zip((got, by_token, *gradients), (exact, exact, *of_formula), strict=True):
+    ours_and_theirs = zip((got, by_token, *gradients), (exact, exact, *of_formula), strict=True)
+    for ours, theirs in (*ours_and_theirs, *zip(of_pairs, (exact, *of_formula), strict=False)):
         error = (ours.double() - theirs).square().mean().sqrt() / theirs.square().mean().sqrt()
         assert error <= limit
