@@ -59,7 +59,7 @@ def _gpus() -> str:
     found = []
     for index in range(torch.cuda.device_count()):
         device = device_of(f"cuda:{index}")
-        exact = "" if any(card in device.title for card in device.cards) else ", an estimate from that of its kind"
+        exact = ", an estimate from that of its kind" if device.borrowed else ""
         found.append(f"{device.title} ({device.target}, device file {device.name}{exact})")
     return "; ".join(found)
 

@@ -125,7 +125,7 @@ def _best_us(kernel: Kernel, problem: Problem, device: Device, backend: Backend)
 
 def schedule_key(problem: Problem, device: Device) -> str:
     """The cache key of the schedule tuned for `problem` on `device`; lengths of one bucket share it."""
-    return cache_key(kind="schedule", device=f"{device.name}/{device.target}/{device.sms}", **_facts(problem))
+    return cache_key(kind="schedule", device=f"{device.card}/{device.target}/{device.sms}", **_facts(problem))
 
 
 def facts_of(problem: Problem, device: Device) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def facts_of(problem: Problem, device: Device) -> dict[str, Any]:
     facts = _facts(problem)
     if problem.dtype != "fp32":  # precision is that of float32 operands
         del facts["precision"]
-    return {"device": device.name, "match": facts}
+    return {"device": device.card, "match": facts}
 
 
 def shipped_row(value: Mapping[str, Any], least: float = 0.0) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from attncc import resources
 from attncc.errors import AttnccError, UnsupportedError
+from attncc.schedule.device_file import faults
 from attncc.schedule.problem import MAX_CHUNK, Dtype, Precision, head_chunks
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class Device:
     `tma`: the backward copies its tiles with the tensor memory accelerator. `gluon`: the kernels that the scheduler may
     give to Gluon by itself, "forward", "decode" (keys that hold their values), "dkdv" (the whole backward) and
     "dkdv_wide" (that of heads wider than 128): those that were run and measured on the card.
+    `borrowed`: no file lists this card, and these are the figures of another of its architecture.
     """
 
     name: str
@@ -64,6 +67,12 @@ class Device:
     tmem_columns: int = 0
     tma: bool = False
     gluon: tuple[str, ...] = ()
+    borrowed: bool = False
+
+    @property
+    def card(self) -> str:
+        """What results of this card are kept under: its file's name, or its own where the file is another card's."""
+        return self.title if self.borrowed else self.name
 
     def matmul_tflops(self, dtype: Dtype, precision: Precision) -> float:
         """The matmul rate for operands of `dtype`; float32 operands run at the rate of `precision`."""
@@ -81,6 +90,9 @@ class Device:
         """Whether this stands for Triton's interpreter on a CPU, which has no limits worth counting."""
         return self.backend == "cpu"
 
+
+#: what is known without a file, or from its name
+_NOT_IN_FILES = {"name", "borrowed"}
 
 # What a CPU tensor runs on. There is nothing to fit and nothing to predict: only `candidates` looks at it.
 INTERPRETER = Device(
@@ -137,30 +149,13 @@ def parse_device(path: Path) -> Device:
     """The device that the file `path` describes; AttnccError naming the file and the field if it is malformed."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise AttnccError(f"{path}: not a TOML file: {error}") from error
-    known = {entry.name: entry for entry in fields(Device) if entry.name != "name"}
-    optional = {"smem_reserved", "tmem_columns", "tma", "gluon"}
-    wrong = [f"unknown field {key!r}" for key in sorted(set(data) - set(known))]
-    wrong += [f"missing field {key!r}" for key in sorted(set(known) - set(data) - optional)]
-    rates = data.get("tensor_tflops", {})
-    types = ("bf16", "fp16", "tf32", "fp32")
-    if not isinstance(rates, dict) or set(rates) != set(types):
-        wrong.append(f"tensor_tflops has exactly the entries {', '.join(types)}")
-    numbers = {"int": int, "float": (int, float)}
-    wrong += [
-        f"field {key!r} is {data[key]!r}, expected a positive number"
-        for key, entry in known.items()
-        if key in data and str(entry.type) in numbers and not _is_positive(data[key], numbers[str(entry.type)])
-    ]
-    if not isinstance(data.get("tma", False), bool):
-        wrong.append(f"field 'tma' is {data['tma']!r}, expected true or false")
-    gluon = data.get("gluon", [])
-    if not isinstance(gluon, list) or not set(gluon) <= {"forward", "decode", "dkdv", "dkdv_wide"}:
-        wrong.append(f'field \'gluon\' is {gluon!r}, expected a list of "forward", "decode", "dkdv" and "dkdv_wide"')
+    wrong = faults(data, {entry.name: str(entry.type) for entry in fields(Device) if entry.name not in _NOT_IN_FILES})
     if wrong:
         raise AttnccError(f"{path}: {'; '.join(wrong)}")
-    return Device(**{**data, "name": path.stem, "cards": tuple(data["cards"]), "gluon": tuple(gluon)})
+    lists = {key: tuple(data.get(key, ())) for key in ("cards", "gluon")}
+    return Device(**{**data, "name": path.stem, **lists})
 
 
 def loads_boxes(device: Device, dtype: Dtype, d_qk: int, d_v: int, branches: int = 1, value: int | None = None) -> bool:
@@ -181,14 +176,20 @@ def device_for(target_or_name: str) -> Device:
     Capital letters and small ones are the same.
     """
     target_or_name = target_or_name.lower()
-    if target_or_name in device_names():
-        return load_device(target_or_name)
+    by_name = {name.lower(): name for name in device_names()}
+    if target_or_name in by_name:
+        return load_device(by_name[target_or_name])
     if target_or_name == INTERPRETER.target:
         return INTERPRETER
-    for name in device_names():
-        device = load_device(name)
-        if device.target == target_or_name and device.reference:
-            return device
+    of_target = [device for device in map(load_device, device_names()) if device.target == target_or_name]
+    named = [device for device in of_target if device.reference] or of_target
+    if len(named) > 1:
+        raise AttnccError(
+            f"{_files(named)} are all of {target_or_name}, and one card stands for it",
+            remedy="one of them says reference = true, and the others reference = false",
+        )
+    if named:
+        return named[0]
     raise _unknown(target_or_name)
 
 
@@ -223,15 +224,30 @@ def _device_of_index(index: int) -> Device:
 
 
 def _listed(card: str, target: str) -> Device:
-    """The device file that lists `card` by name, else the reference card of `target`."""
-    for name in device_names():
-        device = load_device(name)
-        if device.target == target and any(re.search(rf"\b{re.escape(part)}\b", card) for part in device.cards):
-            return device
+    """The device file that lists `card` by name, the one with the longest part of it where several do, else the
+    reference card of `target`, `borrowed`."""
+    lengths = {device: _named(card, device) for device in map(load_device, device_names()) if device.target == target}
+    longest = max(lengths.values(), default=0)
+    found = [device for device, length in lengths.items() if length == longest > 0]
+    if len(found) > 1:
+        raise AttnccError(
+            f"{_files(found)} all list the card {card!r}", remedy="the one that is right names more of it under cards"
+        )
+    if found:
+        return found[0]
     try:
-        return device_for(target)
+        return replace(device_for(target), borrowed=True)
     except UnsupportedError:
         raise _unknown(f"{card} ({target})") from None
+
+
+def _named(card: str, device: Device) -> int:
+    """The length of the longest text of a device's `cards` that the name of a card has as words; 0 for none."""
+    return max((len(part) for part in device.cards if re.search(rf"\b{re.escape(part)}\b", card)), default=0)
+
+
+def _files(devices: Iterable[Device]) -> str:
+    return " and ".join(f"schedules/devices/{device.name}.toml" for device in devices)
 
 
 def _with_real_figures(device: Device, properties: Any) -> Device:
@@ -243,10 +259,6 @@ def _with_real_figures(device: Device, properties: Any) -> Device:
     return replace(
         device, title=properties.name, sms=sms, smem_per_block=per_block, smem_per_sm=per_sm, tensor_tflops=rates
     )
-
-
-def _is_positive(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and value > 0
 
 
 def _unknown(name: str) -> UnsupportedError:
