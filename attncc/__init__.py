@@ -40,6 +40,7 @@ from attncc.language.functions import (
     to_int,
     where,
 )
+from attncc.language.hybrid import Hybrid
 from attncc.language.masks import (
     block_diagonal,
     causal,
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from attncc import recipes, variants
     from attncc.language.flex.front import from_flex
     from attncc.runtime.compile import compile
+    from attncc.runtime.hybrid import HybridOp
     from attncc.runtime.linear import LinearOp
     from attncc.runtime.op import AttentionOp
     from attncc.runtime.recurrence import RecurrenceOp
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 #: public names whose modules import torch: loaded when first used, since reading a spec needs none of it
 _LAZY = {
     "AttentionOp": ("attncc.runtime.op", "AttentionOp"),
+    "HybridOp": ("attncc.runtime.hybrid", "HybridOp"),
     "LinearOp": ("attncc.runtime.linear", "LinearOp"),
     "compile": ("attncc.runtime.compile", "compile"),
     "KernelSchedule": ("attncc.schedule.problem", "KernelSchedule"),
@@ -98,6 +101,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AttentionOp",
     "AttnccError",
+    "Hybrid",
+    "HybridOp",
     "Input",
     "InputError",
     "KernelSchedule",

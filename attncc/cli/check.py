@@ -9,9 +9,10 @@ from rich.text import Text
 
 from attncc.cli.options import Json, Mask, Normalizer, Score, Similarity, Spec
 from attncc.cli.output import FAILED, out, print_json, report
-from attncc.cli.spec import resolve
+from attncc.cli.spec import resolve_any
 from attncc.errors import SpecError, UnsupportedError
 from attncc.ir.graph import VariantGraph
+from attncc.ir.hybrid import HybridGraph
 from attncc.passes.lint import Finding
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
@@ -38,13 +39,14 @@ def command(
     from attncc.passes.lint import lint
 
     try:
-        graph = resolve(spec, similarity, score, mask, normalizer).graph
+        graph = resolve_any(spec, similarity, score, mask, normalizer).graph
     except SpecError as error:
         if error.span is None and error.stage is None:
             raise  # there is no spec to check
         report(error)
         raise typer.Exit(FAILED) from None
-    findings = [*lint(graph), *_undone_gradients(graph)]
+    parts = [part for _, part in graph.parts] if isinstance(graph, HybridGraph) else [graph]
+    findings = [finding for part in parts for finding in (*lint(part), *_undone_gradients(part))]
     if json:
         shown = [{"level": f.level, "stage": f.stage, "reason": f.reason, "remedy": f.remedy} for f in findings]
         print_json({"name": graph.name, "findings": shown})

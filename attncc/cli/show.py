@@ -9,9 +9,10 @@ import typer
 
 from attncc.cli.options import KvLen, Mask, Normalizer, Score, Set, Similarity, Spec, scalars
 from attncc.cli.output import err, out
-from attncc.cli.spec import resolve
+from attncc.cli.spec import resolve_any
 from attncc.errors import InputError
 from attncc.ir.graph import VariantGraph
+from attncc.ir.hybrid import HybridGraph
 
 
 def command(
@@ -43,7 +44,12 @@ def command(
     from attncc import variants
     from attncc.ir.text import to_text
 
-    graph = resolve(spec, similarity, score, mask, normalizer).graph
+    graph = resolve_any(spec, similarity, score, mask, normalizer).graph
+    if isinstance(graph, HybridGraph):
+        if png is not None or svg is not None:
+            raise InputError(f"'{graph.name}' is a hybrid, whose parts have masks of their own", remedy="draw a part")
+        _hybrid(graph, ir, q_len, q_len if kv_len is None else kv_len, head, heads, settings)
+        return
     shipped = spec in (*variants.names(), *variants.recurrences())
     if ir:
         out.print(to_text(graph))
@@ -53,7 +59,7 @@ def command(
         if png is not None or svg is not None:
             raise InputError(f"'{graph.name}' is a recurrence: there is no mask to draw")
         return
-    given = {name: value for name, value in scalars(graph, settings).items() if _is_set(name, settings)}
+    given = _given(graph, settings)
     drawing(graph, q_len, q_len if kv_len is None else kv_len, head, heads, given)
     for path in (png, svg):
         if path is not None:
@@ -63,6 +69,34 @@ def command(
             named = path if path.suffix == suffix else path.with_name(path.name + suffix)
             figure(graph, q_len, q_len if kv_len is None else kv_len, head, heads, given, named)
             err.print(f"wrote {named}")
+
+
+def _given(graph: VariantGraph | HybridGraph, settings: list[str] | None) -> dict[str, int | float]:
+    """The scalars that the command line sets."""
+    return {name: value for name, value in scalars(graph, settings).items() if _is_set(name, settings)}
+
+
+def _hybrid(
+    graph: HybridGraph, ir: bool, q_len: int, kv_len: int, head: int, heads: int, settings: list[str] | None
+) -> None:
+    """How the parts combine, then each part."""
+    from attncc.ir.text import formula
+
+    if ir:
+        out.print(graph.text())
+        return
+    given = _given(graph, settings)
+    out.print(graph.name, style="bold")
+    if graph.cites:
+        out.print(f"  {graph.cites}", style="dim")
+    out.print(f"  combine    = {formula(graph.expr)}")
+    declarations(graph.combine)
+    for name, part in graph.parts:
+        out.print()
+        formulas(part.changed(name=name))
+        if not part.recurrent:
+            own = {s.name for s in part.scalars}
+            drawing(part, q_len, kv_len, head, heads, {key: x for key, x in given.items() if key in own})
 
 
 def _is_set(name: str, settings: list[str] | None) -> bool:
@@ -83,6 +117,11 @@ def formulas(graph: VariantGraph, about: str = "") -> None:
         out.print(f"  {stage:<10} = {text}")
     for o in graph.outputs:
         out.print(f"  output       {o.name} = {output_text(o)}")
+    declarations(graph)
+
+
+def declarations(graph: VariantGraph) -> None:
+    """Inputs and scalars."""
     for d in graph.inputs:
         notes = [d.dtype, *(["gradient"] if d.grad else []), *(["has a default"] if d.default else [])]
         out.print(f"  input        {d.name}[{', '.join(d.pattern)}]  ({', '.join(notes)})")

@@ -85,7 +85,8 @@ class ScalarDecl:
 class Stage:
     """One named value. `op` is None for a pair stage; for a reduction over the visible keys of a row it is "max" or
     "sum", or "root", of which `expr` is a `vocabulary.Root`; over the queries that see a key it is "col_max" or
-    "col_sum"; for a sum over the head dimension it is "sum_d"; for the stages of a recurrence "scan" and "read"."""
+    "col_sum"; for a sum over the head dimension it is "sum_d"; for the stages of a recurrence "scan" and "read";
+    for what joins the output rows of a hybrid's parts "combine"."""
 
     name: str
     expr: sympy.Basic

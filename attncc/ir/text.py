@@ -105,7 +105,7 @@ def formula(expr: Any) -> str:
 
 def _definition(stage: Stage, text: Callable[[Any], str]) -> str:
     body = text(stage.expr)
-    if stage.op in ("scan", "read"):
+    if stage.op in ("scan", "read", "combine"):
         return f"{stage.op}({body})"
     if stage.op == "sum_d":
         return f"sum_d({body})"
@@ -148,7 +148,7 @@ def to_text(graph: VariantGraph, header: bool = True) -> str:
         # the default is a call-time convenience, no part of the mathematics
         shown = f" = {scalar.default!r}" if header else ""
         lines.append(f"  scalar {scalar.name} : {'int' if scalar.is_int else 'float'}{shown}")
-    for i in range(0 if graph.recurrent else graph.branches):
+    for i in range(graph.branches if graph["out"].op == "sum" else 0):  # others have no pairs
         at = f"[{i}]" if graph.branches > 1 else ""
         if graph.parts[i].has_dot:
             lines.append(f"  input  qk{at} = dot(q_vec{at}, k_vec{at}) : float")

@@ -40,6 +40,8 @@ SEES_STATE: dict[str, tuple[str, ...]] = {
     "state": ("state", "k_vec", "v_vec", "b", "h", "h_kv", "kv_idx", "kv_len", "num_heads"),
     "out": ("q_vec", "state", "scale", "b", "h", "h_kv", "kv_idx", "kv_len", "num_heads"),
 }
+#: what the combination of a hybrid sees besides the output rows of its parts
+SEES_PARTS: dict[str, tuple[str, ...]] = {"combine": ("b", "h", "h_kv", "q_idx", "num_heads")}
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
 _STAGE_NAME = (
@@ -200,22 +202,25 @@ def _split(name: str) -> tuple[str, int]:
     return op if domain == "row" else f"{domain}_{op}", int(index)
 
 
-def check_name(name: str) -> None:
-    """Raise SpecError unless `name` can name an input or a scalar."""
-    reason = cannot_name(name)
+def check_name(name: str, kind: str = "input") -> None:
+    """Raise SpecError unless `name` can name an input or a scalar, or what else `kind` is."""
+    reason = cannot_name(name, kind)
     if reason is not None:
         raise reason
 
 
-def cannot_name(name: str) -> SpecError | None:
+def cannot_name(name: str, kind: str = "input") -> SpecError | None:
     """Why `name` can name no input and no scalar, or None where it can."""
     if name in _RESERVED or name in functions.TABLE:
         what = f"the function {name}()" if name in functions.TABLE else "a word of the language"
-        return SpecError(f"the input name '{name}' already means something else: {what}", remedy="rename the input")
+        return SpecError(f"the {kind} name '{name}' already means something else: {what}", remedy=f"rename the {kind}")
     if not name.isidentifier() or keyword.iskeyword(name):
-        return SpecError(f"'{name}' cannot name an input", remedy="use an identifier: letters, digits and underscores")
+        article = "an" if kind[0] in "aeiou" else "a"
+        return SpecError(
+            f"'{name}' cannot name {article} {kind}", remedy="use an identifier: letters, digits and underscores"
+        )
     if re.fullmatch(_STAGE_NAME, name):
-        return SpecError(f"the input name '{name}' is one that derived formulas use", remedy="rename the input")
+        return SpecError(f"the {kind} name '{name}' is one that derived formulas use", remedy=f"rename the {kind}")
     return None
 
 
@@ -307,7 +312,9 @@ def unknown_name(name: str, stage: str, env: Mapping[str, Any], callables: Itera
     }
     if stage in SEES_STATE:
         special = {"q_idx": "a recurrence goes from token to token, and kv_idx counts them", "q_vec": "`out` reads it"}
-    seen = SEES_STATE.get(stage) or SEES[stage.split()[0]]
+    if stage in SEES_PARTS:
+        special = {"kv_idx": "it combines output rows, and each is of one query: q_idx"}
+    seen = SEES_STATE.get(stage) or SEES_PARTS.get(stage) or SEES[stage.split()[0]]
     visible = list(seen) + [n for n in env if n not in sym.INDICES]
     near = difflib.get_close_matches(name, [*visible, *callables], n=1, cutoff=0.6)
     if name in special:

@@ -166,7 +166,7 @@ class Variant:
             return
         check_branches(branches, reduced=reduction is not normalizers.weighted_sum)
         check_dead_rows(dead_rows, branches)
-        decls, scalars = _declarations(inputs or {})
+        decls, scalars = declarations(inputs or {})
         if isinstance(normalizer, str):
             normalizer = named_normalizer(normalizer)
         pieces: dict[str, Any] = {
@@ -184,8 +184,8 @@ class Variant:
         if similarity is not None:
             functions["similarity"] = similarity
         for stage, function in functions.items():
-            run = pieces[stage].run if stage in pieces else _runner(function, stage)
-            stages[stage] = (_located(run, stage), return_span(function))
+            run = pieces[stage].run if stage in pieces else runner(function, stage)
+            stages[stage] = (located(run, stage), return_span(function))
         auxiliary = _located_specs(specs, outputs or {})
         try:
             graph = assemble(name, decls, scalars, stages, cites, branches, auxiliary)
@@ -237,9 +237,9 @@ def check_alone(others: Sequence[str]) -> None:
 
 
 def _recurrent(name: str, inputs: Mapping[str, Input | Scalar], recurrence: Recurrence, cites: str) -> VariantGraph:
-    decls, scalars = _declarations(inputs)
+    decls, scalars = declarations(inputs)
     evaluate = {
-        key: (_located(_runner(function, key), key), return_span(function))
+        key: (located(runner(function, key), key), return_span(function))
         for key, function in recurrence.functions.items()
     }
     return assemble_recurrence(name, decls, scalars, evaluate, cites)
@@ -287,9 +287,10 @@ def named_normalizer(name: str) -> Callable[..., Any]:
     return normalizers.TABLE[name]
 
 
-def _declarations(
+def declarations(
     inputs: Mapping[str, Input | Scalar],
 ) -> tuple[dict[str, InputDecl], dict[str, ScalarDecl]]:
+    """What a user declared, as the IR has it: inputs and scalars. SpecError for what is neither."""
     decls: dict[str, InputDecl] = {}
     scalars: dict[str, ScalarDecl] = {}
     for name, declared in inputs.items():
@@ -317,19 +318,20 @@ def _specs(outputs: Mapping[str, Any]) -> dict[str, OutputSpec]:
 def _located_specs(
     specs: Mapping[str, OutputSpec], outputs: Mapping[str, Any]
 ) -> dict[str, tuple[Callable[[dict[str, Any]], Any], Span | None]]:
-    return {name: (_located(spec.run, f"output '{name}'"), return_span(outputs[name])) for name, spec in specs.items()}
+    return {name: (located(spec.run, f"output '{name}'"), return_span(outputs[name])) for name, spec in specs.items()}
 
 
-def _runner(function: Any, stage: str) -> Callable[[dict[str, Any]], Any]:
+def runner(function: Any, stage: str) -> Callable[[dict[str, Any]], Any]:
+    """A user's function as one of all names that its stage sees. SpecError for what is no function."""
     if not callable(function):
         raise SpecError(f"the {stage} is {type(function).__name__}, not a function", stage=stage)
     return lambda env: call_by_name(function, env, stage)
 
 
-def _located(run: Callable[[dict[str, Any]], Any], stage: str) -> Callable[[dict[str, Any]], Any]:
+def located(run: Callable[[dict[str, Any]], Any], stage: str) -> Callable[[dict[str, Any]], Any]:
     """Run a stage's function; an error gets the place in the user's source where it happened."""
 
-    def located(env: dict[str, Any]) -> Any:
+    def run_located(env: dict[str, Any]) -> Any:
         try:
             return run(env)
         except AttnccError as error:
@@ -344,7 +346,7 @@ def _located(run: Callable[[dict[str, Any]], Any], stage: str) -> Callable[[dict
                 remedy="a formula uses Python's operators and attncc's functions (ac.exp, ...); tensors are inputs",
             ) from error
 
-    return located
+    return run_located
 
 
 def parameters(function: Callable[..., Any]) -> tuple[str, ...]:

@@ -102,7 +102,7 @@ def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
     """Bounds on `inner` (q_idx or kv_idx) for a block of the other axis."""
     outer = sym.Q_IDX if inner == sym.KV_IDX else sym.KV_IDX
     length = sym.KV_LEN if inner == sym.KV_IDX else sym.Q_LEN
-    terms = _disjunction(mask)
+    terms = disjunction(mask)
     box: dict[sympy.Symbol, Interval] = {outer: Interval(OUTER_LO, OUTER_HI)}
     if terms is None:
         segments: tuple[Segment, ...] = (Segment(Range(sympy.S.Zero, length - 1), None, sympy.true, sympy.false),)
@@ -164,7 +164,7 @@ def _block_truth(*axes: sympy.Symbol) -> Unknown:
     return known
 
 
-def _disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
+def disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
     """The mask as an OR of ANDs of atoms; an empty AND holds everywhere. None where that would take too many terms."""
     expanded = _distribute(sympy.to_nnf(mask, simplify=False))
     return [(sympy.false,)] if expanded == [] else expanded
@@ -257,7 +257,7 @@ def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr)
 
 def hides_what_lies_past_the_keys(mask: sympy.Basic) -> bool:
     """Does the mask hide every kv_idx >= kv_len from every q_idx < q_len, as causal does? (Sound, not complete.)"""
-    terms = _disjunction(mask)
+    terms = disjunction(mask)
     return terms is not None and all(any(_ends_with_the_keys(a) for a in atoms) for atoms in terms)
 
 

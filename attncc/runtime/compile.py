@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from attncc.collector import held
 from attncc.errors import InputError, SpecError, UnsupportedError, calling_line, warn
 from attncc.ir.graph import VariantGraph
+from attncc.ir.hybrid import HybridGraph
+from attncc.language.hybrid import Hybrid
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.passes.linearize import Linear, at_origin, linearize
@@ -17,21 +20,23 @@ from attncc.schedule.linear import PlanName
 from attncc.schedule.problem import Backend, Precision, Schedule
 
 if TYPE_CHECKING:
+    from attncc.runtime.hybrid import HybridOp
     from attncc.runtime.linear import LinearOp
     from attncc.runtime.recurrence import RecurrenceOp
 
 
 def compile(
-    variant: Variant | VariantGraph | str | Path,
+    variant: Variant | Hybrid | VariantGraph | HybridGraph | str | Path,
     *,
     backend: Backend | None = None,
     schedule: Schedule | None = None,
     precision: Precision | None = None,
     plan: PlanName = "auto",
     deterministic: bool = False,
-) -> AttentionOp | LinearOp | RecurrenceOp:
+) -> AttentionOp | LinearOp | RecurrenceOp | HybridOp:
     """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file. An AttentionOp; a LinearOp
-    where the variant has a form in linear time, as `attncc explain` shows; a RecurrenceOp where it is a recurrence.
+    where the variant has a form in linear time, as `attncc explain` shows; a RecurrenceOp where it is a recurrence; a
+    HybridOp of a Hybrid, each of whose parts is compiled with the same options.
 
     `backend` is "triton" or "gluon", the latter for forward and backward on Hopper GPUs; where Gluon has no kernel for
     a call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
@@ -53,7 +58,12 @@ def compile(
         raise InputError(f"schedule is of type {type(given).__name__}, not Schedule", remedy=remedy)
     if isinstance(variant, str | Path):
         variant = _named(variant)
-    graph = variant.graph if isinstance(variant, Variant) else variant
+    graph = variant.graph if isinstance(variant, Variant | Hybrid) else variant
+    if isinstance(graph, HybridGraph):
+        if schedule is not None:
+            raise UnsupportedError("a schedule is of one variant", remedy="compile the parts by themselves")
+        options = {"backend": backend, "precision": precision, "deterministic": deterministic}
+        return _hybrid(graph, plan, options)
     if not isinstance(graph, VariantGraph):
         raise SpecError(
             f"compile takes a Variant, the name of one that ships, or a TOML file, and got {type(variant).__name__}",
@@ -80,6 +90,18 @@ def compile(
     from attncc.runtime.linear import LinearOp
 
     return LinearOp(graph, linear, parallel, plan, precision)
+
+
+def _hybrid(graph: HybridGraph, plan: PlanName, options: dict[str, Any]) -> HybridOp:
+    """Each part by the plans that it has: `plan` is for those in linear time."""
+    from attncc.runtime.hybrid import HybridOp
+
+    parts: dict[str, AttentionOp | LinearOp] = {}
+    for name, part in graph.parts:
+        own = {"precision": options["precision"]} if part.recurrent else options
+        chosen = plan if part.recurrent or _linear(part, "auto") is not None else "auto"
+        parts[name] = compile(part, plan=chosen, **own)  # type: ignore[assignment]
+    return HybridOp(graph, parts, functools.partial(AttentionOp, **options))
 
 
 #: at which of the compilations of one formula at one line it is said that an op is to be kept
@@ -112,7 +134,7 @@ def _linear(graph: VariantGraph, plan: PlanName) -> Linear | None:
         return None
 
 
-def _named(spec: str | Path) -> Variant:
+def _named(spec: str | Path) -> Variant | Hybrid:
     from attncc import variants
 
     return load_toml(spec) if str(spec).endswith(".toml") else variants.get(str(spec))

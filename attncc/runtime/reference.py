@@ -19,9 +19,11 @@ from attncc.errors import InputError, UnsupportedError
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.graph import LOOP_DIMS, InputDecl, Stage, VariantGraph
+from attncc.ir.hybrid import HybridGraph
 from attncc.ir.levels import varies_by_key
 from attncc.ir.outputs import Output, Reduction
 from attncc.ir.text import formula
+from attncc.language.hybrid import Hybrid
 from attncc.language.textform import load_toml
 from attncc.language.variant import Variant
 from attncc.runtime.cells import finish
@@ -45,17 +47,25 @@ _HALVINGS = 80
 
 def graph_of(variant: Variant | VariantGraph | str | Path) -> VariantGraph:
     """The graph of a Variant, of a shipped name, or of a TOML file. Raises InputError for anything else."""
-    if isinstance(variant, VariantGraph):
+    graph = spec_of(variant)
+    if isinstance(graph, HybridGraph):
+        raise InputError(f"'{graph.name}' is a hybrid, no single variant", remedy="pass one of its parts")
+    return graph
+
+
+def spec_of(variant: Variant | Hybrid | VariantGraph | HybridGraph | str | Path) -> VariantGraph | HybridGraph:
+    """The same, of a Hybrid as well."""
+    if isinstance(variant, VariantGraph | HybridGraph):
         return variant
     if isinstance(variant, str | Path):
         variant = load_toml(variant) if str(variant).endswith(".toml") else variants.get(str(variant))
-    if not isinstance(variant, Variant):
+    if not isinstance(variant, Variant | Hybrid):
         raise InputError(f"{type(variant).__name__} is no variant", remedy="pass an ac.Variant, a name, or a TOML file")
     return variant.graph
 
 
 def reference(
-    variant: Variant | VariantGraph | str | Path,
+    variant: Variant | Hybrid | VariantGraph | HybridGraph | str | Path,
     /,
     q: Tensor,
     k: Tensor,
@@ -71,10 +81,14 @@ def reference(
     q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv) of any float dtype; `out` is (B, Hq, M, Dv), `lse` is
     (B, Hq, M), an auxiliary output as its domain has it. A row that sees no key gives 0, lse = -inf, and zero
     gradients. For a recurrence initial_state, output_final_state and cu_seqlens are what they are for its op, in
-    float64. Raises InputError for tensors that do not fit, UnsupportedError for the lse of a normalizer that has
-    none.
+    float64. Of a Hybrid, `outputs` may also name parts. Raises InputError for tensors that do not fit, UnsupportedError
+    for the lse of a normalizer that has none.
     """
-    graph = graph_of(variant)
+    graph = spec_of(variant)
+    if isinstance(graph, HybridGraph):
+        exact = (q.double(), k.double(), v.double())  # type: ignore[union-attr]
+        results = evaluated(graph, *exact, scale, inputs, outputs, torch.float64)
+        return results[0] if len(results) == 1 else results
     v = value_of(graph, k, v)
     if graph.recurrent:
         stateful = {name: inputs.pop(name, None) for name in ("initial_state", "cu_seqlens")}
@@ -88,7 +102,7 @@ def reference(
 
 
 def evaluated(
-    graph: VariantGraph,
+    graph: VariantGraph | HybridGraph,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -98,6 +112,9 @@ def evaluated(
     number: torch.dtype,
 ) -> tuple[Tensor, ...]:
     """The outputs by `dense`, with the inputs that they need."""
+    if isinstance(graph, HybridGraph):
+        rows = _hybrid(graph, q, k, v, scale, inputs, number)
+        return tuple(rows[name] for name in ((outputs,) if isinstance(outputs, str) else outputs))
     names = output_names(outputs, graph)
     if graph.recurrent:
         return (_recurrence(graph, q, k, v, scale, inputs, names, number)[0],)
@@ -105,6 +122,36 @@ def evaluated(
     bound = bind(chosen, q, k, v, scale, read_inputs(graph, chosen, inputs), REFERENCE_DTYPES)
     run = dense(chosen, q, k, v, bound, number)
     return tuple(run.named(name) for name in names)
+
+
+def _hybrid(
+    graph: HybridGraph,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    inputs: Mapping[str, Any],
+    number: torch.dtype,
+) -> dict[str, Tensor]:
+    """The rows of each part, by name, and `out`, in which they are combined."""
+
+    def own(part: VariantGraph) -> dict[str, Any]:
+        return {d.name: inputs[d.name] for d in (*part.inputs, *part.scalars) if d.name in inputs}
+
+    rows: dict[str, Tensor] = {}
+    for name, part in graph.parts:
+        rows[name] = evaluated(part, q, k, v, scale if part.has_scale else None, own(part), "out", number)[0]
+    bound = bind(graph.combine, q, k, v, None, own(graph.combine), REFERENCE_DTYPES)
+    env: dict[str, Any] = {**rows, **bound.scalars}
+    for decl in graph.combine.inputs:
+        env[decl.name] = bound.tensors[decl.name].expand([bound.sizes[dim] for dim in decl.pattern])
+    for axis, name in enumerate(("b", "h", "q_idx")):
+        shape = [bound.sizes[name] if a == axis else 1 for a in range(4)]
+        env[name] = torch.arange(bound.sizes[name], device=q.device).reshape(shape)
+    env["h_kv"] = env["h"] // (bound.sizes["h"] // bound.sizes["h_kv"])
+    env["num_heads"] = bound.sizes["h"]
+    rows["out"] = evaluate(graph.expr, env, number, q.device).to(q.dtype)
+    return rows
 
 
 def _recurrence(
