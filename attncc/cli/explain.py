@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,12 +31,12 @@ from attncc.cli.options import (
 from attncc.cli.output import out, print_json
 from attncc.cli.roofline import draw, lines
 from attncc.cli.sizes import text_of as text_of_sizes
-from attncc.cli.spec import resolve
+from attncc.cli.spec import resolve_any
 from attncc.errors import InputError
+from attncc.ir.graph import VariantGraph
 
 if TYPE_CHECKING:
     from attncc.codegen.plan import Plan
-    from attncc.ir.graph import VariantGraph
     from attncc.schedule.device import Device
     from attncc.schedule.problem import Backend as Language
     from attncc.schedule.problem import Problem
@@ -81,50 +81,88 @@ def command(
       attncc explain causal --json
       attncc explain softcap --q-len 1 --kv-len 65536 --heads 32 --kv-heads 8 --roofline roof.svg
     """
+    from attncc.runtime.explain import explained_device, sizes_of
+
+    graph = resolve_any(spec, similarity, score, mask, normalizer).graph
+    device = explained_device(target)
+    asked: Language | None = backend.value if backend is not None else None
+    given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
+    if isinstance(graph, VariantGraph):
+        sizes = sizes_of(*given, graph)
+        found, text, points = _explained(graph, sizes, dtype, device, settings, asked, top, roofline)
+        if json:
+            print_json(found)
+            return
+        out.print(text)
+        if roofline is not None:
+            _print_roofline(points, roofline)
+        return
+    if roofline is not None:
+        raise InputError(f"'{graph.name}' is a hybrid: a roofline is of one variant", remedy="name one of its parts")
+    from attncc.runtime.explain_hybrid import hybrid_facts, hybrid_text
+
+    scalars(graph, settings)  # refuses what no part has
+    whole = hybrid_facts(graph, sizes_of(*given))
+    parts = {}
+    for name, part in graph.parts:
+        known = {s.name for s in part.scalars}
+        own = [setting for setting in settings or () if setting.partition("=")[0] in known]
+        parts[name] = _explained(part, sizes_of(*given, part), dtype, device, own, asked, top, None)
+    if json:
+        print_json({**whole, "parts": {name: found for name, (found, _, _) in parts.items()}})
+        return
+    out.print(hybrid_text(whole))
+    for name, (_, text, _) in parts.items():
+        out.print(f"\n== {name}\n{text}")
+
+
+def _explained(
+    graph: VariantGraph,
+    sizes: dict[str, int],
+    dtype: DtypeName,
+    device: Device,
+    settings: list[str] | None,
+    backend: Language | None,
+    top: int,
+    roofline: Path | None,
+) -> tuple[dict[str, Any], str, tuple[Point, ...]]:
+    """The facts of one variant as JSON values and as text, and the points of the roofline that was drawn, if any."""
+    if graph.recurrent:
+        return *_recurrence(graph, sizes, dtype, device, roofline), ()
     from attncc.codegen.plan import Plan
-    from attncc.runtime.explain import explained_device, facts, sizes_of
+    from attncc.runtime.explain import facts
     from attncc.runtime.explain_text import text_of
     from attncc.schedule.cache import Cache
 
-    graph = resolve(spec, similarity, score, mask, normalizer).graph
-    sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v, graph)
-    device = explained_device(target)
-    if graph.recurrent:
-        _recurrence(graph, sizes, dtype, device, roofline, json)
-        return
     plan, values = Plan(graph), scalars(graph, settings)
-    asked: Language | None = backend.value if backend is not None else None
-    found = facts(plan, sizes, dtype.value, device, values, cache=Cache(), shown=top, backend=asked)
+    found = facts(plan, sizes, dtype.value, device, values, cache=Cache(), shown=top, backend=backend)
     points: tuple[Point, ...] = ()
     if roofline is not None:
-        problem, points = _points(plan, sizes, dtype, device, values, asked)
+        problem, points = _points(plan, sizes, dtype, device, values, backend)
         draw(
             points, problem, device, f"{graph.name}  {text_of_sizes(sizes)} {dtype.value}  on {device.title}", roofline
         )
-    if json:
-        print_json(found | ({"roofline": [p.to_json() for p in points]} if points else {}))
-        return
-    out.print(text_of(found))
-    if roofline is not None:
-        out.print("\nroofline of the GPU, and the share of it that each kernel reaches")
-        for line in lines(points):
-            out.print(f"  {line}")
-        out.print(f"wrote {roofline}")
+        found |= {"roofline": [p.to_json() for p in points]}
+    return found, text_of(found), points
+
+
+def _print_roofline(points: tuple[Point, ...], path: Path) -> None:
+    out.print("\nroofline of the GPU, and the share of it that each kernel reaches")
+    for line in lines(points):
+        out.print(f"  {line}")
+    out.print(f"wrote {path}")
 
 
 def _recurrence(
-    graph: VariantGraph, sizes: dict[str, int], dtype: DtypeName, device: Device, roofline: Path | None, json: bool
-) -> None:
+    graph: VariantGraph, sizes: dict[str, int], dtype: DtypeName, device: Device, roofline: Path | None
+) -> tuple[dict[str, Any], str]:
     """Explain a recurrence, which has no pairs, candidates or roofline."""
     from attncc.runtime.explain_recurrence import recurrence_facts, recurrence_text
 
     if roofline is not None:
         raise InputError(f"'{graph.name}' is a recurrence, whose kernels are not modelled", remedy="drop --roofline")
     found = recurrence_facts(graph, sizes, dtype.value, device)
-    if json:
-        print_json(found)
-        return
-    out.print(recurrence_text(found))
+    return found, recurrence_text(found)
 
 
 def _points(

@@ -12,6 +12,7 @@ import typer
 
 from attncc.errors import InputError
 from attncc.ir.graph import VariantGraph
+from attncc.ir.hybrid import HybridGraph
 
 Spec = Annotated[
     str | None,
@@ -82,7 +83,7 @@ class DtypeName(StrEnum):
 Dtype = Annotated[DtypeName, typer.Option(help="Dtype of q, k, v and out.")]
 
 
-def scalars(graph: VariantGraph, settings: Sequence[str] | None) -> dict[str, int | float]:
+def scalars(graph: VariantGraph | HybridGraph, settings: Sequence[str] | None) -> dict[str, int | float]:
     """The value of every scalar of the variant: from `--set NAME=VALUE`, else its default. InputError: a setting that
     is malformed, or names no scalar."""
     values: dict[str, int | float] = {s.name: s.default for s in graph.scalars}

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -15,9 +16,10 @@ import typer
 from attncc.cli import sizes as written
 from attncc.cli.options import DtypeName, Json, Mask, Normalizer, Score, Similarity
 from attncc.cli.output import FAILED, err, out, print_json
-from attncc.cli.spec import named, resolve
+from attncc.cli.spec import named_any, resolve
 from attncc.cli.verify_report import OUT_OF_TIME, Findings, every_result, every_variant, plain
 from attncc.errors import InputError, UnsupportedError
+from attncc.language.hybrid import Hybrid
 from attncc.language.variant import Variant
 from attncc.runtime.processes import Done, side_by_side, told
 
@@ -94,7 +96,7 @@ def command(
         raise InputError("both --all and a spec are given", remedy="--all is every variant that ships, and no other")
     seconds = written.seconds(budget) if budget else math.inf
     wanted = [*(specs or ()), *((*variants.names(), *variants.recurrences()) if all_ else ())]
-    chosen = [named(spec) for spec in wanted]
+    chosen = [named_any(spec) for spec in wanted]
     inline = None
     if not chosen or score or mask or normalizer or similarity:
         inline = resolve(None, similarity, score, mask, normalizer)
@@ -103,7 +105,7 @@ def command(
     workers = workers or (_processes() if where == "cuda" else 1)
     if workers > 1 and len(chosen) > 1:
         _beside(found, wanted, Case("", where, kind, places), workers, seconds - found.elapsed)
-        alone = [inline] if inline else []
+        alone: Sequence[Variant | Hybrid] = [inline] if inline else []
     else:
         alone = found.variants
     _here(found, alone, Case("", where, kind, places), seconds)
@@ -155,9 +157,9 @@ def verified(case: Case) -> list[Row]:
 
 
 @functools.cache
-def _known(spec: str) -> Variant:
+def _known(spec: str) -> Variant | Hybrid:
     """The variant of a SPEC, kept because a process may get several of its shapes."""
-    return named(spec)
+    return named_any(spec)
 
 
 def _beside(found: Findings, specs: list[str], each: Case, workers: int, seconds: float) -> None:
@@ -175,7 +177,7 @@ def _beside(found: Findings, specs: list[str], each: Case, workers: int, seconds
         found.end(variant)
 
 
-def _here(found: Findings, variants: list[Variant], each: Case, seconds: float) -> None:
+def _here(found: Findings, variants: Sequence[Variant | Hybrid], each: Case, seconds: float) -> None:
     """Verify in this process, one variant after the other, while fewer than `seconds` have passed since the start."""
     import torch
 
@@ -213,17 +215,18 @@ def _show(found: Findings, each: bool) -> None:
     out.print(f"{checks - faults} of {checks} results are right{total}", style="bold green" if found.ok else "bold red")
 
 
-def _without_gradients(variant: Variant, rows: list[Row]) -> str | None:
+def _without_gradients(variant: Variant | Hybrid, rows: list[Row]) -> str | None:
     """The reason why the results of a variant have no gradients, or None if they have some."""
     from attncc.codegen.plan import Plan
 
     if not rows or any(row.check.name.split()[0] == "dq" for row in rows):
         return None
-    refusal = Plan(variant.graph).has_backward
-    return None if refusal is None else refusal.reason
+    variants = variant.parts.values() if isinstance(variant, Hybrid) else (variant,)
+    refusals = [Plan(one.graph).has_backward for one in variants if not one.graph.recurrent]
+    return next((refusal.reason for refusal in refusals if refusal is not None), None)
 
 
-def _rows(variant: Variant, device: str, dtype: str, places: tuple[int, ...]) -> list[Row]:
+def _rows(variant: Variant | Hybrid, device: str, dtype: str, places: tuple[int, ...]) -> list[Row]:
     """The results of a variant at some of the shapes of `shapes_for`."""
     import torch
 

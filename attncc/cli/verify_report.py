@@ -13,6 +13,7 @@ from attncc.cli.output import err
 from attncc.runtime.processes import Done
 
 if TYPE_CHECKING:
+    from attncc.language.hybrid import Hybrid
     from attncc.language.variant import Variant
     from attncc.runtime.verify import Row
 
@@ -22,7 +23,7 @@ OUT_OF_TIME = "not finished in time"
 class Findings:
     """The results of some variants as they come in, from each of `count` places (shapes) or from all at once."""
 
-    def __init__(self, variants: Sequence[Variant], count: int, start: float, *, told: bool):
+    def __init__(self, variants: Sequence[Variant | Hybrid], count: int, start: float, *, told: bool):
         """`start`: time of the start, by time.monotonic; `told`: print progress on stderr."""
         self.variants = list(variants)
         self.seconds = {v.name: 0.0 for v in variants}
@@ -47,11 +48,11 @@ class Findings:
         """Whether all results are there, and right."""
         return not any(self.missing()) and all(row.ok for rows in self.rows.values() for row in rows)
 
-    def begin(self, variant: Variant, how: str) -> None:
+    def begin(self, variant: Variant | Hybrid, how: str) -> None:
         """Report that a variant is about to be verified."""
         self._say(f"{variant.name}: {how} ...")
 
-    def add(self, variant: Variant, place: int | None, done: Done) -> None:
+    def add(self, variant: Variant | Hybrid, place: int | None, done: Done) -> None:
         """Add the results of one shape of a variant; `place` is None for all shapes at once."""
         every = self._found[variant.name]
         every[place or 0] = done
@@ -65,7 +66,7 @@ class Findings:
                 f"[{complete}/{len(self.variants)}] {variant.name}: {verdict}, {self.seconds[variant.name]:.0f} s"
             )
 
-    def end(self, variant: Variant) -> None:
+    def end(self, variant: Variant | Hybrid) -> None:
         """Declare a variant finished: shapes without results were not finished in time."""
         every = self._found[variant.name]
         for place in range(self._count):

@@ -16,6 +16,7 @@ from rich.table import Table
 import attncc as ac
 from attncc.cli import compile as compile_command
 from attncc.cli.draw import picture
+from attncc.cli.spec import named
 from attncc.runtime.verify import Shape, verify_variant
 
 #: one head group of a real layer, in bfloat16: its float64 reference fits beside it on a 24 GB card
@@ -28,7 +29,7 @@ PICTURE = 48
 
 def run(console: Console, spec: Path, device: str, output: Path | None) -> bool:
     """Every step for one spec; whether all results are right."""
-    variant = ac.load_toml(spec)
+    variant = named(str(spec))
     name = os.path.relpath(spec) if spec.is_relative_to(Path.cwd()) else str(spec)
     op = ac.compile(variant)
     console.print(Syntax(spec.read_text(), "toml", background_color="default"))

@@ -123,7 +123,8 @@ def _check_shared(graphs: Mapping[str, VariantGraph]) -> None:
     """SpecError where two declare one name differently, for a call has one tensor of that name."""
     known: dict[str, tuple[str, InputDecl | ScalarDecl]] = {}
     for key, graph in graphs.items():
-        for decl in (*graph.inputs, *graph.scalars):
+        own: list[InputDecl | ScalarDecl] = [*graph.inputs, *graph.scalars]
+        for decl in own:
             first, other = known.setdefault(decl.name, (key, decl))
             if other != decl:
                 raise SpecError(f"'{first}' and '{key}' declare '{decl.name}' differently", remedy="rename one of them")

@@ -112,4 +112,6 @@ def _polynomial(p: int, causal: bool) -> AttentionOp | LinearOp:
         return (1 + score) / row.sum(1 + score)
 
     mask = ac.causal if causal else None
-    return compile_variant(ac.Variant(name=f"fast_{p}", mask=mask, normalizer=ac.taylor if p == 2 else line))
+    op = compile_variant(ac.Variant(name=f"fast_{p}", mask=mask, normalizer=ac.taylor if p == 2 else line))
+    assert isinstance(op, AttentionOp | LinearOp)
+    return op

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from attncc.errors import InputError, UnsupportedError
+from attncc.ir import vocabulary as voc
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
 from attncc.ir.hybrid import HybridGraph
 from attncc.ir.vocabulary import Read
 from attncc.passes.continuation import SEQUENCE, continuation, packed
-from attncc.runtime.closures import closure
+from attncc.runtime.closures import Function, closure
 from attncc.runtime.linear import LinearOp
 from attncc.runtime.linear_cut import check_lengths, sequence_lengths
 from attncc.runtime.op import AttentionOp, autocast
@@ -65,6 +66,12 @@ class HybridOp(Remade):
             if not _has_state(self.parts[name])
         }
         self._known = _names(graph)
+        #: takes a call q, k and v of the same tokens?
+        self.same_tokens = len(self._pairs) < len(self.parts)
+        #: which dimension of an input counts tokens
+        self.along = {
+            d.name: d.pattern.index(dim) for d in graph.inputs for dim in ("q_idx", "kv_idx") if dim in d.pattern
+        }
         reads = sorted(graph.expr.atoms(Read), key=str)
         #: what the formula reads of inputs, by names that stand for it there
         self._reads = {f"read_{i}": read.input for i, read in enumerate(reads)}
@@ -113,36 +120,61 @@ class HybridOp(Remade):
             reason = f"there is no output '{unknown[0]}'" if unknown else "no output is asked for"
             raise InputError(reason, remedy=f"the outputs are: out, {', '.join(self.parts)}")
         states = self._states(initial_state)
-        numbers = None
-        if cu_seqlens is not None:
-            numbers = _numbers(cu_seqlens, q)
         stateful = initial_state is not None or output_final_state
-        of_linear = {"cu_seqlens": cu_seqlens, "chunk_size": chunk_size, "position": position, "plan": plan}
+        numbers = None if cu_seqlens is None else _numbers(cu_seqlens, q)
+        of_linear: dict[str, Any] = {
+            "cu_seqlens": cu_seqlens,
+            "chunk_size": chunk_size,
+            "position": position,
+            "plan": plan,
+        }
+        options = {key: x for key, x in of_linear.items() if x is not None}
+        if not self.same_tokens and (chunk_size is not None or plan is not None):
+            given = "chunk_size" if plan is None else "plan"
+            raise InputError(f"{given} is for parts in linear time with a state, and there is none", remedy="drop it")
         rows: dict[str, Tensor] = {}
         last: State = {}
-        for (name, graph), op in zip(self.graph.parts, self.parts.values(), strict=True):
+        for name, graph in self.graph.parts:
             own = {key: inputs[key] for key in self._named[name] if key in inputs}
             if scale is not None and graph.has_scale:
                 own["scale"] = scale
-            if name in self._pairs:
-                pairs = self._pairs[name]
-                if not stateful:
-                    rows[name] = pairs.whole(q, k, v, own) if numbers is None else pairs.packed(q, k, v, numbers, own)
-                    continue
-                if numbers is not None:
-                    raise UnsupportedError(
-                        f"sequences are packed, and the part '{name}' keeps keys of each",
-                        remedy="call the op for each sequence by itself",
-                    )
-                rows[name], last[name] = pairs.after(q, k, v, states.get(name), own, output_final_state)
-                continue
-            given = {key: x for key, x in of_linear.items() if x is not None}
-            found = op(q, k, v, initial_state=states.get(name), output_final_state=output_final_state, **given, **own)
-            rows[name], last[name] = found if output_final_state else (found, None)
+            if name in self._pairs and stateful:
+                rows[name], last[name] = self._pairs[name].after(q, k, v, states.get(name), numbers, own)
+            elif name in self._pairs:
+                rows[name] = self._pairs[name].rows(q, k, v, numbers, own)
+            else:
+                own |= options
+                begin = {"initial_state": states[name]} if name in states else {}
+                if output_final_state:
+                    rows[name], last[name] = self.parts[name](q, k, v, output_final_state=True, **begin, **own)
+                else:
+                    rows[name] = self.parts[name](q, k, v, **begin, **own)
         combined = self._combined(rows, q, k, v, inputs) if "out" in names else None
         results = tuple(combined if name == "out" else rows[name] for name in names)
         result = results[0] if len(results) == 1 else results
         return (result, last) if output_final_state else result
+
+    def free_sums(self) -> frozenset[str]:
+        """As `AttentionOp.free_sums`: the gradients to which a part adds sums without a fixed order."""
+        return frozenset().union(*(op.free_sums() for op in self.parts.values() if isinstance(op, AttentionOp)))
+
+    def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
+        """The generated module of each part, one behind the other."""
+        return "\n\n".join(f"# {name}\n{op.source(d_qk, d_v)}" for name, op in self.parts.items())
+
+    def explain(self, *args: Any, **options: Any) -> str:
+        """The combination, what goes on from call to call, and what each part's `explain` says; the arguments are those
+        of `AttentionOp.explain`, where a scalar is for the parts that have it."""
+        from attncc.runtime.explain import sizes_of
+        from attncc.runtime.explain_hybrid import hybrid_facts, hybrid_text
+
+        scalars = {s.name for s in self.graph.scalars}
+        sizes = {key: x for key, x in options.items() if key not in scalars | {"dtype", "target"}}
+        texts = [hybrid_text(hybrid_facts(self.graph, sizes_of(*args, **sizes)))]
+        for (name, part), op in zip(self.graph.parts, self.parts.values(), strict=True):
+            own = {key: x for key, x in options.items() if key not in scalars - {s.name for s in part.scalars}}
+            texts.append(f"== {name}\n{op.explain(*args, **own)}")
+        return "\n\n".join(texts)
 
     def _states(self, initial: Any) -> Mapping[str, Any]:
         """The states of the parts that a call begins with. InputError for what no call returned."""
@@ -182,25 +214,27 @@ class Pairs:
         else:
             self._after, self._by_key = make(found.graph), found.by_key
             self._axes = {key: graph.input(key).pattern.index("kv_idx") for key in found.by_key}
-            self._reach = None if found.reach is None else closure(found.reach)
+            self._reach = None if found.reach is None else _of_integers(found.reach)
             self._scalars = {s.name: s.default for s in graph.scalars}
 
-    def whole(self, q: Tensor, k: Tensor, v: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Its rows of a call without a state."""
-        rows: Tensor = self._op(q, k, v, **inputs)
-        return rows
-
-    def packed(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Its rows where numbers (1, N) says of which sequence a token is."""
-        op = self._possible(self._packed, "packed sequences")
-        rows: Tensor = op(q, k, v, **{SEQUENCE: numbers}, **inputs)
-        return rows
+    def rows(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor | None, inputs: dict[str, Any]) -> Tensor:
+        """Its rows of a call without a state; numbers (1, N): of which packed sequence each token is."""
+        op, own = self._op, {}
+        if numbers is not None:
+            op, own = self._possible(self._packed, "packed sequences"), {SEQUENCE: numbers}
+        found: Tensor = op(q, k, v, **inputs, **own)
+        return found
 
     def after(
-        self, q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, inputs: dict[str, Any], keep: bool
-    ) -> tuple[Tensor, Seen | None]:
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Seen | None, numbers: Tensor | None, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Seen]:
         """Its rows of tokens that follow those seen, and what it keeps for later ones."""
         op = self._possible(self._after, "a state")
+        if numbers is not None:
+            raise UnsupportedError(
+                f"sequences are packed, and the part '{self._name}' keeps keys of each",
+                remedy="call the op for each sequence by itself",
+            )
         if q.shape[2] != k.shape[2]:
             raise InputError(
                 f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens",
@@ -212,8 +246,6 @@ class Pairs:
             k, v = torch.cat([seen.k, k], 2), torch.cat([seen.v, v], 2)
             held = {key: torch.cat(_alike(seen.inputs[key], x, axis), axis) for (key, x), axis in self._with_axes(held)}
         rows: Tensor = op(q, k, v, **{**inputs, **held})
-        if not keep:
-            return rows, None
         first = self._first_seen(k.shape[2], inputs)
         # copies: a view would hold on to all keys
         held = {key: x.narrow(axis, first, k.shape[2] - first).clone() for (key, x), axis in self._with_axes(held)}
@@ -260,6 +292,15 @@ class Pairs:
         return op
 
 
+def _of_integers(expr: sympy.Expr) -> Function:
+    """A formula of a call's scalars, whose maxima and minima are of Python's numbers."""
+    if isinstance(expr, voc.maximum | voc.minimum):
+        join = max if isinstance(expr, voc.maximum) else min
+        parts = [_of_integers(a) for a in expr.args]
+        return lambda env: join(part(env) for part in parts)
+    return closure(expr)
+
+
 def _made(make: Callable[[], Any]) -> Any:
     """What is made, or the reason why not, which a call is told that asks for it."""
     try:
@@ -275,7 +316,7 @@ def _has_state(op: AttentionOp | LinearOp) -> bool:
 
 def _names(graph: VariantGraph | HybridGraph) -> frozenset[str]:
     """The inputs and scalars of a call."""
-    return frozenset(d.name for d in (*graph.inputs, *graph.scalars))
+    return frozenset([*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)])
 
 
 def _numbers(cu_seqlens: Tensor, q: Tensor) -> Tensor:

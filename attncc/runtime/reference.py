@@ -136,7 +136,8 @@ def _hybrid(
     """The rows of each part, by name, and `out`, in which they are combined."""
 
     def own(part: VariantGraph) -> dict[str, Any]:
-        return {d.name: inputs[d.name] for d in (*part.inputs, *part.scalars) if d.name in inputs}
+        names = [d.name for d in part.inputs] + [s.name for s in part.scalars]
+        return {name: inputs[name] for name in names if name in inputs}
 
     rows: dict[str, Tensor] = {}
     for name, part in graph.parts:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attncc.errors import InputError, UnsupportedError
 from attncc.ir.graph import InputDecl, VariantGraph
+from attncc.ir.hybrid import HybridGraph
 
 #: what a call takes besides inputs, and what people look for there, though it belongs in a spec
 _OPTIONS = ("scale", "outputs")
@@ -111,7 +112,7 @@ def fail_strides(**tensors: Tensor) -> NoReturn:
     )
 
 
-def fail_scale(graph: VariantGraph) -> NoReturn:
+def fail_scale(graph: VariantGraph | HybridGraph) -> NoReturn:
     raise InputError(f"the similarity of '{graph.name}' has no scale", remedy="leave scale out, or use it there")
 
 
@@ -122,7 +123,7 @@ def fail_vector(decl: InputDecl, value: Tensor, dim: int) -> NoReturn:
     )
 
 
-def fail_unknown(graph: VariantGraph, inputs: Mapping[str, Any]) -> NoReturn:
+def fail_unknown(graph: VariantGraph | HybridGraph, inputs: Mapping[str, Any]) -> NoReturn:
     known = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
     name = next(n for n in inputs if n not in known)
     near = difflib.get_close_matches(name, [*known, *_OPTIONS, *_OF_LINEAR, "cu_seqlens"], n=1)

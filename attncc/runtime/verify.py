@@ -23,8 +23,10 @@ from torch import Tensor
 from attncc.codegen.plan import Plan
 from attncc.errors import UnsupportedError
 from attncc.ir.graph import VariantGraph
+from attncc.language.hybrid import Hybrid
 from attncc.language.variant import Variant
 from attncc.passes.cotangents import differentiable_outputs
+from attncc.runtime.hybrid import HybridOp
 from attncc.runtime.linear import LinearOp
 from attncc.runtime.op import AttentionOp
 from attncc.runtime.recurrence import RecurrenceOp
@@ -172,7 +174,7 @@ def shapes_for(device: torch.device | str) -> tuple[Shape, ...]:
 
 
 def verify_variant(
-    variant: Variant,
+    variant: Variant | Hybrid,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     shapes: Sequence[Shape] | None = None,
@@ -187,13 +189,18 @@ def verify_variant(
     where the normalizer has one, auxiliary outputs where the variant has them, and gradients where a backward can be
     derived. A variant that is linear in time is checked by each of its plans, those with a state at the shapes that
     have one: with as many queries as keys where it is causal, and heads it has room for. A recurrence is checked at
-    these shapes with as many keys as there are queries. The tensors of the first shape are made from `seed`, those of
-    the next from the next number.
+    these shapes with as many keys as there are queries, and so is a hybrid with a part that has a state. The tensors of
+    the first shape are made from `seed`, those of the next from the next number.
     """
     import attncc
 
     chosen = list(shapes_for(device) if shapes is None else shapes)
     op = attncc.compile(variant) if op is None else op
+    if isinstance(variant, Hybrid):
+        from attncc.runtime.verify_hybrid import verify_hybrid
+
+        assert isinstance(op, HybridOp)
+        return verify_hybrid(variant, op, chosen, device, dtype, tf32=tf32, seed=seed)
 
     out_alone = variant.graph.recurrent or not (_has_lse(variant.graph) or variant.graph.outputs)
 
@@ -252,17 +259,17 @@ class Exam:
         self._asked = (dtype, self.outputs, differentiable, with_gradients, frozenset(auxiliary) - derived)
         self.graph, self.shape, self.dtype, self.tf32 = graph, shape, dtype, tf32
         self.sample = sample_inputs(graph, shape, dtype, device, seed)
-        self._exact = _results(lambda *a, **k: reference(variant, *a, **k), _double(self.sample), *self._asked)
-        with _matmuls_in(False), Tf32Matmuls() if tf32 else contextlib.nullcontext():
-            self._plain = _results(lambda *a, **k: eager(variant, *a, **k), self.sample, *self._asked)
+        self._exact = results_of(lambda *a, **k: reference(variant, *a, **k), as_double(self.sample), *self._asked)
+        with matmuls_in(False), Tf32Matmuls() if tf32 else contextlib.nullcontext():
+            self._plain = results_of(lambda *a, **k: eager(variant, *a, **k), self.sample, *self._asked)
         self._score = 0.0
         if not graph.recurrent:
             self._score = largest_score(variant, self.sample.q, self.sample.k, self.sample.v, **self.sample.inputs)
 
     def rows(self, op: Callable[..., Any]) -> list[Row]:
         """Call `op` twice: one row a result."""
-        with _matmuls_in(self.tf32):
-            got, again = (_results(op, self.sample, *self._asked) for _ in range(2))
+        with matmuls_in(self.tf32):
+            got, again = (results_of(op, self.sample, *self._asked) for _ in range(2))
         repeated = {name: torch.equal(value, again[name]) for name, value in got.items()}
         values, exact, plain = compared(self.graph, _reference_of(self.sample), got, self._exact, self._plain)
         free = op.free_sums() if isinstance(op, AttentionOp) else frozenset()
@@ -276,7 +283,7 @@ class Exam:
 
 
 @contextlib.contextmanager
-def _matmuls_in(tf32: bool) -> Iterator[None]:
+def matmuls_in(tf32: bool) -> Iterator[None]:
     """An op that was told nothing else multiplies float32 in tf32, or as IEEE says; so does plain PyTorch, in as far as
     cuBLAS does: not as the process happens to be set, for then one would be no measure of the other."""
     before = torch.backends.cuda.matmul.allow_tf32
@@ -294,7 +301,7 @@ def _derived(graph: VariantGraph) -> set[str]:
 
 def _reference_of(sample: Sample) -> Callable[[VariantGraph, str], Any]:
     """The reference's outputs for these tensors, of whatever graph they fit."""
-    exact = _double(sample)
+    exact = as_double(sample)
 
     def run(graph: VariantGraph, name: str) -> Any:
         known = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
@@ -312,7 +319,7 @@ def _has_lse(graph: VariantGraph) -> bool:
     return True
 
 
-def _results(
+def results_of(
     function: Callable[..., Any],
     sample: Sample,
     dtype: torch.dtype,
@@ -350,7 +357,8 @@ def _results(
     return named | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def _double(sample: Sample) -> Sample:
+def as_double(sample: Sample) -> Sample:
+    """The same values in float64."""
     inputs = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in sample.inputs.items()
