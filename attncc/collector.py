@@ -1,4 +1,4 @@
-"""Python's garbage collector held still while an op is made."""
+"""Pause Python's garbage collector while an op is created."""
 
 from __future__ import annotations
 

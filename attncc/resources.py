@@ -1,4 +1,4 @@
-"""Where the data files are: kernel templates and schedules, in a checkout and in an installed wheel alike."""
+"""Locate the data files (kernel templates, schedules), in a checkout and in an installed wheel alike."""
 
 from __future__ import annotations
 

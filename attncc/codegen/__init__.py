@@ -1,1 +1,1 @@
-"""A plan as source: expressions to lines of code, and the templates that hold the loops."""
+"""Code generation: expressions to lines of Triton or Gluon, and the Jinja2 templates that hold the loops."""

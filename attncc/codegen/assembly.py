@@ -1,5 +1,4 @@
-"""What a module of all pairs is put together from: its kernels in their order, the helpers that they call, and what the
-host code knows of them."""
+"""Assemble a module over all pairs: its kernels in order, the helpers they call, and the facts its host code needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slots of the backward: what its kernels compute for a tile of pairs, and what a row's statistics pass back."""
+"""Template slots of the backward: the code for a tile of pairs, and the cotangents of a row's statistics."""
 
 from __future__ import annotations
 

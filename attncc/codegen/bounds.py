@@ -1,4 +1,4 @@
-"""The loop bounds of a block as lines of Triton: which tiles to visit, and which of them the mask leaves whole."""
+"""The loop bounds of a block as lines of Triton: the tiles to visit, and those that need no mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules of chunk plans have in common: tiles of tokens, and what a module says of itself."""
+"""Pieces shared by the modules of chunk plans: tiles of tokens, and the facts that a module declares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The slots of the sweep before a backward whose gradient passes through sums over the queries of each key."""
+"""Template slots of the sweep before a backward whose gradient passes through column sums (over the queries of a
+key)."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Sums over the head dimension that no matmul makes, such as sum_d(v_a[h] * tanh(q_vec + k_vec)): a loop over the
-components for each tile of pairs.
+"""Sums over the head dimension that are not matmuls, such as sum_d(v_a[h] * tanh(q_vec + k_vec)).
 
-A turn of the loop loads one component of the tile's queries and keys, a vector each, and adds the summand of every pair
-to the tile of sums: nothing has an entry for each component of each pair. The backward takes the turns again with the
-cotangent of the sums, and adds up what a component of q, of k, or of an input gets. It can put that vector into a
-column of its accumulator only by comparing every column's number, for registers have no index; hence the accumulators
-are narrow (`WIDEST`), and each has a loop over its own components. A scratch row in memory would cost no comparison,
-but a barrier in each turn: the threads that hold copies of a row's sum would read what one of them has written.
+Each tile of pairs loops over the components. An iteration loads one component of the tile's queries and keys, a vector
+each, and adds the summand of every pair to the tile of sums, so that nothing has an entry per component of every pair.
+The backward repeats the loop with the cotangent of the sums, and accumulates the gradients of the components of q, of k
+and of inputs. Registers cannot be indexed: to add a vector to one column of an accumulator, a kernel compares the
+indices of all columns. Hence accumulators are narrow (`WIDEST`), each with a loop over its own components. A scratch
+row in memory would need no comparison but a barrier per iteration, because threads that hold copies of a row's sum
+would read what one of them has written.
 """
 
 from __future__ import annotations

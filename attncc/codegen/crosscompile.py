@@ -1,4 +1,4 @@
-"""Compile generated kernels for any GPU on any machine, and read what they cost: registers, spills, shared memory."""
+"""Cross-compile generated kernels for any GPU, and read their registers, spills and shared memory. Needs no GPU."""
 
 from __future__ import annotations
 

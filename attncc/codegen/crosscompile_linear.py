@@ -1,4 +1,4 @@
-"""Compile the kernels of a chunk plan for any GPU on any machine, and read what they cost."""
+"""Cross-compile the kernels of a chunk plan for any GPU, and read their resource usage. Needs no GPU."""
 
 from __future__ import annotations
 

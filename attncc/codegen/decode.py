@@ -1,8 +1,8 @@
-"""The slots of split-KV kernels: the forward over a part of the keys, and the merge of what the parts come to.
+"""Template slots of the split-KV kernels: the forward over a part of the keys, and the merge of the parts.
 
-The query heads of a group see the same keys, so they are rows of one tile: h differs by row there, as q_idx does. A
-part ends with the state that the loop carries, not with a result. The merge scales each state to the joint maxima by
-the very factors that rescale it inside the loop, adds them up, and finishes the row once, sinks included.
+The query heads of a group see the same keys, so they are rows of one tile: h varies by row there, as q_idx does. A part
+ends with the unfinished state of its loop. The merge rescales each state to the joint maxima, by the factors that
+rescale it inside the loop, adds the states, and finishes the row once, sinks included.
 """
 
 from __future__ import annotations

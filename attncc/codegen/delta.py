@@ -1,22 +1,25 @@
-"""The delta rule's plan and its head dimensions to the source of a module: kernels of `passes.recur`'s second form.
+"""The delta rule: from a plan (the second form of `passes.recur`) and head dimensions to the source of a module.
 
-Within a chunk the tokens' equations are solved (`prepare`), all chunks side by side; from chunk to chunk goes the
-state, and with it are known their right sides, and what each token adds (`carry`). Behind that it is attention in
-linear time over those values: pairs within a chunk, and the state that it finds (`forward`). Where programs that go
-from chunk to chunk fill the device, `carry` makes that too, and no chunk's state is stored; decayed weights of pairs
-it has of `prepare`.
+Notation, per chunk of tokens: D is the running log decay, T = (I + A)^-1 solves the triangular system of the chunk, and
+`added` are the values that its tokens add to the state.
 
-For the backward the forward keeps what tokens add, and T, the inverse of a chunk's equations: Dv + chunk numbers a
-token. The states that chunks find are sums over what is added, and `carry` makes them again. Backwards the equations
-are passed first, all chunks side by side (`prepare_back`): the gradient of their right sides is T' of what is asked,
-by a chunk's own queries and, through the state, by those behind it. So it goes with the gradient of the state from
-chunk to chunk (`carry_back`), and then all gradients of a chunk are made at once (`gradients`).
+Forward: `prepare` solves the systems of all chunks in parallel. `carry` goes from chunk to chunk with the state, from
+which the right-hand sides and `added` follow. The rest is linear attention with the values `added`: `forward` computes
+the pairs within a chunk and the read of the state at its start. If programs that go from chunk to chunk fill the
+device, `carry` computes that as well, with decayed pair weights from `prepare`, and no chunk's state is stored.
 
-The gradient of a decay's step is that of the pairs which it parts: all pairs of the tokens behind it less those within
-them, sums of one tile in float32. Of pairs that were rounded apart the difference would be what is left of rounding.
-What it is by the state that goes through a chunk, a product of the state and its gradient over all their entries, is
-hardly larger than the noise of either: so with a decay and operands of 16 bits the state is summed of what tokens add,
-as it reaches the chunk's end, in two terms (`rest` is the second, Dv numbers more a token), and its gradient likewise.
+Saved for the backward: `added` and T, that is Dv + chunk numbers per token. `carry` recomputes the states from `added`.
+
+Backward: `prepare_back` passes the equations of all chunks in parallel: the gradient of the right-hand sides is T'
+times that of `added`, which comes from the chunk's own queries and, through the state, from later ones. `carry_back`
+goes from the last chunk to the first with the gradient of the state. `gradients` then computes all gradients of each
+chunk.
+
+Precision: the gradient of a decay step is a sum over the pairs that it separates: all pairs of later tokens minus those
+among them, computed as sums of one float32 tile, because the difference of sums that were rounded separately would be
+mostly rounding error. Its part through the state is a product of the state and its gradient over all entries, hardly
+larger than their rounding errors. So with a decay and 16-bit operands, the state and its gradient are summed from two
+terms (`rest` is the second, Dv more numbers per token).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What calls need to know of a plan: small enough to keep on disk, so that a later process runs no pass."""
+"""The facts about a plan that calls need: small enough for the disk cache, so that later processes run no pass."""
 
 from __future__ import annotations
 

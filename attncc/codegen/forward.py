@@ -1,6 +1,6 @@
-"""The slots of the forward's template: its last pass over the keys, and the sweeps before it.
+"""Template slots of the forward: its last pass over the keys, and the sweeps before it.
 
-Parts of a plan, one a branch, stand side by side in the last pass; the sweeps of each are its own.
+The parts of a plan, one per branch, are computed side by side in the last pass; each has its own sweeps.
 """
 
 from __future__ import annotations

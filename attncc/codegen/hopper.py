@@ -1,4 +1,5 @@
-"""The slots of the Gluon templates for Hopper: those of the Triton kernels, cut into the functions of its warps."""
+"""Template slots of the Gluon kernels for Hopper: those of the Triton kernels, cut into functions for specialized
+warps."""
 
 from __future__ import annotations
 

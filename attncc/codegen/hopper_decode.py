@@ -1,7 +1,6 @@
-"""The slots of the Gluon kernel that splits the keys where they hold the values: Triton's, cut for its warps.
+"""Template slots of the Gluon split-KV kernel for values that are a slice of the keys.
 
-Each of two warpgroups has a tile of scores, so that the stages are cut once more: up to a row's maxima, which both then
-know, and from there to the weights.
+Two warpgroups have a tile of scores each, so the stages are also cut at the row maxima, which both then exchange.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The slots of the Gluon kernel of dQ: those of dq.py.j2, cut into the functions of its warps."""
+"""Template slots of the Gluon kernel of dQ: those of dq.py.j2, cut into functions for specialized warps."""
 
 from __future__ import annotations
 

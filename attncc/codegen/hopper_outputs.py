@@ -1,4 +1,4 @@
-"""The slots of the light pass that sums along the queries, in Gluon: those of Triton's, cut for its warps."""
+"""Template slots of the Gluon light pass that sums along the queries: those of Triton's, cut for specialized warps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Index expressions as PyTorch, for the host's part of a gradient: where each reduced value belongs."""
+"""Index expressions as PyTorch code, for the host part of a gradient: the entry to which each reduced value belongs."""
 
 from __future__ import annotations
 

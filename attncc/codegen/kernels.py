@@ -1,4 +1,4 @@
-"""The slots of the small kernels: gradients of inputs with an entry a pair, tables, blocks' extremes, bounds."""
+"""Template slots of small kernels: gradients of inputs with an entry per pair, tables, block extremes, loop bounds."""
 
 from __future__ import annotations
 

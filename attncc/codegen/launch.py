@@ -1,4 +1,4 @@
-"""A schedule in the words of the launches of a generated module."""
+"""A schedule as the launch parameters of a generated module."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""A chunk plan and its head dimensions to the source of a module: the kernels of `passes.linearize`'s form.
+"""Linear attention: from a chunk plan (the form of `passes.linearize`) and head dimensions to the source of a module.
 
-One kernel does all the work. With s the decay between tokens, attention in linear time is
+One kernel does all the work. With s the decay between tokens, linear attention is
 
     scan(a, b, c)_i = sum over the tokens j that i sees of (a_i . b_j) s_ij c_j
 
-and its gradients are the same sum over other operands, with a state of what lies before a token, or behind it:
+and its gradients are the same sum over other operands, where the state holds the tokens before or after a token:
 
     out = scan(q, k, v)       dq = scan(dout, v, k)       dk = scan'(v, dout, q)       dv = scan'(k, q, dout)
 
-where scan' runs from the last token to the first. Each is rendered from one template with its own factors of tokens.
-A sequence is cut into segments that run side by side; what each adds to the state is found first (`states`, `dstates`)
-and linked from segment to segment (`link`), so that no state of a chunk is ever stored.
+with scan' from the last token to the first. Each is rendered from one template, with its own factors of tokens. A
+sequence is cut into segments that run in parallel: first the sum that each adds to the state (`states`, `dstates`),
+then the state at the start of each segment (`link`), so that no state of a chunk is ever stored.
 """
 
 from __future__ import annotations

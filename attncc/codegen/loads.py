@@ -1,4 +1,4 @@
-"""How a read of an input is written: its pointer, its guards, and the tiles of maps and of tables by distance."""
+"""Reads of inputs in generated code: pointers, guards, and tiles of inputs with an entry per pair or per distance."""
 
 from __future__ import annotations
 

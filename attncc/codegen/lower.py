@@ -1,7 +1,8 @@
-"""Expressions to lines of Triton: one statement a shared value, each placed at the level (program, row, column, pair)
-at which it changes, so that a template only has to say where each level's lines go.
+"""Lower expressions to lines of Triton. Each shared value is one statement, placed at the level (program, row, column,
+pair) at which it varies; a template only decides where the lines of each level go.
 
-Here are scopes, names and places; how each kind of expression reads is in `codegen.spelling`, loads in `codegen.loads`.
+This file has scopes, names and placement; `codegen.spelling` has the syntax of each kind of expression, `codegen.loads`
+that of loads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Source to a Python module. The text lives in `linecache`, where Triton and tracebacks find it; no file is written."""
+"""Turn source into a Python module. The text lives in `linecache`, for Triton and tracebacks; no file is written."""
 
 from __future__ import annotations
 

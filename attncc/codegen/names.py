@@ -1,4 +1,4 @@
-"""Names of a user's inputs and scalars inside generated code, where they stand beside the code's own."""
+"""Names of a user's inputs and scalars in generated code, chosen so that they do not clash with the code's own."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Distances between a query and a key, taken apart by tile.
+"""Distances between a query and a key, split by tile.
 
-A term such as slope * (kv_idx - q_idx) costs a kernel three operations a pair. With q_idx and kv_idx written as where
-their tile starts and where they lie in it, the term is slope * kv_in_tile, one value a column, plus
-slope * (tile_shift - q_in_tile), one value a row: they join what else the row and the column add, and a pair pays for
-one addition. The parts are as large as a tile where the distance is small: too coarse by some bits for float32, and far
-finer than what 16-bit kernels compute with, so only kernels for those have it.
+A term such as slope * (kv_idx - q_idx) costs a kernel three operations per pair. With each index written as the start
+of its tile plus the position in the tile, the term becomes slope * kv_in_tile, one value per column, plus slope *
+(tile_shift - q_in_tile), one value per row. They are added to other values per row and column, so that a pair pays for
+one addition. Both parts are as large as a tile even if the distance is small. This loses some bits of float32, but is
+far more precise than 16-bit kernels, so only those use it.
 """
 
 from __future__ import annotations

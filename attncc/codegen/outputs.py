@@ -1,4 +1,5 @@
-"""The slots of the light passes behind auxiliary outputs: what a tile adds to each reduction, and where it goes."""
+"""Template slots of the light passes for auxiliary outputs: what a tile adds to each reduction, and where it is
+stored."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the slots of all kernels share that visit tiles of pairs: the values that formulas may use, what the mask hides,
-and the matmuls of the scores."""
+"""Slots shared by all kernels that visit tiles of pairs: the values that formulas may use, the mask, and the matmuls of
+the scores."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Everything the passes found out about a variant, computed once and handed to every kernel.
+"""Everything that the passes derive from a variant, computed once and used by all kernels.
 
-A variant with several branches has a part for each, which is the plan of a variant of its own. In a kernel the parts
-stand side by side, and what each has for itself (a score, a running maximum, lse) is called by its name and a tag.
+A variant with several branches has a part for each, which is the plan of a single-branch variant. A kernel computes the
+parts side by side; values that each part has of its own (score, running maximum, lse) get the part's tag in their name.
 """
 
 from __future__ import annotations

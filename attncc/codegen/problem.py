@@ -1,4 +1,4 @@
-"""A plan and a call's sizes as the scheduler's problem."""
+"""From a plan and the sizes of a call to the scheduler's `Problem`."""
 
 from __future__ import annotations
 

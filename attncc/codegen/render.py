@@ -1,4 +1,4 @@
-"""A plan and its head dimensions to the source of a module: kernels, and the host code that launches them."""
+"""From a plan and head dimensions to the source of a module: kernels, and the host code that launches them."""
 
 from __future__ import annotations
 

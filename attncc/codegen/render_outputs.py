@@ -1,4 +1,4 @@
-"""The module of the light passes that compute auxiliary outputs, for those that one kind of call asks for."""
+"""Render the module of the light passes that compute the auxiliary outputs which one kind of call asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slots of the sweep before a backward whose gradient passes through the statistics of each row."""
+"""Template slots of the sweep before a backward whose gradient passes through the statistics of each row."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The machine code of an NVIDIA kernel as instructions: what each reads and writes, and where it goes.
+"""NVIDIA machine code (SASS) as instructions: the registers that each reads and writes, and its branch targets.
 
-nvdisasm, which the triton package has, prints it; a line is `/*0b40*/ @!P0 IADD3 R4, P1, R36, UR6, RZ ;`.
+Disassembled by nvdisasm from the triton package; a line is `/*0b40*/ @!P0 IADD3 R4, P1, R36, UR6, RZ ;`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the registers of a kernel's machine code hold before each instruction, as far as it is known without running it.
+"""Dataflow analysis of SASS: the value of each register before each instruction, as far as it is known statically.
 
-Numbers are followed through moves, additions, logic and spills, on all ways. A value that is not known is named by
-where it was made, so that a swap by three exclusive ors is one; in a loop the name stands for that of any turn.
+Constants are propagated through moves, additions, logic and spills, along all paths. An unknown value is named after
+the instruction that produced it, so that a swap by three exclusive ors is recognized; in a loop, the name stands for
+the value of any iteration.
 """
 
 from __future__ import annotations

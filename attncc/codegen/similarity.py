@@ -1,8 +1,8 @@
-"""The similarity's part of each kernel: operands of its matmuls, its row and column terms, and what a cotangent of
-them means for q, k and the vectors that they read.
+"""The similarity in each kernel: operands of its matmuls, its row and column terms, and the gradients that their
+cotangents give to q, k and the vector inputs they read.
 
-Here a tile is [rows, components] of q or of k, a chunk of the head dimension at a time: a vector expression is lowered
-as any other, with the component in the place of the column.
+Tiles here are [rows, components] of q or k, one chunk of the head dimension at a time: a vector expression is lowered
+like any other, with the component in the role of the column.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cotangents of scores as a slope times what waits for dp: the fewer values a pair wait for it, the fewer registers."""
+"""Write cotangents of scores as slope * dp + rest, so that fewer values per pair occupy registers until dp is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each kind of expression is written in Triton: one function a kind, given the scope that places its operands."""
+"""The Triton syntax of each kind of expression: one function per kind, given the scope that places its operands."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A plan of degree 2 and its head dimensions to the source of a module: features [1, x, x (x) x], made on the fly.
+"""Weights of degree 2: from a plan and head dimensions to the source of a module, with features [1, x, x (x) x].
 
-The state has a row for each feature, 1 + Dqk + Dqk^2 of them: too many for one program. It is made of slices, the Dqk
-features x_m x of each m. A program has one slice of a segment's state, or all slices for a tile of tokens:
+The state has a row for each of the 1 + Dqk + Dqk^2 features, too many for one program. It consists of slices, one per
+m, of the Dqk features x_m x. A program has one slice of a segment's state, or all slices for a tile of tokens:
 
     slice_m += sum_t (x_m x)_t y_t'                  out_t = sum over the pairs of the segment + sum_m (x_m x)_t slice_m
 
-Features lie in registers alone; what is stored are the states between segments, O(N) where those have Dqk^2 tokens.
-The kernels know nothing of a variant but three numbers, and take x and y for queries and keys in turn.
+The features exist only in registers. Only the states between segments are stored, which is O(N) if segments have Dqk^2
+tokens. The kernels know only three numbers of the variant, and take x and y to be queries and keys in turn.
 """
 
 from __future__ import annotations

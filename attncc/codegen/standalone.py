@@ -1,5 +1,5 @@
-"""One self-contained file: kernels, launches, autograd and the chosen schedule. It needs torch and triton, and no
-attncc."""
+"""Write one self-contained file: kernels, launches, autograd and the chosen schedule. It needs torch and triton
+only."""
 
 from __future__ import annotations
 

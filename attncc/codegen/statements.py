@@ -1,4 +1,4 @@
-"""Generated statements as text that can be asked what it reads, and said in Gluon instead of Triton."""
+"""Generated statements as text: which names they read and set, and their translation from Triton to Gluon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of generated code: numbers, parentheses, and names that say what a value is."""
+"""Small pieces of generated code: numbers, parentheses, and descriptive names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kernel takes of a GPU's registers, as its machine code says."""
+"""The registers and spills of a compiled kernel, read from its machine code."""
 
 from __future__ import annotations
 

@@ -1,23 +1,23 @@
-"""Faults in the machine code of kernels for sm_90, whose tensor cores read shared memory through descriptors.
+"""Detect miscompiled wgmma instructions in the machine code of kernels for sm_90.
 
-Two faults of ptxas, the assembler, are looked for. Both leave the PTX right and the results wrong.
+Two bugs of ptxas, the assembler, are detected. Both leave the PTX right and the results wrong.
 
-*A descriptor's upper half.* A wgmma reads an operand in shared memory by a descriptor of 64 bits: its lower half is an
-address, its upper half the swizzle and the stride, constants (PTX ISA, "matrix descriptor format"). The ptxas of CUDA
-12.8 adds the steps along an operand in two halves, and where the address was extended from 32 bits with zeros it may
-take the address in place of the zeros:
+*The upper half of a descriptor.* A wgmma reads an operand in shared memory through a 64-bit descriptor. Its lower half
+is an address; its upper half holds swizzle and stride, which are constants (PTX ISA, "matrix descriptor format"). ptxas
+of CUDA 12.8 adds the steps along an operand in two halves and, if the address was zero-extended from 32 bits, may use
+the address in place of the zeros:
 
     UIADD3   UR4, UP0, UR5, 0x40, URZ
     UIADD3.X UR5, UR5, -0x7fffffe0, URZ, UP0
 
-All steps but the first are then read elsewhere, or beyond all memory. Those of CUDA 12.9 and later make a zero of
-their own. It was found in delta_net at chunks of 64 tokens, which were wrong on an H100; flash-linear-attention's pull
-request 1262 tells of wrong addresses by the same release. Here: the upper half of a descriptor must be a constant.
+All steps but the first then read a wrong or invalid address. CUDA 12.9 and later use a zero. This was found in
+delta_net with chunks of 64 tokens, whose results were wrong on an H100; flash-linear-attention's pull request 1262
+reports wrong addresses with the same release. The check: the upper half of a descriptor must be a constant.
 
-*A register in flight.* A wgmma is asynchronous until a wait covers its group. The ptxas of CUDA 12.9 may give an
-operand's registers to others before (fixed in CUDA 13.3, see its release notes; Triton's pull request 11781). Here:
-until the wait nobody writes the registers of an operand, nor reads or writes those of a sum, but the next wgmma of the
-same sum.
+*A register in flight.* A wgmma is asynchronous until a wait covers its group. ptxas of CUDA 12.9 may reuse the
+registers of an operand before that (fixed in CUDA 13.3, see its release notes; Triton's pull request 11781). The check:
+until the wait, no instruction writes registers of an operand, and none reads or writes those of an accumulator, except
+the next wgmma of the same accumulator.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One spec file becomes a kernel: printed, compiled, held against the float64 reference, and left as a file."""
+"""From one spec file to a kernel: print it, compile it, check it against the float64 reference, and write it to a
+file."""
 
 from __future__ import annotations
 

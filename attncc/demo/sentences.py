@@ -1,4 +1,4 @@
-"""A pretrained sentence encoder reads a dozen sentences twice: as shipped, and with attncc's attention in its place."""
+"""Run a pretrained sentence encoder twice: as shipped, and with its attention replaced by attncc's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""The shelf as data and as a page, both made by `python -m attncc.gallery`: shelf.json is what `attncc list` prints,
-README.md shows every variant with its formula, a picture of its weights, and the lines that define it.
-"""
+"""The shipped variants as data and as a page, both written by `python -m attncc.gallery`: `attncc list` prints
+shelf.json; README.md shows every variant with its formula, a picture of its weights, and its definition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the shelf says of a variant: its formulas, what was derived from them, and a picture of its weights."""
+"""The gallery entry of a variant: its formulas, the derived facts, and a picture of its weights."""
 
 from __future__ import annotations
 

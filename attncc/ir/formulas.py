@@ -1,4 +1,4 @@
-"""A graph back to the formulas that a user writes: five stages, with the sums and row reductions inside them."""
+"""From a graph back to the formulas that a user writes: five stages, with sums and row reductions inlined."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""How often a value changes inside a kernel: once a program, a row, a column, or a pair. What a loop can hoist
-follows from it."""
+"""How often a value changes in a kernel: per program, row, column or pair. This decides what a loop can hoist."""
 
 from __future__ import annotations
 

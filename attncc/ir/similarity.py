@@ -1,15 +1,15 @@
-"""Sums over the head dimension, sorted by what they cost: a value a row, a value a column, a matmul, or a loop.
+"""Classify the sums over the head dimension by cost: a value per row, a value per column, a matmul, or a loop.
 
-A similarity is an expression with sums over the head dimension. Each is multiplied out, and its terms become stages:
+A similarity is an expression with sums over the head dimension. Each sum is expanded, and its terms become stages:
 
-    qk          sum_d(q_vec * k_vec)                     the matmul that every attention has
-    q_term_i    sum_d(f(q_vec, inputs of the query))     one value a row
-    k_term_i    sum_d(g(k_vec, inputs of the key))       one value a column
-    dot_i       sum_d(f(query) * g(key))                 a matmul of what the two sides make of their vectors
-    band_i      sum_d(f(query) * table[distance])        a loop over the head dimension that loads an entry a pair
+    qk          sum_d(q_vec * k_vec)                     the matmul of standard attention
+    q_term_i    sum_d(f(q_vec, inputs of the query))     one value per row
+    k_term_i    sum_d(g(k_vec, inputs of the key))       one value per column
+    dot_i       sum_d(f(query) * g(key))                 a matmul of functions of either vector
+    band_i      sum_d(f(query) * table[distance])        a loop over the head dimension that loads an entry per pair
     pair_i      sum_d(anything else)                     a loop over the head dimension
 
-So -sum_d((q_vec - k_vec)**2) is 2*qk - q_term_0 - k_term_0: the textbook's form, at a matmul's price.
+So -sum_d((q_vec - k_vec)**2) is 2*qk - q_term_0 - k_term_0: written as in the textbook, at the cost of a matmul.
 """
 
 from __future__ import annotations

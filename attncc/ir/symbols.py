@@ -1,4 +1,4 @@
-"""The names a formula may use, as sympy symbols: one place, so that every pass means the same symbol by a name."""
+"""The names that a formula may use, as sympy symbols: defined once, so that all passes share them."""
 
 from __future__ import annotations
 

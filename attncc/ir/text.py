@@ -1,4 +1,4 @@
-"""The IR as text, for bug reports, `attncc show --ir`, and the digest."""
+"""The IR as text, for bug reports, `attncc show --ir`, and the digest of a variant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a graph well formed? Every pass may rely on what is checked here; a pass that breaks it has a bug."""
+"""Check that a graph is well formed. All passes rely on these invariants; a pass that breaks one has a bug."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text form's expressions: parsed by Python's own grammar, read by a whitelist of its nodes, never executed."""
+"""Parse the expressions of the text form: Python's grammar, restricted to a whitelist of nodes. Never executed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The masks that ship. Each is a boolean over (q_idx, kv_idx); they compose with `&`, `|`, `~`."""
+"""The shipped masks. Each is a boolean over (q_idx, kv_idx); they compose with `&`, `|`, `~`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The score modifiers that ship. They compose with `>>`, left first."""
+"""The shipped score modifiers. They compose with `>>`, and apply from left to right."""
 
 from __future__ import annotations
 

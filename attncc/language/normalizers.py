@@ -1,4 +1,4 @@
-"""The normalizers that ship, written the way papers write them. Nothing in the compiler knows their names."""
+"""The shipped normalizers, written as in the papers. The compiler has no special case for any of them."""
 
 from __future__ import annotations
 

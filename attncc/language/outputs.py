@@ -1,12 +1,12 @@
-"""Auxiliary outputs: the ready-made ones, and how a formula becomes one of the graph's.
+"""Auxiliary outputs: the ready-made ones, and the translation of a formula to an output of the graph.
 
     ac.Variant(..., outputs={"entropy": ac.outputs.entropy,
                              "recent": lambda weight, row, q_idx, kv_idx: row.sum(weight, q_idx - kv_idx < 64)})
     out, entropy = op(q, k, v, outputs=("out", "entropy"))
 
-A formula sees weight, score, the indices, the variant's inputs, and `row`, `col`, `offset`, `block`, `pair`, which
-reduce over the visible pairs of a query, a key, a distance, a block, or one pair. `log(weight)` of a weight below
-2^-126, of 0 too, is log(2^-126), so that weight * log(weight) is 0 there.
+A formula may use weight, score, the indices, the variant's inputs, and `row`, `col`, `offset`, `block`, `pair`, which
+reduce over the visible pairs of a query, a key, a distance, a block, or one pair. For a weight below 2^-126, including
+0, `log(weight)` is log(2^-126), so that weight * log(weight) is 0 there.
 """
 
 from __future__ import annotations

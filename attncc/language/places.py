@@ -1,4 +1,4 @@
-"""Where in a user's Python a fault is: spans from tracebacks and from the positions that bytecode carries."""
+"""Locate faults in a user's Python code, from tracebacks and the source positions in bytecode."""
 
 from __future__ import annotations
 

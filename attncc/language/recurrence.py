@@ -1,4 +1,4 @@
-"""Recurrences: a state that goes from token to token, where no matrix of independent pairs says what a token does.
+"""Recurrences: variants in which a state goes from token to token, and that are no sum over independent pairs.
 
     def update(state, k_vec, v_vec, b, h, kv_idx, beta, g):     # the gated delta rule
         kept = ac.exp(g[b, h, kv_idx]) * state
@@ -6,8 +6,9 @@
 
     ac.Variant(recurrence=ac.recurrence(update), inputs={"beta": ..., "g": ...})
 
-A state is a matrix with a row for each component of k_vec and q_vec, and a column for each of v_vec. A formula is of
-its elements: k_vec * v_vec is the outer product, and dot(k_vec, state) adds over the rows: a row of values is left.
+The state is a matrix with a row per component of k_vec and q_vec, and a column per component of v_vec. Formulas are
+elementwise: k_vec * v_vec is the outer product, and dot(k_vec, state) contracts the rows, which leaves a vector like
+v_vec.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an output's formula sees besides a stage's names: `row`, `col`, `offset`, `block` and `pair`, which reduce."""
+"""The reductions that an output's formula may use: `row`, `col`, `offset`, `block` and `pair`."""
 
 from __future__ import annotations
 

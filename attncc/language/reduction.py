@@ -1,7 +1,7 @@
-"""The reduction stage in the form that the IR keeps: out = row.sum(f * v_vec), one sum, however many the formula wrote.
+"""Normalize the reduction stage to the IR's form, out = row.sum(f * v_vec): one sum, however many the formula has.
 
-A factor that is the same for the whole row is taken into the sum, where the passes know what to do with it. Where there
-are several branches, f is a sum of their weights, each with a factor of its own.
+A factor that is constant in a row is moved into the sum, where the passes can handle it. With several branches, f is a
+sum of their weights, each with its own factor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What each stage sees, and the assembly of traced stages into the IR graph. Shared by the Python and the text form."""
+"""The names that each stage may use, and the assembly of traced stages into the IR graph; for Python and the text
+form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text form: a variant as TOML. Data, never executed. An example:
+"""The text form: a variant as TOML, which is parsed and never executed. An example:
 
     name = "gemma2-local"
     [stages]

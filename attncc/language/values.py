@@ -1,7 +1,7 @@
-"""Values: what the variables of a formula are while it is read, whether it came as Python or as text.
+"""Values: the variables of a formula while it is being read, from Python or from text.
 
-Every operation checks the types of its operands and says what is wrong in the user's terms; the caller (the tracer, or
-the text parser) knows where in the source it happened and adds the place.
+Every operation checks the types of its operands, and reports errors in the user's terms. The caller (the tracer, or the
+text parser) knows the place in the source, and adds it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user writes in Python: a Variant of five stages, each a plain function whose parameters are bound by name."""
+"""`Variant`, the Python form: five stages, each a plain function whose parameters are bound by name."""
 
 from __future__ import annotations
 

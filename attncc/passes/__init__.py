@@ -1,1 +1,1 @@
-"""Pure functions from the graph to another graph, or to facts that are proved of it."""
+"""Passes: pure functions from a graph to another graph, or to facts that are proved of it."""

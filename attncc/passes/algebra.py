@@ -1,8 +1,8 @@
-"""Questions about pair expressions that derivations turn on: is it zero, is it another one times a factor of the row?
+"""Algebraic questions about pair expressions: is one zero, is it another one times a factor of the row?
 
-A condition counts as a symbol that is 0 or 1, so that functions with cases become polynomials in such symbols:
-relu(x) = [x > 0] x. A few random points reject most expressions before any algebra; what algebra cannot show is
-answered with no, which costs a derivation time and never its correctness.
+A condition is treated as a symbol that is 0 or 1, which turns functions with cases into polynomials in such symbols:
+relu(x) = [x > 0] x. Evaluation at a few random points rejects most candidates before any algebra. If algebra cannot
+decide, the answer is no; this may cost a derivation a faster form, never its correctness.
 """
 
 from __future__ import annotations

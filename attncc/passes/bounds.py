@@ -1,7 +1,7 @@
-"""How large a value can get, whatever the scores are: plain numbers, for the checks that warn of overflow and of zero.
+"""Bounds on values for any scores, as numbers: for the checks that warn of overflow and division by zero.
 
-An extent holds every value that occurs, and maybe more. Scores and float inputs may be
-anything; a scalar is its default.
+Sound, not complete: an extent contains every value that occurs, and maybe more. Scores and float inputs may have any
+value; a scalar has its default.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Derivatives of the IR's expressions, in forms that are finite where they have a limit."""
+"""Derivatives of the IR's expressions, in forms that stay finite wherever they have a limit."""
 
 from __future__ import annotations
 

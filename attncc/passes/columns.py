@@ -1,16 +1,16 @@
-"""Gradients through sums over the queries that see a key, as a softmax over the queries has.
+"""Gradients through column sums, as in a softmax over the queries.
 
-With L = sum_i f(s_i) over the queries of a key, share_i = f(s_i) / L, and E_i the cotangent of log L by the pair i,
+With L = sum_i f(s_i) over the queries of a key, share_i = f(s_i) / L, and E_i the cotangent of log L from pair i,
 
     dlog L = sum_i E_i        ds_i += dlog L * f'(s_i) / L = dlog L * share_i'
 
-Where E_i = -k(key) * y_i * share_i, as where the weight is a function of the share, that is with mean = sum_i y_i
-share_i, and the shares of a key sum to 1,
+If E_i = -k(key) * y_i * share_i, as when the weight is a function of the share, then with mean = sum_i y_i share_i,
+and because the shares of a key sum to 1,
 
     ds_i = k (y_i - mean) share_i'
 
-in which what a single query has cancels before anything is rounded: a mean of one value is that value. The mean of each
-key is made by a sweep over the queries, from the very shares and y_i that the gradient is made of.
+In this form, values common to all queries cancel before anything is rounded: the mean of a single value is that value.
+A sweep over the queries computes the mean of each key, from the same shares and y_i as the gradient.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Gradients through auxiliary outputs, derived: what their cotangents ask of each pair.
+"""Gradients through auxiliary outputs: the terms that their cotangents add to each pair.
 
-An output is r = sum over the pairs of a cell of f(weight, score, inputs). A cotangent dr of it adds dr[cell] *
-df/dweight to the cotangent of the pair's weight, which so far was do . v, and dr[cell] * df/dscore to that of its
-score. The cotangent tensors enter the backward's kernels as inputs read at the pair's cell. The row's delta gains the
-sum of weight * (what was added): one more light pass. Of a maximum, the pair at its place alone has a gradient.
+An output is r = sum over the pairs of a cell of f(weight, score, inputs). Its cotangent dr adds dr[cell] * df/dweight
+to the cotangent of the pair's weight (otherwise do . v), and dr[cell] * df/dscore to that of its score. The backward
+kernels read the cotangent tensors as inputs indexed by the pair's cell. The delta of a row gains the sum of weight *
+(the added terms), which takes one more light pass. For a maximum, only the pair that attains it has a gradient.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much work a variant is, from its own expressions: operations a pair, and the tiles that its mask leaves."""
+"""The work of a variant, counted from its expressions: operations per pair, and the tiles that its mask leaves."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Exponentials in a weight: factors of the row and of the column, and the decay from the key's token to the query's.
 
-exp(f(i) + g(j)) is a factor of each. Where f(t) = -g(t) up to what is no token's, it is a decay exp(D(i) - D(j)); where
-f(t) = -g(t - 1), it is one that does not have the query's own step, exp(D(i - 1) - D(j)): a late read.
+exp(f(i) + g(j)) is a factor of each. If f(t) = -g(t), up to terms that do not depend on the token, it is a decay
+exp(D(i) - D(j)). If f(t) = -g(t - 1), it is a decay without the query's own step, exp(D(i - 1) - D(j)): a late read.
 """
 
 from __future__ import annotations

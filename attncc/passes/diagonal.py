@@ -1,11 +1,11 @@
-"""A causal weight in two parts: what a token has of those before it, and what it has of itself.
+"""Split a causal weight into two parts: the pairs with earlier tokens, and the pair of a token with itself.
 
-A formula tells them apart by a condition on positions, `where(kv_idx == q_idx, own, past)`, or by a mask that leaves
-the token itself out. The past is what a state carries; the token's own part is one value a token, of any form at all:
+A formula distinguishes them by a condition on positions, `where(kv_idx == q_idx, own, past)`, or by a mask that hides
+the token itself. A state carries the past; the token's own part is one value per token, of any form:
 
     out_i = sum_{j < i} past_ij v_j + own_i v_i
 
-The past may read the state before the token's own step of decay: exp(D_{i-1} - D_j) instead of exp(D_i - D_j).
+The past may read the state before the token's own decay step: exp(D_{i-1} - D_j) instead of exp(D_i - D_j).
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""The backward, derived from the one-pass form. Nobody writes one.
+"""Derive the backward from the one-pass form.
 
-With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j), write dp_j = do . v_j and delta = do
-. o. Then for whatever y a pair depends on (the score, or an element read from an input)
+With o = G * sum_j A(s_j) v_j and G a function of the sums L_k = sum_j B_k(s_j), let dp_j = do . v_j and delta = do . o.
+Then for any y that a pair depends on (the score, or an element read from an input)
 
     dy_j = G * dA/dy * dp_j  +  (delta - dlse) * sum_k (d log G / d L_k) * dB_k/dy
 
-because lse = M - log G, so that a cotangent of lse is one more term of delta. A factor of the whole row, which the
-reduction may have, is one of A's here: o has it, too. The running maximum counts as a constant: `shift_invariant`
-proves that the weight does not change when it moves. What else of M is read from an input, as in exp(-rate (i - j)),
-whose part of the row M has, gets its own cotangent from dlse. Where the weight has an exponential, the proof lets us
-put the maximum at lse itself, where G = 1: then lse is the only row statistic that the backward needs. Elsewhere the
-forward stores the sums themselves.
+because lse = M - log G, so that a cotangent of lse is one more term of delta. A factor of the whole row in the
+reduction belongs to A here, since o contains it. The running maximum M is treated as a constant: `shift_invariant`
+proves that the weight does not change when it moves. Inputs that M reads directly, as in exp(-rate (i - j)) whose row
+part is in M, get their cotangent from dlse. If the weight has an exponential, the proof allows to set the maximum to
+lse itself, where G = 1: then lse is the only row statistic that the backward needs. Otherwise the forward stores the
+sums themselves.
 
-Where a gradient does pass through a maximum, or through a statistic of an earlier sweep, `passes.reverse` derives it.
+If a gradient does pass through a maximum, or through a statistic of an earlier sweep, `passes.reverse` derives it.
 """
 
 from __future__ import annotations

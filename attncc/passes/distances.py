@@ -1,8 +1,8 @@
-"""What a formula computes of a pair's distance alone: tables with an entry a distance, which kernels read.
+"""Subexpressions that depend on a pair's distance only: precomputed tables with an entry per distance.
 
-T5's buckets, a learned bias of each distance, whole periods between query and key, a power of the distance: each is a
-function of kv_idx - q_idx, of the head and of inputs, so that all pairs of a head have q_len + kv_len - 1 values of it
-between them. Where it is more work than a load, a small kernel computes those once, and a pair reads its own.
+T5's buckets, a learned bias per distance, periods between query and key, a power of the distance: each is a function of
+kv_idx - q_idx, of the head and of inputs, so that all pairs of a head share q_len + kv_len - 1 values. If one is more
+expensive than a load, a small kernel computes the table once, and pairs read it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Strength reduction: scores in units of log2, so that exp becomes exp2 and its constant melts into the scale.
+"""Strength reduction: scores in units of log2, so that exp becomes exp2 and its constant is merged into the scale.
 
 With score = ln2 * t and every running maximum in the same unit, exp(score - m) is exp2(t - m): the 1/ln2 joins `scale`
-in one multiply a pair. Where t is a positive factor of the whole program times something, the row maximum is taken of
-that something, and the multiply joins the subtraction in one fused multiply-add.
+in one multiply per pair. If t is a positive factor, constant in the program, times another value, the row maximum is
+taken of that value, and the multiply joins the subtraction in one fused multiply-add.
 """
 
 from __future__ import annotations

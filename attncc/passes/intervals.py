@@ -1,6 +1,6 @@
-"""Interval arithmetic on index expressions: what a value, or a condition, can be over a whole box of pairs.
+"""Interval arithmetic on index expressions: the range of a value, or of a condition, over a box of pairs.
 
-Sound, not complete: an interval holds every value that occurs, and maybe more. Bounds are expressions again, so that
+Sound, not complete: an interval contains every value that occurs, and maybe more. Bounds are expressions again, so that
 the same result serves the compiler (with numbers) and the kernel (with the box of its own tile).
 """
 

@@ -1,8 +1,8 @@
-"""Is a variant linear in time? If its weights split into what the query makes and what the key makes, a state does.
+"""Prove that a variant has a linear-time form: its weights separate into factors of the query and of the key.
 
-Attention costs N^2 because every pair has a weight of its own. Where the weight is a polynomial in a dot product, times
-factors of the row and of the column, times a decay exp(D_i - D_j) from token to token, the sum over the keys is a
-product with a state that is carried along:
+Attention costs N^2 because every pair has its own weight. If the weight is a polynomial in a dot product, times factors
+of the row and of the column, times a decay exp(D_i - D_j) from token to token, the sum over the keys is a product with
+a state that is carried along:
 
     out_i = G(total_i) * sum_{j <= i} (c a_i.b_j + alpha_i beta_j) exp(D_i - D_j) v_j        D_t = step_0 + ... + step_t
     a_i = row_i * left(q_vec_i),  b_j = col_j * right(k_vec_j),  total_i = the same sum without v_j
@@ -10,10 +10,10 @@ product with a state that is carried along:
     state_t = exp(step_t) state_{t-1} + [b_t, beta_t] [v_t, 1]'        out_t = G(...) [c a_t, alpha_t] state_t
 
 A weight p_0 + p_1 s + p_2 s^2 of s = a_i.b_j, without decay, has the same form over the features of degree 2,
-[1, x, x (x) x], a state of 1 + Dqk + Dqk^2 rows.
+[1, x, x (x) x], with a state of 1 + Dqk + Dqk^2 rows.
 
-`linearize` proves that form by algebra on the variant's formulas, factor by factor, and refuses with the name of the
-first factor that does not split. Nothing looks at what a variant is called.
+`linearize` proves the form by algebra on the variant's formulas, factor by factor, and refuses with the name of the
+first factor that does not separate. It does not look at the name of a variant.
 """
 
 from __future__ import annotations

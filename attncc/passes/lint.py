@@ -1,7 +1,7 @@
-"""What may go wrong with a variant that is well formed: rows that see no key, overflow, division by zero, no backward.
+"""Likely mistakes in a well-formed variant: fully masked rows, overflow, division by zero, no backward.
 
-Each check is a function from the graph to findings. What depends on sizes is found by trying small ones, so that a
-finding has an example; what depends on scores is found by bounds on what they can be.
+Each check is a function from the graph to findings. Those that depend on sizes are found by trying small ones, so that
+a finding has an example; those that depend on scores, by bounds on their values.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Weights with a sign, as cog's: sign(x) times what is not negative. Then weight * sign(x) is |weight|, and a cotangent
-that is a multiple of the weight by a sign needs nothing of a pair but its weight: no sign, no magnitude beside."""
+"""Weights with a sign, as in cog: sign(x) times a nonnegative value. There weight * sign(x) = |weight|, so that a
+cotangent that is a multiple of the weight and a sign needs only the weight per pair, and neither the sign nor the
+magnitude."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Auxiliary outputs as light passes over the pairs, given the row statistics that the forward stored.
 
-Each pass recomputes the tiles of one domain's outputs: the score, the weight from the stored rows (as the backward
-does), and the outputs' pair expressions. It needs no v and no M x N buffer, and visits the tiles that the mask, and
-the condition that all of its reductions share, leave.
+A pass recomputes the tiles for the outputs of one domain: the score, the weight from the stored rows (as in the
+backward), and the outputs' pair expressions. It needs no v and no M x N buffer, and visits only the tiles that the mask
+and the common condition of its reductions leave.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What must be known before a variant's kernels run: which rows see no key, and the column sums of its normalizer.
+"""Values that must be known before a variant's kernels run: which rows are fully masked, and column sums.
 
-Both become inputs of a graph that is as any other, made by the lse of a variant of their own:
+Both become inputs of an ordinary graph, computed as the lse of an auxiliary variant:
 
     dead_rows[b, h, q_idx]     where lse is -inf: the log of the number of keys that a row sees
     col_lse_i[b, h, kv_idx]    log col.sum(f): the lse of the transposed variant, whose queries are the keys
 
-A maximum over the queries is a mere shift: exp(s - col.max(s)) / col.sum(exp(s - col.max(s))) = exp(s - col_lse).
-What a pair adds to the sum, over the sum, is a stage of its own, col_share_i: by it the gradient passes through the sum
-(see `passes.columns`), and the lse that was made is a constant.
+A maximum over the queries is only a shift: exp(s - col.max(s)) / col.sum(exp(s - col.max(s))) = exp(s - col_lse). The
+term of a pair divided by the sum is a stage of its own, col_share_i: the gradient passes through the sum by way of it
+(see `passes.columns`), and the computed lse is a constant.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""What kind of recurrence is it? The state behind a token as what is kept of the one before it, plus what is written.
+"""Classify a recurrence: split the new state into the kept part of the previous one and the written part.
 
-A token's update is taken apart term by term. Two families have a form by chunks of tokens:
+A token's update is analysed term by term. Two families have a form by chunks of tokens:
 
     diagonal   state_t = exp(step_t) state_(t-1) + write_t k_t v_t'
     rank one   state_t = exp(step_t) (I - erase_t k_t k_t') state_(t-1) + write_t k_t v_t'
 
-The first is attention in linear time, see `passes.linearize`. In the second, the delta rule, what a token writes
-depends on what it finds; within a chunk that is a triangular system of one equation a token (the WY form), and behind
-it the second is the first with other values:
+The first is linear attention, see `passes.linearize`. In the second, the delta rule, the value that a token writes
+depends on the state it finds. Within a chunk this is a triangular system with one equation per token (the WY form),
+after which the second family is the first with other values:
 
     D_t = step_0 + ... + step_t      A_ij = erase_i (k_i . k_j) exp(D_i - D_j) for j < i, else 0
     added = (I + A)^-1 (write V - erase exp(D) K state)
     state' = exp(D_last) state + (exp(D_last - D) K)' added
 
-`recur` proves which family a variant is of, and refuses with the name of the first term that is of neither. Nothing
-looks at what a variant is called.
+`recur` proves which family a variant belongs to, and refuses with the name of the first term that fits neither. It does
+not look at the name of a variant.
 """
 
 from __future__ import annotations

@@ -2,18 +2,18 @@
 
 Write out = sum_j w_j v_j with w_j = w(s_j, r), where r are row statistics, each a reduction over the same keys:
 
-    a maximum  r = max_j g_j          dr = the mean of dg_j over the keys that attain it, as PyTorch's amax has it
+    a maximum  r = max_j g_j          dr = the mean of dg_j over the keys that attain it, as in PyTorch's amax
     a sum      r = sum_j g_j          dr = sum_j dg_j
-    a root     sum_j g_j(r) + e(r) = 0    dr = -(sum_j dg_j + de) / (sum_j g_j'(r) + e'(r)), r itself held fixed
+    a root     sum_j g_j(r) + e(r) = 0    dr = -(sum_j dg_j + de) / (sum_j g_j'(r) + e'(r)), with r itself held fixed
 
-With dp_j = do . v_j, the cotangent of r is linear in dp:  c_r = sum_j dp_j E_rj,  where E_r is dw/dr plus what comes
-through later statistics, E_l (dr_l/dr) f_l. So one sweep over the keys has every sum that any cotangent needs, and each
-cotangent is then arithmetic of a row. Most need no sweep at all:
+With dp_j = do . v_j, the cotangent of r is linear in dp:  c_r = sum_j dp_j E_rj,  where E_r is dw/dr plus the terms
+through later statistics, E_l (dr_l/dr) f_l. So one sweep over the keys computes every sum that any cotangent needs, and
+each cotangent is then arithmetic per row. Most need no sweep:
 
-    E_r = 0             the statistic is a mere shift, and no gradient passes through it
-    E_r = k(row) w      c_r = k delta, with delta = do . o as ever
+    E_r = 0             the statistic is only a shift, and no gradient passes through it
+    E_r = k(row) w      c_r = k delta, with delta = do . o as usual
 
-Both are found by algebra. The cotangent of a score is dp_j dw_j/ds + sum_l a_l dg_lj/ds, with a_l = c_l f_l.
+Both cases are found by algebra. The cotangent of a score is dp_j dw_j/ds + sum_l a_l dg_lj/ds, with a_l = c_l f_l.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Running sums as inputs of a core variant: cumsum(g[b, h, kv_idx]) becomes an element of the input `g_sum`.
 
-The core is what quadratic kernels are generated from; whoever calls them sums the tensor along its tokens first, and
-PyTorch's autograd passes the gradient of the sums on.
+Quadratic kernels are generated from the core. The caller sums the tensor along its tokens first, and PyTorch's autograd
+propagates the gradient of the sums.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""The similarity as kernels compute it: row and column terms become inputs of a core variant, made by a small kernel.
-What no term and no matmul is, is a loop over the components of each tile of pairs.
+"""The similarity as kernels compute it: row and column terms become inputs of a core variant, computed by a small
+kernel. Terms that are neither these nor matmuls become a loop over the components of each tile of pairs.
 
-A term such as sum_d(k_vec**2) is one value a key, however many queries see it. The core variant reads it like any
-input with an entry a key, and differentiates it like one; what then reaches q, k and the vectors that the term read is
+A term such as sum_d(k_vec**2) is one value per key, however many queries see it. The core variant reads it like any
+input with an entry per key, and differentiates it like one. The gradient of q (and likewise of k, and of every vector
+input in the terms) is then
 
     dq_vec = d/dq_vec [ sum_i F_i * f_i(q_vec) + sum_t dterm_t * e_t(q_vec) ]
 
-for each component, where dot_i = sum_d(f_i * g_i), F_i is the row's sum of ddot_i * g_i over the keys, e_t is the
-summand of the row term t and dterm_t its cotangent; for keys alike, and for every vector input that occurs in it.
+per component, where dot_i = sum_d(f_i * g_i), F_i is the row sum of ddot_i * g_i over the keys, e_t is the summand of
+the row term t, and dterm_t its cotangent.
 """
 
 from __future__ import annotations

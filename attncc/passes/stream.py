@@ -1,17 +1,17 @@
 """How a normalizer streams over the keys: the online form, proved by algebra and never looked up by name.
 
-A normalizer is a cascade of row reductions followed by a weight. One pass suffices exactly when
+A normalizer is a cascade of row reductions followed by a weight. One pass suffices exactly if
 
   1. no reduction's term needs a sum that is still running, and
-  2. the weight is A(s, m) * G, with G the same for the whole row, and
+  2. the weight is A(s, m) * G, with G constant in the row, and
   3. for each running term T(s, m) (A, and the term B of every row sum), T(s, m') / T(s, m) does not depend on s.
 
-That ratio is the factor by which a partial accumulator is rescaled when the running maximum moves from m to m', and
-the same factor merges two partial results computed over different keys (split-KV).
+That ratio is the factor by which a partial accumulator is rescaled when the running maximum moves from m to m'. The
+same factor merges two partial results computed over different keys (split-KV).
 
-Where one of the three fails, it fails because of certain reductions: those, and what they need, are completed by
-earlier sweeps over the keys, and count as known from then on. A sweep leaves to later ones whatever they can do
-themselves, so that the number of sweeps is the length of the longest chain of reductions that need one another whole.
+If one of the three fails, it fails because of certain reductions. These, and the ones they need, are completed by
+earlier sweeps over the keys, and are known from then on. A sweep leaves as much as possible to later ones, so that the
+number of sweeps is the length of the longest chain of reductions in which each needs the final value of the one before.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Comparisons with a row's own extreme, as kernels can make them: a key attains it if it is as close as float32 tells.
+"""Comparisons with a row's own extreme, with a tolerance: a key attains the extreme if float32 cannot tell the
+difference.
 
-A kernel computes a score again where it is compared with the maximum, in another unit or another order of sums, and so
-`score >= row.max(score)` would be false of the very key that has it.
+A kernel that compares a score with its maximum computes the score a second time, in another unit or order of summation,
+so an exact `score >= row.max(score)` could be false even for the key that has the maximum.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Calls: checked tensors, the launch of generated kernels, and the float64 reference that they are verified against."""
+"""Running ops: checking tensors, launching generated kernels, and the float64 reference that verifies them."""

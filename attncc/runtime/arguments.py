@@ -1,4 +1,4 @@
-"""The arguments of a launch: tensors, descriptors of tensors and numbers, and how they lie in memory for the driver."""
+"""The arguments of a launch (tensors, tensor descriptors, numbers), and their layout in memory for the driver."""
 
 from __future__ import annotations
 

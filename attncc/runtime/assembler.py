@@ -1,7 +1,7 @@
-"""Machine code for sm_90 is looked through before it is launched; what one assembler made wrong, another makes again.
+"""Inspect machine code for sm_90 before it is launched, and reassemble miscompiled kernels with another ptxas.
 
-The triton package has two: of 3.6 and 3.7 the one for sm_90 is that of CUDA 12.8, which makes some operands of the
-tensor cores wrong (`codegen.wgmma`), the one for sm_100 that of CUDA 12.9 or later, which does not.
+The triton package ships two. In 3.6 and 3.7 the one for sm_90 is from CUDA 12.8, which miscompiles some tensor-core
+operands (`codegen.wgmma`); the one for sm_100, from CUDA 12.9 or later, does not.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Kernels as binaries: each specialization is compiled once, side by side with others, and kept on disk.
+"""Compiled kernels: each specialization is compiled once, in parallel with others, and kept on disk.
 
-Binaries have a place in attncc's own cache, because to look into Triton's costs half a second in every process: it
-hashes the whole compiler first.
+Binaries are kept in attncc's own cache, because a look-up in Triton's costs half a second per process: it hashes the
+whole compiler first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""An output's own expression over its reductions, in PyTorch: `maximum(count, 1)` of a mean, the sign of an entropy.
+"""The elementwise part of an auxiliary output, in PyTorch: `maximum(count, 1)` of a mean, the sign of an entropy.
 
-The kernels compute the reductions; what is left is elementwise on the output, and PyTorch's autograd sees it. A call
-pays for the operations alone: each expression is turned into Python functions once.
+The kernels compute the reductions; the rest is elementwise on the output, and PyTorch differentiates it. Each
+expression is compiled to Python functions once, so that a call costs only the operations.
 """
 
 from __future__ import annotations

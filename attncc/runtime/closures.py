@@ -1,4 +1,5 @@
-"""Expressions as Python functions, made once: calls run PyTorch's operations alone, which torch.compile can follow."""
+"""Compile expressions to Python functions once: calls then run only PyTorch operations, which torch.compile can
+trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attncc.compile`: a variant as a PyTorch operator, by whichever plans it has."""
+"""`attncc.compile`: create the operator of a variant, with the plans it has."""
 
 from __future__ import annotations
 

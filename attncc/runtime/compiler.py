@@ -1,4 +1,4 @@
-"""Generated kernels to machine code, by Triton's compiler, which needs no GPU for it."""
+"""Compile generated kernels to machine code with Triton's compiler. Needs no GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Processes that compile. Triton's front end is Python: in the threads of one process several kernels take turns in it,
-and whoever launches kernels meanwhile waits for them, too.
+"""A pool of processes that compile. Triton's front end is Python: in threads of one process, kernels would compile one
+at a time, and block whoever launches kernels meanwhile.
 
-Nothing here is imported that takes time, so that the processes can start while this one imports torch.
+Nothing slow is imported here, so that the processes can start while this one imports torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""NVIDIA's driver, as far as a launch needs it: load a compiled kernel, and run it.
+"""The parts of NVIDIA's driver API that a launch needs: load a compiled kernel, and run it.
 
-Triton's own launcher is C code that it compiles for every signature, a third of a second each, on machines that have a
-C compiler. None of that is needed: the arguments of a launch are an array of addresses.
+Triton's own launcher is C code that it compiles for every signature, which takes a third of a second each and a C
+compiler. Here, the arguments of a launch are an array of addresses, and nothing has to be compiled.
 """
 
 from __future__ import annotations

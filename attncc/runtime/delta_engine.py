@@ -1,4 +1,4 @@
-"""Runs the chunk plan of one delta rule: makes and loads its module for a call's head dimensions, cuts, launches."""
+"""Run the chunk plan of a delta rule: create and load its module for a call's head dimensions, cut, launch."""
 
 from __future__ import annotations
 

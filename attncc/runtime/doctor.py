@@ -1,4 +1,4 @@
-"""What this machine can do: versions, GPUs, the interpreter, cross-compilation, the cache. Each is tried."""
+"""Check what works on this machine, by trying it: versions, GPUs, the interpreter, cross-compilation, the cache."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs one variant: chooses a schedule for a call, has the module made that it needs, compiles ahead, launches.
+"""Run a variant: choose a schedule for a call, create the module it needs, compile ahead, launch.
 
-Everything is made on first use and kept; the second call of the same kind finds it in a dictionary.
+Everything is created on first use and kept; the second call of a kind finds it in a dictionary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Expressions of the IR as plain PyTorch: each function of the vocabulary is one entry of a table. Differentiable.
+"""Evaluate expressions of the IR in plain PyTorch: one table entry per function of the vocabulary. Differentiable.
 
-Integers are int64 and exact; what is not an integer is computed in the dtype that the caller names.
+Integers are int64 and exact; other values are computed in the dtype that the caller names.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What attncc does with a variant, and why: the derived forms, the live tiles, the choice among candidates.
+"""Collect the facts behind `attncc explain`: derived forms, live tiles, and the choice among candidates.
 
-`facts` collects, and `explain` has them written: the text has nothing that the facts have not.
+`facts` collects them, `explain` formats them; the text contains nothing else.
 """
 
 from __future__ import annotations

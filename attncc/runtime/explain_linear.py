@@ -1,4 +1,4 @@
-"""What `explain` says of a variant's form in linear time: its proof, or the factor that does not split."""
+"""Explain a variant's linear-time form: its proof, or the factor that does not separate."""
 
 from __future__ import annotations
 

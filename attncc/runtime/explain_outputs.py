@@ -1,4 +1,4 @@
-"""Which pass computes each auxiliary output, and what its gradient asks of a pair, for `explain`."""
+"""Explain which pass computes each auxiliary output, and what its gradient costs per pair."""
 
 from __future__ import annotations
 

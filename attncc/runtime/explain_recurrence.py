@@ -1,4 +1,4 @@
-"""What `attncc explain` says of a recurrence: its formulas, its family with the proof, and how it is cut."""
+"""Explain a recurrence: its formulas, its family with the proof, and how calls are cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The facts about a variant as text, for people: `attncc explain`."""
+"""Format the facts about a variant as the text of `attncc explain`."""
 
 from __future__ import annotations
 

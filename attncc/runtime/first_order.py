@@ -1,4 +1,4 @@
-"""A backward that has no backward: gradients of gradients are refused, and never quietly left out."""
+"""Refuse double backward: gradients of gradients raise an error instead of being silently wrong."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Are results at full size right? The launch there is the one that calls make: a grid that has more tiles than the GPU
-has processors is dealt differently, by another binary than on a slice.
+"""Check candidates at full size. Only there the launch is that of real calls: a grid with more tiles than the GPU has
+SMs is scheduled differently, and by another binary, than a slice.
 
-The results of the first right candidate are held against the reference for one head of keys, as far as that has room,
-and those of all others against the first's, everywhere.
+The results of the first correct candidate are checked against the reference for one key head, as far as memory allows,
+and those of all others against the first, everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long the GPU takes for a call, whatever the host takes to ask for it."""
+"""Time a call on the GPU alone, without the time of the host."""
 
 from __future__ import annotations
 

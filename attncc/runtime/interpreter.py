@@ -1,9 +1,8 @@
-"""Triton's interpreter for kernels on CPU tensors, beside compiled kernels in the same process and with no
-environment set.
+"""Run kernels on CPU tensors through Triton's interpreter, beside compiled kernels in the same process.
 
-Triton chooses between compiler and interpreter when a kernel is decorated, from an environment variable, and the
-interpreter rewrites `triton.language` while it runs. Here the choice is made a module at a time, the standard library
-of the language is wrapped for the interpreter while a kernel runs, and every change is undone behind it.
+Triton chooses between compiler and interpreter when a kernel is decorated, by an environment variable, and the
+interpreter patches `triton.language` while it runs. Here each module chooses for itself; the language's standard
+library is wrapped for the interpreter only while a kernel runs, and every change is undone afterwards.
 """
 
 from __future__ import annotations

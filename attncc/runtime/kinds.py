@@ -1,4 +1,4 @@
-"""An engine's calls by kind: from the third of a kind on, a call on a GPU is replayed."""
+"""The calls of an engine by kind: from the third call of a kind on, a GPU call is replayed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How a generated module's host code starts its kernels: collected, run, or run and noted for a replay.
+"""How a generated module's host code launches kernels: collect them, run them, or run and record them for a replay.
 
-The module's own `_launch` is replaced by a Launcher. A binary goes straight to the driver; a kernel that needs more
-than pointers and numbers, or is watched by a profiler, goes through Triton.
+The module's own `_launch` is replaced by a Launcher. Binaries go straight to the driver; kernels whose arguments are
+not only pointers and numbers, or that a profiler watches, go through Triton.
 """
 
 from __future__ import annotations

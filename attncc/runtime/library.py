@@ -1,7 +1,7 @@
-"""The PyTorch operators behind every variant: `attncc::forward` and `attncc::backward`.
+"""The PyTorch operators of all variants: `attncc::forward` and `attncc::backward`.
 
-One pair of operators serves all variants: a key names the variant, and the schema carries tensors and numbers. With
-them an op works under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` and the dispatcher's other modes.
+One pair of operators serves all variants: a key names the variant, and the schema has tensors and numbers. This makes
+ops work under `torch.compile(fullgraph=True)`, fake tensors, `opcheck` and other dispatcher modes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A variant that is linear in time as a PyTorch operator: one spec, three plans, a state in and a state out."""
+"""`LinearOp`: a variant with a linear-time form as a PyTorch operator, with three plans and optional states."""
 
 from __future__ import annotations
 

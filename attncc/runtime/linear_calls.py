@@ -1,7 +1,7 @@
-"""Calls of a chunk plan on a GPU without PyTorch's dispatcher, replayed where their kind is known.
+"""Calls of a chunk plan on a GPU without PyTorch's dispatcher, replayed once their kind is known.
 
-Checks, the choice of a plan and the binding of names are made once a kind. Where no input of the variant has a
-gradient the factors of tokens are part of what is replayed; else PyTorch computes them, and its autograd goes on.
+Checks, the choice of a plan and the binding of names happen once per kind. If no input needs a gradient, the factors of
+tokens are part of the replay; otherwise PyTorch computes them, and its autograd differentiates them.
 """
 
 from __future__ import annotations

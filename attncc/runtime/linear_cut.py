@@ -1,4 +1,4 @@
-"""Sequences cut into segments: what the kernels of a chunk plan are told of the lengths of a call."""
+"""Cut sequences into segments: what the kernels of a chunk plan must know about the lengths of a call."""
 
 from __future__ import annotations
 

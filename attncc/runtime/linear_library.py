@@ -1,4 +1,4 @@
-"""The PyTorch operators behind every chunk plan: `attncc::linear_forward` and `attncc::linear_backward`."""
+"""The PyTorch operators of all chunk plans: `attncc::linear_forward` and `attncc::linear_backward`."""
 
 from __future__ import annotations
 

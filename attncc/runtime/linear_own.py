@@ -1,4 +1,4 @@
-"""What a token has of itself where a chunk plan's kernels have it not, a weight of its own value: PyTorch, O(N)."""
+"""A token's own part in PyTorch, for chunk plans whose kernels do not compute it: O(N), a weight per token."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Factors of tokens, in PyTorch: what a chunk plan reads of a call besides q, k and v, one float32 a token and head.
+"""The factors of tokens that a chunk plan reads besides q, k and v, computed in PyTorch: float32 per token and head.
 
-All that is as small as (B, H, L) is computed here, and autograd takes its gradient on to the inputs; all that has a
-head dimension is the kernels'.
+Values of size (B, H, L) are computed here, and autograd passes their gradients to the inputs; values with a head
+dimension are computed by the kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sums over the head dimension that are factors of tokens in a chunk plan: computed in PyTorch, O(N) values."""
+"""Sums over the head dimension that are factors of tokens in a chunk plan: O(N) values, computed in PyTorch."""
 
 from __future__ import annotations
 

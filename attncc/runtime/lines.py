@@ -1,8 +1,7 @@
-"""Generated kernels carry no line numbers: their text is in no file in which a profiler could look them up.
+"""Compile generated kernels without line numbers, because their text is in no file that a profiler could show.
 
-Numbers of lines are a fifth of the time that LLVM and the assembler take for a kernel, and three quarters of a binary;
-the instructions are the same. TRITON_DISABLE_LINE_INFO=0 keeps them, `attncc compile --emit` and a vendored file have
-them anyway.
+Line numbers take a fifth of the time of LLVM and the assembler, and three quarters of a binary; the instructions are
+the same. TRITON_DISABLE_LINE_INFO=0 keeps them; `attncc compile --emit` and vendored files always have them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes the inputs that kernels have beside the user's: see `passes.phases`."""
+"""Compute the inputs that kernels need besides the user's: see `passes.phases`."""
 
 from __future__ import annotations
 

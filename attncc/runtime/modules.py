@@ -1,4 +1,4 @@
-"""Generated modules: their text, from the disk cache where it lies there, and loaded, to compile or to interpret."""
+"""Generated modules: get their source, from the disk cache if it is there, and load it, to compile or to interpret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`attncc.compile`: a variant as a PyTorch operator."""
+"""`AttentionOp`: a variant over all pairs as a PyTorch operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels of a checked call are given: its tensors, and for a backward what came of it and of the gradients."""
+"""The operands of kernels for a checked call: its tensors and, for a backward, saved results and their gradients."""
 
 from __future__ import annotations
 

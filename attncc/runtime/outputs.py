@@ -1,4 +1,4 @@
-"""Runs the light passes behind auxiliary outputs, and the backward with their cotangents, around a variant's engine."""
+"""Run the light passes for auxiliary outputs, and the backward with their cotangents, around a variant's engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A call that asks for auxiliary outputs: which inputs it needs, which kernels run, what is handed back."""
+"""A call that asks for auxiliary outputs: the inputs it needs, the kernels it runs, the results it returns."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The PyTorch operators of calls that ask for auxiliary outputs: `attncc::forward_outputs`, `attncc::backward_outputs`.
+"""The PyTorch operators of calls with auxiliary outputs: `attncc::forward_outputs` and `attncc::backward_outputs`.
 
-As in `library`, a key names the variant, here together with the outputs that are asked for.
+As in `library`, a key names the variant, here together with the requested outputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a kind of call is launched with, and a look at its kernels once they are compiled."""
+"""The launch parameters of a kind of call, and an inspection of its kernels once they are compiled."""
 
 from __future__ import annotations
 

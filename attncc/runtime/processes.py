@@ -1,8 +1,7 @@
-"""Work in several processes, for compiling keeps one core busy, and a GPU waits meanwhile.
+"""Worker processes: compiling keeps one core busy each, while a GPU would wait.
 
-A process that CUDA has failed is of no further use (an illegal access poisons all that follows): another takes its
-place, and the piece of work alone has failed. One for which there was no memory beside the others is done again when
-they have ended.
+A process in which CUDA has failed is unusable (an illegal access poisons everything after it): it is replaced, and only
+its piece of work has failed. A piece that ran out of memory beside the others is repeated when they have ended.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Candidates race: ordered by the model, checked before they may win, recorded as they are measured, and resumed.
+"""Race candidates: in the order of the model, checked before they may win, recorded as they are measured, resumable.
 
-Nothing here knows a GPU: what runs a candidate is a `Stick`.
+Nothing here depends on a GPU: candidates are run by a `Stick`.
 """
 
 from __future__ import annotations

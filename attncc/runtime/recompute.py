@@ -1,4 +1,4 @@
-"""A call that keeps nothing for its backward, which makes the call again."""
+"""A call that saves nothing for its backward, which repeats the forward instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recordings by the kind of a call: what is alike but for the addresses and values of its tensors is replayed."""
+"""Recordings by the kind of a call: calls that differ only in addresses and values of tensors are replayed."""
 
 from __future__ import annotations
 

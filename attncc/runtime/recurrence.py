@@ -1,4 +1,4 @@
-"""A recurrence as a PyTorch operator: by chunks or token after token, with a state in and a state out."""
+"""`RecurrenceOp`: a recurrence as a PyTorch operator, by chunks or token by token, with optional states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recurrence means: its two formulas at one token after the other, in plain PyTorch. Differentiable."""
+"""The reference of a recurrence: its two formulas, token by token, in plain PyTorch. Differentiable."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The reference: what a variant means, in float64 and plain PyTorch. Quadratic, differentiable, the one oracle.
+"""The reference: the meaning of a variant, in float64 and plain PyTorch. Quadratic, differentiable, the one oracle.
 
-A hidden pair does not exist here: the stages are evaluated on the list of visible pairs alone, so that nothing which a
-formula does elsewhere (log of a negative distance, an infinite bias) can reach a result or a gradient.
+Masked pairs do not exist here: the stages are evaluated on the list of visible pairs only, so that the value of a
+formula at masked pairs (log of a negative distance, an infinite bias) cannot reach a result or a gradient.
 """
 
 from __future__ import annotations

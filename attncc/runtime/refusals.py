@@ -1,4 +1,4 @@
-"""What a call is told whose tensors do not match the variant: nothing of it runs in a call that succeeds."""
+"""Error messages for calls whose tensors do not match the variant. Never run by a call that succeeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an op is copied and saved: as what it was made of, so that a module that holds one can be, too."""
+"""Copy and pickle an op as the arguments it was made from, so that modules that hold one can be copied and saved."""
 
 from __future__ import annotations
 

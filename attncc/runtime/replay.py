@@ -1,9 +1,9 @@
-"""A call like the last one costs little more host time than its launches: the first is recorded, later ones replay.
+"""Replay calls, so that a repeated call costs little more host time than its launches.
 
-A recording is a tape of what the host code did to tensors: it allocated some, launched kernels on them, and perhaps
-called operators of PyTorch, all of which depend on the kind of the call alone. Every tensor is a slot: one of the
-call's own, or one that the tape makes. Checks, schedules, grids and Triton's argument binding are behind it. The key
-says everything that any of those depended on, alignment of pointers included.
+A recording is a tape of what the host code did with tensors: allocations, launches, and calls of PyTorch operators, all
+of which depend only on the kind of the call. Every tensor is a slot: one of the call's own, or one that the tape
+creates. A replay skips checks, schedules, grids and Triton's argument binding. The key of a recording contains
+everything that these depend on, including the alignment of pointers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The running sums of a call's inputs, in PyTorch: one small operation each, whose gradient autograd knows."""
+"""Running sums of a call's inputs, one small PyTorch operation each, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random tensors for any variant: what its inputs are is read off their declarations and the formula."""
+"""Random tensors for any variant, from the declarations of its inputs and its formula."""
 
 from __future__ import annotations
 

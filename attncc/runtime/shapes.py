@@ -1,12 +1,12 @@
-"""A call's tensors against the variant's declarations: sizes, types, devices. Every call comes here: success is cheap.
+"""Match a call's tensors with the variant's declarations: sizes, dtypes, devices. On the path of every call, so it is
+cheap.
 
     q (B, Hq, M, Dqk)   k (B, Hkv, N, Dqk)   v (B, Hkv, N, Dv)      Hq a multiple of Hkv, one dtype, one device
 
-v may have a multiple of k's heads: then each head's weights meet as many heads of v, which are heads of the output.
-Where a variant has several branches, q holds them side by side along its last dimension, and so does k, or they share
-it.
+v may have a multiple of k's heads: the weights of each head then apply to as many heads of v, which are heads of the
+output. With several branches, q holds them side by side along its last dimension, and so does k, or they share it.
 
-B, M and N may be 0: with no queries there is nothing to compute, and with no keys every row sees nothing.
+B, M and N may be 0: without queries there is nothing to compute, and without keys every row is fully masked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How Triton specializes a launch: what of its arguments is compiled into the kernel.
+"""Triton's specialization of a launch: which properties of its arguments are compiled into the kernel.
 
-Types are; so are integers that are 1, and that integers or addresses are multiples of 16.
+These are their types, integers equal to 1, and whether integers and addresses are multiples of 16.
 """
 
 from __future__ import annotations

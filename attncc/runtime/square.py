@@ -1,4 +1,5 @@
-"""A call of a plan of degree 2: features and factors of tokens before its kernels, the output from two sums behind."""
+"""A call of a plan of degree 2: features and factors of tokens before its kernels, the output from two sums after
+them."""
 
 from __future__ import annotations
 

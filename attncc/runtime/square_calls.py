@@ -1,7 +1,7 @@
-"""Calls of a plan of degree 2 on a GPU without PyTorch's dispatcher, replayed where their kind is known.
+"""Calls of a plan of degree 2 on a GPU without PyTorch's dispatcher, replayed once their kind is known.
 
-What is replayed goes from the kernels' operands to the output, and back from its gradient. Where operands are not q, k
-and v as they are, PyTorch makes them before, and its autograd goes on.
+The replay covers the kernels' operands to the output, and back from its gradient. If operands are not q, k and v
+themselves, PyTorch computes them before, and its autograd differentiates them.
 """
 
 from __future__ import annotations

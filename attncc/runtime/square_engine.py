@@ -1,7 +1,7 @@
-"""Runs the chunk plan of a weight of degree 2: makes and loads its module for a call's head dimensions, cuts, launches.
+"""Run the chunk plan of a weight of degree 2: create and load its module for a call's head dimensions, cut, launch.
 
-What is as large as q, k and v is made in PyTorch: the features of degree 1 with the factors of tokens, before the
-kernels, and the output of the two sums, behind them. It costs little beside Dqk^2 features a token.
+Tensors of the size of q, k and v are computed in PyTorch: the features of degree 1 with the factors of tokens before
+the kernels, and the output from the two sums after them. This is cheap compared with Dqk^2 features per token.
 """
 
 from __future__ import annotations

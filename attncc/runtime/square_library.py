@@ -1,4 +1,4 @@
-"""The PyTorch operators behind every plan of degree 2: `attncc::square_forward` and `attncc::square_backward`."""
+"""The PyTorch operators of all plans of degree 2: `attncc::square_forward` and `attncc::square_backward`."""
 
 from __future__ import annotations
 

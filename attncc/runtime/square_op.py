@@ -1,4 +1,4 @@
-"""A variant whose weight is a polynomial of degree 2 as a PyTorch operator."""
+"""The PyTorch operator of a variant whose weight is a polynomial of degree 2."""
 
 from __future__ import annotations
 

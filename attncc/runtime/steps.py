@@ -1,5 +1,4 @@
-"""What a recorded call does to tensors, step by step. Every tensor is a slot: one of the call's own, or one that a step
-makes."""
+"""The steps of a recorded call. Every tensor is a slot: one of the call's own, or one that a step creates."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""The steps of a recorded call as one Python function without a loop: what is the same in every call is a constant of
-it, and each tensor and address has a name of its own.
+"""Compile the steps of a recorded call to one straight-line Python function: values that are the same in every call are
+constants of it, and each tensor and address is a variable.
 
     def replay(stream, t0, t1):                     the call's own tensors
         t2 = empty(shape2, strides2, dtype2)        an allocation
         p0, p2 = t0.data_ptr(), t2.data_ptr()
-        try: ...                                    a launch: what it is told lies ready, but for the addresses
+        try: ...                                    a launch: its arguments are prepared, except for addresses
         launch, cell0, cell2 = ...
         cell0.value, cell2.value = p0, p2
         launch(stream)
-        t3 = operator(t2, [t1, None], **words)      an operator of PyTorch's
+        t3 = operator(t2, [t1, None], **words)      a PyTorch operator
         return t2, t3
 """
 

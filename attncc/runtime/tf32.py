@@ -1,4 +1,4 @@
-"""Plain PyTorch's matmuls in tf32, wherever they run: a measure for kernels whose matmuls are."""
+"""Plain PyTorch matmuls in tf32 on any device: the yardstick for kernels whose matmuls are in tf32."""
 
 from __future__ import annotations
 

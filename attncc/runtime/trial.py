@@ -1,4 +1,4 @@
-"""What a race makes of its measurements: trials of single tilings, and the schedule that they add up to."""
+"""The results of a race: trials of single tilings, and the schedule that they combine to."""
 
 from __future__ import annotations
 

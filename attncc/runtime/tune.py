@@ -1,7 +1,7 @@
-"""Tuning on a GPU: what runs the candidates that race on the caller's own sizes.
+"""Tuning on a GPU: run the candidates of a race at the caller's own sizes.
 
-A candidate is held against the reference on a slice of the problem, where every output and gradient can be, and at full
-size as far as it goes (`fullsize`).
+A candidate is checked against the reference on a slice of the problem, with every output and gradient, and at full size
+as far as memory allows (`fullsize`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Is a kernel right? Two rules, both of which must hold, against the float64 reference and plain PyTorch in one dtype.
+"""Check kernels against the float64 reference and plain PyTorch in the same dtype. Two rules must both hold.
 
-1. No element is further from the reference than plain PyTorch in the same dtype (or tf32) is, times 2 (gradients:
-   times 3), plus what rounding the exact result would cost. For gradients also what rounding an exponent to float32
-   would: a backward kernel computes the weights again, each from its score and a stored statistic of its row that is as
-   large as scores are, where plain PyTorch keeps the weights themselves.
+1. No element is further from the reference than 2 times (gradients: 3 times) the error of plain PyTorch in the same
+dtype
+   (or tf32), plus the error of rounding the exact result. For gradients, also plus the error of rounding an exponent to
+   float32: a backward kernel recomputes the weights from scores and a stored row statistic, which is as large as scores
+   are, while plain PyTorch stores the weights.
 2. RMS(error) / RMS(reference) is at most 5e-3 in 16 bits and tf32, 1e-5 in float32.
 """
 

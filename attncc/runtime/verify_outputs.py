@@ -1,7 +1,7 @@
-"""What holding auxiliary outputs against the reference needs besides the two rules.
+"""Additional rules for checking auxiliary outputs against the reference.
 
-A count must be exact. A position may be another than the reference's where two values are as close as rounding is: what
-counts is the exact value at the position that was found, held against the largest by the same rules.
+A count must be exact. A position may differ from the reference's if two values are as close as rounding: then the exact
+value at the position that was found must match the largest, by the same rules.
 """
 
 from __future__ import annotations

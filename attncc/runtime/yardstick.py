@@ -1,6 +1,6 @@
-"""What PyTorch itself takes for the same sizes: the kernels of its own attention.
+"""Times of PyTorch's own attention at the same sizes.
 
-A yardstick, not a rival for the same formula: no backend of SDPA knows more than a causal mask.
+A yardstick, not an implementation of the same formula: SDPA's backends support no more than a causal mask.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a kernel is tiled for a device: device models, shared-memory accounting, candidates, cost model, cache."""
+"""Scheduling: device models, shared-memory accounting, candidate tilings, cost model, cache."""
 
 from attncc.passes.work import LiveTiles, PairCosts
 from attncc.schedule.cache import Cache, cache_key

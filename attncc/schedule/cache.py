@@ -1,7 +1,8 @@
-"""The cache on disk: small JSON files that many processes read and write at once, and that nobody has to trust.
+"""The disk cache: small JSON files, read and written by many processes at once, and validated on every read.
 
-A file holds `{"format", "key", "checksum", "value"}`. It is written beside its place and moved there in one step, so a
-reader sees the old entry, the new one, or none. Anything else there is a miss with one warning. Nothing is unpickled.
+A file holds `{"format", "key", "checksum", "value"}`. It is written under a temporary name and moved into place
+atomically, so a reader sees the old entry, the new one, or none. Anything else is a miss with one warning. Nothing is
+unpickled.
 """
 
 from __future__ import annotations

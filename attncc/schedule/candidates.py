@@ -1,4 +1,4 @@
-"""The tilings worth trying for a kernel: every one of them fits the device, by computation, and there is always one."""
+"""The candidate tilings of a kernel. All of them are computed to fit the device, and there is always at least one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which schedule an op runs with: what was measured, else what was shipped, else the model's first choice."""
+"""Choose the schedule of an op: a measured one, else a shipped one, else the cost model's first choice."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How long a kernel takes, from the device's figures and the work of the variant over the real mask's live tiles.
+"""The cost model: how long a kernel takes, from the device's figures and the variant's work over the mask's live tiles.
 
-One SM is the unit. For every tile the model counts what each of its units has to do, in clocks, and how much of it can
-overlap; the tiles of all programs are then spread over the SMs. It is a model for ranking: its absolute times are those
-of a kernel at the clock of the device file that never waits for anything not counted here.
+The unit of the model is one SM. For every tile it counts the clocks of each functional unit, and how far they overlap;
+the tiles of all programs are then distributed over the SMs. It is a model for ranking: absolute times are those of a
+kernel at the clock of the device file that never waits for anything not counted here.
 
-What a GPU can do is in `schedules/devices`, what was fitted to kernels that were measured in `schedules/model.toml`;
-what a variant does is counted in its stages.
+A GPU's capabilities are in `schedules/devices`, constants fitted to measured kernels in `schedules/model.toml`; the
+work of a variant is counted from its stages.
 """
 
 from __future__ import annotations

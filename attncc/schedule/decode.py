@@ -1,8 +1,8 @@
-"""Split-KV as the scheduler sees it: when a call wants it, its tilings, and into how many parts the keys are dealt.
+"""Split-KV for the scheduler: when a call uses it, its tilings, and the number of parts.
 
-Where there are few rows, all that a kernel does is to read the keys and values once, as fast as the memory gives them.
-That takes every SM, with enough bytes under way in each: the query heads of a group share a tile, and the tiles of one
-key head are dealt to several programs, whose results a second kernel merges.
+With few rows, a kernel only has to read the keys and values once, at memory bandwidth. That takes every SM, each with
+enough bytes in flight: the query heads of a group share a tile, and the tiles of one key head are split over several
+programs, whose results a second kernel merges.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How long a kernel takes that deals the keys of a row to several programs, and the merge behind it.
+"""The cost of a split-KV kernel and of the merge after it.
 
-Programs that run together share the memory's rate. None takes in more than its SM can, or than the bytes that its
-pipeline has under way last until others come; a tile takes a program that long, or as long as its arithmetic.
+Concurrent programs share the memory bandwidth. None receives more than its SM can take, or than the bytes that its
+pipeline keeps in flight allow; a tile takes a program that long, or as long as its arithmetic.
 """
 
 from __future__ import annotations

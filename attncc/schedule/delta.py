@@ -1,4 +1,4 @@
-"""How a call of the delta rule is cut: tokens a chunk, and the columns of the state that one program carries."""
+"""How a call of the delta rule is cut: tokens per chunk, and columns of the state per program."""
 
 from __future__ import annotations
 

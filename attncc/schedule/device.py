@@ -1,4 +1,4 @@
-"""What a GPU is, as far as a schedule depends on it, read from `schedules/devices/*.toml`: a GPU is a file."""
+"""Device models, read from `schedules/devices/*.toml`: the figures of a GPU that schedules depend on."""
 
 from __future__ import annotations
 

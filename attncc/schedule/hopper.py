@@ -1,7 +1,7 @@
-"""The Gluon kernels for Hopper as the scheduler sees them: what they serve, their tilings, memory and registers.
+"""The Gluon kernels for Hopper from the scheduler's view: supported variants, tilings, shared memory and registers.
 
-A program has one warp that loads by TMA and two or three warpgroups that compute, 64 rows each. That of the backward is
-called dkdv, as its counterpart in Triton, and can sum dQ, too (`hopper_backward`).
+A program has one warp that loads by TMA, and two or three warpgroups that compute 64 rows each. The backward kernel is
+called dkdv, like its Triton counterpart, and can also accumulate dQ (`hopper_backward`).
 """
 
 from __future__ import annotations

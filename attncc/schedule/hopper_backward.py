@@ -1,6 +1,8 @@
-"""The Gluon backward for Hopper as the scheduler sees it: two warpgroups of 64 keys each, and queries that stream by.
-Where heads are wide dQ has a kernel of its own; where they are wider still one warpgroup has dK and one dV of the same
-64 keys. Of a pair with two scores each warpgroup has the dQ of one branch."""
+"""The Gluon backward for Hopper from the scheduler's view: two warpgroups of 64 keys each, over streamed queries.
+
+For wide heads dQ has its own kernel; for still wider ones, one warpgroup accumulates dK and the other dV of the same 64
+keys. With two branches, each warpgroup computes dQ of one branch.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The Gluon kernel that splits the keys, as the scheduler sees it: for values that are the first columns of the keys.
+"""The Gluon split-KV kernel from the scheduler's view, for values that are the first columns of the keys.
 
-A program has 64 rows of one key head, a warp that loads tiles of 64 keys by TMA, and two warpgroups. Each of these has
-the scores of every second tile, and half of the output's columns of all tiles: an output of 512 columns would not fit
-the registers of one. Keys lie in shared memory once, for the scores and as values; a half of a tile's place is loaded
-anew as soon as that half of the output has it.
+A program has 64 rows of one key head, a warp that loads tiles of 64 keys by TMA, and two warpgroups. Each warpgroup
+computes every other tile of scores, and half of the columns of the output over all tiles, because an output of 512
+columns does not fit the registers of one. Keys lie in shared memory once, as keys and as values; each half of a tile is
+reloaded as soon as its half of the output has used it.
 """
 
 from __future__ import annotations

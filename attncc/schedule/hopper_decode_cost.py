@@ -1,4 +1,4 @@
-"""How long the Gluon kernel takes that splits the keys, and into how many parts they are dealt."""
+"""The cost of the Gluon split-KV kernel, and the number of parts to split the keys into."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tilings of the light passes behind auxiliary outputs, from those of the kernels that they resemble."""
+"""Tilings of the light passes for auxiliary outputs, derived from those of the kernels that they resemble."""
 
 from __future__ import annotations
 

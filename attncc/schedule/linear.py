@@ -1,6 +1,6 @@
-"""How a call in linear time is cut: tokens a chunk and a segment, columns a program.
+"""How a call in linear time is cut: tokens per chunk and segment, columns per program.
 
-What was measured is in `schedules/linear.toml`.
+The measured constants are in `schedules/linear.toml`.
 """
 
 from __future__ import annotations

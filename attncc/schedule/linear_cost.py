@@ -1,8 +1,8 @@
-"""What a call in linear time costs by chunks, beside all pairs: which is faster, and what limits it.
+"""The cost of a call by chunks against that of all pairs: which is faster, and what limits it.
 
-A scan goes from chunk to chunk. What a turn takes is not what its memory or its matmuls take, but how long they wait
-for one another: the chunk's loads, then four matmuls each of which needs the one before it, or what is made of it. So
-the chain is a limit of its own, as many turns long as a program has chunks.
+A scan goes from chunk to chunk. An iteration is limited not by memory or matmul throughput but by latency: the loads of
+the chunk, then four matmuls of which each needs the result of the one before. So this dependency chain is a limit of
+its own, with as many iterations as a program has chunks.
 """
 
 from __future__ import annotations

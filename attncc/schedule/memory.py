@@ -1,7 +1,7 @@
-"""How much shared memory a kernel takes, before it is compiled: every buffer that Triton allocates, by name and bytes.
+"""The shared memory of a kernel, computed before compiling: every buffer that Triton allocates, by name and bytes.
 
 All kernels have one shape. Some tiles are *resident* for the whole program, others are *streamed* through a pipelined
-loop, and matmuls with `rows` rows make tiles of scores, `rows x cols`, most of which feed another matmul:
+loop, and matmuls with `rows` rows produce tiles of scores, `rows x cols`, most of which feed another matmul:
 
     kernel    resident   streamed       rows      cols
     forward   q          k, v           block_m   block_n
@@ -9,8 +9,8 @@ loop, and matmuls with `rows` rows make tiles of scores, `rows x cols`, most of 
     dq        q, do      k, v           block_m   block_n
     pair                 q, k, v, do    block_m   block_n
 
-What is kept where depends on the matmul instruction. The laws below were read from Triton's lowered IR and are checked
-against it, kernel by kernel, in the tests: never below what is allocated, and close above it.
+Where a tile is kept depends on the matmul instruction. The rules below were read from Triton's lowered IR, and tests
+check them against it kernel by kernel: never below the actual allocation, and close above it.
 """
 
 from __future__ import annotations

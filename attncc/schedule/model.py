@@ -1,4 +1,4 @@
-"""What the cost model was fitted with, read from `schedules/model.toml`, where each constant is explained."""
+"""The fitted constants of the cost model, read from `schedules/model.toml`, which explains each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is scheduled and what a schedule is: the value types that the rest of the schedule room is written in."""
+"""The value types of scheduling: `Problem`, what is scheduled, and `Schedule`, what the kernels are launched with."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How many registers a kernel wants: an estimate, for a compiler's allocation cannot be computed from outside.
+"""Estimate the registers of a kernel; a compiler's allocation cannot be computed from outside.
 
-What is certain is the float32 tiles that live through the loop, spread over the threads of a program. The rest are
-allowances that were fitted to what ptxas reports for the kernels of `templates/triton`.
+Only the float32 tiles that live through the loop, spread over the threads of a program, are certain. The rest are
+allowances fitted to what ptxas reports for the kernels of `templates/triton`.
 """
 
 from __future__ import annotations

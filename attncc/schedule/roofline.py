@@ -1,8 +1,8 @@
-"""Where a kernel stands against its machine: its arithmetic a byte of memory, and the ceilings that the units set.
+"""The roofline: a kernel's arithmetic per byte of memory, against the limits of the GPU.
 
 A kernel does `flops` in its matmuls, over the tiles that its mask leaves, and moves `bytes` if it reads each operand
-and writes each result once. No kernel is above min(matmul peak, memory rate * flops / bytes). A unit beside the tensor
-cores sets a ceiling too: the rate at which the matmuls would run if that unit alone were busy all the time.
+and writes each result once. No kernel exceeds min(matmul peak, memory bandwidth * flops / bytes). Units other than the
+tensor cores set ceilings, too: the matmul rate at which that unit would be busy all the time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What compiled kernels were seen to spill: facts beside the estimate of registers, which is off by a few at times.
+"""Observed spills of compiled kernels, which correct the estimate of registers (`schedule.registers`).
 
-A kernel that a formula got by the model alone is looked at when it is compiled. If it spills, and not about as much
-as the model expected, that is noted in the cache, and the ranking knows better: the next candidate is taken where the
-model predicts it hardly slower. So a choice depends on what is noted, which `attncc compile` and calls do alike;
-neither compiles anything only to look. What was taken although it would spill, on Hopper's warp groups, is what the
-model meant; but if it spills less, others that were expected to spill may do without.
+A kernel whose schedule was chosen by the model alone is inspected when it is compiled. If it spills, and not about as
+much as the model expected, this is recorded in the cache; the next candidate is then preferred if the model predicts it
+to be hardly slower. So a choice depends on what was recorded, in the same way for `attncc compile` and for calls;
+neither compiles anything only to inspect it. On Hopper, the model may choose a kernel although it expects a spill; if
+that one spills less than expected, other candidates that were expected to spill are reconsidered, too.
 """
 
 from __future__ import annotations

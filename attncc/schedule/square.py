@@ -1,6 +1,6 @@
-"""How a call of degree 2 is cut, and when it is worth it: features of Dqk^2 against pairs of N.
+"""How a call of degree 2 is cut, and when it pays: Dqk^2 features per token against N pairs.
 
-Nothing here is measured yet on a GPU but the resources of the kernels, which are counted when they are cross-compiled.
+Only the resources of these kernels are known, from cross-compilation; nothing has been timed on a GPU yet.
 """
 
 from __future__ import annotations

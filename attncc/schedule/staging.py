@@ -1,4 +1,4 @@
-"""Where Triton's compiler cannot load tiles ahead of the loop that uses them."""
+"""Cases in which Triton's compiler cannot prefetch tiles ahead of the loop that uses them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""FlexAttention's own functions as variants: tracing a user's score_mod and mask_mod into the language."""
+"""FlexAttention functions as variants: trace a user's score_mod and mask_mod into the language."""

@@ -1,4 +1,4 @@
-"""A BlockMask's table of blocks, where it says more than its mask_mod: pairs that it hides, or shows unasked."""
+"""The block table of a BlockMask, if it differs from its mask_mod: pairs that it hides, or shows unconditionally."""
 
 from __future__ import annotations
 

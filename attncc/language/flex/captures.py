@@ -1,6 +1,6 @@
-"""The tensors that a user's function captures: they become inputs, bound to the tensor itself at every call.
+"""Tensors captured by a user's function: they become inputs, bound to the tensor itself at every call.
 
-What the function computes from captured tensors alone (`torch.cumsum(w, 0)[q_idx]`) is computed again at every call, so
+What the function computes from captured tensors alone (`torch.cumsum(w, 0)[q_idx]`) is recomputed at every call, so
 that it follows a parameter through training and passes its gradient on.
 """
 

@@ -1,7 +1,7 @@
-"""What one element of a traced tensor is: an expression, and the condition under which it is minus infinity instead.
+"""An element of a traced tensor: an expression, and the condition under which it is -inf instead.
 
-FlexAttention users hide pairs in a score_mod by giving them the score -inf. The language has no infinite scores (the
-mask stage hides pairs), so that -inf travels beside the expression until it can join the mask.
+FlexAttention users hide pairs in a score_mod by a score of -inf. The language has no infinite scores (the mask stage
+hides pairs), so the condition is carried beside the expression until it can join the mask.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`ac.from_flex`: a user's score_mod and mask_mod, read as they stand, as a variant."""
+"""`ac.from_flex`: read a user's unmodified score_mod and mask_mod as a variant."""
 
 from __future__ import annotations
 

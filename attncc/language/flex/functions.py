@@ -1,4 +1,4 @@
-"""PyTorch's element-wise functions on cells, by the names under which PyTorch calls them."""
+"""PyTorch's elementwise functions on cells, by PyTorch's names."""
 
 from __future__ import annotations
 

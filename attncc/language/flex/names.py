@@ -1,4 +1,4 @@
-"""PyTorch's functions sorted by what tracing does with them, by the names under which PyTorch calls them."""
+"""PyTorch's functions by how tracing treats them, by PyTorch's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PyTorch's functions do to shapes: indexing, moving elements about, and reducing a few of them."""
+"""PyTorch's functions on shapes: indexing, moving elements, and small reductions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The tensor that stands for score, b, h, q_idx, kv_idx while a user's function runs. Its elements are expressions."""
+"""The tensor that stands for score, b, h, q_idx or kv_idx while a user's function is traced. Its elements are
+expressions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Runs a user's score_mod or mask_mod on symbolic tensors and sees every PyTorch function that it calls.
+"""Run a user's score_mod or mask_mod on symbolic tensors, and intercept every PyTorch function that it calls.
 
-A function of tensors alone runs as it is, and is noted so that each call of the op can run it again. A function of
-symbolic tensors gets its shape, its dtype and its complaints from PyTorch, on tensors without data, and its elements
-from the tables of `functions` and `structure`.
+A function of ordinary tensors is executed, and recorded so that each call of the op can repeat it. For a function of
+symbolic tensors, shape, dtype and errors come from PyTorch (on meta tensors), and the elements from the tables in
+`functions` and `structure`.
 """
 
 from __future__ import annotations
