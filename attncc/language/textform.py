@@ -59,7 +59,7 @@ _TOP = (
 )
 _TOP_HYBRID = ("name", "cites", "description", "parts", "combine", "inputs", "scalars")
 #: keys of other tables
-_ELSEWHERE = dict.fromkeys(SEES, "move it under [stages]")
+_ELSEWHERE = {**dict.fromkeys(SEES, "move it under [stages]"), "combine": "a hybrid has its variants under [parts]"}
 
 
 def load_toml(path: str | Path) -> Variant | Hybrid:

@@ -1,4 +1,4 @@
-"""A hybrid as a PyTorch operator: each part by its own plan, their rows combined, and a state that goes in and out."""
+"""A hybrid as a PyTorch operator: it runs each part with its own plan, combines their rows, and carries their states."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ _AXES = {"b": 0, "h": 1, "h_kv": 1, "q_idx": 2}
 
 
 class Seen(NamedTuple):
-    """What a part over pairs keeps of the tokens so far: k (B, Hkv, n, Dqk), v (B, Hkv, n, Dv) of those that a later
-    query may see, and what inputs have for these keys."""
+    """The state of a part over pairs: k (B, Hkv, n, Dqk) and v (B, Hkv, n, Dv) of the last n tokens, which are those that
+    later queries can see, and the entries that inputs have for these keys."""
 
     k: Tensor
     v: Tensor
     inputs: dict[str, Tensor]
 
 
-#: by the name of a part: the state of one in linear time, or what another keeps
+#: the state of each part, by its name: float32 (B, Hq, Dqk, Dv) for a part in linear time, see LinearOp
 State = dict[str, Tensor | Seen]
 
 
 class HybridOp(Remade):
-    """A compiled hybrid. Call it as an AttentionOp; where all parts are causal a call may hand a state in and out.
+    """A compiled hybrid. Call it as an AttentionOp; if all parts are causal, a call may also take and return a state.
 
-    parts: the op of each part, which may be called by itself. A part whose form is linear in time keeps a state of
-    fixed size; one of pairs keeps k and v of the tokens that its mask still shows to later ones.
+    parts: the op of each part, which may be called by itself. The state of a part in linear time has a fixed size; a part
+    over pairs keeps the keys and values that its mask shows to later tokens, which each call copies.
     """
 
     graph: HybridGraph  # type: ignore[assignment]
@@ -74,7 +74,7 @@ class HybridOp(Remade):
         }
         reads = sorted(graph.expr.atoms(Read), key=str)
         #: what the formula reads of inputs, by names that stand for it there
-        self._reads = {f"read_{i}": read.input for i, read in enumerate(reads)}
+        self._reads = {f"read[{i}]": read.input for i, read in enumerate(reads)}
         named = {read: sympy.Symbol(name, real=True) for name, read in zip(self._reads, reads, strict=True)}
         self._combine = closure(graph.expr.xreplace(named))
         self._patterns = {d.name: d.pattern for d in graph.combine.inputs}
@@ -99,14 +99,14 @@ class HybridOp(Remade):
         plan: PlanName | None = None,
         **inputs: Any,
     ) -> Any:
-        """out (B, Hq, M, Dv) in q's dtype; `outputs` may also name parts, whose own rows they are. With
-        `output_final_state` the pair (outputs, state).
+        """out (B, Hq, M, Dv) in q's dtype, or with `output_final_state` the pair (outputs, state). `outputs` may also
+        name parts, to get their rows before they are combined.
 
-        q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv), and the inputs of all parts by name. A state has an
-        entry for each part: `initial_state` is what the call before returned, and the tokens of this one follow. Parts
-        in linear time take cu_seqlens, chunk_size, position and plan as a LinearOp does; with cu_seqlens the other
-        parts see nothing of other sequences, and have no state. Raises InputError where tensors do not match,
-        UnsupportedError where a part cannot do what the call asks.
+        q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv), and the inputs of all parts by name. `initial_state` is
+        the state that an earlier call returned; the tokens of this call follow those of that one. cu_seqlens, chunk_size,
+        position and plan mean what they mean for a LinearOp, and apply to parts in linear time; with cu_seqlens the other
+        parts mask out other sequences, and have no state. Raises InputError if tensors do not match, UnsupportedError if
+        a part cannot do what the call asks.
         """
         check_dimensions(q, k, v)
         q, k, v = autocast(q, k, v)

@@ -116,6 +116,12 @@ def test_what_is_wrong_in_a_text_is_said_with_its_place(old, new, location, reas
     assert str(caught.value).startswith(location) or location == "layer.toml"
 
 
+def test_a_combination_without_parts_is_told_where_they_stand():
+    with pytest.raises(SpecError) as caught:
+        ac.loads_toml('combine = "near + far"\n[stages]\nmask = "causal"\n')
+    assert caught.value.remedy == "a hybrid has its variants under [parts]"
+
+
 def test_a_hybrid_of_hybrids_is_refused_and_so_is_one_of_itself(tmp_path):
     path = tmp_path / "layer.toml"
     path.write_text('combine = "near + far"\n[parts]\nfar = "layer.toml"\n[parts.near.stages]\nmask = "causal"\n')
