@@ -1,4 +1,4 @@
-"""A hybrid as a PyTorch operator: it runs each part with its own plan, combines their rows, and carries their states."""
+"""A hybrid as a PyTorch operator: it runs each part with its own plan and combines their rows."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _AXES = {"b": 0, "h": 1, "h_kv": 1, "q_idx": 2}
 
 
 class Seen(NamedTuple):
-    """The state of a part over pairs: k (B, Hkv, n, Dqk) and v (B, Hkv, n, Dv) of the last n tokens, which are those that
-    later queries can see, and the entries that inputs have for these keys."""
+    """The state of a part over pairs: k (B, Hkv, n, Dqk) and v (B, Hkv, n, Dv) of the last n tokens, which are those
+    that later queries can see, and the entries that inputs have for these keys."""
 
     k: Tensor
     v: Tensor
@@ -45,8 +45,8 @@ State = dict[str, Tensor | Seen]
 class HybridOp(Remade):
     """A compiled hybrid. Call it as an AttentionOp; if all parts are causal, a call may also take and return a state.
 
-    parts: the op of each part, which may be called by itself. The state of a part in linear time has a fixed size; a part
-    over pairs keeps the keys and values that its mask shows to later tokens, which each call copies.
+    parts: the op of each part, which may be called by itself. The state of a part in linear time has a fixed size; a
+    part over pairs keeps the keys and values that its mask shows to later tokens, which each call copies.
     """
 
     graph: HybridGraph  # type: ignore[assignment]
@@ -102,11 +102,11 @@ class HybridOp(Remade):
         """out (B, Hq, M, Dv) in q's dtype, or with `output_final_state` the pair (outputs, state). `outputs` may also
         name parts, to get their rows before they are combined.
 
-        q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv), and the inputs of all parts by name. `initial_state` is
-        the state that an earlier call returned; the tokens of this call follow those of that one. cu_seqlens, chunk_size,
-        position and plan mean what they mean for a LinearOp, and apply to parts in linear time; with cu_seqlens the other
-        parts mask out other sequences, and have no state. Raises InputError if tensors do not match, UnsupportedError if
-        a part cannot do what the call asks.
+        q (B, Hq, M, Dqk), k (B, Hkv, N, Dqk), v (B, Hkv, N, Dv), and the inputs of all parts by name. `initial_state`
+        is the state that an earlier call returned; the tokens of this call follow those of that one. cu_seqlens,
+        chunk_size, position and plan mean what they mean for a LinearOp, and apply to parts in linear time; with
+        cu_seqlens the other parts mask out other sequences, and have no state. Raises InputError if tensors do not
+        match, UnsupportedError if a part cannot do what the call asks.
         """
         check_dimensions(q, k, v)
         q, k, v = autocast(q, k, v)
