@@ -17,6 +17,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from attncc.runtime.processes import end_with_parent
+
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
@@ -44,7 +46,7 @@ def compilers(count: int | None = None) -> Iterator[int]:
     context.set_forkserver_preload(list(_NEEDED))
     executor = _executor = ProcessPoolExecutor(found, context, initializer=_begin)
     try:
-        executor.submit(_begin)  # starts the process that the others are forked from
+        executor.submit(os.getpid)  # starts the process that the others are forked from
         yield found
     finally:
         _executor = None
@@ -70,8 +72,9 @@ def compiled(kernel: Any, signature: Signature, target: GPUTarget) -> Binary | N
 
 
 def _begin() -> None:
-    """Whoever started this process says when it ends."""
+    """Whoever started this process says when it ends, or ends itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 @lru_cache(maxsize=32)

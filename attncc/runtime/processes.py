@@ -67,9 +67,14 @@ def side_by_side(
     return results
 
 
-def _end_with_parent() -> None:
-    """End this process, and what it has started, when whoever started it ends, be that by a signal in the middle of a
-    piece: what nobody waits for would still keep cores and the GPU busy."""
+def end_with_parent() -> None:
+    """From now on this process, and what it starts, ends when whoever started it does, be that by a signal in the
+    middle of a piece: what nobody waits for would still keep cores, memory and the GPU."""
+    os.setpgid(0, 0)  # with the assemblers and compilers that it starts, which end with it
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -78,8 +83,7 @@ def _end_with_parent() -> None:
 
 def _serve(connection: Connection) -> None:
     """In a process of its own: do what comes until nothing does, or CUDA has failed."""
-    os.setpgid(0, 0)  # with the assemblers and compilers that it starts, which end with it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # read when torch is imported, with the first piece of work
     while True:
         try:

@@ -1,5 +1,11 @@
 """Kernels that other processes compile: the same binaries, and what goes wrong there is done here."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +17,7 @@ from attncc.runtime.modules import Features
 from attncc.runtime.specialize import signature
 from attncc.schedule.cache import Cache
 from tests.runtime.test_binaries import H100, META, arguments
+from tests.runtime.test_processes import all_gone
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +36,31 @@ def test_a_kernel_that_another_process_compiled_is_the_same(kernel, tmp_path, mo
         assert compilers.compiled(kernel, refused, H100) is None
     assert made == compile_kernel(kernel, special, H100)
     assert not compilers.running()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_none_of_them_outlives_who_is_killed(tmp_path):
+    """A tuner, for one."""
+    told = tmp_path / "pids"
+    text = f"""
+import os, time
+from pathlib import Path
+from attncc.runtime import compilers
+if __name__ == "__main__":
+    with compilers.compilers(2):
+        found = {{compilers._executor.submit(os.getpid).result() for _ in range(4)}}
+        Path({str(told)!r}).write_text(" ".join(map(str, found)))
+        time.sleep(60)
+"""
+    script = tmp_path / "main.py"
+    script.write_text(text)
+    parent = subprocess.Popen([sys.executable, script], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    end = time.monotonic() + 60
+    while not (told.exists() and told.read_text()) and time.monotonic() < end:
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    assert all_gone(told)
 
 
 @pytest.mark.parametrize("count", [0, 1])
