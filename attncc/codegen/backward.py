@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -147,14 +147,12 @@ def tile_slots(
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     slopes = [part.own(name) for part in plan.parts for name in (SLOPE, "p")]
     leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in (*slopes, DS.name)}}
-    blank = blank_tile(similarity, rows_first)
     lowering = Lowering(
         plan.core,
         leaves,
         rows_first,
         running=RUNNING | set(plan.columns),
         many_heads=many_heads,
-        blank=blank,
         tables=tables,
     )
     lowering.whole = WHOLE if in_loop and not hopper else ""
@@ -195,9 +193,19 @@ def tile_slots(
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside, hopper)
-    chains = []
-    for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True)):
-        chains.append(_backward_chain(part, e, lowering, visible, edges if fresh or i == 0 else None, hopper))
+    weighs = [
+        _Weighed(
+            *(part, e, lowering, blank_tile(similarity, rows_first, part)),
+            *(visible, edges if fresh or i == 0 else None, hopper),
+        )
+        for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True))
+    ]
+    # a value that two parts share is made where it is first asked for, and so in the order of the template's lines:
+    # the kernel of dK and dV adds all parts' weights up before it comes to the first part's gradients
+    if rows_first or hopper:
+        chains = [w.weight() | w.gradients() for w in weighs]
+    else:
+        chains = [a | b for a, b in zip([w.weight() for w in weighs], [w.gradients() for w in weighs], strict=True)]
     after = lowering.after_loop()
     final_lines, row_lines = [], []
     for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
@@ -280,7 +288,8 @@ class Settles:
 class _Cotangents:
     """What a backward kernel computes for one part, in the unit of its score. There is no score where the weight has it
     inlined; `dsums` are the cotangents of qk (`ds`) and of other sums over the head dimension, by their names in a
-    kernel, and `names` those of the summed cotangents `dreads`."""
+    kernel, and `names` those of the summed cotangents `dreads`. inlined: what an expression of the same kernel has to
+    be replaced by what it is here."""
 
     score: list[Any]
     weight: Any
@@ -300,7 +309,7 @@ def _backward_exprs(
     slope_apart: bool,
 ) -> _Cotangents:
     """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
-    accumulator. slope_apart: that of `_backward_chain`."""
+    accumulator. slope_apart: that of `_Weighed`."""
     folded, backward = part.folded, part.backward
     weight = folded.apply(backward.weight)
     place = PLACE if by_tile else INDICES
@@ -336,71 +345,90 @@ def _backward_exprs(
         dict(zip(names, map(part.tagged, dsums), strict=True)),
         [part.tagged(e) for e in dreads],
         [f"{g.name}_tile" for g in summed],
-        {outer: weight},
+        {outer: weight, S: score} if inlined else {outer: weight},
     )
 
 
-def _backward_chain(
-    part: Plan,
-    exprs: _Cotangents,
-    lowering: Lowering,
-    visible: str,
-    edges: list[str] | None,
-    slope_apart: bool = False,
-) -> dict[str, Any]:
-    """What one part does with a tile of its scores and of dp. `edges` is None where what it shows is known already.
-    slope_apart: what dp is multiplied by in ds is a value of its own, computed with the weight; and `dp` stands for
-    dp - delta, where they occur in no other way (`less_delta`). `flows`: is ds ever other than 0? With a weight that is
-    a step function of the score it is not, and a matmul of zeros is left out."""
-    score = next((lowering.tile(e) for e in exprs.score), None)
-    mask = part.graph["mask"].expr
-    shown = visible_lines(lowering, mask, edges, visible) if edges is not None else []
-    score_lines = take(lowering)
-    lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
-    dsums, dreads, less_delta = dict(exprs.dsums), list(exprs.dreads), False
-    flows = dsums.get(part.own("ds")) != 0
-    dsums = {name: e for name, e in dsums.items() if e != 0}
-    settled = {}
-    if slope_apart:
-        less = [e.xreplace({DP: DP + DELTA}) for e in (*dsums.values(), *dreads)]
-        less_delta = any(e.has(DELTA) for e in dsums.values()) and not any(e.has(DELTA) for e in less)
-        if less_delta:
-            dsums, dreads = dict(zip(dsums, less, strict=False)), less[len(dsums) :]
-        for name, e in dsums.items():
-            others = [] if part.tag else dreads
-            dsums[name], settled[name], over = over_slope(part, e, lowering, exprs.weight, others)
+@dataclass
+class _Weighed:
+    """What one part does with a tile of its scores and of dp: `weight`, and then `gradients`.
+
+    edges: None where what the part shows is known already. slope_apart: what dp is multiplied by in ds is a value of
+    its own, computed with the weight; and `dp` stands for dp - delta, where they occur in no other way (`less_delta`).
+    """
+
+    part: Plan
+    exprs: _Cotangents
+    lowering: Lowering
+    blank: str
+    visible: str
+    edges: list[str] | None
+    slope_apart: bool
+    dsums: dict[str, Any] = field(init=False)
+    dreads: list[Any] = field(init=False)
+    less_delta: bool = field(init=False, default=False)
+    #: by the name of a cotangent, the slope that it is a multiple of, so that it is 0 where that is hidden
+    settled: dict[str, Any] = field(init=False, default_factory=dict)
+
+    def weight(self) -> dict[str, Any]:
+        """The slots up to the weight."""
+        part, exprs, lowering = self.part, self.exprs, self.lowering
+        lowering.blank = self.blank
+        score = next((lowering.tile(e) for e in exprs.score), None)
+        mask = part.graph["mask"].expr
+        shown = visible_lines(lowering, mask, self.edges, self.visible) if self.edges is not None else []
+        score_lines = take(lowering)
+        lowering.assign(part.own("p"), exprs.weight, Level.PAIR)
+        self.dsums = {name: e for name, e in exprs.dsums.items() if e != 0}
+        self.dreads = list(exprs.dreads)
+        if self.slope_apart:
+            self._part_slopes()
+        weight_lines = take(lowering)
+        if self.slope_apart:  # kept until dp is there, it takes 16 registers of a thread
+            lowering.forget_rows(set_names([*score_lines, *weight_lines]))
+        return {
+            "tag": part.tag,
+            "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
+            "score": score,
+            "score_lines": score_lines,
+            "visible": self.visible,
+            "show": shown,
+            "weight_lines": weight_lines,
+            "slope": part.own(SLOPE) in self.settled.values(),
+            "less_delta": self.less_delta,
+        }
+
+    def _part_slopes(self) -> None:
+        part, names = self.part, self.exprs.names
+        less = [e.xreplace({DP: DP + DELTA}) for e in (*self.dsums.values(), *self.dreads)]
+        self.less_delta = any(e.has(DELTA) for e in self.dsums.values()) and not any(e.has(DELTA) for e in less)
+        if self.less_delta:
+            self.dsums, self.dreads = dict(zip(self.dsums, less, strict=False)), less[len(self.dsums) :]
+        for name, e in self.dsums.items():
+            others = [] if part.tag else self.dreads
+            self.dsums[name], self.settled[name], over = over_slope(part, e, self.lowering, self.exprs.weight, others)
+            reads = list(zip(names, self.dreads, strict=True))
             if not part.tag:
-                settled |= {n: settled[name] for n, d, o in zip(exprs.names, dreads, over, strict=True) if d != o}
-                dreads = over
+                changed = (n for (n, d), o in zip(reads, over, strict=True) if d != o)
+                self.dreads = over
             else:
-                settled |= {
-                    n: settled[name] for n, d in zip(exprs.names, dreads, strict=True) if same_slope(part, d, e)
-                }
-    weight_lines = take(lowering)
-    if slope_apart:  # kept until dp is there, it takes 16 registers of a thread
-        lowering.forget_rows(set_names([*score_lines, *weight_lines]))
-    for name, d in zip(exprs.names, dreads, strict=True):
-        if DS in d.free_symbols:  # what is a multiple of ds is 0 where that is
-            settled[name] = settled.get(DS.name)
-    hide = []
-    for name, expr in (*dsums.items(), *zip(exprs.names, dreads, strict=True)):
-        lowering.assign(name, expr, Level.PAIR)
-        if settled.get(name) is None:  # what a hidden slope multiplies is finite
-            hide.append(f"{name} = tl.where({visible}, {name}, 0.0)")
-    return {
-        "tag": part.tag,
-        "text": {k: formula(part.graph[k].expr) for k in ("score", "mask", "weight")},
-        "score": score,
-        "score_lines": score_lines,
-        "visible": visible,
-        "show": shown,
-        "weight_lines": weight_lines,
-        "flows": flows,
-        "slope": part.own(SLOPE) in settled.values(),
-        "grad_lines": take(lowering),
-        "hide": hide,
-        "less_delta": less_delta,
-    }
+                changed = (n for n, d in reads if same_slope(part, d, e))
+            self.settled |= dict.fromkeys(changed, self.settled[name])
+
+    def gradients(self) -> dict[str, Any]:
+        """The slots from there. `flows`: is ds ever other than 0? With a weight that is a step function of the score it
+        is not, and a matmul of zeros is left out."""
+        names, hide = self.exprs.names, []
+        self.lowering.blank = self.blank
+        for name, d in zip(names, self.dreads, strict=True):
+            if DS in d.free_symbols:  # what is a multiple of ds is 0 where that is
+                self.settled[name] = self.settled.get(DS.name)
+        for name, expr in (*self.dsums.items(), *zip(names, self.dreads, strict=True)):
+            self.lowering.assign(name, expr, Level.PAIR)
+            if self.settled.get(name) is None:  # what a hidden slope multiplies is finite
+                hide.append(f"{name} = tl.where({self.visible}, {name}, 0.0)")
+        flows = self.exprs.dsums.get(self.part.own("ds")) != 0
+        return {"flows": flows, "grad_lines": take(self.lowering), "hide": hide}
 
 
 def saw_a_key(part: Plan) -> str:

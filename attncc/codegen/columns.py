@@ -38,7 +38,7 @@ def column_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
         tiles[f"{name}_sum_tile"] = value
         sums.append(f"{name}_sum")
     leaves = {**base, **{name: Leaf(name, Level.PAIR) for name in tiles}}
-    lowering = Lowering(plan.core, leaves, False, blank=blank_tile(similarity, rows_first=False))
+    lowering = Lowering(plan.core, leaves, False, blank=blank_tile(similarity, False, plan))
     lowering.count([folded.score, mask, *tiles.values()])
     bounds = bound_lines(plan.over_queries, lowering, "BLOCK_M", "kv_idx < kv_len")
     score = lowering.tile(folded.score)

@@ -133,8 +133,7 @@ def forward_slots(
     rows = {name: Leaf(name, Level.ROW) for names in running for name in names}
     similarity = SimilaritySlots(plan)
     leaves = {**base_leaves(plan, rows), **(LEAVES if hopper else {}), **own}
-    blank = blank_tile(similarity, rows_first=True)
-    lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, blank=blank, tables=tables)
+    lowering = first = Lowering(plan.core, leaves, running=running[0] | RUNNING, tables=tables)
     if hopper:
         lowering.streamed, lowering.ahead, lowering.maps, lowering.whole = [], [], [], "whole"
         lowering.fragments = True
@@ -146,6 +145,7 @@ def forward_slots(
         if bounds is None:
             lowering.count([part.tagged(part.folded.score), part.graph["mask"].expr])
             bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", hopper)
+        lowering.blank = blank_tile(similarity, True, part)
         sweeps.append(_sweep_slots(part, i, lowering, between=lowering.outer if sweeps else []))
         lowering = lowering.next_sweep(following | RUNNING)
     computed = [_terms(part, part.online) for part in plan.parts]
@@ -156,10 +156,10 @@ def forward_slots(
         lowering.count(t.terms[1:])  # equal terms are one value however often they are accumulated
     if bounds is None:
         bounds = bound_lines(plan.over_keys, lowering, "BLOCK_N", "q_idx < q_len", hopper)
-    chains = [
-        _chain(t, lowering, visible, fresh, "p")
-        for t, (_, visible, fresh) in zip(computed, shown_masks(plan), strict=True)
-    ]
+    chains = []
+    for t, (part, visible, fresh) in zip(computed, shown_masks(plan), strict=True):
+        lowering.blank = blank_tile(similarity, True, part)
+        chains.append(_chain(t, lowering, visible, fresh, "p"))
     if fades:  # apart from the lines of a tile, for it is done where those are not
         alone = lowering.next_sweep(running[-1])
         for chain, t in zip(chains, computed, strict=True):

@@ -128,11 +128,13 @@ class Lowering:
         return self.raised(text, own, own if at is None else join(own, at))
 
     def assign(self, name: str, expr: Any, at: Level) -> None:
-        """A statement `name = expr` in the body, and from then on `name` stands for the expression."""
+        """A statement `name = expr` in the body, and from then on `name` stands for the expression, if that is of level
+        `at` itself: what is the same for a row, or for all, is asked for before the loop, too."""
         expr = self.tables.apart(expr)
         text, own = self._memo.get(expr) or (spell(self, expr, self.level_of(expr)), self.level_of(expr))
         self.body.append(f"{name} = {unwrap(self._tile(text, own, at))}")
-        self._memo[expr] = (name, at)
+        if own == at:
+            self._memo[expr] = (name, at)
 
     def tile(self, expr: Any) -> str:
         """The text of an expression as a whole tile, also where it is the same for every pair."""

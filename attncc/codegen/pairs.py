@@ -58,10 +58,10 @@ def edge(axis: str, rows_first: bool) -> str:
     return f"({axis} < {length}){'[:, None]' if first else '[None, :]'}"
 
 
-def blank_tile(similarity: SimilaritySlots, rows_first: bool) -> str:
-    """A tile of zeros."""
+def blank_tile(similarity: SimilaritySlots, rows_first: bool, part: Plan) -> str:
+    """A tile of zeros, beside what a part computes: a pass of one of several branches has the product of that alone."""
     if similarity.has_dot:
-        return "tl.zeros_like(qk)"
+        return f"tl.zeros_like({part.own('qk')})"
     return f"tl.zeros([{'BLOCK_M, BLOCK_N' if rows_first else 'BLOCK_N, BLOCK_M'}], tl.float32)"
 
 

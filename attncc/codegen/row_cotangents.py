@@ -36,7 +36,7 @@ def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dic
     if exact:
         weight = folded.apply(backward.weight)
         parts |= {"exact_delta": weight * DP} | ({"weight_sum": folded.apply(share)} if share is not None else {})
-    blank = blank_tile(similarity, rows_first=True)
+    blank = blank_tile(similarity, True, part)
     running = frozenset({*parts, *([DELTA.name] if exact else [])})
     lowering = Lowering(plan.core, base, running=running, blank=blank)
     lowering.count([score, mask, *parts.values()])

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import sympy
+from sympy.core.relational import Relational
 
 from attncc.errors import UnsupportedError
 from attncc.ir import symbols as sym
@@ -47,7 +48,10 @@ def by_distance(expr: sympy.Expr) -> bool:
 
 
 def _settled(expr: sympy.Expr) -> sympy.Expr:
-    return expr.func(*(_settled(a) for a in expr.args)).expand() if expr.args else expr
+    if not expr.args:
+        return expr
+    settled = expr.func(*(_settled(a) for a in expr.args))
+    return settled.expand() if isinstance(settled, sympy.Expr | Relational) else settled
 
 
 def kind_of(stage: Stage) -> str:

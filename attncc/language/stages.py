@@ -46,7 +46,7 @@ SEES_PARTS: dict[str, tuple[str, ...]] = {"combine": ("b", "h", "h_kv", "q_idx",
 #: the branch that a stage is evaluated for, an integer: seen by each but the reduction, where a variant has several
 BRANCH = "branch"
 _STAGE_NAME = (
-    rf"{sym.ROW_NAME}|{sym.COL_NAME}|col_lse_\d+|dead_rows|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc"
+    rf"{sym.ROW_NAME}|{sym.COL_NAME}|(in_)?col_lse_\d+|dead_rows|(q_term|k_term|dot|band|pair)_\d+|raw_score|out|mask|lse|acc"
     r"|delta|dlse"
 )
 #: names that a user's input or scalar cannot have

@@ -174,7 +174,7 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
     if columns:
         dscore = sympy.factor_terms(sympy.Add(dscore, *(c.to(sym.SCORE) for c in columns)))
         for read in reads_of_shares(columns):
-            if read.input in wanted and not is_column_sum(read):
+            if read.input in wanted and not is_column_sum(read.input):
                 to_reads[read] = sympy.Add(to_reads.get(read, sympy.S.Zero), *(c.to(read) for c in columns))
     score, raw = graph["score"].expr, graph["raw_score"].expr
     draw = attached(_diff(score, sym.RAW_SCORE))

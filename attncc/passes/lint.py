@@ -142,7 +142,7 @@ def overflowing_exponentials(graph: VariantGraph) -> Iterator[Finding]:
             seen.add(exponent)
             # a row maximum is at least what it is the maximum of, and an exponent only falls with it
             bounded = sympy.expand(exponent.xreplace({m: g for m, g in operands.items() if _falls_with(exponent, m)}))
-            if any(bounded == sym.SCORE - read for read in bounded.atoms(Read) if is_column_sum(read)):
+            if any(bounded == sym.SCORE - read for read in bounded.atoms(Read) if is_column_sum(read.input)):
                 continue  # a log of a sum is at least the log of each of its terms
             if extent(bounded, known).hi > MAX_EXPONENT:
                 yield Finding(

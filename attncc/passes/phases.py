@@ -12,6 +12,7 @@ term of a pair divided by the sum is a stage of its own, col_share_i: the gradie
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,16 +36,17 @@ _COLUMN = "col_lse_"
 _SHARE = "col_share_"
 
 
-def is_column_sum(read: Read) -> bool:
-    """Does it read the log of a column sum, which no user's input is called like?"""
-    return read.input.startswith(_COLUMN)
+def is_column_sum(name: str) -> bool:
+    """Is it the input that holds the log of a column sum, which no user's input is called like? Generated code gives it
+    a prefix, where the name of another input is taken there."""
+    return re.fullmatch(rf"(in_)?{_COLUMN}\d+", name) is not None
 
 
 def shares(graph: VariantGraph) -> tuple[tuple[Read, sympy.Expr], ...]:
     """The column sums that a graph of `phases` reads, each by its log, with what a pair adds to one, over that."""
     stages = {s.name: s.expr for s in graph.stages if s.name.startswith(_SHARE)}
-    found = {n: _log_of(n.replace(_SHARE, _COLUMN)) for n in sorted(stages)}
-    return tuple((found[n], stages[n]) for n in sorted(stages))
+    logs = {d.name.removeprefix("in_"): d.name for d in graph.inputs if is_column_sum(d.name)}
+    return tuple((_log_of(logs[n.replace(_SHARE, _COLUMN)]), stages[n]) for n in sorted(stages))
 
 
 def _log_of(name: str) -> Read:

@@ -9,7 +9,7 @@ import sympy
 import attncc as ac
 from attncc.codegen.plan import Plan
 from attncc.ir import symbols as sym
-from attncc.ir.vocabulary import ByDistance, Read
+from attncc.ir.vocabulary import ByDistance, Read, where
 from attncc.passes.distances import DISTANCE, tables_of
 from attncc.passes.numeric import evaluate
 
@@ -89,6 +89,7 @@ def test_tritons_kernels_read_what_they_would_read_anyway():
         Read(W, sym.H, K) + SCORE,
         sympy.exp(SCORE * (K - Q)),
         Read(ROWS, sym.H, Q) * sympy.exp(K - Q),
+        where(sympy.Or(Q > 2 * K, Q > 5), sympy.Float(0.5), sympy.Float(1.0)) + SCORE,
     ],
 )
 def test_what_is_no_table(expr):

@@ -242,3 +242,90 @@ def test_exponents_in_the_thousands_leave_the_gradient_of_what_makes_them():
     own = near.clone().requires_grad_()
     (found,) = torch.autograd.grad(ac.compile(variant)(q, k, v, near=own), own, cotangent.half())
     torch.testing.assert_close(found.double(), want, rtol=5e-3, atol=0.05)
+
+
+def two(m, n, d=8):
+    return draw(1, 2, m, 2 * d), draw(1, 2, n, 2 * d, seed=1), draw(1, 2, n, 8, seed=2)
+
+
+def half(x, branch):
+    return x.split(x.shape[-1] // 2, -1)[branch]
+
+
+def test_a_value_of_the_row_in_both_branches():
+    """The first branch's gradient reads it, as does the second's weight, which the kernel of dK and dV has first."""
+    variant = ac.loads_toml(
+        """
+        branches = 2
+        [stages]
+        normalizer = "p = exp(score - row.max(score))\\np * (1 + 0.3 * gate[h, q_idx]) / row.sum(p)"
+        reduction = "row.sum((weight[0] - gate[h, q_idx] * weight[1]) * v_vec)"
+        [inputs]
+        gate = { index = ["h", "q_idx"], grad = true }
+        """
+    )
+
+    def oracle(q, k, v, gate):
+        first, second = (score(half(q, i), half(k, i)).softmax(-1) for i in (0, 1))
+        return (1 + 0.3 * gate)[..., None] * (first - gate[..., None] * second) @ v
+
+    agree(variant, two(9, 13), oracle, gate=draw(2, 9, seed=3))
+
+
+def test_branches_of_two_passes():
+    """Each pass has the product of its own branch, and counts keys, which are all alike."""
+
+    def above_the_mean(score, row):
+        return ac.where(score > row.mean(score), score, 0.1 * score) / row.count()
+
+    def heads(score, h):
+        return score / (1 + h)
+
+    def oracle(q, k, v):
+        weights = []
+        for i in (0, 1):
+            s = score(half(q, i), half(k, i)) / torch.tensor([1.0, 2.0])[:, None, None]
+            weights.append(torch.where(s > s.mean(-1, keepdim=True), s, 0.1 * s) / s.shape[-1])
+        return (weights[0] - weights[1]) @ v
+
+    def reduction(weight, row, v_vec):
+        return row.sum((weight[0] - weight[1]) * v_vec)
+
+    agree(ac.Variant(branches=2, score=heads, normalizer=above_the_mean, reduction=reduction), two(9, 13), oracle)
+
+
+def test_a_branch_whose_weights_are_all_alike():
+    def means(score, row, branch):
+        p = ac.exp(score - row.max(score))
+        return p / row.sum(p) if branch == 0 else 1 / row.count()
+
+    def reduction(weight, row, v_vec):
+        return row.sum((weight[0] - weight[1]) * v_vec)
+
+    variant = ac.Variant(branches=2, normalizer=means, reduction=reduction)
+    agree(variant, two(9, 13), lambda q, k, v: score(half(q, 0), half(k, 0)).softmax(-1) @ v - v.mean(2, keepdim=True))
+    assert "zeros_like(qk_1)" in ac.compile(variant, backend="gluon").source(d_qk=64)
+
+
+def test_magnitudes_beside_an_exact_delta():
+    """The slope of a score's magnitude is its sign; both weights have their scores inlined."""
+    variant = ac.loads_toml(
+        """
+        branches = 2
+        [stages]
+        score = "score - rate[h] ** 2 + 0.3"
+        normalizer = "cog"
+        reduction = "row.sum((weight[0] - rate[h] * weight[1]) * v_vec)"
+        [inputs]
+        rate = { index = ["h"], grad = true }
+        """
+    )
+
+    def cog(s):
+        return s.sign() * s.abs().softmax(-1)
+
+    def oracle(q, k, v, rate):
+        first, second = (cog(score(half(q, i), half(k, i)) - rate[:, None, None] ** 2 + 0.3) for i in (0, 1))
+        return (first - rate[:, None, None] * second) @ v
+
+    agree(variant, two(9, 13), oracle, rate=torch.tensor([0.7, -0.4], dtype=torch.float64))

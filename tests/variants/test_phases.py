@@ -124,6 +124,29 @@ def test_two_column_sums_and_an_input_in_the_terms_of_one():
     agree(ac.Variant(normalizer=normalizer, mask=ac.causal, inputs=inputs), oracle, arguments, t=draw(4, 17, seed=3))
 
 
+@pytest.mark.parametrize("name", ["slope", "table"])
+def test_gradients_pass_through_column_sums_whatever_an_input_is_called(name):
+    """Generated code has values of these names, so that all inputs get others there, in the order that they have."""
+    variant = ac.loads_toml(
+        f"""
+        [stages]
+        score = "score + bias[h, kv_idx] * q_idx"
+        normalizer = "p = exp(score - col.max(score))\\np / col.sum(p)"
+        reduction = "row.sum({name}[h] * weight * v_vec)"
+        [inputs]
+        bias = {{ index = ["h", "kv_idx"], grad = true }}
+        {name} = {{ index = ["h"], grad = true }}
+        """
+    )
+
+    def oracle(q, k, v, bias, **inputs):
+        s = score(q, k) + bias[:, None] * torch.arange(7.0)[:, None]
+        return inputs[name][:, None, None] * (column_softmax(s, torch.ones(7, 9, dtype=torch.bool)) @ v)
+
+    arguments = draw(1, 2, 7, 16), draw(1, 2, 9, 16, seed=1), draw(1, 2, 9, 8, seed=2)
+    agree(variant, oracle, arguments, bias=draw(2, 9, seed=3), **{name: draw(2)})
+
+
 def test_messages_from_children_to_parents():
     """Reversed attention: a child's weights over its parents sum to 1, and its message goes to them. Here parents are
     the queries, and children the keys; gates are a head's and a child's."""
