@@ -198,7 +198,7 @@ class OutputsEngine:
         for h in found.hidden:
             tensors[h.decl.name] = kept[_place(h.reduction)] if h.is_place else of_reductions[h.reduction].float()
         full = Bound(bound.sizes, bound.scale, {d.name: tensors[d.name] for d in found.graph.inputs}, bound.scalars)
-        if carry is not None and engine.plan.backward.needs_delta:
+        if carry is not None and engine.plan.needs_delta:
             missing = carry(full, q, k, v, rows)[carry.names[0]]
             dlse = -missing if dlse is None else dlse - missing
         saved = tuple(rows[name] for name in engine.plan.saved_names)

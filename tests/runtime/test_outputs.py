@@ -216,6 +216,27 @@ def test_gradients_of_inputs_and_other_normalizers(normalizer):
         assert (got - want).norm() <= 3e-6 * want.norm()
 
 
+def test_gradients_of_an_output_where_a_sweep_alone_needs_delta():
+    """What the minimum passes back has the output's cotangents in it, and no pair's own gradient has."""
+    variant = ac.loads_toml(
+        '[stages]\nnormalizer = "x = score - row.min(score)\\nx / (row.sum(x) + 1)"\n'
+        '[outputs]\nsquares = "row.sum(weight * weight)"'
+    )
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (7, 11, 11))
+    x = q.double() @ k.double().mT / 4
+    x = x - x.amin(-1, keepdim=True)
+    w = x / (x.sum(-1, keepdim=True) + 1)
+    want = w.square().sum(-1)
+    got = ac.compile(variant)(q, k, v, outputs="squares")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    cotangent = torch.randn(want.shape, dtype=torch.float64)
+    found = torch.autograd.grad(got, (q, k), cotangent.float())
+    wanted = torch.autograd.grad(want, (q, k), cotangent)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_nothing_is_computed_or_required_that_is_not_asked_for():
     q, k, v, segment = tensors(SHAPES[0])
     op = ac.compile(variant(("segment2", "received")))
