@@ -46,19 +46,19 @@ class MappedTile(Tile):
 
 @dataclass(frozen=True)
 class Role:
-    """One use of the scan. `rows`: the factors of tokens that it loads; a_row, b_row, c_row: those of its operands.
+    """One use of the scan, out_i = sum_j (a_i . b_j) s_ij c_j. `rows`: the factors of tokens that it loads; a_row,
+    b_row, c_row: the factors of its operands.
 
-    lift: the operands have a feature 1 besides, alpha for a and beta for b; total: the row sums are stored; last: what
-    stands in the state's last column; contracted: the sum over features is multiplied by `constant`. Where the sum runs
-    backwards `constant` is part of the query's factor, `scaled`: the state's own gradient has it, too. channel: each
-    feature decays on its own, those that are summed over, or those of the result (result_decays). diagonal: a token's
-    own product is multiplied by a factor of each feature.
+    lift: the operands have one more feature, alpha for a and beta for b (1 each unless the plan has a bias).
+    total: the row sums are stored. last: the state's column for the constant value 1.
+    contracted: the sum over features is multiplied by `constant`. In reverse, `scaled` has it instead, as part of the
+    query's factor, because the gradient of the state contains it, too.
+    channel: each feature has a decay of its own. diagonal: a token's own product has a factor per feature.
 
-    own: the vector of which the result is the gradient. product: the features' product with it is stored, one value a
-    token; steps: so is the gradient of the decay's steps, for which the states between chunks are kept, `kept_size`
-    values each. The result is multiplied by `settled` at last, and if `scaled_later` by `constant`. inner: what the row
-    totals take from it is found from the result itself, where a program has all of its columns.
-    """
+    own: the vector whose gradient the result is. product: the product of the features with it is stored, per token.
+    steps: so is the gradient of the decay's steps, for which the states between chunks are kept, `kept_size` values
+    each. Finally the result is multiplied by `settled` and, if `scaled_later`, by `constant`. inner: the term of the
+    row totals is computed from the result itself, in programs that have all of its columns."""
 
     name: str
     doc: str
@@ -96,30 +96,31 @@ class Role:
 
     @property
     def rows_of_step(self) -> tuple[str, ...]:
-        """The factors of tokens, with a token's own step in the place of the decay since a chunk began."""
+        """The factors of tokens, with each token's own step instead of the decay since its chunk began."""
         return tuple("step" if name == "run" else name for name in self.rows)
 
     @property
     def alpha_pair(self) -> str:
-        """What the feature 1 adds to a pair."""
+        """The term of the constant feature in a pair, as text."""
         left = f"{self.alpha}[:, None]" if self.alpha else ""
         right = f"{self.beta}[None, :]" if self.beta != "1.0" else ""
         return " * ".join(x for x in (left, right) if x)
 
     @property
     def alpha_state(self) -> str:
-        """What it adds to the sum over features."""
+        """The term of the constant feature in the read of the state, as text."""
         return f"{self.alpha}[:, None] * lifted[None, :]" if self.alpha else "lifted[None, :]"
 
     @property
     def alpha_count(self) -> str:
-        """And to that of the value 1."""
+        """The same in the column of the constant value 1, as text."""
         return f"{self.alpha} * count"
 
 
 @dataclass
 class LinearSlots:
-    """What the templates are filled with, for one plan and its head dimensions."""
+    """The template slots of one plan at its head dimensions. Only `helpers`, the functions that the text calls,
+    grows."""
 
     graph: VariantGraph
     plan: Linear
@@ -129,36 +130,36 @@ class LinearSlots:
 
     @property
     def extra(self) -> tuple[int, int]:
-        """Rows and columns that the state has besides: those of the feature 1 and of the value 1."""
+        """Rows and columns of the state for the constant feature 1 and the constant value 1: 0 or 1 each."""
         return int(self.plan.bias is not None), int(self.plan.total)
 
     @property
     def runs(self) -> bool:
-        """Is there one decay for all channels, which is summed up within chunks?"""
+        """Whether all channels share one decay that differs by token, so that chunks need its running sum."""
         return self.plan.decay not in ("none", "channel") and not self.plan.alike
 
     @property
     def state_shape(self) -> tuple[int, int]:
-        """The state's features and values."""
+        """The number of features and values of the state."""
         return self.d_qk + self.extra[0], self.d_v + self.extra[1]
 
     @property
     def plain_diagonal(self) -> bool:
-        """Is a token's own product q.k among the pairs as it is?"""
+        """Whether a token's own product q.k is one of the pairs, without a factor."""
         return not self.plan.late or self.plan.diagonal == 1
 
     @property
     def has_diagonal(self) -> bool:
-        """Is there a factor of each of its channels?"""
+        """Whether a token's own product has a factor per channel."""
         return self.plan.diagonal not in (None, 1)
 
     @property
     def diagonal_by_token(self) -> bool:
-        """Has each token one of its own?"""
+        """Whether that factor differs by token."""
         return self.plan.diagonal is not None and sym.KV_IDX in self.plan.diagonal.free_symbols
 
     def tiles(self) -> dict[str, MappedTile]:
-        """q, k, v, do as the kernels read them; q and k are their features where there is a map."""
+        """q, k, v, do as the kernels read them; q and k are features if there is a feature map."""
         return {
             "q": MappedTile("q", self.d_qk, "h"),
             "k": MappedTile("k", self.d_qk, "h_kv"),
@@ -167,7 +168,7 @@ class LinearSlots:
         }
 
     def features(self) -> dict[str, MappedTile]:
-        """q and k with the lines that map them to their features, those that have a map."""
+        """Those of q and k that have a feature map, with the lines that compute it."""
         names: Counter[str] = Counter()
         sides = (("q", self.plan.left, sym.Q_VEC), ("k", self.plan.right, sym.K_VEC))
         return {n: self._mapped(self.tiles()[n], map_, vector, names) for n, map_, vector in sides if map_ != vector}
@@ -183,7 +184,7 @@ class LinearSlots:
     def _tile(
         self, expr: sympy.Expr, vector: sympy.Symbol, leaf: str, names: Counter[str]
     ) -> tuple[tuple[str, ...], str]:
-        """Lines, and the text of a vector expression over the tile `leaf`."""
+        """Lines that compute a vector expression over the tile `leaf`, and its text."""
         leaves = {vector.name: Leaf(leaf, Level.PAIR)}
         scope = Lowering(self.graph, leaves, helpers=self.helpers, blank=f"tl.zeros_like({leaf})", _names=names)
         lowered = lower_exp(expr)
@@ -192,13 +193,13 @@ class LinearSlots:
         return (*scope.outer, *scope.body), text
 
     def rows(self, *names: str) -> tuple[str, ...]:
-        """The factors of tokens among these, without those that are 1, and the decay: since a chunk began, or of a step
-        where all are the same."""
+        """The given factors of tokens without empty ones, and the decay: since the chunk began, or of a step if all
+        steps are equal."""
         decay = "" if self.plan.decay == "none" else "step" if self.plan.alike else "run"
         return tuple(n for n in (*names, decay) if n)
 
     def row(self, name: str) -> str:
-        """The factor of the query or key, or of the gradient of out; "" where there is none."""
+        """The factor of tokens of this name, or "" if the plan has none."""
         known = {
             "row": self.plan.row != 1,
             "col": self.plan.col != 1,
@@ -211,133 +212,164 @@ class LinearSlots:
         }
         return name if known[name] else ""
 
-    def roles(self, backward: bool = True) -> dict[str, Role]:
-        """The uses of the scan, by kernel."""
-        tiles, plan = self.tiles(), self.plan
+    @property
+    def strides(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """How the state lies in memory: as the forward's scan has it, with a row per feature, and transposed, with a
+        column per feature, for scans whose result has features."""
         size_q, size_v = self.state_shape
-        lift, total = plan.bias is not None, plan.total
         common: dict[str, Any] = {
-            "decay": plan.decay != "none",
+            "decay": self.plan.decay != "none",
             "state_size": size_q * size_v,
             "row_size": size_v,
         }
-        by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
-        by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, **common}
-        row, col, weight, gain = (self.row(name) for name in ("row", "col", "weight", "gain"))
-        alpha, beta, dtotal, slope = (self.row(name) for name in ("alpha", "beta", "dtotal", "slope"))
-        scaled = "" if plan.constant == 1 else f"{row} * constant" if row else "tl.where(live, constant, 0.0)"
-        of_query = "scaled" if scaled else row
-        q, k, v, do = (tiles[n] for n in ("q", "k", "v", "do"))
-        forward = Role(
+        return {"state_row": size_v, "state_col": 1, **common}, {"state_row": 1, "state_col": size_v, **common}
+
+    @property
+    def scaled(self) -> str:
+        """The query's factor times the plan's constant, as text; "" if the constant is 1."""
+        if self.plan.constant == 1:
+            return ""
+        row = self.row("row")
+        return f"{row} * constant" if row else "tl.where(live, constant, 0.0)"
+
+    def roles(self, backward: bool = True) -> dict[str, Role]:
+        """The uses of the scan, by kernel; with `backward` False only those of the forward."""
+        forward = self._forward()
+        rows = self.rows(self.row("col"), self.row("beta"))
+        states = replace(forward, name="states", doc="The sum that each segment adds to the state.", rows=rows)
+        found = {"forward": forward, "states": states}
+        if not backward:
+            return found
+        found["dq"] = self._to_vector(self._dq(), "q", sym.Q_VEC, self.row("row"))
+        found["dk"] = self._to_vector(self._dk(), "k", sym.K_VEC, self.row("col"))
+        found["dv"] = self._dv()
+        rows = self.rows(*(self.row(name) for name in ("weight", "row", "alpha", "dtotal")))
+        found["dstates"] = replace(
+            found["dv"],
+            name="dstates",
+            doc="The sum that each segment adds to the gradient of the state, from the last token to the first.",
+            rows=rows,
+            last=self.row("dtotal"),
+        )
+        return found
+
+    def _forward(self) -> Role:
+        tiles, total = self.tiles(), self.plan.total
+        row, col, alpha, beta, gain = (self.row(name) for name in ("row", "col", "alpha", "beta", "gain"))
+        return Role(
             name="forward",
-            doc="out, by chunks of tokens and a state between them.",
+            doc="out, by chunks of tokens with a state between them.",
             out="out",
-            a=q,
-            b=k,
-            c=v,
+            a=tiles["q"],
+            b=tiles["k"],
+            c=tiles["v"],
             reverse=False,
             rows=self.rows(row, col, alpha, beta, gain),
             contracted=True,
             a_row=row,
             b_row=col,
-            lift=lift,
+            lift=self.plan.bias is not None,
             alpha=alpha,
             beta=beta or "1.0",
             total=total,
             last="1.0" if total else "",
             epilogue=self._gained(),
-            **by_rows,
+            **self.strides[0],
         )
-        states = replace(forward, name="states", doc="What each segment adds to the state.", rows=self.rows(col, beta))
-        found = {"forward": forward, "states": states}
-        if not backward:
-            return found
-        found["dq"] = Role(
+
+    def _dq(self) -> Role:
+        """The gradient of q's features."""
+        tiles = self.tiles()
+        weight, row, col, dtotal, slope = (self.row(name) for name in ("weight", "row", "col", "dtotal", "slope"))
+        return Role(
             name="dq",
             doc="The gradient of q: the forward's sum over k, with dout.v as the weights.",
             out="dq",
-            a=do,
-            b=v,
-            c=k,
+            a=tiles["do"],
+            b=tiles["v"],
+            c=tiles["k"],
             reverse=False,
             rows=self.rows(weight, row, col, dtotal, slope),
             a_row=weight,
             c_row=col,
             inner=bool(slope),
-            lift=total,
+            lift=self.plan.total,
             alpha=dtotal,
-            **by_cols,
+            **self.strides[1],
         )
-        found["dk"] = Role(
+
+    def _dk(self) -> Role:
+        """The gradient of k's features."""
+        tiles = self.tiles()
+        weight, row, col, dtotal = (self.row(name) for name in ("weight", "row", "col", "dtotal"))
+        return Role(
             name="dk",
-            doc="The gradient of k: a sum over the queries behind a token.",
+            doc="The gradient of k: a sum over the queries after a token.",
             out="dk",
-            a=v,
-            b=do,
-            c=q,
+            a=tiles["v"],
+            b=tiles["do"],
+            c=tiles["q"],
             reverse=True,
             rows=self.rows(weight, row, col, dtotal),
-            scaled=scaled,
+            scaled=self.scaled,
             b_row=weight,
-            c_row=of_query,
-            lift=total,
+            c_row="scaled" if self.scaled else row,
+            lift=self.plan.total,
             beta=dtotal or "1.0",
-            **by_cols,
+            **self.strides[1],
         )
-        found["dv"] = Role(
+
+    def _dv(self) -> Role:
+        tiles = self.tiles()
+        weight, row, col, alpha, beta = (self.row(name) for name in ("weight", "row", "col", "alpha", "beta"))
+        return Role(
             name="dv",
             doc="The gradient of v: the forward's sum, from the last token to the first.",
             out="dv",
-            a=k,
-            b=q,
-            c=do,
+            a=tiles["k"],
+            b=tiles["q"],
+            c=tiles["do"],
             reverse=True,
             rows=self.rows(weight, row, col, alpha, beta),
-            scaled=scaled,
+            scaled=self.scaled,
             a_row=col,
-            b_row=of_query,
+            b_row="scaled" if self.scaled else row,
             c_row=weight,
-            lift=lift,
+            lift=self.plan.bias is not None,
             alpha=beta,
             beta=alpha or "1.0",
-            **by_rows,
+            **self.strides[0],
         )
-        found["dstates"] = replace(
-            found["dv"],
-            name="dstates",
-            doc="What each segment adds to the gradient of the state, from the last token to the first.",
-            rows=self.rows(weight, row, alpha, dtotal),
-            last=dtotal,
+
+    def _to_vector(self, role: Role, side: str, vector: sympy.Symbol, factor: str) -> Role:
+        """The gradient of q or k (`side`) from that of its features: through its factor of tokens and its feature map.
+        With a decay or a factor, also the products with the vector, of which their gradients are made."""
+        plan = self.plan
+        map_ = plan.left if side == "q" else plan.right
+        own = self._mapped(MappedTile("own", self.d_qk, self.tiles()[side].head), map_, vector, Counter(_NAMES), "own")
+        decays, constant = plan.decay != "none", plan.constant != 1
+        lines = self._settled(own, map_, vector, factor)
+        if side == "q" and constant:
+            lines = ("out = out * constant", *lines)
+        needs_vector = decays or bool(factor) or map_ != vector or role.inner
+        return replace(
+            role,
+            product=bool(factor),
+            steps=decays,
+            kept_size=self.state_shape[1] * self.d_qk,
+            settled=factor,
+            scaled_later=constant,
+            own=own if needs_vector else None,
+            epilogue=lines,
         )
-        for name, side, vector, factor in (("dq", "q", sym.Q_VEC, row), ("dk", "k", sym.K_VEC, col)):
-            map_ = plan.left if side == "q" else plan.right
-            own = self._mapped(MappedTile("own", self.d_qk, tiles[side].head), map_, vector, Counter(_NAMES), "own")
-            decays = plan.decay != "none"
-            lines = self._settled(own, map_, vector, factor)
-            if side == "q" and plan.constant != 1:
-                lines = ("out = out * constant", *lines)
-            found[name] = replace(
-                found[name],
-                product=bool(factor),
-                steps=decays,
-                kept_size=size_v * self.d_qk,
-                settled=factor,
-                scaled_later=plan.constant != 1,
-                own=own if decays or factor or map_ != vector or (side == "q" and slope) else None,
-                epilogue=lines,
-            )
-        return found
 
     def channel_roles(self) -> dict[str, Role]:
-        """The same where each channel decays on its own: what is summed over features has the decay in its operands,
-        `asked` and `left`, and what results in features goes by halves of a chunk."""
+        """The roles if each channel has its own decay. Scans that sum over features have the decay in their operands,
+        `asked` and `left`; scans whose result has features split chunks in halves."""
         tiles, plan = self.tiles(), self.plan
-        size_q, size_v = self.state_shape
         asked, left = MappedTile("asked", self.d_qk, "h"), MappedTile("left", self.d_qk, "h")
         made = {"q": asked, "k": left}
-        common: dict[str, Any] = {"decay": True, "state_size": size_q * size_v, "row_size": size_v}
-        by_rows: dict[str, Any] = {"state_row": size_v, "state_col": 1, **common}
-        by_cols: dict[str, Any] = {"state_row": 1, "state_col": size_v, "channel": True, "rows": ("step",), **common}
+        by_rows, by_cols = self.strides
         scaled = plan.constant != 1
         found = {}
         for name, kept in self.roles().items():
@@ -345,10 +377,12 @@ class LinearSlots:
             if name in ("dq", "dk"):
                 found[name] = Role(
                     **{**alike, "a": kept.a, "b": kept.b, "c": kept.c, **by_cols},
+                    channel=True,
+                    rows=("step",),
                     contracted=scaled and name == "dq",
                     scaled="constant" if scaled and name == "dk" else "",
                     steps=True,
-                    kept_size=size_v * self.d_qk,
+                    kept_size=self.state_shape[1] * self.d_qk,
                     own=MappedTile("own", self.d_qk, tiles[name[1]].head),
                     diagonal=self.has_diagonal,
                 )
@@ -359,9 +393,9 @@ class LinearSlots:
         return found
 
     def full_roles(self) -> dict[str, Role]:
-        """The same where every query sees every key: a state of all tokens of one side, and each token of the other.
+        """The roles without a mask: one state of all tokens of one side, read by each token of the other.
 
-        What a token of the other side is multiplied by is part of the state.
+        The factors of the summed side are part of the state.
         """
         row, col, weight, gain = (self.row(name) for name in ("row", "col", "weight", "gain"))
         alpha, beta, dtotal = (self.row(name) for name in ("alpha", "beta", "dtotal"))
@@ -375,7 +409,7 @@ class LinearSlots:
         return {name: replace(role, rows=own.get(name, role.rows)) for name, role in found.items()}
 
     def _gained(self) -> tuple[str, ...]:
-        """Lines that make out of the sum of weighted values."""
+        """Lines from the sum of weighted values to `out`."""
         lines: list[str] = []
         factors = []
         if self.plan.total:
@@ -391,7 +425,7 @@ class LinearSlots:
         return tuple(lines)
 
     def _settled(self, own: MappedTile, map_: sympy.Expr, vector: sympy.Symbol, factor: str) -> tuple[str, ...]:
-        """Lines that take the gradient of the features back to the vector, and note their product with it."""
+        """Lines from the gradient of the features to that of the vector, which also store their product with it."""
         lines: list[str] = []
         if factor:
             place = "PRODUCT_PTR + _wide(block) * stride_product + line + t"
@@ -407,7 +441,7 @@ class LinearSlots:
 
 
 def _stepwise(slots: LinearSlots, forward: Role, features: dict[str, MappedTile]) -> Role:
-    """The forward token after token, which maps each token itself, and lets it decay."""
+    """The forward token by token, which maps each token to its features itself, and applies its decay step."""
     tiles = {**slots.tiles(), **features}
     channel = slots.plan.decay == "channel"
     return replace(forward, a=tiles["q"], b=tiles["k"], channel=channel, rows=("step",) if channel else forward.rows)

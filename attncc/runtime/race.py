@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from attncc.errors import ScheduleError
@@ -19,40 +19,41 @@ from attncc.schedule.cost import Prediction, ranked
 from attncc.schedule.device import Device
 from attncc.schedule.problem import Backend, Kernel, KernelSchedule, Problem, Schedule
 
-#: candidates that are compiled side by side, and how many of these are new at least, behind the first choices
+#: most candidates that compile ahead in parallel, and least number of new ones to start at once (after the first
+#: choices)
 BATCH, AT_ONCE = 12, 6
-#: how much slower than predicted a candidate is taken to be for each one of the same tile that came before it
+#: ordering: a candidate's predicted time grows by this share for each earlier candidate of the same tile
 ALIKE = 0.05
-#: seconds that a candidate is taken to need before any was measured
+#: expected seconds of a trial before any was measured
 FIRST_GUESS = 2.0
 
 
 class TrialError(Exception):
-    """A candidate that cannot win: it is wrong, or it does not run. The text says which."""
+    """A candidate that cannot win: its results are wrong, or it does not run."""
 
 
 class LostDeviceError(Exception):
-    """A candidate after which this process can use the GPU no more: it read or wrote what is not its own."""
+    """A candidate after which this process can no longer use the GPU: it accessed memory out of bounds."""
 
 
 class Stick(Protocol):
-    """What candidates are measured with. `check` and `time` raise TrialError for a candidate that may not win, and
-    LostDeviceError for one after which no other can be measured."""
+    """Runs candidates. `check` and `time` raise TrialError for a candidate that may not win, and LostDeviceError for
+    one after which no other can be measured."""
 
     def begin(self, trials: Sequence[tuple[Kernel, Schedule]]) -> None:
-        """Start to compile what these need, side by side: each is checked and timed when its turn comes."""
+        """Start to compile these candidates in parallel; each is checked and timed later."""
 
     def check(self, kernel: Kernel, schedule: Schedule) -> None:
-        """Hold the kernel's results against the reference, and a second run's bits against the first's."""
+        """Check the kernel's results against the reference, and a second run for bitwise equality."""
 
     def time(self, kernel: Kernel, schedule: Schedule, best_us: float) -> float:
-        """Microseconds of the kernel, alone on the machine; roughly, where it is far behind `best_us`."""
+        """Microseconds of the kernel, alone on the machine; only roughly if it is far slower than `best_us`."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """The schedule that won, all trials in order and what stood beside them, how many of them were on disk already, and
-    how many candidates the budget left unmeasured."""
+    """The winning schedule, all trials in order, the schedules they ran `beside`, the number of trials that were
+    resumed from disk, and the number of candidates left unmeasured for lack of time."""
 
     schedule: Schedule
     trials: tuple[Trial, ...]
@@ -61,23 +62,24 @@ class Result:
     unmeasured: int = 0
 
     def best(self, kernel: Kernel) -> Trial | None:
-        """The fastest right candidate of a kernel."""
+        """The fastest correct candidate of a kernel, or None."""
         return fastest(self.trials, kernel)
 
     @property
     def backward_us(self) -> float | None:
-        """The time of the fastest backward."""
+        """Microseconds of the fastest backward, or None."""
         found = self.beside.backward(self.trials)
         return None if found is None else found[0]
 
     def first(self, kernel: Kernel) -> Trial | None:
-        """The cost model's first choice; None where the budget did not reach a candidate of the kernel."""
+        """The cost model's first choice, or None if no candidate of the kernel was measured."""
         return next((t for t in self.trials if t.kernel == kernel), None)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a race stands after a trial: how many are done of how many, the best so far, and seconds to go."""
+    """The standing after a trial: trials done and in total, the last one, the best so far per kernel, and seconds
+    left."""
 
     done: int
     total: int
@@ -100,82 +102,128 @@ def race(
     progress: Callable[[Progress], None] | None = None,
     backend: Backend | None = None,
 ) -> Result:
-    """Measure candidates in `order`, at most `limit` of each kernel, for at most `seconds`; at least the model's first
-    choices are measured, but for a dq that Gluon's dkdv makes needless. `backend` is that of `candidates`; with None,
-    both languages race.
+    """Measure candidates in `order`, at most `limit` per kernel, for at most `seconds`. The model's first choices are
+    always measured, except for a dq that Gluon's dkdv makes unnecessary. `backend` is that of `candidates`; with None,
+    both languages race. `what` describes the race in the cache; `progress` is called after every trial.
 
-    From the first success on, the best schedule so far is in `cache` after every trial, with all trials: a race that
-    is cut off loses nothing, and goes on where it stopped. ScheduleError if a kernel has no candidate that runs and is
-    right, or if a candidate took the GPU with it: that one is kept as failed, and the next race goes on behind it.
+    From the first success on, `cache` has the best schedule so far and all trials after every trial, so that the same
+    call continues a race that was cut off. ScheduleError: a kernel has no candidate that runs and is right, or a
+    candidate made the GPU unusable; that one is recorded as failed, and the next race continues after it.
     """
     start, kernels = clock(), tuple(kernels)
     entries = order(problem, device, kernels, limit, backend)
-    lead = len({kernel for kernel, _ in entries[: len(kernels)]})  # first choices that race before anything else
+    lead = len({kernel for kernel, _ in entries[: len(kernels)]})
     beside = _beside(entries, choose(problem, device, backend=backend), problem, device)
     entries = _with_incumbent(entries, choose(problem, device, cache, backend), kernels, lead)
-    key, head = schedule_key(problem, device), {"sizes": sizes_of(problem), "beside": beside.to_json()}
-    known, facts = _known(cache.get(key), head), facts_of(problem, device)
-    trials: list[Trial] = []
-    spent: list[float] = []  # seconds of each trial that was measured now
-    resumed = 0
-    begun: set[tuple[Kernel, KernelSchedule]] = set()
+    record = _Record(cache, schedule_key(problem, device), problem, device, beside, what)
+    running = _Race(entries, lead, beside, stick, clock, start, seconds, record)
+    for number, (kernel, ks) in enumerate(entries):
+        known = record.known.get((kernel, ks))
+        if known is None and running.out_of_time(number):
+            break
+        running.trials.append(known or running.measured(number))
+        if known is None:
+            record.keep(running.trials)
+        if progress is not None:
+            progress(running.progress(kernels))
+    trials = tuple(running.trials)
+    _require(kernels, trials, beside)
+    resumed = len(trials) - len(running.spent)
+    return Result(beside.best(trials), trials, beside, resumed, len(entries) - len(trials))
 
-    def each() -> float:
-        """Seconds of a trial: those of the first choices have more to prepare than others."""
-        later = spent[lead:]
-        return sum(later) / len(later) if later else min([FIRST_GUESS, *spent])
 
-    def keep() -> None:
-        """Write down the trials so far beside those that lie there, of an earlier race or of one that runs now."""
+class _Record:
+    """The trials of a race in the cache: those of an earlier race (`known`), and how new ones are added."""
+
+    def __init__(self, cache: Cache, key: str, problem: Problem, device: Device, beside: Beside, what: str):
+        self._cache, self._key, self._beside, self._what = cache, key, beside, what
+        self._head = {"sizes": sizes_of(problem), "beside": beside.to_json()}
+        self._facts = facts_of(problem, device)
+        self.known = _known(cache.get(key), self._head)
+
+    def keep(self, trials: Sequence[Trial]) -> None:
+        """Merge the trials so far with those in the cache, of an earlier race or of one that runs now. Nothing is
+        written before the first success, because calls would use it."""
+        if all(t.us is None for t in trials):
+            return
         own = {(t.kernel, t.schedule): t for t in trials}
 
         def merged(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
-            every = [*trials, *(t for entry, t in _known(stored, head).items() if entry not in own)]
-            value = {"kind": "schedule", "schedule": beside.best(every).to_json(), "what": what, **facts, **head}
-            return {**value, "us": beside.times(every), "trials": [t.to_json() for t in every]}
+            every = [*trials, *(t for entry, t in _known(stored, self._head).items() if entry not in own)]
+            best = self._beside.best(every).to_json()
+            value = {"kind": "schedule", "schedule": best, "what": self._what, **self._facts, **self._head}
+            return {**value, "us": self._beside.times(every), "trials": [t.to_json() for t in every]}
 
-        if any(t.us is not None for t in trials):  # what never won is not what calls should use
-            cache.update(key, merged)
+        self._cache.update(self._key, merged)
 
-    for number, (kernel, ks) in enumerate(entries):
-        trial = known.get((kernel, ks))
-        resumed += trial is not None
-        if trial is None:
-            began = clock()
-            if number >= lead and began - start + each() > seconds:
-                break
-            try:
-                room = BATCH if seconds == float("inf") else max(int((seconds - (began - start)) / each()), 1)
-                window = lead - number if number < lead else min(room, BATCH)  # the first results come soon
-                ahead = [e for e in entries[number:] if e not in known][:window]
-                new = [e for e in ahead if e not in begun]
-                if (kernel, ks) in new or len(new) >= AT_ONCE:
-                    begun.update(new)
-                    stick.begin([(k, beside.asked(k, tiling)) for k, tiling in new])
-                trial = _measured(stick, kernel, beside.asked(kernel, ks), fastest(trials, kernel))
-            except LostDeviceError as error:
-                trials.append(Trial(kernel, ks, None, str(error)))
-                keep()
-                raise ScheduleError(
-                    f"the {kernel} kernel with {ks} took the GPU with it: {error}",
-                    kernel=kernel,
-                    remedy="it is kept as one that fails; the same command goes on behind it",
-                ) from error
-            spent.append(clock() - began)
-        trials.append(trial)
-        if (kernel, ks) not in known:
-            keep()
-        if progress is not None:
-            winners = {k: t for k in kernels if (t := fastest(trials, k)) is not None}
-            rest = sum(e not in known for e in entries[number + 1 :]) * each()
-            left = min(rest, max(seconds - (clock() - start), 0.0))
-            progress(Progress(len(trials), len(entries), trial, winners, left))
-    _require(kernels, trials, beside)
-    return Result(beside.best(trials), tuple(trials), beside, resumed, len(entries) - len(trials))
+
+@dataclass(eq=False)
+class _Race:
+    """A race that is under way. Its first `lead` entries, the model's first choices, are measured whatever the time.
+    `trials` are all so far, `spent` the seconds of those that were measured now; `begun` are compiled or being so."""
+
+    entries: Sequence[tuple[Kernel, KernelSchedule]]
+    lead: int
+    beside: Beside
+    stick: Stick
+    clock: Callable[[], float]
+    start: float
+    seconds: float
+    record: _Record
+    trials: list[Trial] = field(default_factory=list)
+    spent: list[float] = field(default_factory=list)
+    begun: set[tuple[Kernel, KernelSchedule]] = field(default_factory=set)
+
+    def seconds_per_trial(self) -> float:
+        """The expected seconds of a trial. First choices do not count once there are others: they prepare more."""
+        later = self.spent[self.lead :]
+        return sum(later) / len(later) if later else min([FIRST_GUESS, *self.spent])
+
+    def out_of_time(self, number: int) -> bool:
+        """Whether entry `number` is expected to end after the time is up."""
+        return number >= self.lead and self.clock() - self.start + self.seconds_per_trial() > self.seconds
+
+    def measured(self, number: int) -> Trial:
+        """Measure entry `number`, after it and some of the next ones have begun to compile."""
+        kernel, ks = self.entries[number]
+        began = self.clock()
+        try:
+            ahead = [e for e in self.entries[number:] if e not in self.record.known][: self._window(number, began)]
+            new = [e for e in ahead if e not in self.begun]
+            if (kernel, ks) in new or len(new) >= AT_ONCE:
+                self.begun.update(new)
+                self.stick.begin([(k, self.beside.asked(k, tiling)) for k, tiling in new])
+            trial = _measured(self.stick, kernel, self.beside.asked(kernel, ks), fastest(self.trials, kernel))
+        except LostDeviceError as error:
+            self.record.keep([*self.trials, Trial(kernel, ks, None, str(error))])
+            raise ScheduleError(
+                f"the {kernel} kernel with {ks} took the GPU with it: {error}",
+                kernel=kernel,
+                remedy="it is kept as one that fails; the same command goes on behind it",
+            ) from error
+        self.spent.append(self.clock() - began)
+        return trial
+
+    def _window(self, number: int, now: float) -> int:
+        """How many entries from `number` on to compile ahead: as many as there is time for. First choices compile by
+        themselves, so that the first results come soon."""
+        if number < self.lead:
+            return self.lead - number
+        if self.seconds == float("inf"):
+            return BATCH
+        return min(max(int((self.seconds - (now - self.start)) / self.seconds_per_trial()), 1), BATCH)
+
+    def progress(self, kernels: Sequence[Kernel]) -> Progress:
+        """The standing after the last trial."""
+        done = len(self.trials)
+        winners = {k: t for k in kernels if (t := fastest(self.trials, k)) is not None}
+        rest = sum(e not in self.record.known for e in self.entries[done:]) * self.seconds_per_trial()
+        left = min(rest, max(self.seconds - (self.clock() - self.start), 0.0))
+        return Progress(done, len(self.entries), self.trials[-1], winners, left)
 
 
 def _require(kernels: Sequence[Kernel], trials: Sequence[Trial], beside: Beside) -> None:
-    """ScheduleError for what has no candidate that is right. A backward in one kernel needs no dq."""
+    """Raise ScheduleError for a kernel without a correct candidate; a backward in one kernel needs no dq."""
     whole = beside.backward(trials) is not None
     for kernel in kernels:
         if fastest(trials, kernel) is None and not (whole and kernel in ("dkdv", "dq")):
@@ -188,7 +236,8 @@ def _require(kernels: Sequence[Kernel], trials: Sequence[Trial], beside: Beside)
 def _beside(
     entries: Sequence[tuple[Kernel, KernelSchedule]], base: Schedule, problem: Problem, device: Device
 ) -> Beside:
-    """The model's first choices as what candidates are measured beside; of kernels that do not race, what calls use."""
+    """The schedule that candidates run beside: the model's first choices, or what calls use for kernels that do not
+    race."""
     for kernel, ks in dict(reversed(entries)).items():  # of each kernel the first
         base = with_tiling(base, kernel, ks, "model")
     apart = base.dkdv if base.dkdv.backend == "triton" else first_choice("dkdv", problem, device, "triton")
@@ -202,12 +251,13 @@ def order(
     limit: int | None = None,
     backend: Backend | None = None,
 ) -> list[tuple[Kernel, KernelSchedule]]:
-    """Candidates of all kernels in the order in which they race: in turn, the model's first choices first. Where
-    Gluon's dkdv is one, which makes dQ, too, those of dq come last: they matter beside one of Triton's, and where a
-    call wants the gradient of a row's input.
+    """The candidates of all kernels in the order in which they race: kernels alternate, the model's first choices
+    first. If the first choice of dkdv is Gluon's, which computes dQ as well, candidates of dq come last: they only
+    matter beside one of Triton's, or for the gradient of an input that is read per row.
 
-    Within a kernel by predicted time. But what the model gets wrong about a tile it gets wrong about all its warps and
-    stages, so that each candidate moves back for those of its tile before it: a tenth of the search sees most tiles.
+    Within a kernel the order is by predicted time. But an error of the model about a tile applies to all its warps and
+    stages, so each candidate moves back for every earlier one of the same tile (`ALIKE`): a tenth of the search then
+    covers most tiles.
     """
     lanes = {
         kernel: _spread(ranked(kernel, problem, device, backend), first_choice(kernel, problem, device, backend))[
@@ -236,7 +286,7 @@ def _spread(found: Sequence[tuple[KernelSchedule, Prediction]], first: KernelSch
 def _with_incumbent(
     entries: list[tuple[Kernel, KernelSchedule]], incumbent: Schedule, kernels: Sequence[Kernel], lead: int
 ) -> list[tuple[Kernel, KernelSchedule]]:
-    """The race with what calls use now, behind the model's first choices: no winner is slower."""
+    """The entries with the schedule that calls use now after the first choices, so that no winner is slower than it."""
     known = set(entries)
     now = [(kernel, incumbent.of(kernel)) for kernel in kernels]
     return [*entries[:lead], *(e for e in now if e not in known), *entries[lead:]]
@@ -247,7 +297,7 @@ def _tile(ks: KernelSchedule) -> tuple[str, int, int]:
 
 
 def _measured(stick: Stick, kernel: Kernel, asked: Schedule, best: Trial | None) -> Trial:
-    """Hold a candidate against the reference, then time it."""
+    """Check a candidate, then time it."""
     ks = asked.of(kernel)
     best_us = best.us if best is not None and best.us is not None else float("inf")
     try:
@@ -258,7 +308,7 @@ def _measured(stick: Stick, kernel: Kernel, asked: Schedule, best: Trial | None)
 
 
 def _known(value: Mapping[str, Any] | None, head: Mapping[str, Any]) -> dict[tuple[Kernel, KernelSchedule], Trial]:
-    """The trials of an earlier race at the very same sizes, beside the same tilings."""
+    """The trials of an earlier race at the same sizes and beside the same tilings."""
     if value is None or any(value.get(name) != wanted for name, wanted in head.items()):
         return {}
     try:
