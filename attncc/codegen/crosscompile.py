@@ -127,7 +127,7 @@ def _compile(
     values: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     names = written(graph)
-    inputs = {names[d.name].upper() + "_PTR": d for d in graph.inputs}
+    inputs = {names[d.name].upper(): d for d in graph.inputs}
     scalars = {names[s.name]: "i32" if s.is_int else "fp32" for s in graph.scalars}
     for i, parameter in enumerate(kernel.params):
         p = parameter.name
@@ -139,7 +139,7 @@ def _compile(
         elif p.startswith("SUMS_DESC_"):
             signature[p] = _box((2 * int(p.removeprefix("SUMS_DESC_")), 32), "fp32")
         elif p.endswith("_BOXES"):
-            dims = len(graph.input(p.removesuffix("_BOXES").lower()).pattern)
+            dims = len(inputs[p.removesuffix("_BOXES")].pattern)
             box = (*[1] * (dims - 2), hopper.ROWS if gluon else tiling.block_m, tiling.block_n)
             signature[p] = _box(box, dtype) if gluon else f"tensordesc<{dtype}{list(box)}>"
         elif "_DESC_" in p:
@@ -221,8 +221,9 @@ def _box(shape: tuple[int, ...], dtype: Dtype) -> str:
 
 
 def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
-    if name in inputs:
-        return "i32" if inputs[name].dtype == "int" else "fp32"
+    """The element type of a pointer parameter; `inputs` by their names in upper case."""
+    if (of_input := name.removesuffix("_PTR")) in inputs:
+        return "i32" if inputs[of_input].dtype == "int" else "fp32"
     counts = ("MIN_PTR", "MAX_PTR", "BOUNDS_PTR", "TURNS_PTR", "SUMMED_PTR", "ADDED_PTR", "DEALT_PTR")
     if name.startswith("SUMMARY_") or name in counts:
         return "i32"

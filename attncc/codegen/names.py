@@ -13,7 +13,7 @@ from attncc.ir.graph import Stage, VariantGraph
 from attncc.resources import path
 
 _INPUT, _SCALAR = "in_", "num_"
-#: what the passes' lines are called that templates have slots for
+#: names in lines that code generation emits into slots of the templates
 _EMITTED = frozenset(
     re.findall(
         r"\w+",
@@ -29,16 +29,16 @@ _EMITTED = frozenset(
 
 
 def taken(name: str) -> bool:
-    """Does generated code use this name for something of its own?"""
+    """Whether generated code uses this name for something of its own."""
     numbered = re.sub(r"\d+", "X", name)
     base = numbered.removesuffix("_X")  # a number tells the values of several branches apart
     return bool({name, numbered, base, f"{name.upper()}_PTR"} & _own_names()) or base in _EMITTED
 
 
 def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
-    """The plan with names that generated code does not use itself, and the user's name of each input and scalar.
+    """The plan with names of inputs and scalars that do not clash in generated code, and the user's name of each.
 
-    Nearly always this is the plan as it is. Where one name is taken all get a prefix, so that their order stays.
+    Nearly always this is the plan itself. If one name clashes, all get a prefix, so that their order stays.
     """
     graph = plan.graph
     new = written(graph)
@@ -60,16 +60,19 @@ def coded(plan: Plan) -> tuple[Plan, dict[str, str]]:
 
 
 def written(graph: VariantGraph) -> dict[str, str]:
-    """What each input and scalar is called in generated code, by the user's name."""
-    names = [d.name for d in graph.inputs] + [s.name for s in graph.scalars]
-    if not any(taken(name) for name in names):
-        return {name: name for name in names}
-    return {d.name: _INPUT + d.name for d in graph.inputs} | {s.name: _SCALAR + s.name for s in graph.scalars}
+    """The name of each input and scalar in generated code, by the user's name. Names of inputs differ also without
+    regard to case, because kernels have their pointers as parameters in upper case."""
+    inputs, scalars = [d.name for d in graph.inputs], [s.name for s in graph.scalars]
+    by_case = len({name.upper() for name in inputs}) < len(inputs)
+    if not by_case and not any(taken(name) for name in (*inputs, *scalars)):
+        return {name: name for name in (*inputs, *scalars)}
+    new = {name: f"{_INPUT}{i}_{name}" if by_case else _INPUT + name for i, name in enumerate(inputs)}
+    return new | {name: _SCALAR + name for name in scalars}
 
 
 @functools.cache
 def _own_names() -> frozenset[str]:
-    """Every identifier of the templates that inputs stand in by name; X stands for what a slot fills in."""
+    """Every identifier of the templates in which inputs occur by name; X stands for the text of a slot."""
     found: set[str] = set()
     for template in path("templates").rglob("*.j2"):
         if re.match("linear_|delta_|square", template.name):  # those kernels know inputs as factors of tokens

@@ -76,6 +76,35 @@ def test_an_input(name):
     agree(variant, **{name: torch.randn(2), "heads2": torch.randn(21)})
 
 
+def test_inputs_that_differ_in_case_alone():
+    """Pointers are parameters of kernels in upper case: both were W_PTR, and the module did not load."""
+    variant = ac.loads_toml(
+        '[stages]\nscore = "score * w[h] + W[kv_idx] * s"\n[inputs]\nw = { index = ["h"], grad = true }\n'
+        'W = { index = ["kv_idx"], grad = true }\n[scalars]\ns = 0.5'
+    )
+    agree(variant, w=torch.randn(2), W=torch.randn(21))
+
+
+@pytest.mark.parametrize("name", ["Bias", "bounds"])
+def test_a_map_that_is_called_otherwise_in_generated_code(name, monkeypatch):
+    """Its descriptor's type is that of the input; `attncc compile` ended in StopIteration."""
+    variant = ac.loads_toml(
+        f'[stages]\nscore = "score + {name}[b, h, q_idx, kv_idx]"\n'
+        f'[inputs]\n{name} = {{ index = ["b", "h", "q_idx", "kv_idx"] }}'
+    )
+    signatures = []
+    monkeypatch.setattr(crosscompile.triton, "compile", lambda source, **options: signatures.append(source.signature))
+    monkeypatch.setattr(crosscompile, "resources", lambda name, result, device: None)
+    tiling, device = KernelSchedule(64, 32, 4, 2), device_for("sm_90")
+    schedule = Schedule(tiling, tiling, tiling, pair=tiling)
+    source = standalone(Plan(variant.graph), 32, 32, schedule, "bf16", device)
+    crosscompile.cross_compile(
+        load_source(source, "maps"), variant.graph, schedule, device, "bf16", only=("dkdv_kernel",)
+    )
+    (types,) = signatures
+    assert [t for p, t in types.items() if p.endswith("_BOXES")] == ["tensordesc<bf16[1, 1, 64, 32]>"]
+
+
 def agree(variant, **inputs):
     torch.manual_seed(0)
     leaves = {n: torch.randn(1, 2, length, 16) for n, length in (("q", 20), ("k", 21), ("v", 21))} | inputs
