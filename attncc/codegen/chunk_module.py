@@ -25,7 +25,7 @@ class Tile:
 
     @property
     def partial(self) -> bool:
-        """Has the tile more columns than the tensor?"""
+        """Whether the tile has more columns than the tensor."""
         return self.width != self.dim
 
 

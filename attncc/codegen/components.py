@@ -62,7 +62,7 @@ def slope(loops: Iterable[Loop], wrt: sympy.Expr) -> sympy.Expr:
 
 
 def _is_tame(expr: Any) -> bool:
-    """Is the value finite, whatever finite numbers its symbols stand for?"""
+    """Whether the value is finite for all finite values of its symbols."""
     if not expr.args:
         return True
     power = expr.is_Pow and expr.exp.is_Integer and expr.exp > 0

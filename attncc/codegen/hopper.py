@@ -243,22 +243,23 @@ def refuse(plan: Plan) -> None:
 
 
 def _by_pair(plan: Plan) -> bool:
-    """Is anything read a pair?"""
+    """Whether any input is read per pair."""
     return any(level(r) == Level.PAIR for r in plan.core.reads)
 
 
 def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
-    """Do the stages leave registers free? What is read a key, or differs by key, stays in them through the loop. A mask
-    that hides weights, not scores, has both at once: there is room beside them where a row has no statistics."""
+    """Whether the stages leave registers free. Values that are read per key, or differ by key, stay in registers
+    through the loop. A mask that hides weights instead of scores holds both at once, for which there is room only
+    without row statistics."""
     reads = {level(r) for r in plan.core.reads}
     few = bool(f["vanishes"]) or not (f["moves"] or f["sums"] or f["count_seen"])
     return few and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
 
 
 def _lags(plan: Plan, f: dict[str, Any]) -> bool:
-    """May a row's maximum and its sum stay with the four lanes that have the row, and the maximum lag behind? So it is
-    where the weights are a softmax's of the tile that the maximum is of: made of nothing else that a row has, but for
-    what its score adds to all of a tile, and of what all rows of a head have, as a sink is."""
+    """Whether a row's maximum and sum may be kept per lane (of the four that share a row), and the maximum lag behind.
+    This is so if the weights are a softmax of the scores that the maximum is of, and depend on no other row value,
+    except one added to all scores of a tile and values shared by all rows of a head, such as a sink."""
     if not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"] or len(f["raises"]) != 1:
         return False
     (maximum, moved), total, (tile, unit, offset) = f["moves"][0], f["sums"][0], f["raises"][0]
@@ -282,7 +283,8 @@ def _of_head(outer: list[str]) -> set[str]:
 
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
-    """Is the accumulator so wide beside a tile's weights that it is worth a branch to rescale it, and may it be?"""
+    """Whether the accumulator is wide enough, beside the weights of a tile, that a branch to skip its rescaling pays,
+    and whether it may be skipped."""
     plain = _is_light(plan, f) and f["score"] == plan.own("qk")
     return (
         _is_wide(d_v, _WIDE_OF_PLAIN if plain else _WIDE_OUTPUT)
@@ -293,8 +295,8 @@ def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
 
 
 def _is_wide(d_v: int, least: int = _WIDE_OUTPUT) -> bool:
-    """Has an accumulator `least` columns? From _WIDE_OUTPUT on it is also best awaited behind a tile's exponentials, as
-    at 128 where scores are q k; but not there where weights have signs (cog took 1.03 of the time)."""
+    """Whether an accumulator has `least` columns. From _WIDE_OUTPUT on it is best awaited after a tile's exponentials,
+    also at 128 if scores are q k; but not there if weights have signs (cog then took 1.03 of the time)."""
     return sum(c.width for c in chunks(d_v)) >= least
 
 

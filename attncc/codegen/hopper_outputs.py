@@ -16,7 +16,7 @@ _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
 
 
 def in_warps(plan: Plan, light: Pass) -> bool:
-    """Has Gluon a kernel for this pass? Reductions over the queries of a key, of scores that are q k^T."""
+    """Whether Gluon has a kernel for this pass: reductions over the queries of a key, with scores q k^T."""
     ops = {n.reduction.op for n in light.reductions}
     return light.domain.kind == "col" and "argmax" not in ops and SimilaritySlots(plan).plain_dot
 

@@ -127,7 +127,7 @@ _DIMS = {
 
 
 def nested_reads(gradients: Iterable[InputGradient | VectorGradient]) -> bool:
-    """Is an input with a gradient indexed by what is read from another one?"""
+    """Whether an input with a gradient is indexed by an element of another input."""
     return any(i.atoms(Read) for g in gradients for i in g.read.index)
 
 

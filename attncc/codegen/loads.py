@@ -32,7 +32,7 @@ class MapTile:
 
 
 def is_map(expr: Read, graph: VariantGraph) -> bool:
-    """Is an input read at q_idx and kv_idx, and else at the program's own indices?"""
+    """Whether an input is read at q_idx and kv_idx, and otherwise at the program's own indices."""
     plain = tuple(str(i) for i in expr.index) == graph.input(expr.input).pattern
     return plain and {sym.Q_IDX, sym.KV_IDX} <= set(expr.index)
 

@@ -57,5 +57,5 @@ def _taken_apart(product: sympy.Mul) -> sympy.Expr | None:
 
 
 def uses_tiles(*exprs: sympy.Basic) -> bool:
-    """Does any of them need the three symbols?"""
+    """Whether any expression needs the three symbols of split distances."""
     return any(TILE_SHIFT in e.free_symbols for e in exprs)

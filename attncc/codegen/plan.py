@@ -211,7 +211,7 @@ class Plan:
 
     @cached_property
     def by_reverse(self) -> bool:
-        """Does a gradient pass through row statistics? Their rows are then -inf where a row saw no key."""
+        """Whether a gradient passes through row statistics. Those are then stored as -inf for fully masked rows."""
         return needs_reverse(self.core, self.online)
 
     @cached_property
@@ -243,7 +243,7 @@ class Plan:
 
     @property
     def has_lse(self) -> bool:
-        """Is there one lse, as an output? Branches have each their own."""
+        """Whether there is a single lse, as an output; branches have one each."""
         return len(self.parts) == 1 and self.online.lse is not None
 
     @cached_property
@@ -294,15 +294,15 @@ class Plan:
 
     @cached_property
     def packs_heads(self) -> bool:
-        """Can the query heads of a group be rows of one tile? What is made of keys, and the bounds that a scan finds,
-        must be the same for all of them."""
+        """Whether the query heads of a group can be rows of one tile: values derived from keys, and scanned loop
+        bounds, must be the same for all of them."""
         by_head = any(sym.H in dot.right.free_symbols for dot in self.similarity.dots)
         return not by_head and not (self.over_keys.scanned and self.over_keys.by_head)
 
     @cached_property
     def one_loop(self) -> bool:
-        """Can dK/dV visit the tiles of all query heads of a group in one loop? Their bounds must be the same, and
-        nothing be summed for each head on its own."""
+        """Whether dK/dV can visit the tiles of all query heads of a group in one loop: their bounds must be the same,
+        and nothing may be summed per head."""
         by_key = any(g.kind == "col" for g in self.gradients) or loops_by_key(self.graph) or self.columns
         return not self.over_queries.by_head and not by_key
 

@@ -41,7 +41,7 @@ class Instruction:
 
     @cached_property
     def is_wgmma(self) -> bool:
-        """Is it a matmul of a warp group?"""
+        """Whether it is a matmul of a warpgroup."""
         return bool(_WGMMA.match(self.name))
 
     @cached_property

@@ -35,7 +35,7 @@ def split_slope(dscore: Any) -> tuple[Any, Any] | None:
 
 
 def _of_pair(late: Any) -> bool:
-    """Has an expression, term by term, anything of a pair besides dp?"""
+    """Whether an expression, term by term, depends on values of a pair other than dp."""
     terms = sympy.Add.make_args(late.xreplace({DP: sympy.Dummy("late")}))
     return any(_level(term) == Level.PAIR for term in terms)
 
@@ -57,7 +57,7 @@ def split_branch_slope(part: Plan, dscore: Any) -> tuple[Any, Any] | None:
 
 
 def same_slope(part: Plan, dread: Any, dscore: Any) -> bool:
-    """Is what is summed for an input of a branch a multiple of the slope of its score?"""
+    """Whether the cotangent that is summed for an input of a branch is a multiple of the slope of its score."""
     found, own = split_branch_slope(part, dread), split_branch_slope(part, dscore)
     return found is not None and own is not None and found[0] == own[0]
 
@@ -117,7 +117,7 @@ def _apart(slope: Any) -> tuple[Any, Any]:
 
 
 def keeps_a_tile(part: Plan, cotangent: Any) -> bool:
-    """Is there a value of each pair that waits for dp to make this cotangent, beside the slope of the score's?"""
+    """Whether this cotangent needs a value per pair to wait for dp, besides the slope of the score."""
     slope = slope_of(part)
     if slope is None:
         return True
@@ -138,8 +138,8 @@ def _over(expr: Any, slope: Any) -> Any | None:
 
 
 def _is_finite(expr: Any) -> bool:
-    """Is this finite wherever inputs are, for rows that see nothing, too? What is stored of those may be infinite, and
-    what is divided by may be 0."""
+    """Whether this is finite for finite inputs, also in fully masked rows, whose stored statistics may be infinite and
+    whose denominators may be 0."""
     if isinstance(expr, voc.sign | voc.step | Read) or expr.is_number:
         return True
     if expr.is_Symbol:

@@ -15,7 +15,7 @@ from attncc.passes.fold import exp2
 
 
 def is_number(text: str) -> bool:
-    """Is the text a literal?"""
+    """Whether the text is a literal."""
     try:
         float(text)
     except ValueError:
@@ -50,7 +50,7 @@ def unwrap(text: str) -> str:
 
 
 def balanced(text: str) -> bool:
-    """Is the text one parenthesized unit, so that a method can be called on it?"""
+    """Whether the text is one parenthesized unit, on which a method can be called."""
     start = text.index("(")
     depth = 0
     for i, c in enumerate(text[start:], start):

@@ -94,7 +94,7 @@ def gradients(graph: VariantGraph, plan: Plan) -> list[str]:
 
 
 def is_linear(graph: VariantGraph) -> bool:
-    """Has it an O(N) form?"""
+    """Whether it has an O(N) form."""
     try:
         linearize(graph)
     except UnsupportedError:

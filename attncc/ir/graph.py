@@ -49,11 +49,11 @@ HEAD_DIM = "d"
 
 @dataclass(frozen=True)
 class InputDecl:
-    """A tensor that a formula reads. `pattern` names its dimensions: loop indices (sizes are checked) or free names.
+    """A tensor that a formula reads. `pattern` names its dimensions: loop indices (whose sizes are checked) or free
+    names.
 
-    `captured`: the default is a tensor of the user's own, which gets its gradient as if it were passed.
-    `beyond` is what a kernel's tile has where it reaches over the edge of the tensor.
-    """
+    `captured`: the default is a tensor of the user's own, which gets its gradient as if it were passed. `beyond`: the
+    value in a kernel's tile past the edge of the tensor."""
 
     name: str
     pattern: tuple[str, ...]
@@ -65,7 +65,7 @@ class InputDecl:
 
     @property
     def is_vector(self) -> bool:
-        """Has it an entry a component of the head dimension, so that a similarity may read it as a vector?"""
+        """Whether it has an entry per component of the head dimension, so that a similarity may read it as a vector."""
         return self.pattern[-1:] == (HEAD_DIM,)
 
 
@@ -99,7 +99,7 @@ class Stage:
 
 
 class VariantGraph:
-    """An immutable variant: declarations plus stages, which form a directed graph without circles."""
+    """An immutable variant: declarations, and stages that form a directed acyclic graph."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class VariantGraph:
         value: int | None = None,
         dead_rows: str | None = None,
     ) -> VariantGraph:
-        """A copy with other stages, declarations or outputs, and the same in all else."""
+        """A copy with other stages, declarations or outputs; everything else is the same."""
         return VariantGraph(
             self.name if name is None else name,
             self.stages if stages is None else stages,
@@ -188,7 +188,7 @@ class VariantGraph:
 
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
-        """In the order given, but that every name is defined before it is used. CycleError where none is such."""
+        """Topologically sorted, otherwise in the order given. CycleError: there is a cycle."""
         TopologicalSorter(self.uses).prepare()
         waiting, ordered = dict(self.uses), []
         while waiting:
@@ -209,17 +209,18 @@ class VariantGraph:
 
     @cached_property
     def sums_d(self) -> tuple[Stage, ...]:
-        """The sums over the head dimension besides qk, which has no stage."""
+        """The sums over the head dimension except qk, which has no stage."""
         return tuple(s for s in self.stages if s.op == "sum_d")
 
     @cached_property
     def has_dot(self) -> bool:
-        """Is dot(q_vec, k_vec) itself part of the similarity?"""
+        """Whether dot(q_vec, k_vec) is part of the similarity."""
         return sym.QK in self["raw_score"].expr.free_symbols
 
     @cached_property
     def parts(self) -> tuple[VariantGraph, ...]:
-        """One graph a branch, with the plain names: variants of their own, whose output rows add up to `out`."""
+        """One graph per branch, with the plain stage names: variants of their own, whose output rows add up to
+        `out`."""
         return split(self) if self.branches > 1 else (self,)
 
     def output(self, name: str) -> Output:
@@ -228,7 +229,7 @@ class VariantGraph:
         return found[name]
 
     def select(self, names: Iterable[str]) -> VariantGraph:
-        """The graph with these auxiliary outputs alone, and the inputs and scalars that are then read."""
+        """The graph with only these auxiliary outputs, and the inputs and scalars that it then reads."""
         outputs = [self.output(name) for name in names]
         used = {s.name for stage in self.stages for s in stage.expr.free_symbols}
         used |= {s.name for output in outputs for s in output.free_symbols}
@@ -238,7 +239,7 @@ class VariantGraph:
 
     @cached_property
     def core(self) -> VariantGraph:
-        """The graph without auxiliary outputs, and without inputs that no stage reads: what computes `out`."""
+        """The graph without auxiliary outputs and without inputs that no stage reads: the part that computes `out`."""
         plain = self.select(())
         return plain if self.outputs or len(plain.inputs) < len(self.inputs) else self
 
@@ -256,7 +257,7 @@ class VariantGraph:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the mathematics: equal for two forms of one variant, whatever they are called."""
+        """Identifies the mathematics: equal for two forms of one variant, whatever their names."""
         import hashlib
 
         from attncc.ir.text import to_text
@@ -271,7 +272,7 @@ class VariantGraph:
 
 
 def tagged(stages: Iterable[Stage], branch: int) -> tuple[Stage, ...]:
-    """A branch's stages by the names that they have beside those of other branches."""
+    """A branch's stages, with their names in a graph of several branches."""
     stages = tuple(stages)
     names = {sym.QK, *(sympy.Symbol(s.name, real=True) for s in stages)}
     moved = {symbol: sym.of_branch(symbol, branch) for symbol in names}

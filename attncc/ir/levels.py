@@ -49,5 +49,5 @@ def level(expr: Any) -> Level:
 
 
 def varies_by_key(expr: Any) -> bool:
-    """Does the value differ between the keys of one row?"""
+    """Whether the value differs between the keys of one row."""
     return level(expr) in (Level.COL, Level.PAIR)

@@ -35,11 +35,10 @@ LIMIT = 2**28
 
 @dataclass(frozen=True)
 class Domain:
-    """Which pairs of one (batch, query head) make up a cell.
+    """The domain of a reduction: which pairs of one (batch, query head) form a cell.
 
-    args: (lo, hi) of offset, both included, or (None, None); (m, n) of block; (start, stop) of pair, as in a slice.
-    limit: how many elements an output of block or pair may have before a call is refused.
-    """
+    args: (lo, hi) of offset, both inclusive, or (None, None); (m, n) of block; (start, stop) of pair, as in a slice.
+    limit: the most elements that an output of block or pair may have; larger calls are refused."""
 
     kind: str
     args: tuple[int | None, ...] = ()
@@ -64,7 +63,7 @@ class Domain:
 
     @property
     def grows(self) -> bool:
-        """Does the output's size grow with queries times keys?"""
+        """Whether the output's size grows with queries times keys."""
         return self.kind in ("block", "pair")
 
     def first(self) -> sympy.Expr:
@@ -75,7 +74,7 @@ class Domain:
         return voc.minimum(start, sym.Q_LEN) if start > 0 else voc.maximum(sym.Q_LEN + start, 0)
 
     def rows(self, q_len: int) -> tuple[int, int]:
-        """The queries that take part: the first, and the one behind the last."""
+        """The queries that take part: the first, and one past the last."""
         start, stop = self.args if self.kind == "pair" else (None, None)
         begin, end = (
             default if x is None else (max(q_len + x, 0) if x < 0 else min(x, q_len))
@@ -119,7 +118,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Reduction:
-    """One value a cell: `op` over its visible pairs for which `when` holds. Counts and positions are integers."""
+    """One value per cell: `op` over its visible pairs for which `when` holds. Counts and positions are integers."""
 
     symbol: sympy.Symbol
     op: str
@@ -133,7 +132,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Output:
-    """A named auxiliary output: `expr` over its reductions, the program's names, and the index of a row or a column."""
+    """A named auxiliary output: `expr` over its reductions, the program's names, and the index of a row or column."""
 
     name: str
     domain: Domain

@@ -64,13 +64,13 @@ def similarity_symbol(kind: str, number: int) -> sympy.Symbol:
 
 @cache
 def is_row_name(name: str) -> bool:
-    """Is it the name of a row reduction, or of something that a kernel keeps beside one?"""
+    """Whether it is the name of a row reduction, or of a value that a kernel keeps beside one."""
     return re.fullmatch(ROW_NAME, name) is not None
 
 
 @cache
 def is_col_name(name: str) -> bool:
-    """Is it the name of a column reduction?"""
+    """Whether it is the name of a column reduction."""
     return re.fullmatch(COL_NAME, name) is not None
 
 

@@ -53,25 +53,25 @@ def _ready(function: Callable[..., Any]) -> OutputSpec:
 
 @_ready
 def entropy(weight: Any, row: Any) -> Any:
-    """(B, Hq, M): the entropy of each row in nats, -sum w log w. It is of weights that are not negative."""
+    """(B, Hq, M): the entropy of each row in nats, -sum w log w, for nonnegative weights."""
     return -row.sum(weight * fn.log(weight))
 
 
 @_ready
 def row_max(score: Any, row: Any) -> Any:
-    """(B, Hq, M): the largest score of each row; -inf where a row sees no key."""
+    """(B, Hq, M): the largest score of each row; -inf for a fully masked row."""
     return row.max(score)
 
 
 @_ready
 def argmax(weight: Any, row: Any) -> Any:
-    """(B, Hq, M), int64: the key with the largest weight, the first of several; -1 where a row sees no key."""
+    """(B, Hq, M), int64: the key with the largest weight, the first of several; -1 for a fully masked row."""
     return row.argmax(weight)
 
 
 @_ready
 def top1_prob(weight: Any, row: Any) -> Any:
-    """(B, Hq, M): the largest weight of each row; -inf where a row sees no key."""
+    """(B, Hq, M): the largest weight of each row; -inf for a fully masked row."""
     return row.max(weight)
 
 
@@ -126,9 +126,9 @@ def block_sums(m: int, n: int, limit: int = LIMIT) -> OutputSpec:
 
 
 def offset_sums(lo: int | None = None, hi: int | None = None) -> OutputSpec:
-    """(B, Hq, hi - lo + 1): the weight at each distance kv_idx - q_idx from lo to hi.
+    """(B, Hq, hi - lo + 1): the weight at each distance kv_idx - q_idx from lo to hi, both inclusive.
 
-    Without them (B, Hq, M + N - 1): every distance, from 1 - M to N - 1.
+    Without bounds (B, Hq, M + N - 1): every distance, from 1 - M to N - 1.
     """
     if lo is None and hi is None:
         return OutputSpec(lambda e: e["offset"].sum(e["weight"]), label="offset_sums")
@@ -171,7 +171,7 @@ TABLE: dict[str, Any] = {
 
 
 def _between(index: Value, length: Value, start: int | None, stop: int | None) -> Any:
-    """Is the index one of start:stop, in which negative numbers count from the end, as a slice has them?"""
+    """Whether the index is in start:stop, where negative numbers count from the end, as in a slice."""
     first, last = (length + x if x is not None and x < 0 else x for x in (start, stop))
     conditions = [] if start in (None, 0) else [index >= first]
     conditions += [] if stop is None else [index < last]

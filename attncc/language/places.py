@@ -16,7 +16,7 @@ _OWN = ("attncc.language.", "attncc.ir.", "sympy.", "torch.")
 
 
 def outside_language(module: str) -> bool:
-    """Is code of this module a user's, and not the language's own or a library's that it calls?"""
+    """Whether code of this module is the user's, and not the language's own or a library's that it calls."""
     return module != "attncc" and not f"{module}.".startswith(_OWN)
 
 

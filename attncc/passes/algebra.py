@@ -24,7 +24,7 @@ _CLOSE = 1e-9
 
 
 def is_zero(expr: sympy.Expr) -> bool:
-    """Is a pair expression 0 for every pair and row?"""
+    """Whether a pair expression is 0 for every pair and row."""
     values = _values(expr)
     if values is not None and np.abs(values).max() > _CLOSE * max(_magnitude(expr), 1e-30):
         return False
@@ -184,7 +184,7 @@ def _magnitude(expr: sympy.Expr) -> float:
 
 
 def _proportional(a: sympy.Expr, b: sympy.Expr) -> bool:
-    """May a / b be the same for all keys of a row? No only if random points say so."""
+    """Whether a / b may be the same for all keys of a row. False only if random points prove otherwise."""
     above, below = _values(a), _values(b)
     return above is None or below is None or _same_ratio(above, below)
 

@@ -83,7 +83,7 @@ def _product(side: sympy.Expr) -> sympy.Expr:
 
 
 def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> bool:
-    """Is of_query(t) = D(t - 1), where of_key(t) = -D(t)?"""
+    """Whether of_query(t) = D(t - 1), given of_key(t) = -D(t)."""
     if T not in of_key.free_symbols:
         return False
     return bool(sympy.expand(of_query + of_key + _difference(graph, -of_key), log=False, power_exp=False) == 0)

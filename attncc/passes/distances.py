@@ -86,7 +86,7 @@ NO_TABLES = Tables()
 
 
 def reads(formula: sympy.Expr) -> bool:
-    """Is an input read by distance for it, or is it arithmetic alone?"""
+    """Whether it reads an input by distance, and is not only arithmetic."""
     return any(_indices(r) for r in formula.atoms(Read))
 
 

@@ -106,7 +106,7 @@ class Truth:
 
     @property
     def informative(self) -> bool:
-        """Does it say anything at all?"""
+        """Whether it excludes any value."""
         return not (self.may is sympy.true and self.must is sympy.false)
 
 

@@ -60,6 +60,6 @@ def over_side(expr: Any, sums: frozenset[Any]) -> tuple[Any, Any] | None:
 
 
 def ends_with(expr: Any, weight: Any) -> bool:
-    """Is `expr` 0 where the weight is, whatever else (all of it finite) it is made of?"""
+    """Whether `expr` is 0 wherever the weight is, for finite values of everything else in it."""
     at_zero = expr.xreplace({voc.absolute(weight): sympy.S.Zero}).xreplace({weight: sympy.S.Zero})
     return expr.has(weight) and at_zero == 0

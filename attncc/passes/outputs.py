@@ -74,7 +74,7 @@ class Pass:
 
     @property
     def uses_weight(self) -> bool:
-        """Is the weight needed, or the score alone?"""
+        """Whether the weight is needed, or only the score."""
         return any(sym.WEIGHT in e.free_symbols for n in self.reductions for e in (n.reduction.expr, n.reduction.when))
 
 

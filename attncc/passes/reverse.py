@@ -89,7 +89,7 @@ def reverse(
 
 
 def detaches(graph: VariantGraph) -> bool:
-    """Does the normalizer or the reduction hold a value back from differentiation?"""
+    """Whether the normalizer or the reduction excludes a value from differentiation."""
     return any(s.expr.has(detach) for s in (*graph.rows, graph["weight"], graph["out"]))
 
 

@@ -155,7 +155,7 @@ def refuse_gradients(graph: VariantGraph) -> None:
 
 
 def loops_by_key(graph: VariantGraph) -> bool:
-    """Is there an input with a gradient that a loop reads by key?"""
+    """Whether a loop over components reads an input with a gradient by key."""
     return any(level(read) == Level.COL for _, read in _wanted_in_loops(graph))
 
 

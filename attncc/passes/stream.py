@@ -155,11 +155,11 @@ def stream(graph: VariantGraph) -> Online:
 
 
 def any_shift_serves(online: Online, stored: Iterable[sympy.Expr]) -> bool:
-    """May the last pass keep a number in its maximum's place that is not the maximum? True where the row's factor and
-    all that is `stored` of it stay what they are when that number moves and the accumulators are rescaled for it.
+    """Whether the last pass may keep a number in place of its maximum that is not the maximum. True if the row's factor
+    and everything `stored` of it do not change when that number moves and the accumulators are rescaled for it.
 
-    Where the formula has the maximum only as the larger of it and one other value of the row, as a sink is, the number
-    that moves is that: what it is made of does not matter."""
+    If the formula uses the maximum only as the larger of it and one other row value, such as a sink, the number that
+    moves is that combination; how it is made does not matter."""
     if len(online.maxes) != 1 or online.before:
         return False
     (m,) = online.max_symbols
@@ -183,7 +183,7 @@ def any_shift_serves(online: Online, stored: Iterable[sympy.Expr]) -> bool:
 
 
 def _vanishes(change: sympy.Expr) -> bool:
-    """Is it 0? Sums of logarithms are told so by their exponential."""
+    """Whether it is 0. For sums of logarithms this is decided by their exponential."""
     return bool(sympy.simplify(sympy.expand_log(change, force=True)) == 0 or sympy.simplify(sympy.exp(change)) == 1)
 
 

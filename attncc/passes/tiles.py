@@ -77,12 +77,12 @@ class TilePlan:
 
     @property
     def scanned(self) -> bool:
-        """Must tiles be looked at one by one, for what inputs have there?"""
+        """Whether tiles must be scanned one by one, because the mask depends on the values of inputs."""
         return any(s.scan is not None for s in self.segments)
 
     @property
     def by_head(self) -> bool:
-        """Do the bounds of a block differ between heads?"""
+        """Whether the bounds of a block differ between heads."""
         exprs = [e for s in self.segments for e in _expressions(s)]
         return any({sym.H, sym.H_KV} & e.free_symbols for e in exprs)
 
@@ -256,7 +256,7 @@ def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr)
 
 
 def hides_what_lies_past_the_keys(mask: sympy.Basic) -> bool:
-    """Does the mask hide every kv_idx >= kv_len from every q_idx < q_len, as causal does? (Sound, not complete.)"""
+    """Whether the mask hides every kv_idx >= kv_len from every q_idx < q_len, as causal does. Sound, not complete."""
     terms = disjunction(mask)
     return terms is not None and all(any(_ends_with_the_keys(a) for a in atoms) for atoms in terms)
 

@@ -12,7 +12,7 @@ from attncc.runtime.cuda import CELLS, Box
 
 
 def is_box(value: Any) -> bool:
-    """Is this a descriptor of a tensor? Triton and Gluon each have a class of them."""
+    """Whether this is a tensor descriptor, of which Triton and Gluon each have a class."""
     return hasattr(value, "block_shape")
 
 

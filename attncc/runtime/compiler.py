@@ -130,7 +130,8 @@ def _stages(source: Any, target: GPUTarget, options: dict[str, Any]) -> tuple[by
 
 
 def _is_plain(facts: Any, signature: Signature) -> bool:
-    """Can a launch pass all that the kernel takes? Not scratch memory, clusters, descriptors that are taken apart."""
+    """Whether a launch can pass all arguments of the kernel: no scratch memory, clusters, or descriptors that are
+    decomposed."""
     described = sum(kind.startswith("tensordesc") for kind in signature.types)
     scratch = facts.global_scratch_size or facts.profile_scratch_size
     special = facts.num_ctas != 1 or facts.launch_cooperative_grid
@@ -138,7 +139,7 @@ def _is_plain(facts: Any, signature: Signature) -> bool:
 
 
 def is_watched() -> bool:
-    """Does somebody watch the compiler work, or change what it makes?"""
+    """Whether hooks observe the compiler, or change its results."""
     knobs = triton.knobs.compilation
     return bool(knobs.always_compile or knobs.dump_ir or knobs.override or knobs.listener)
 
@@ -152,7 +153,7 @@ def _source_class(kernel: Any) -> Any:
 
 
 def bypasses(kernel: Any) -> bool:
-    """Is this a kernel, and this a time, for which Triton's front end can be left out? Not while it is watched."""
+    """Whether Triton's front end can be bypassed for this kernel now: not while it is watched."""
     knobs = triton.knobs.runtime
     return (
         isinstance(kernel, JITFunction)

@@ -108,7 +108,7 @@ class Engine:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
     def ordered(self) -> bool:
-        """Must the order of every sum be fixed? As asked for, or as PyTorch's deterministic mode says."""
+        """Whether the order of every sum must be fixed: by request, or by PyTorch's deterministic mode."""
         return self._deterministic or torch.are_deterministic_algorithms_enabled()
 
     def free_sums(self) -> frozenset[str]:
@@ -244,7 +244,7 @@ def scheduled_sizes(sizes: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def _fits_boxes(x: Tensor) -> bool:
-    """Can descriptors address x? They step by 16 bytes, and neither repeat rows nor hold nothing."""
+    """Whether TMA can address x: strides are multiples of 16 bytes, no dimension is broadcast, and x is not empty."""
     steps = all(
         n == 1 or (s > 0 and s * x.element_size() % 16 == 0) for n, s in zip(x.shape[:-1], x.stride(), strict=False)
     )

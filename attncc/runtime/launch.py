@@ -74,7 +74,7 @@ trace = Trace()
 
 
 def watched() -> bool:
-    """Has a profiler hooks on launches? They go through Triton's front end then."""
+    """Whether a profiler has hooks on launches, which then go through Triton's front end."""
     return bool(_hooks(_KNOBS.launch_enter_hook) or _hooks(_KNOBS.launch_exit_hook))
 
 

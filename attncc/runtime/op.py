@@ -136,7 +136,8 @@ class AttentionOp(Remade):
         return results[0] if only_out else self._pick(results, outputs)
 
     def kernel_inputs(self, q: Tensor, k: Tensor, scale: float | None, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A call's inputs with those that kernels have beside: captured ones, what other ops make, running sums."""
+        """A call's inputs, and those that kernels need besides: captured ones, outputs of auxiliary ops, running
+        sums."""
         if self._captured:
             inputs = with_captured(self._captured, q, k, inputs)
         for maker in self._makers:
@@ -148,7 +149,8 @@ class AttentionOp(Remade):
     def _auxiliary(
         self, outputs: str | Sequence[str], inputs: dict[str, Any]
     ) -> tuple[OutputsCall | None, dict[str, Any]]:
-        """What computes the auxiliary outputs that a call asks for, if any, and the inputs that it needs."""
+        """The call object for the auxiliary outputs that a call asks for, or None, and the inputs that the call
+        needs."""
         names = auxiliary_names(self.graph, outputs)
         if not names:
             return None, read_inputs(self.graph, self.engine.graph, inputs)
@@ -175,15 +177,15 @@ class AttentionOp(Remade):
         return picked[0] if len(picked) == 1 else tuple(picked)
 
     def free_sums(self) -> frozenset[str]:
-        """The gradients that backwards so far summed in no fixed order, so that a repeated call may give other bits:
-        "dq" and those with an entry a distance, or none."""
+        """The gradients that backwards so far summed in no fixed order, so that a repeated call may differ in its last
+        bits: "dq", and inputs with an entry per distance; empty if there were none."""
         return self.engine.free_sums()
 
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
-        """The generated module for these head dimensions (d_qk: of one branch), in 16 bits and the backend asked for,
-        as it runs on this machine's GPU.
+        """The source of the generated module for head dimensions d_qk (of one branch) and d_v (default: d_qk), in 16
+        bits and the requested backend, as it runs on this machine's GPU.
 
-        Without a GPU: the portable form, which any other runs.
+        Without a GPU: the portable form, which runs on any other.
         """
         from attncc.runtime.explain import sizes_of  # what only explains is imported where it is asked to
 
@@ -203,11 +205,11 @@ class AttentionOp(Remade):
         target: str | None = None,
         **scalars: float,
     ) -> str:
-        """What is derived and which schedule a call of these sizes gets, with the candidates beside it, as text.
+        """The text of `attncc explain`: the derivation, and the schedule of a call of these sizes with the candidates
+        beside it.
 
-        `target` is a device or architecture ("h100", "sm_90"); None is this machine's GPU, else the H100. `scalars` are
-        the variant's own; others have their defaults. Raises UnsupportedError for an unknown target.
-        """
+        `target` is a device or architecture ("h100", "sm_90"); None means this machine's GPU, else the H100. `scalars`
+        are the variant's own; others have their defaults. Raises UnsupportedError for an unknown target."""
         from attncc.runtime.explain import explain, explained_device, sizes_of
 
         sizes = sizes_of(q_len, kv_len, batch, heads, kv_heads, d_qk, d_v, self.graph)
@@ -245,8 +247,8 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Does somebody look at operators, or at shapes, rather than at values? Tensor subclasses, such as fake tensors,
-    never reach a kernel by themselves."""
+    """Whether operators or shapes are being traced instead of values. Tensor subclasses, such as fake tensors, must
+    never reach a kernel."""
     return (
         torch.compiler.is_compiling()
         or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
@@ -257,7 +259,8 @@ def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def transformed() -> bool:
-    """May somebody have wrapped tensors, to see more in them than values: a batch, or how they change?"""
+    """Whether tensors may be wrapped by a transform that adds meaning to their values: a batch dimension, or
+    tangents."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -32,8 +32,8 @@ class Prepared:
 
 
 def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -> bool:
-    """Does one of these kernels spill, which nobody expected when its tiling was chosen? It is noted. Waits until they
-    are compiled."""
+    """Whether one of these kernels spills although its tiling was not expected to. The spill is recorded. Waits for
+    compilation."""
     if prepared.chosen_for is None:
         return False
     problem, device = prepared.chosen_for

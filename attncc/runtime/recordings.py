@@ -25,7 +25,7 @@ def keep(known: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def capturing() -> bool:
-    """Is a CUDA graph being captured? Its tensors come from the graph's own pool and must not be kept."""
+    """Whether a CUDA graph is being captured. Its tensors come from the graph's own pool and must not be kept."""
     return torch.cuda.is_current_stream_capturing()
 
 

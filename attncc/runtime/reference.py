@@ -231,7 +231,7 @@ class DenseBranches:
 
 
 def no_lse_of_branches(graph: VariantGraph) -> UnsupportedError:
-    """Which one would be meant?"""
+    """The error for `lse` of a variant with several branches, which have one each."""
     return UnsupportedError(
         f"'{graph.name}' has {graph.branches} branches, each with an lse of its own",
         remedy="compile a branch as a variant of its own, for its lse",
@@ -346,11 +346,11 @@ class Dense:
 
     @property
     def parts(self) -> tuple[Dense, ...]:
-        """What adds up to the output."""
+        """The parts that add up to the output: one per branch."""
         return (self,)
 
     def factor(self) -> Tensor:
-        """What v is weighed by, for each visible pair."""
+        """The factor of v, for each visible pair."""
         return self._on_pairs(self.graph["out"].expr.coeff(sym.V_VEC))
 
     def lse(self) -> Tensor:
@@ -365,7 +365,7 @@ class Dense:
         return empty.index_put((self.live,), value).reshape(b, h, m)
 
     def _input(self, decl: InputDecl, tensor: Tensor, sizes: dict[str, int]) -> Tensor:
-        """An input with its loop dimensions expanded: a dimension of size 1 is the same at every index."""
+        """An input with its loop dimensions expanded; a dimension of size 1 is broadcast."""
         if tensor.is_floating_point():
             tensor = tensor.to(torch.promote_types(tensor.dtype, self.number))
         return tensor.expand([sizes[d] if d in LOOP_DIMS else -1 for d in decl.pattern])
@@ -380,7 +380,7 @@ class Dense:
         return evaluate(self.graph["mask"].expr, env, self.number, self.device).expand(self.shape)
 
     def _indices(self, flat: Tensor, n: int, all_names: bool = False) -> dict[str, Tensor]:
-        """What those of b, h, h_kv, q_idx and kv_idx that a stage uses are at flat positions of (B, H, M, N)."""
+        """The values of those of b, h, h_kv, q_idx and kv_idx that a stage uses, at flat positions of (B, H, M, N)."""
         h, m, n, group = (max(size, 1) for size in (self.shape[1], self.shape[2], n, self.group))
         formulas = {
             "b": lambda: flat // (n * m * h),
@@ -412,7 +412,7 @@ class Dense:
         return total
 
     def _spread(self, values: Tensor, fill: float) -> Tensor:
-        """Values of the visible pairs as rows of N keys, with `fill` in place of hidden ones: (B * H * M, N)."""
+        """Values of the visible pairs as rows of N keys, with `fill` for masked ones: (B * H * M, N)."""
         b, h, m, n = self.shape
         if not values.is_floating_point():
             values = values.to(self.number)

@@ -127,7 +127,7 @@ class _Tape(TorchDispatchMode):
 
 
 def _is_view(function: Any) -> bool:
-    """Does an operator return its argument's memory, unchanged?"""
+    """Whether an operator returns its argument's memory, unchanged."""
     return any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
 
 

@@ -56,7 +56,7 @@ class SquareCall:
 
     @property
     def plain(self) -> bool:
-        """Are the kernels' operands q, k and v as they are?"""
+        """Whether the kernels' operands are q, k and v themselves."""
         return not self.rows.names and self._maps == [None, None]
 
     def powers(self, bound: Bound) -> tuple[float, ...]:

@@ -207,7 +207,7 @@ def refusals() -> Iterator[None]:
 
 
 def _answers() -> bool:
-    """Does the GPU still do what this process asks? After an illegal access it does not."""
+    """Whether the GPU still executes work of this process; after an illegal access it does not."""
     if not torch.cuda.is_initialized():
         return True
     try:

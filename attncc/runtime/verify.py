@@ -61,7 +61,7 @@ _FLOOR = 4 * torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Check:
-    """How far one result is from the reference, and how far it may be."""
+    """The error of one result against the reference, and the error that is allowed."""
 
     name: str
     ok: bool
@@ -73,8 +73,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """One result of one verified call. `repeatable`: a second call gave the same bits; `ordered`: it had to, for the
-    order of its sums is fixed."""
+    """One result of one verified call. `repeatable`: a second call gave the same bits; `ordered`: it had to, because
+    the order of its sums is fixed."""
 
     shape: Shape
     check: Check
@@ -126,7 +126,7 @@ def check(
 
 
 def _exactly(name: str, got: Tensor, reference: Tensor) -> Check:
-    """Integers have no rounding."""
+    """Integers must be equal."""
     error = (got - reference).abs().double()
     return Check(name, not bool(error.any()), _largest(error), 0.0, _rms(error), 0.0)
 

@@ -90,7 +90,7 @@ def _covering(length: int) -> int:
 
 
 def _compiles(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
-    """Does it fit in memory, and is its number of stages one that Triton has?"""
+    """Whether it fits in shared memory, and Triton supports its number of stages."""
     return (
         shared_memory(kernel, ks, problem, device) <= device.smem_per_block
         and tensor_memory(kernel, ks, problem, device) <= device.tmem_columns

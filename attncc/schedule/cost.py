@@ -298,7 +298,7 @@ def _repeated(kernel: Kernel, ks: KernelSchedule, tiles: Tiling, problem: Proble
 
 
 def _side_by_side(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
-    """Do several warp groups have the same rows?"""
+    """Whether several warpgroups share the same rows."""
     op = instruction(kernel, ks, problem, device)
     return op == "wgmma" and warp_grid(op, ks, tiling(kernel, ks, problem))[2] > 1
 

@@ -47,13 +47,13 @@ def rounded_keys(q_len: int, kv_len: int) -> int:
 
 
 def suits(problem: Problem) -> bool:
-    """Are the rows of a key head so few, and its keys so many, that whole rows would be the wrong share of work?"""
+    """Whether a key head has so few rows and so many keys that its keys should be split."""
     few = problem.q_len <= FEW_QUERIES or problem.q_len * pack(problem) <= FEW_ROWS
     return few and not problem.costs.whole_rows and problem.kv_len >= KEYS_A_QUERY * problem.q_len
 
 
 def leaves_idle(problem: Problem, device: Device) -> bool:
-    """Would programs that own whole rows leave half of the SMs without work?"""
+    """Whether programs that own whole rows would leave half of the SMs idle."""
     programs = ceil(problem.q_len / LONG_BLOCK) * problem.batch * problem.heads
     return not problem.costs.whole_rows and 2 * programs <= device.sms and problem.kv_len >= WORTH_SPLITTING
 

@@ -82,7 +82,7 @@ class Device:
 
     @property
     def overlaps_kernels(self) -> bool:
-        """Can a kernel's programs start before the kernel in front of it has ended (programmatic dependent launch)?"""
+        """Whether a kernel may start before the previous one has ended (programmatic dependent launch)."""
         return self.backend == "cuda" and int(self.target.removeprefix("sm_")) >= 90
 
     @property

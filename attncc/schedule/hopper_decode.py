@@ -21,14 +21,14 @@ RESERVED_BYTES = 5120
 
 
 def serves(qk_chunks: tuple[int, ...], v_chunks: tuple[int, ...]) -> bool:
-    """Are the columns of v two equal tiles, and the first of k's?"""
+    """Whether the columns of v are two equal tiles, and the first columns of k."""
     halves = len(v_chunks) == 2 and v_chunks[0] == v_chunks[1] <= WIDEST_HALF
     return halves and qk_chunks[:2] == v_chunks and all(width % KEYS == 0 for width in qk_chunks)
 
 
 def weights_apart(qk_chunks: tuple[int, ...], v_chunks: tuple[int, ...]) -> bool:
-    """Have weights a buffer of their own? Where k has one tile of columns more than v, which is as wide as a tile has
-    keys, they take its place when the scores are there."""
+    """Whether weights have a buffer of their own. If k has one tile of columns more than v, as wide as a tile has keys,
+    the weights overwrite it once the scores are computed."""
     return qk_chunks[len(v_chunks) :] != (KEYS,)
 
 

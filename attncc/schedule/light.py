@@ -10,7 +10,7 @@ WARPGROUPS = KernelSchedule(128, 192, 12, 3, "gluon")
 
 
 def in_warps(schedule: Schedule, d_qk: int) -> bool:
-    """Are passes in Gluon where there is a kernel? Where the forward is, and its tiles fit."""
+    """Whether passes run in Gluon, if there is a kernel: if the forward does, and its tiles fit."""
     width = sum(head_chunks(d_qk))
     tiles = (WARPGROUPS.num_stages * WARPGROUPS.block_m + 2 * WARPGROUPS.block_n) * width * 2
     return schedule.forward.form == "gluon" and tiles + RESERVED_BYTES <= TILE_BYTES

@@ -83,7 +83,7 @@ def _rule(sizes: LinearSizes, device: Device) -> Rule:
 
 
 def _has_wgmma(device: Device) -> bool:
-    """Do tensor cores read operands from shared memory by themselves?"""
+    """Whether tensor cores read operands from shared memory directly."""
     return device.target.startswith(("sm_9", "sm_10"))
 
 

@@ -59,7 +59,7 @@ def note_spills(found: Seen, problem: Problem, device: Device, cache: Cache) -> 
 
 
 def _expected(count: int, registers: int) -> bool:
-    """Are so many bytes what was meant by so many registers?"""
+    """Whether this many spilled bytes are what the estimate of registers predicted."""
     return registers > 0 and abs(count - REGISTER_BYTES * registers) <= REGISTER_BYTES * ABOUT
 
 

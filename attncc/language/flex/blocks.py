@@ -57,8 +57,8 @@ def _listed(counts: Tensor, indices: Tensor) -> Tensor:
 
 
 def _differs(mask: BlockMask, table: Tensor) -> bool:
-    """Does the mask_mod show a pair of a block that is not listed, or hide one of a full block? Row block by row block,
-    so that no mask of the whole sequence is made."""
+    """Whether the mask_mod shows a pair of a block that is not listed, or hides one of a full block. Checked by rows of
+    blocks, so that no mask of the whole sequence is built."""
     q_size, kv_size = mask.BLOCK_SIZE
     q_len, kv_len = mask.seq_lengths
     batch, heads, rows, columns = table.shape

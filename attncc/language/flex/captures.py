@@ -102,7 +102,7 @@ class Captures:
             self._kept.append(tensor)
 
     def constant(self, tensor: Tensor) -> bool:
-        """Is it made of Python numbers alone, inside the function?"""
+        """Whether it was created inside the function from Python numbers alone."""
         derived = self._derived.get(id(tensor))
         if derived is None:
             return False

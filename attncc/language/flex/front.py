@@ -113,7 +113,7 @@ _TAKES = {
 
 
 def _takes(mod: Callable[..., Any], kind: str) -> bool:
-    """Can the function be called as one of this kind, as far as it says what it takes?"""
+    """Whether the function can be called as one of this kind, judging by its signature."""
     try:
         inspect.signature(mod).bind(*_TAKES[kind])
     except TypeError:

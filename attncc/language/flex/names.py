@@ -46,7 +46,7 @@ NAMESPACES = ("aten", "prims", "approx")
 
 
 def in_place(name: str) -> bool:
-    """Does a function of this name change its argument?"""
+    """Whether a function of this name modifies its argument."""
     if name.startswith("__"):
         return name in IN_PLACE_OPERATORS
     return name.endswith("_")
