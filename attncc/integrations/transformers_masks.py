@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import masking_utils
@@ -89,6 +89,13 @@ class AttentionMask:
         named = {"starts": self.starts, "stops": self.stops, "documents": self.documents}
         return {name: tensor.to(device) for name, tensor in named.items() if tensor is not None}
 
+    def contiguous(self) -> NoReturn:
+        """What is asked of a mask that is made ahead of the model's call, as for a static cache alone."""
+        raise UnsupportedError("the cache is a static one", remedy=_DYNAMIC)
+
+
+_DYNAMIC = "use the default cache: cache_implementation='dynamic'"
+
 
 def attention_mask(
     batch_size: int,
@@ -109,7 +116,7 @@ def attention_mask(
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise UnsupportedError(
             f"the cache holds {kv_length} keys for a query that ends at another position (a static cache)",
-            remedy="use the default cache: cache_implementation='dynamic'",
+            remedy=_DYNAMIC,
         )
     pattern, documents = _read(mask_function)
     if documents is not None:

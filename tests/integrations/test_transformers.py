@@ -211,9 +211,10 @@ def test_an_additive_mask_with_finite_values_is_refused():
         from_tensor(bias, 20, 20, False, None)
 
 
-def test_a_static_cache_is_refused():
-    _, ours = pair(MistralForCausalLM, MistralConfig(**DECODER, sliding_window=None))
-    with pytest.raises(ac.UnsupportedError, match="static cache"):
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_static_cache_is_refused(window):
+    _, ours = pair(MistralForCausalLM, MistralConfig(**DECODER, sliding_window=window))
+    with pytest.raises(ac.UnsupportedError, match="cache(.|\n)*cache_implementation='dynamic'"):
         ours.generate(input_ids=tokens(length=5), max_new_tokens=2, cache_implementation="static", disable_compile=True)
 
 
