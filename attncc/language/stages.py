@@ -7,7 +7,7 @@ import difflib
 import keyword
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from attncc.ir.similarity import is_vector, separate
 from attncc.ir.text import formula, ordered_text
 from attncc.ir.verify import verify
 from attncc.language import functions
+from attncc.language.additive import cancelled
 from attncc.language.outputs import build_output
 from attncc.language.reduction import by_branch, canonical
 from attncc.language.values import InputTensor, Value, Weights, boolean, fail, no_reduction, number
@@ -374,11 +375,12 @@ def assemble(
         vectors = {**environment(inputs, scalars, vectors=True), **seen}
     else:
         vectors = None
+    graded = {decl.name for decl in inputs.values() if decl.grad}
     if branches == 1:
-        stages += _branch(run, vectors, {})
+        stages += _branch(run, vectors, {}, graded)
     else:
         for branch in range(branches):
-            stages += tagged(_branch(run, vectors, {BRANCH: branch}), branch)
+            stages += tagged(_branch(run, vectors, {BRANCH: branch}, graded), branch)
     stages.append(_reduction(run, branches))
     auxiliary = [_auxiliary(key, function, base, span, branches) for key, (function, span) in (outputs or {}).items()]
     used: set[sympy.Symbol] = set().union(*(s.expr.free_symbols for s in stages))
@@ -398,14 +400,14 @@ def assemble(
 Run = Callable[[str, dict[str, Any], Callable[[Any], Any]], tuple[Any, Span | None]]
 
 
-def _branch(run: Run, vectors: dict[str, Any] | None, extra: dict[str, Any]) -> list[Stage]:
+def _branch(run: Run, vectors: dict[str, Any] | None, extra: dict[str, Any], graded: Collection[str]) -> list[Stage]:
     """The stages of one branch, from the similarity to the weight. `vectors`: what a similarity of the user's sees."""
     stages = [Stage("raw_score", sym.SCALE * sym.QK)]
     if vectors is not None:
         (raw, sums_d), span = run("similarity", {**vectors, **extra}, _similarity)
         stages = [*(replace(s, span=span) for s in sums_d), Stage("raw_score", raw, span=span)]
     score, span = run("score", {"score": Value(sym.RAW_SCORE), **extra}, number)
-    stages.append(Stage("score", score, span=span))
+    stages.append(Stage("score", cancelled(score, graded), span=span))
     mask, span = run("mask", extra, boolean)
     stages.append(Stage("mask", voc.attached(mask), span=span))  # a boolean has no gradient to cut
     rows: list[Stage] = []

@@ -310,3 +310,41 @@ def test_talking_heads_by_heads_side_by_side():
     wanted, gradients = torch.autograd.grad(want.sum(), leaves), torch.autograd.grad(got.sum(), found)
     for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+SHOWN = torch.tensor([[1.0, 1, 1, 1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 1, 1, 1, 1]])
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "score + (1 - shown[b, kv_idx]) * -1e9",
+        "score + (1.0 - shown[b, kv_idx]) * -10000.0",
+        f"score + (1 - shown[b, kv_idx]) * {LOWEST}",
+        "score - 1e9 + 1e9 * shown[b, kv_idx]",
+        "score * shown[b, kv_idx] - 1e9 * (1 - shown[b, kv_idx])",
+        "tanh(score / 5) * 5 + (2 - shown[b, kv_idx] - shown[b, 0]) * -1e9",
+        "score + (1 - float(shown[b, kv_idx] > 0.5)) * -1e9",
+        "score + (int(shown[b, kv_idx] > 0.5) - 1) * 100000",
+    ],
+)
+def test_a_mask_that_is_added_keeps_the_score(text):
+    """Algebra multiplies the sum out, and score + 1e9 - 1e9 is 0 in float32."""
+    variant = ac.loads_toml(
+        f'[stages]\nmask = "causal"\nscore = "{text}"\n[inputs]\nshown = {{ index = ["b", "kv_idx"] }}'
+    )
+    q, k, v = (draw(2, 2, 9, 8, seed=i).float().requires_grad_() for i in range(3))
+
+    def by_hand(q, k, v):
+        hidden, s = SHOWN[:, None, None] == 0, score(q, k)
+        if "tanh" in text:
+            s = 5 * torch.tanh(s / 5)
+        return (s - 1e9 * hidden).masked_fill(~causal(9, 9), -torch.inf).softmax(-1) @ v
+
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    got, want = ac.compile(variant)(q, k, v, shown=SHOWN), by_hand(*exact)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ac.reference(variant, *exact, shown=SHOWN), want, rtol=1e-6, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), y) for x, y in ((got, (q, k, v)), (want, exact))), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)

@@ -156,7 +156,8 @@ UNARY: dict[str, Callable[..., Any]] = {
 
 def _power_of_two(n: Value) -> int:
     if not n.expr.is_Integer or not 0 <= int(n.expr) < 31:
-        fail("a shift by anything but a constant from 0 to 30 is not part of the language")
+        remedy = "bits that an index counts are a captured tensor of booleans: bits[q_idx, kv_idx]"
+        fail("a shift by anything but a constant from 0 to 30 is not part of the language", remedy)
     return 1 << int(n.expr)
 
 
@@ -259,6 +260,7 @@ BINARY: dict[str, Function] = {
     **_named("fmod", function=_of_values(_fmod)),
     **_named("pow", "float_power", "__pow__", function=_power),
     **_named("__rpow__", function=_swapped(_power)),
+    "hypot": _of_values(lambda a, b: fn.sqrt(a * a + b * b)),
     **_named("maximum", "fmax", function=ce.maximum),
     **_named("minimum", "fmin", function=ce.minimum),
     **_named("eq", "__eq__", function=_equal(True)),

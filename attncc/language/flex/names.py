@@ -31,7 +31,15 @@ IN_PLACE_OPERATORS = _names("""
     __iand__ __ior__ __ixor__ __ilshift__ __irshift__
 """)
 #: constant tensors shaped like another, and what they hold; None: an argument says it
-NEW = {"zeros_like": 0, "ones_like": 1, "new_zeros": 0, "new_ones": 1, "full_like": None, "new_full": None}
+NEW = {
+    "zeros_like": 0,
+    "ones_like": 1,
+    "new_zeros": 0,
+    "new_ones": 1,
+    "full_like": None,
+    "new_full": None,
+    "new_tensor": None,
+}
 #: what gives its argument back
 SAME = _names("clone contiguous alias pin_memory cpu cuda resolve_conj resolve_neg")
 CASTS = _names("to type type_as float double half bfloat16 int long short char byte bool _to_copy convert_element_type")

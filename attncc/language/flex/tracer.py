@@ -151,7 +151,7 @@ class Tracer(TorchFunctionMode):
         like = _without_data(func, args, kwargs)
         value: Any = NEW[name]
         if value is None:
-            value = kwargs.get("fill_value", args[-1])
+            value = kwargs.get("fill_value", kwargs.get("data", args[-1]))
         if isinstance(value, Tensor):
             value = self._cells(value)[()]
         return _made(np.full(tuple(like.shape), cell(value), dtype=object), like.dtype)

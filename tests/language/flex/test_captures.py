@@ -158,6 +158,24 @@ def test_elements_of_a_row_are_written_out():
         torch.testing.assert_close(got, exact, rtol=2e-5, atol=2e-5)
 
 
+def test_a_condition_within_a_number_beside_a_learned_table():
+    """What is read by conditions is no function of a distance, which the gradient of a table asks about."""
+    table, tokens = torch.randn(2, 6, requires_grad=True), torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 1]).bool()
+
+    def clamped(s, b, h, q, k):
+        inside = (q - 2 >= 0) & (k - 1 >= 0) & (k - 1 < 6)
+        return s + torch.where(inside, table[h, (k - 1).clamp(0, 5)], torch.zeros_like(s))
+
+    def chosen(s, b, h, q, k):
+        return s + table[h, torch.where(tokens[q] & tokens[k], 4, torch.where(tokens[q] & ~tokens[k], 5, q % 4))]
+
+    def counted(s, b, h, q, k):
+        return s + table[h, q % 6] * (~(tokens[q] & tokens[k])).to(s.dtype)
+
+    for score_mod in (clamped, chosen, counted):
+        agree(score_mod, learned=[table])
+
+
 def test_a_negative_index_counts_from_the_end():
     table = torch.randn(N, requires_grad=True)
     agree(lambda s, b, h, q, k: s + table[q - k], shape={"m": N}, learned=[table])
@@ -246,6 +264,13 @@ def test_a_block_mask_whose_table_hides_more():
         torch.testing.assert_close(op(q, k, v), oracle.values(q, k, v, None, mask_mod)[0], rtol=2e-5, atol=2e-6)
         with pytest.raises(ac.InputError, match="'blocks' was made for 24 entries of q_idx, and is called with 25"):
             op(*qkv(m=25, n=24))
+
+
+def test_a_mask_that_is_added_in_a_score_mod():
+    shown = torch.tensor([[1.0, 1, 0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 0]])
+    lowest = torch.finfo(torch.float32).min
+    agree(lambda s, b, h, q, k: s + (1.0 - shown[0, k]) * -10000.0)
+    agree(lambda s, b, h, q, k: s + (1.0 - (q >= k).to(s.dtype)) * lowest)
 
 
 def test_any_normalizer():

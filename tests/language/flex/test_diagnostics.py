@@ -140,7 +140,12 @@ def inner(score, b, h, q_idx, kv_idx):
     return helper(score)
 
 
+def shifted(score, b, h, q_idx, kv_idx):
+    return score + ((TABLE.int()[h] >> kv_idx) & 1)  # here
+
+
 REASONS = {
+    shifted: "a shift by anything but a constant(.|\n)*a captured tensor of booleans",
     branch: "a branch in Python depends on an index or the score",
     conditional: "a branch in Python",
     builtin_max: "a branch in Python",

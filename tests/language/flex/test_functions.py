@@ -89,6 +89,7 @@ def test_unary(name):
         lambda x: x * (x > 0.2),
         lambda x: x + (x > 0.2).int() * 3,
         lambda x: x * torch.ones_like(x) + torch.full_like(x, 2.0) + x.new_zeros(()) + torch.tensor(3.0),
+        lambda x: x + x.new_tensor(2.5) * x.new_tensor(data=3) + torch.hypot(x, x + 2),
         lambda x: torch.stack([x, x * x, 2 * x]).sum() + torch.cat([x[None], x[None]]).mean(),
         lambda x: torch.dot(torch.stack([x, x + 1]), torch.stack([x, x * x])),
         lambda x: torch.stack([x, 1 - 0.9 * x, 1.1 * x * x]).amax() + torch.max(torch.stack([x, -x])),
