@@ -1,25 +1,24 @@
-"""The IR: one typed graph of stages a variant. This page is its grammar.
+"""The IR: one typed graph of stages per variant. Its grammar:
 
     graph  := inputs, scalars, stages, outputs
     input  := name, pattern (b | h | h_kv | q_idx | kv_idx | a free dimension)* d?, float | int, grad
     scalar := name, default (int | float)
     stage  := name = sum_d(expr)                    a sum over the head dimension, of q_vec, k_vec and vector inputs
-            | name = pair expr                      raw_score, score, mask, weight: one value a (query, key) pair
-            | name = row.max(expr) | row.sum(expr)  one value a query, over the keys that the mask shows it
-            | name = row.root(t: row.sum(expr) + expr, lo, hi)  one value a query: the t that makes the sum 0
-            | name = col.max(expr) | col.sum(expr)  one value a key, over the queries that see it
+            | name = pair expr                      raw_score, score, mask, weight: one value per (query, key) pair
+            | name = row.max(expr) | row.sum(expr)  one value per query, over the keys that it sees
+            | name = row.root(t: row.sum(expr) + expr, lo, hi)  one value per query: the t that makes the sum 0
+            | name = col.max(expr) | col.sum(expr)  one value per key, over the queries that see it
             | out  = row.sum(expr * v_vec)          the output row
-            | update = scan(expr)                   in place of all pairs: the state behind a token, of that before it
-            | out    = read(expr)                   and what the token's query reads of it
-    output := what a caller may read besides `out`: see `ir.outputs`; a graph may have none
+            | update = scan(expr)                   for a recurrence: the state after a token, from that before it
+            | out    = read(expr)                   and the output that the token's query reads from it
+    output := an auxiliary output besides `out`: see `ir.outputs`; a graph may have none
 
-A variant may have several branches: each has the stages of a variant of its own, named `score[0]`, `score[1]` and so
-on, and `out` is linear in their weights. Where v is the first elements of k, `value` says how many.
-`dead_rows` says what a row does that sees no key: it gives 0 ("zero"), it sees all keys ("open"), or it sees all and
-all alike ("uniform").
+A variant may have several branches: each has its own stages, named `score[0]`, `score[1]` and so on, and `out` is
+linear in their weights. If v is the first elements of k, `value` is their number. `dead_rows` says what a fully masked
+row does: it gives 0 ("zero"), it sees all keys ("open"), or it weighs all keys equally ("uniform").
 
-A recurrence has the two stages `update` and `out` and no others, of expressions over `state`, whose elements have a row
-for each component of k_vec and a column for each of v_vec; sum_d adds over the rows.
+A recurrence has only the two stages `update` and `out`, elementwise expressions over the matrix `state`, which has a
+row per component of k_vec and a column per component of v_vec; sum_d adds over the rows.
 
 An expr is a sympy expression over the symbols of `ir.symbols`, the functions of `ir.vocabulary`, and the names of
 earlier stages. An edge runs from the stage that defines a name to each stage that uses it. A graph is frozen; passes

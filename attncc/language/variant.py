@@ -86,7 +86,7 @@ _ELSEWHERE = {
 
 
 def _check_free(dim: str, pattern: Sequence[str]) -> None:
-    """Raise SpecError where the name of a free dimension, whose size no call checks, is meant for another."""
+    """Raise SpecError if the name of a free dimension, whose size no call checks, looks like a loop index."""
     near = [] if dim in LOOP_DIMS else difflib.get_close_matches(dim, ("q_idx", "kv_idx"), n=1, cutoff=0.8)
     meant = _ELSEWHERE.get(dim) or (near[0] if near else None)
     if meant is not None:
@@ -115,18 +115,25 @@ class Scalar:
 
 
 class Variant:
-    """An attention variant. A stage that is not given is plain attention's: scale * dot(q_vec, k_vec), the score as it
-    is, every pair visible, softmax, the sum of weight * v.
+    """An attention variant: five stages, each of which defaults to plain attention's.
 
-    With `branches=2` or more there are as many weights, `weight[0]` and so on, and `out` is a sum of them times v. q
-    holds the branches side by side along its last dimension, as k does unless they share one; each stage but the
-    reduction is evaluated for every `branch`, an integer that it may use. With `value="k[:512]"` v is the first 512
-    elements of each key, and a call passes none. `dead_rows` says what a row does that sees no key: "zero", it gives 0;
-    "open", it sees all keys; "uniform", it sees all keys and all alike, as a finite fill in place of -inf has it.
-    `score` and `mask` may be functions, or composed objects such as `ac.alibi() >> ac.softcap(30)`. `outputs` names
-    auxiliary outputs, each one of `ac.outputs` or a function as described there; a call computes those it asks for.
-    `recurrence`, an `ac.recurrence(...)`, stands in place of all stages: a state from token to token, no pairs.
-    Raises SpecError, with file, line and a caret, when a stage is wrong.
+    similarity: a function that returns the raw score; default scale * dot(q_vec, k_vec).
+    score: a function, or a composed object such as `ac.alibi() >> ac.softcap(30)`; default the raw score.
+    mask: a function that returns a boolean, or a composed mask; default every pair is visible.
+    normalizer: a function that returns the weight of a pair, or the name of a shipped one; default softmax.
+    reduction: a function that returns the output row; default row.sum(weight * v_vec).
+    inputs: the tensors (`Input`) and numbers (`Scalar`) that the stages read, by name.
+    branches: with 2 or more, a pair has weights `weight[0]`, `weight[1]`, ..., and `out` is a sum of them times v. q
+        holds the branches side by side along its last dimension, and so does k unless they share it. Every stage but
+        the reduction is evaluated for each `branch`, an integer that it may use.
+    value: "k[:512]" makes v the first 512 elements of each key; a call then passes no v.
+    dead_rows: what a fully masked row does. "zero": it gives 0; "open": it sees all keys; "uniform": it weighs all keys
+        equally, like a large finite negative score in place of -inf.
+    outputs: auxiliary outputs by name, each one of `ac.outputs` or a function as described there. A call computes those
+        that it asks for.
+    recurrence: an `ac.recurrence(...)`, in place of all stages.
+
+    Raises SpecError, with file, line and a caret, if a stage is wrong.
     """
 
     graph: VariantGraph
@@ -196,7 +203,7 @@ class Variant:
 
     @classmethod
     def from_graph(cls, graph: VariantGraph) -> Variant:
-        """A Variant around a graph that was made elsewhere, such as by the text form."""
+        """A Variant around an existing graph, such as one from the text form."""
         self = cls.__new__(cls)
         self.name, self.graph = graph.name, graph
         return self

@@ -34,19 +34,21 @@ def compile(
     plan: PlanName = "auto",
     deterministic: bool = False,
 ) -> AttentionOp | LinearOp | RecurrenceOp | HybridOp:
-    """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file. An AttentionOp; a LinearOp
-    where the variant has a form in linear time, as `attncc explain` shows; a RecurrenceOp where it is a recurrence; a
-    HybridOp of a Hybrid, each of whose parts is compiled with the same options.
+    """Compile a variant: a Variant, the name of a shipped one, or the path of a TOML file.
 
-    `backend` is "triton" or "gluon", the latter for forward and backward on Hopper GPUs; where Gluon has no kernel for
-    a call, Triton's is launched, and `explain` says why. None leaves the choice to the scheduler.
-    `deterministic` fixes the order of every sum, as PyTorch's deterministic mode does; only Gluon's backward has some
-    that are free otherwise, see `AttentionOp.free_sums`.
-    `schedule` fixes the tiling (default: tuned, shipped or the cost model's); `precision` says how float32 operands
-    meet in a matmul, "ieee" or "tf32" (default: as `torch.backends.cuda.matmul.allow_tf32` says). `plan` is "auto",
-    "parallel" (all pairs), "chunk" or "recurrent", see `LinearOp`; a fixed schedule is one of all pairs. Kernels are
-    generated and compiled at the first call of each kind, and the op keeps them: compile once, call often. Raises
-    SpecError if the spec is wrong, UnsupportedError if it cannot be compiled yet.
+    Returns an AttentionOp; a LinearOp if the variant has a linear-time form, as `attncc explain` shows; a RecurrenceOp
+    if it is a recurrence; a HybridOp for a Hybrid, each of whose parts is compiled with the same options.
+
+    backend: "triton" or "gluon" (forward and backward on Hopper GPUs). If Gluon has no kernel for a call, Triton's is
+        used, and `explain` says why. None leaves the choice to the scheduler.
+    schedule: fixes the tiling, for the plan over all pairs; by default it is tuned, shipped, or the model's choice.
+    precision: of float32 matmuls, "ieee" or "tf32"; default: as `torch.backends.cuda.matmul.allow_tf32` says.
+    plan: "auto", "parallel" (all pairs), "chunk" or "recurrent", see `LinearOp`.
+    deterministic: fix the order of every sum, as PyTorch's deterministic mode does. Otherwise only Gluon's backward has
+        sums without a fixed order, see `AttentionOp.free_sums`.
+
+    Kernels are generated and compiled at the first call of each kind, and the op keeps them: compile once, call often.
+    Raises SpecError if the spec is wrong, UnsupportedError if it cannot be compiled yet.
     """
     if backend not in (None, *get_args(Backend)):
         raise UnsupportedError(f"there is no backend '{backend}'", remedy=f"backends: {', '.join(get_args(Backend))}")
@@ -93,7 +95,7 @@ def compile(
 
 
 def _hybrid(graph: HybridGraph, plan: PlanName, options: dict[str, Any]) -> HybridOp:
-    """Each part by the plans that it has: `plan` is for those in linear time."""
+    """Compile each part; `plan` applies to those that have a linear-time form."""
     from attncc.runtime.hybrid import HybridOp
 
     parts: dict[str, AttentionOp | LinearOp] = {}
@@ -104,13 +106,13 @@ def _hybrid(graph: HybridGraph, plan: PlanName, options: dict[str, Any]) -> Hybr
     return HybridOp(graph, parts, functools.partial(AttentionOp, **options))
 
 
-#: at which of the compilations of one formula at one line it is said that an op is to be kept
+#: the number of compilations of one formula at one line at which the warning is given
 OFTEN = 64
 _compiled: Counter[tuple[str, int, str]] = Counter()
 
 
 def _note_again(graph: VariantGraph) -> None:
-    """Warn, once, whoever compiles a formula in every call: each time its kernels are loaded anew."""
+    """Warn, once, a caller who compiles a formula in every call, because each op loads its kernels anew."""
     line = (*calling_line(), graph.digest)
     _compiled[line] += 1
     if _compiled[line] == OFTEN:
@@ -121,7 +123,8 @@ def _note_again(graph: VariantGraph) -> None:
 
 
 def _linear(graph: VariantGraph, plan: PlanName) -> Linear | None:
-    """The form in linear time where a call may use it. UnsupportedError where `plan` asks for one that there is not."""
+    """The linear-time form if a call may use it, else None. UnsupportedError: `plan` asks for a form that does not
+    exist."""
     if plan not in get_args(PlanName):
         raise InputError(f"plan is {plan!r}", remedy=f"one of {', '.join(get_args(PlanName))}")
     if plan == "parallel":
