@@ -55,7 +55,10 @@ class DeltaEngine(LinearEngine):
     def widths(self, q: Tensor, v: Tensor, chunk: int | None) -> tuple[int, ...]:
         """Of what tokens add, and of the inverse of their chunk's equations: as many columns as a chunk of a long
         sequence has tokens, for how long packed ones are is not known where calls are traced."""
-        sizes = replace(self.sizes(q, v, None), length=_LONG)
+        # batch and heads, which may be symbols there, have no part in it
+        sizes = replace(
+            self.sizes(q, v, None), sequences=1, heads=1, length=_LONG, d_qk=int(q.shape[3]), d_v=int(v.shape[3])
+        )
         return self._kept(q, v, delta_schedule(sizes, device_of(q.device), chunk).chunk)
 
     def _kept(self, q: Tensor, v: Tensor, chunk: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from attncc.runtime.replay import key_of
 from attncc.runtime.shapes import Bound, bind, check_dimensions, output_names
 from attncc.runtime.square_engine import SquareEngine
 from attncc.schedule.device import Device, device_of
-from attncc.schedule.linear import LinearSizes, PlanName
+from attncc.schedule.linear import CHUNKS, LinearSizes, PlanName
 from attncc.schedule.linear_cost import choose_plan
 from attncc.schedule.problem import Precision
 
@@ -254,9 +254,14 @@ class LinearOp(Remade):
                 batch, heads, length, d_qk = q.shape
                 sizes = LinearSizes(DTYPES.get(q.dtype, "fp32"), batch, heads, length, d_qk, v.shape[3])
                 return self._fastest(sizes, device_of("cpu" if q.is_meta else q.device))
+        if refusal is not None and needs_linear:
+            raise UnsupportedError(
+                refusal, remedy="leave out what is of a state (initial_state, output_final_state, cu_seqlens, position)"
+            )
         if plan == "parallel" and needs_linear:
-            reason = refusal or "the quadratic plan has no state and no packed sequences"
-            raise UnsupportedError(reason, remedy="use plan='chunk' or plan='recurrent'")
+            raise UnsupportedError(
+                "the quadratic plan has no state and no packed sequences", remedy="use plan='chunk' or plan='recurrent'"
+            )
         if plan != "parallel" and refusal is not None:
             raise UnsupportedError(refusal, remedy="plan='parallel' computes it")
         return plan
@@ -333,6 +338,8 @@ def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any) -> None:
         check_lengths(cu_seqlens)
     if chunk is not None and not isinstance(chunk, int | torch.SymInt):
         raise InputError(f"chunk_size is {chunk!r}, not a whole number", remedy="tokens a chunk, such as 64, or None")
+    if chunk is not None and chunk not in CHUNKS:  # also where all pairs are computed, which have none
+        raise InputError(f"chunk_size is {chunk!r}", remedy=f"one of {', '.join(map(str, CHUNKS))}")
 
 
 def _is_float(x: Any) -> bool:

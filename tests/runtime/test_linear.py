@@ -322,15 +322,17 @@ def test_what_a_plan_cannot_do_is_said():
         op(q[:, :, :5], k, v, plan="chunk")
     with pytest.raises(UnsupportedError, match="use plan='chunk'"):
         op(q, k, v, plan="parallel", output_final_state=True)
-    with pytest.raises(UnsupportedError, match="'lse' is one of pairs"):
+    with pytest.raises(UnsupportedError, match=r"'lse' is one of pairs(.|\n)*leave out what is of a state"):
         op(q, k, v, outputs=("out", "lse"), initial_state=state)
+    with pytest.raises(UnsupportedError, match=r"not the same tokens\n *leave out what is of a state"):
+        op(q[:, :, :5], k, v, output_final_state=True)
     assert len(op(q, k, v, outputs=("out", "lse"))) == 2
     with pytest.raises(InputError, match=r"pass torch.float32 \(1, 2, 16, 25\)"):
         op(q, k, v, initial_state=state[..., :24])
     with pytest.raises(InputError, match="one of 16, 32, 64$"):
         ac.compile("gla")(q, k, v, g=torch.zeros(1, 2, 8, 16), chunk_size=128)
     with pytest.raises(InputError, match="one of 16, 32, 64, 128"):
-        op(q, k, v, plan="chunk", chunk_size=48)
+        op(q, k, v, chunk_size=48)
     for options, said in (
         ({"chunk_size": "64"}, "chunk_size is '64', not a whole number"),
         ({"cu_seqlens": [0, 8]}, "cu_seqlens is of type list, not a tensor"),

@@ -393,6 +393,19 @@ def test_under_torch_compile_and_the_rules_of_operators():
     torch.testing.assert_close(graph(*tensors, **inputs), 2 * op(*tensors, **inputs))
 
 
+def test_under_torch_compile_where_all_sizes_are_symbols():
+    tensors, inputs = drawn("gated_delta_net", length=20)
+    op, lengths = ac.compile("gated_delta_net"), torch.tensor([0, 7, 7, 20])
+    run = partial(op, cu_seqlens=lengths, output_final_state=True)
+    found = []
+    for function in (run, torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)):
+        q = tensors[0].clone().requires_grad_()
+        out, state = function(q, *tensors[1:], **inputs)
+        found.append((out, state, *torch.autograd.grad(out.sum() + state.sum(), q)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_what_a_call_cannot_have():
     tensors, inputs = drawn("delta_net", length=8)
     op = ac.compile("delta_net")
