@@ -74,6 +74,10 @@ def channel_decay(
         if side.atoms(Read):
             remedy = "multiply q or k by them before the call"
             refuse(graph, "raw_score", f"the features '{formula(side)}' read an input", remedy)
+        others = sorted(x.name for x in side.free_symbols - {sym.Q_VEC, sym.K_VEC})
+        if others:
+            remedy = "write a number there, or compute the features before the call"
+            refuse(graph, "raw_score", f"the features '{formula(side)}' read '{others[0]}'", remedy)
     return features[0], features[1], decay, late
 
 

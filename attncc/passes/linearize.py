@@ -30,7 +30,7 @@ from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, join, level
 from attncc.ir.similarity import kind_of
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, detach, sum_d, to_float
+from attncc.ir.vocabulary import Read, detach, maximum, sum_d, to_float
 from attncc.passes.decays import Monomial, T, channel_decay, decay_step, monomial, refuse, token
 from attncc.passes.diagonal import Parts, apart, own_product, positions
 from attncc.passes.differentiate import shift_invariant
@@ -130,6 +130,9 @@ def linearize(graph: VariantGraph) -> Linear:
     for stage in graph.sums_d:
         if kind_of(stage) in ("q_term", "k_term") and stage.expr.atoms(Read):
             refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
+        places = sorted({s.name for s in stage.expr.free_symbols} & set(sym.INDICES))
+        if kind_of(stage) in ("q_term", "k_term") and places:
+            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads '{places[0]}' beside the vector")
     causal, itself = _mask(graph)
     online = stream(core)
     if online.passes > 1:
@@ -138,6 +141,7 @@ def linearize(graph: VariantGraph) -> Linear:
     if online.maxes:
         online = _without_maxima(graph, online)
         proof.append("row.max: the output does not depend on it, and it is 0 here")
+    online = _counted(online, causal, itself)
     base = _base(graph, online)
     weight, parts = _apart(graph, _weight(core, base), causal, itself)
     monomials = _monomials(graph, weight, causal, parts is not None)
@@ -276,6 +280,16 @@ def _without_maxima(graph: VariantGraph, online: Online) -> Online:
 
     numerator, sums = settled(online.numerator), tuple(map(settled, online.sums))
     return replace(online, maxes=(), numerator=numerator, sums=sums, scale=online.scale.subs(nothing))
+
+
+def _counted(online: Online, causal: bool, itself: bool) -> Online:
+    """The same with the number of keys that a query sees, row.count(), from the query's place. Without a key it is 1,
+    for what is divided is 0."""
+    counts = [r for r in online.sums if r.term == 1]
+    count = sym.Q_IDX + sym.KV_LEN - sym.Q_LEN + int(itself) if causal else sym.KV_LEN
+    seen = {r.symbol: count if causal and itself else maximum(count, 1) for r in counts}
+    sums = tuple(r for r in online.sums if r not in counts)
+    return replace(online, sums=sums, scale=online.scale.xreplace(seen), coefficient=online.coefficient.xreplace(seen))
 
 
 def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:

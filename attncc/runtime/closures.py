@@ -4,17 +4,41 @@ trace."""
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
+from torch import Tensor
 
 from attncc.ir import vocabulary as voc
-from attncc.runtime.evaluate import COMPARISONS, FLOAT_FUNCTIONS, JOIN_FUNCTIONS, evaluate
+from attncc.runtime.evaluate import FLOAT_FUNCTIONS, JOIN_FUNCTIONS, evaluate
 
 #: from the values of names: tensors and numbers
 Function = Callable[[Mapping[str, Any]], Any]
+
+#: functions of what is one number for the whole call: a scalar, a length
+_OF_NUMBERS: dict[type, Callable[..., float]] = {
+    sympy.exp: math.exp,
+    sympy.log: lambda x: math.log(x) if x > 0 else -math.inf if x == 0 else math.nan,
+    voc.tanh: math.tanh,
+    voc.sigmoid: lambda x: (1 + math.tanh(x / 2)) / 2,
+    voc.softplus: lambda x: max(x, 0) + math.log1p(math.exp(-abs(x))),
+    voc.step: lambda x: 1.0 if x > 0 else 0.0,
+    voc.erf: math.erf,
+    voc.gelu: lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
+    voc.silu: lambda x: x * (1 + math.tanh(x / 2)) / 2,
+    voc.sin: math.sin,
+    voc.cos: math.cos,
+    voc.to_float: lambda x: x,
+    voc.relu: lambda x: max(x, 0),
+    voc.detach: lambda x: x,
+    voc.absolute: abs,
+    voc.sign: lambda x: (x > 0) - (x < 0),
+    voc.maximum: max,
+    voc.minimum: min,
+}
 
 
 def closure(expr: Any) -> Function:
@@ -33,14 +57,22 @@ def closure(expr: Any) -> Function:
         base, power = closure(expr.base), float(expr.exp)
         return lambda env: base(env) ** power
     kind = type(expr)
-    table: Mapping[type, Callable[..., Any]] = {**FLOAT_FUNCTIONS, **JOIN_FUNCTIONS, **COMPARISONS}
-    if kind in table and expr.args and any(a.free_symbols for a in expr.args):
-        function, arguments = table[kind], [closure(a) for a in expr.args]
-        if len(arguments) == 1 or all(a.free_symbols for a in expr.args):
-            return lambda env: function(*(a(env) for a in arguments))
+    table: Mapping[type, Callable[..., Any]] = {**FLOAT_FUNCTIONS, **JOIN_FUNCTIONS}
+    if kind in table and expr.free_symbols and (len(expr.args) == 1 or all(a.free_symbols for a in expr.args)):
+        return _applied(table[kind], _OF_NUMBERS[kind], [closure(a) for a in expr.args])
     if isinstance(expr, voc.maximum | voc.minimum) and expr.args[1].is_number:
-        inner, limit = closure(expr.args[0]), float(expr.args[1])
-        if isinstance(expr, voc.maximum):
-            return lambda env: inner(env).clamp_min(limit)
-        return lambda env: inner(env).clamp_max(limit)
+        limit, low = float(expr.args[1]), isinstance(expr, voc.maximum)
+        bounded: Callable[[Tensor], Tensor] = lambda x: x.clamp_min(limit) if low else x.clamp_max(limit)
+        of_number = _OF_NUMBERS[kind]
+        return _applied(bounded, lambda x: of_number(x, limit), [closure(expr.args[0])])
     return lambda env: evaluate(expr, env)
+
+
+def _applied(of_tensors: Callable[..., Any], of_numbers: Callable[..., Any], arguments: list[Function]) -> Function:
+    """A function of values, of which one at least is a tensor, or all are numbers."""
+
+    def apply(env: Mapping[str, Any]) -> Any:
+        values = [argument(env) for argument in arguments]
+        return (of_tensors if any(isinstance(x, Tensor) for x in values) else of_numbers)(*values)
+
+    return apply

@@ -87,6 +87,14 @@ FOUND = {
         *("token", "g[b, h, kv_idx]", "scale", "exp(-beta[b, h, kv_idx])", "1", None, "1"),
     ),
     "degree 0": (variant(polynomial), "none", None, "scale", "1", "1", ("1", "1"), "1/total"),
+    "a mean": (
+        variant(lambda score, row: score / row.count()),
+        *("none", None, "scale", "1/(kv_idx + 1)", "1", None, "1"),
+    ),
+    "by the mean": (
+        variant(lambda score, row: score / row.mean(score)),
+        *("none", None, "scale", "1", "1", None, "1/total"),
+    ),
     "weighted": (
         variant(weighted, inputs=WEIGHTS),
         *("none", None, "scale", "tau[h]", "beta[b, h, kv_idx]", None, "1/maximum(abs(total), 1)"),
@@ -309,6 +317,14 @@ REFUSED = {
             lambda score, q_idx, kv_idx: ac.where(kv_idx == q_idx, score, ac.exp(score)), mask=ac.causal(align="start")
         ),
         "the factor 'exp(qk*scale)' depends on query and key together",
+    ),
+    "a number in a feature": (
+        variant("identity", similarity=lambda q_vec, k_vec, scale: ac.dot(ac.exp(scale * q_vec), ac.exp(k_vec))),
+        r"the features 'exp(q_vec*scale)' read 'scale'",
+    ),
+    "a head in a norm": (
+        variant("identity", similarity=lambda q_vec, k_vec, h: ac.dot(q_vec, k_vec) / ac.sum_d(ac.exp(h * q_vec))),
+        r"sum_d(exp(h*q_vec)) reads 'h' beside the vector",
     ),
     "softmax": (variant("softmax"), "the factor 'exp(qk*scale)' depends on query and key together"),
     "a maximum that stays": (

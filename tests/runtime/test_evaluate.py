@@ -5,7 +5,8 @@ import sympy
 import torch
 
 from attncc.ir import vocabulary as voc
-from attncc.runtime.evaluate import evaluate
+from attncc.runtime.closures import closure
+from attncc.runtime.evaluate import FLOAT_FUNCTIONS, JOIN_FUNCTIONS, evaluate
 
 K = sympy.Symbol("k", integer=True)
 N = sympy.Symbol("n", integer=True)
@@ -92,3 +93,15 @@ def test_reads():
 def test_what_is_no_node_of_the_ir_is_refused():
     with pytest.raises(TypeError, match="gamma is no node of the IR"):
         evaluate(sympy.gamma(X), {"x": 1.0})
+
+
+@pytest.mark.parametrize("function", [*FLOAT_FUNCTIONS, *JOIN_FUNCTIONS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("x", [-1.5, 0.0, 2.0])
+def test_a_closure_of_numbers_is_a_number(function, x):
+    """A factor of a whole call, of scalars and lengths, has no tensor in it."""
+    arguments = (X, T) if function in (voc.maximum, voc.minimum) else (X,)
+    exact = evaluate(function(*arguments), {"x": torch.tensor(x, dtype=torch.float64), "t": 0.5})
+    for expr in (function(*arguments), function(X, sympy.Float(0.5))) if len(arguments) == 2 else (function(X),):
+        found = closure(expr)({"x": x, "t": 0.5})
+        assert isinstance(found, int | float)
+        assert found == pytest.approx(exact.item(), rel=1e-12, nan_ok=True)

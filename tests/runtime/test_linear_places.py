@@ -89,6 +89,19 @@ def test_a_state_goes_on_at_its_position(name):
         op(*rest, **inputs, initial_state=state)
 
 
+@pytest.mark.parametrize(
+    "mask", [ac.causal, lambda q_idx, kv_idx: kv_idx < q_idx, None], ids=["causal", "before", "all"]
+)
+def test_a_mean_counts_what_its_row_sees(mask):
+    """As many keys as the query's place says; the first row of a mask that hides the token itself sees none."""
+    spec = ac.Variant(name="mean", normalizer=lambda score, row: score / ac.sqrt(row.count()), mask=mask)
+    (q, k, v), _ = of("mean")
+    ends = (0, 37) if mask is None else (0, 17, 17, 37)
+    exact = [ac.reference(spec, *(x[:, :, a:b].double() for x in (q, k, v))) for a, b in pairwise(ends) if a < b]
+    packed = {} if mask is None else {"cu_seqlens": torch.tensor(ends)}
+    agree([ac.compile(spec)(q, k, v, plan="chunk", **packed)], [torch.cat(exact, 2)], 3e-6)
+
+
 def test_what_packed_sequences_have_not_each_is_refused():
     tensors, inputs = of("averaged")
     packed = {"cu_seqlens": torch.tensor([0, 17, 37])}
