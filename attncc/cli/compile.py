@@ -3,6 +3,7 @@ usage."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,10 +40,12 @@ from attncc.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from attncc.codegen.crosscompile import CompiledKernel
+    from attncc.codegen.plan import Plan
     from attncc.ir.graph import VariantGraph
     from attncc.schedule.device import Device
     from attncc.schedule.problem import Backend as Language
     from attncc.schedule.problem import Dtype as Precise
+    from attncc.schedule.problem import Problem, Schedule
 
 
 class Emit(StrEnum):
@@ -90,17 +93,9 @@ def command(
       attncc compile --mask "kv_idx <= q_idx" --target gfx942
       attncc compile causal --target h100 --emit ptx -o causal.ptx
     """
-    from attncc.codegen.crosscompile import cross_compile, spilled
-    from attncc.codegen.module import load_source
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
-    from attncc.codegen.standalone import standalone
-    from attncc.passes.running import running_sums
     from attncc.runtime.explain import explained_device, sizes_of
-    from attncc.schedule.cache import Cache
-    from attncc.schedule.choose import backend_of, choose
-    from attncc.schedule.hopper_backward import deals
-    from attncc.schedule.spills import note_spills
 
     if emit is not Emit.triton and output is None:
         raise InputError(
@@ -117,17 +112,7 @@ def command(
         return
     plan = Plan(graph)
     problem = problem_of(plan, sizes, dtype.value, "ieee", scalars(graph, settings))
-    cache = Cache()
-    asked: Language | None = backend.value if backend else None
-    schedule, looked_at = choose(problem, device, cache, asked), None
-    while schedule != looked_at:  # spills are recorded, so the next choice may be another
-        dealt = schedule.dkdv.backend == "gluon" and deals(schedule.dkdv, problem)
-        source = standalone(plan, sizes["d_qk"], sizes["d_v"], schedule, dtype.value, device, dealt)
-        module = load_source(source, graph.name)
-        kernels = cross_compile(module, graph, schedule, device, dtype.value, group=problem.group)
-        if schedule.origin != "tuned":
-            note_spills(spilled(kernels, schedule), problem, device, cache)
-        schedule, looked_at = choose(problem, device, cache, asked), schedule
+    schedule, source, kernels = _compiled(plan, problem, device, backend.value if backend else None)
     written = _write(emit, output, source, kernels)
     used = {"forward": schedule.forward, "decode": schedule.forward, "dkdv": schedule.dkdv, "dq": schedule.dq}
     chosen = {name: str(used[stem]) if (stem := name.removesuffix("_kernel")) in used else "" for name in kernels}
@@ -149,25 +134,58 @@ def command(
     )
     out.print(_table(kernels, chosen))
     _warn(kernels)
+    for note in _notes(spelled, plan, problem, device, backend):
+        err.print(note)
+    for path in written:
+        out.print(f"wrote {path}")
+
+
+def _compiled(
+    plan: Plan, problem: Problem, device: Device, backend: Language | None
+) -> tuple[Schedule, str, dict[str, CompiledKernel]]:
+    """The schedule, the source of the file, and its compiled kernels. Observed spills are recorded, and the choice of
+    schedule repeated until they change nothing."""
+    from attncc.codegen.crosscompile import cross_compile, spilled
+    from attncc.codegen.module import load_source
+    from attncc.codegen.standalone import standalone
+    from attncc.schedule.cache import Cache
+    from attncc.schedule.choose import choose
+    from attncc.schedule.hopper_backward import deals
+    from attncc.schedule.spills import note_spills
+
+    graph, dtype, cache = plan.graph, problem.dtype, Cache()
+    schedule, looked_at = choose(problem, device, cache, backend), None
+    while schedule != looked_at:
+        dealt = schedule.dkdv.backend == "gluon" and deals(schedule.dkdv, problem)
+        source = standalone(plan, problem.d_qk, problem.d_v, schedule, dtype, device, dealt)
+        module = load_source(source, graph.name)
+        kernels = cross_compile(module, graph, schedule, device, dtype, group=problem.group)
+        if schedule.origin != "tuned":
+            note_spills(spilled(kernels, schedule), problem, device, cache)
+        schedule, looked_at = choose(problem, device, cache, backend), schedule
+    return schedule, source, kernels
+
+
+def _notes(
+    spelled: VariantGraph, plan: Plan, problem: Problem, device: Device, backend: BackendName | None
+) -> Iterator[str]:
+    """What of the variant `spelled` the file does not have, and where it differs from what was asked for."""
+    from attncc.passes.running import running_sums
+    from attncc.schedule.choose import backend_of
+
     if spelled.outputs:
         names = ", ".join(o.name for o in spelled.outputs)
-        err.print(f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)")
+        yield f"not in the file: the auxiliary outputs ({names}); ask the op for them, ac.compile(...)"
     if _is_linear(spelled):
-        err.print(
-            "not in the file: the forms in linear time; these kernels compute all pairs, ac.compile(...) has both"
-        )
+        yield "not in the file: the forms in linear time; these kernels compute all pairs, ac.compile(...) has both"
     for total in running_sums(spelled):
-        err.print(
-            f"the file takes {total.name}: {total.of}.cumsum({total.axis}), in float32, whose autograd is PyTorch's"
-        )
+        yield f"the file takes {total.name}: {total.of}.cumsum({total.axis}), in float32, whose autograd is PyTorch's"
     if plan.has_backward is not None:
-        err.print(f"no backward: {plan.has_backward}")
+        yield f"no backward: {plan.has_backward}"
     for kernel in ("forward", "dkdv") if backend is BackendName.gluon else ():
         language, reason = backend_of(kernel, problem, device, "gluon")
         if language == "triton":
-            err.print(f"{kernel} is in Triton: {reason}")
-    for path in written:
-        out.print(f"wrote {path}")
+            yield f"{kernel} is in Triton: {reason}"
 
 
 def _is_linear(graph: VariantGraph) -> bool:

@@ -25,18 +25,18 @@ from attncc.schedule.light import light_tilings
 from attncc.schedule.problem import Dtype, Kernel, KernelSchedule, Precision, Schedule
 
 TYPES: dict[str, Any] = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-#: what merges the parts of a row is launched the same way for all schedules
+#: the launch of merge_kernel, the same for all schedules
 MERGE = KernelSchedule(1, 1, 4, 1)
-#: Gluon's kernel of dQ, whose stages its text has
+#: the tiling of Gluon's kernel of dQ, whose number of stages is fixed in its source
 DQ_OF_ROWS = KernelSchedule(2 * hopper.ROWS, hopper.ROWS, 8, 1, "gluon")
-#: kernels that pass over rows once, 32 a program
+#: kernels with 32 rows per program
 _LIGHT = ("delta_kernel", "prepare_kernel", "finish_kernel")
 _ROWS = 16  # strides of real tensors are multiples of 16 elements, and Triton compiles for that
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One kernel for one target. registers a thread; spills and shared in bytes (a thread's, a block's)."""
+    """One kernel for one target. registers: per thread; spills: bytes per thread; shared: bytes per block."""
 
     name: str
     registers: int
@@ -48,7 +48,7 @@ class CompiledKernel:
 
     @cached_property
     def faults(self) -> tuple[Fault, ...]:
-        """What the assembler made wrong of the tensor cores' operands."""
+        """The faults of the assembler in tensor-core operands."""
         return wgmma_faults(self.binary) if "wgmma.mma_async" in self.ptx else ()
 
 
@@ -59,7 +59,7 @@ def gpu_target(device: Device) -> GPUTarget:
 
 
 def kernel_names(module: ModuleType) -> tuple[str, ...]:
-    """The kernels of a generated module, in the order of its text."""
+    """The kernels of a generated module, in order."""
     return tuple(name for name in vars(module) if name.endswith("_kernel"))
 
 
@@ -74,8 +74,11 @@ def cross_compile(
     group: int = 1,
     ordered: bool = False,
 ) -> dict[str, CompiledKernel]:
-    """Compile a generated module's kernels for `device`; `group` query heads share a key head; `ordered`: every sum
-    has a fixed order. No GPU is needed, nor used."""
+    """Compile a generated module's kernels for `device`, by name. Needs no GPU.
+
+    group: query heads per key head; ordered: every sum has a fixed order; only: compile these kernels alone.
+    UnsupportedError: a kernel does not compile. InputError: Triton's cache cannot be written.
+    """
     compiled = {}
     for name in kernel_names(module):
         if only is None or name in only:
@@ -96,7 +99,6 @@ def _compile(
     ordered: bool,
 ) -> CompiledKernel:
     tiling = _tiling(name, schedule)
-    gluon = kernel.is_gluon()
     fast = dtype != "fp32" and device.backend == "cuda"
     constants: dict[str, Any] = {
         "BLOCK_M": 32 if name in _LIGHT else tiling.block_m,
@@ -123,6 +125,19 @@ def _compile(
         "ORDERED": ordered,
         "COUNT": 1,
     }
+    parameters = _parameters(kernel, name, graph, tiling, dtype, constants)
+    source = (_gluon_source() if kernel.is_gluon() else ASTSource)(kernel, *parameters)
+    meta = launch_meta(tiling)
+    options = {name: meta[name] for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
+    return resources(name, compiled(source, name, device, options), device)
+
+
+def _parameters(
+    kernel: Any, name: str, graph: VariantGraph, tiling: Any, dtype: Dtype, constants: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """The type, the value if it is a constant, and the alignment of each parameter, as launches with aligned tensors
+    have them."""
+    gluon = kernel.is_gluon()
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -155,14 +170,12 @@ def _compile(
             signature[p] = "i32"
             if p.startswith("stride_"):
                 attributes[(i,)] = [["tt.divisibility", _ROWS]]
-    source = (_gluon_source() if gluon else ASTSource)(kernel, signature, values, attributes)
-    meta = launch_meta(tiling)
-    options = {name: meta[name] for name in ("num_warps", "num_stages", "maxnreg") if name in meta}
-    return resources(name, compiled(source, name, device, options), device)
+    return signature, values, attributes
 
 
 def compiled(source: Any, name: str, device: Device, options: Mapping[Any, int]) -> Any:
-    """What Triton makes of a kernel's source for a device. InputError: its cache has no place to be written to."""
+    """Compile a kernel's source for a device. UnsupportedError: it does not compile. InputError: Triton's cache cannot
+    be written."""
     try:
         return triton.compile(source, target=gpu_target(device), options=dict(options))
     except OSError as error:
@@ -175,7 +188,7 @@ def compiled(source: Any, name: str, device: Device, options: Mapping[Any, int])
 
 
 def _gluon_source() -> Any:
-    """Gluon's kind of source. It is imported where it is used: Triton's releases have it in different places."""
+    """The class of Gluon sources, imported late because Triton's releases have it in different places."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     return GluonASTSource
@@ -198,7 +211,7 @@ def _tiling(name: str, schedule: Schedule) -> Any:
 
 
 def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
-    """The type of a descriptor parameter such as K_DESC_128: boxes of 128 columns, and as many rows as a tile of K."""
+    """The type of a descriptor parameter such as K_DESC_128: boxes of 128 columns, with as many rows as a tile of K."""
     tensor, columns = name.split("_DESC_")
     of_queries = tensor in ("Q", "DO", "DOUT", "OUT")
     if tiling.backend == "triton":
@@ -212,7 +225,7 @@ def _descriptor(name: str, kernel: str, tiling: Any, dtype: Dtype) -> str:
 
 
 def _box(shape: tuple[int, ...], dtype: Dtype) -> str:
-    """The type of a Gluon kernel's descriptor."""
+    """The type of a Gluon kernel's tensor descriptor for boxes of this shape."""
     from triton.experimental.gluon import language as gl
 
     types = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32}
@@ -234,6 +247,7 @@ def _pointer(name: str, inputs: dict[str, Any], dtype: Dtype) -> str:
 
 
 def resources(name: str, result: Any, device: Device) -> CompiledKernel:
+    """The resource usage of a kernel that Triton compiled, read from its machine code."""
     shared = int(result.metadata.shared)
     if device.backend == "hip":
         text = result.asm["amdgcn"]
@@ -245,7 +259,7 @@ def resources(name: str, result: Any, device: Device) -> CompiledKernel:
 
 
 def spilled(kernels: Mapping[str, CompiledKernel], schedule: Schedule) -> dict[tuple[Kernel, KernelSchedule], int]:
-    """What kernels that were compiled with a schedule spill, as the scheduler takes note of it."""
+    """The spilled bytes of kernels that have a tiling of their own, for the scheduler: the most of each tiling."""
     found: dict[tuple[Kernel, KernelSchedule], int] = {}
     for name, compiled in kernels.items():
         kernel = kernel_of(name)
