@@ -49,7 +49,8 @@ def cotangent(loop: Loop) -> sympy.Symbol:
 
 
 def slope(loops: Iterable[Loop], wrt: sympy.Expr) -> sympy.Expr:
-    """What a component of q_vec, of k_vec or of a read gets from a pair, over the cotangents of the sums."""
+    """The gradient of a component of q_vec, of k_vec or of a read from a pair, divided by the cotangents of the
+    sums."""
     total = sympy.S.Zero
     for loop in loops:
         by = derivative(loop.summand, wrt)

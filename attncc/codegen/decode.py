@@ -55,7 +55,7 @@ def _states(chain: dict[str, Any], counts_seen: bool) -> list[str]:
 
 
 def _merge_slots(plan: Plan, counts_seen: list[bool], states: list[str]) -> dict[str, Any]:
-    """What scales a part's state to the joint maxima, and what finishes a row."""
+    """The factor that rescales a part's state to the joint maxima, and the lines that finish a row."""
     parts: dict[str, Leaf] = {}
     joint: dict[str, Leaf] = {}
     for part in plan.parts:

@@ -101,10 +101,10 @@ def _loops(decl: InputDecl) -> str:
 
 
 def input_arguments(graph: VariantGraph) -> str:
-    """What the host passes to every kernel for the inputs and scalars.
+    """The arguments for inputs and scalars that the host passes to every kernel.
 
-    A kernel that reads a dimension of the loop at another index than the loop's own must know how far it reaches, which
-    a broadcast dimension of size 1 does not say.
+    A kernel that reads a loop dimension at an index other than the loop's own must know its size, because a broadcast
+    dimension of size 1 does not tell.
     """
     shifted = {
         read.input

@@ -93,14 +93,14 @@ class Plan:
 
     @property
     def facts(self) -> Facts:
-        """What calls need to know, from the cache or from the passes."""
+        """The facts that calls need, from the cache or from the passes."""
         if self._facts is None:
             self._facts = facts_of(self)
         return self._facts
 
     @cached_property
     def similarity(self) -> Similarity:
-        """What the similarity is made of; UnsupportedError where branches have sums over the head dimension but qk."""
+        """The terms of the similarity. UnsupportedError: branches with sums over the head dimension other than qk."""
         if self.graph.branches > 1 and self.graph.sums_d:
             raise UnsupportedError(
                 "each of several branches has its own dot(q_vec, k_vec), and no other sum over the head dimension yet",
@@ -265,12 +265,12 @@ class Plan:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What a sweep makes for each key, by the name that it has in the kernels."""
+        """The values that a sweep computes for each key, by their names in the kernels."""
         return tuple(c.symbol.name for part in self.parts for c in part.backward.columns)
 
     @cached_property
     def results(self) -> tuple[str, ...]:
-        """What the forward returns behind `out`: row statistics, then rows as long as those of `out`."""
+        """The results of the forward after `out`: row statistics, then rows as wide as those of `out`."""
         return (*(name for name, _ in self.stored), *self.shares)
 
     @cached_property

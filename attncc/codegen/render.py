@@ -79,7 +79,7 @@ def render(
 
 
 def _context(plan: Plan, shape: Shape, backward: bool) -> dict[str, Any]:
-    """What every template may ask: sizes, names of results, and the inputs as parameters and arguments."""
+    """The variables of every template: sizes, names of results, and the inputs as parameters and arguments."""
     graph, values = plan.graph, shape.values
     names = "".join(f"{name}, " for name in (*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)))
     return {

@@ -87,7 +87,7 @@ def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
 
 
 def _context(plan: Plan, d_qk: int) -> dict[str, Any]:
-    """What every template of the module may ask for."""
+    """The variables of every template of the module."""
     graph = plan.graph
     names = [*(d.name for d in graph.inputs), *(s.name for s in graph.scalars)]
     return {

@@ -125,7 +125,7 @@ def _printed(binary: bytes, *options: str) -> str:
 
 
 def parse(text: str) -> list[Instruction]:
-    """What nvdisasm printed, and the ways through it."""
+    """The instructions that nvdisasm printed, and the control flow between them."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():

@@ -34,7 +34,7 @@ Known = dict[str, Value]
 
 
 def known_before(code: list[Instruction]) -> Iterator[tuple[int, Known]]:
-    """What is known before each instruction that is reached, as `states_before` gives it."""
+    """The known values before each reachable instruction, in the form of `states_before`."""
     # most instructions are none whose result is followed: what they leave is the same at every visit
     named = {i: _named(i, x) for i, x in enumerate(code) if not (x.guard or _FOLLOWED.match(x.name))}
 
@@ -95,7 +95,7 @@ def _agree(a: Known, b: Known) -> Known:
 
 
 def _named(i: int, x: Instruction) -> Known:
-    """What an instruction writes, by its place, where nothing more is known of it."""
+    """The value that an instruction writes, named after its place if nothing more is known."""
     return {name: Value(frozenset({f"{i}.{k}"}), 0) for k, name in enumerate((*x.writes, *_carries(x)))}
 
 
@@ -126,7 +126,7 @@ def _carries(x: Instruction) -> tuple[str, ...]:
 
 
 def _result(x: Instruction, known: Known) -> Known:
-    """What it writes, as far as that is known."""
+    """The value that an instruction writes, as far as it is known."""
     name, values, to = x.name, x.values, x.writes[:1]
     inputs = [_value(v, known) for v in values[1:]]
     found: Known = {}

@@ -71,7 +71,7 @@ def by_side(part: Plan, dscore: Any) -> Any | None:
 
 
 def slope_of(part: Plan) -> Any:
-    """What a part's dp waits for in the cotangent of its score, if that is one value a pair, or a row's; else None."""
+    """The slope of a part's dp in the cotangent of its score, if it is one value per pair or row; else None."""
     backward = part.backward
     if over_weight(backward.dqk, backward.weight) is not None:
         return part.folded.apply(backward.weight)
@@ -127,7 +127,7 @@ def keeps_a_tile(part: Plan, cotangent: Any) -> bool:
 
 
 def _over(expr: Any, slope: Any) -> Any | None:
-    """What `expr` is in multiples of the slope; None where it is none, or that may not be finite."""
+    """`expr` divided by the slope; None if it is no multiple of it, or may not be finite."""
     factors = list(sympy.Mul.make_args(expr))
     for factor in sympy.Mul.make_args(slope):
         if factor not in factors:

@@ -37,7 +37,7 @@ Flying = dict[int, int]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with an instruction."""
+    """A fault of an instruction."""
 
     instruction: str
     what: str
@@ -107,7 +107,8 @@ def _clashes(
     flying: Flying,
     registers: dict[int, tuple[frozenset[str], frozenset[str]]],
 ) -> list[str]:
-    """What of wgmmas in flight the instruction touches. `registers`: those of the sums and operands of each."""
+    """The registers of wgmmas in flight that an instruction must not touch, but does. `registers`: of the accumulators
+    and operands of each."""
     writes, reads = frozenset(x.writes), frozenset(x.reads)
     found = []
     for i in flying:

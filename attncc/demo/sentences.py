@@ -38,7 +38,8 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a model made of the sentences: token states (B, N, D), unit sentence vectors (B, D), and the seconds."""
+    """The output of a model for the sentences: token states (B, N, D), unit sentence vectors (B, D), and the seconds it
+    took."""
 
     states: torch.Tensor
     vectors: torch.Tensor

@@ -49,7 +49,7 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def _of_pairs(graph: VariantGraph) -> dict[str, Any]:
-    """What was derived of a variant whose weights are of pairs."""
+    """The derived facts of a variant over pairs."""
     found = phases(graph)
     plan = Plan(found.main)
     return {
@@ -87,7 +87,7 @@ def _kernel_names(text: str) -> list[str]:
 
 
 def gradients(graph: VariantGraph, plan: Plan) -> list[str]:
-    """What receives a gradient; nothing, where no backward is derived."""
+    """The tensors that receive a gradient; empty if there is no backward."""
     if plan.has_backward is not None:
         return []
     return ["q", "k", *(["v"] if graph.value is None else []), *(d.name for d in graph.inputs if d.grad)]

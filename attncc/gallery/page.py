@@ -63,7 +63,7 @@ def _variant(e: dict[str, Any]) -> list[str]:
 
 
 def facts(e: dict[str, Any]) -> str:
-    """What was derived, in a line."""
+    """The derived facts, in a line."""
     passes = {0: "a state from token to token", 1: "1 pass over the keys"}.get(e["passes"])
     found = [passes or f"{e['passes']} passes over the keys", f"{len(e['kernels'])} kernels"]
     found += [f"{e['before']} calls before"] if e["before"] else []

@@ -49,7 +49,7 @@ class HybridGraph:
 
     @property
     def expr(self) -> sympy.Expr:
-        """What an element of the output is, over the names of the parts."""
+        """An element of the output, as an expression over the names of the parts."""
         return self.combine["out"].expr
 
     @property

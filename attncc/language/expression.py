@@ -157,7 +157,7 @@ class _Reader:
         return self._run(self.eval(last.value))
 
     def _run(self, value: Any) -> Any:
-        """What a shipped piece means here; any other value as it is."""
+        """The value of a shipped piece here; any other value unchanged."""
         return value.run(self.env) if isinstance(value, Piece) else value
 
     def eval(self, node: ast.AST) -> Any:
@@ -318,7 +318,7 @@ class _Reader:
         return getattr(domain, func.attr)(*arguments)
 
     def _domain(self, func: ast.Attribute) -> tuple[Any, str]:
-        """What stands before the dot: a domain's name, or in an output its call with sizes."""
+        """The text before the dot: a domain's name, or in an output its call with sizes."""
         target = func.value
         called = isinstance(target, ast.Call) and isinstance(target.func, ast.Name)
         named = target.func if called else target  # type: ignore[attr-defined]

@@ -157,7 +157,7 @@ _OUTSIDE = {
 
 
 def instead(name: str, known: Iterable[str]) -> str | None:
-    """What a user may have meant by a function that there is not, of those `known` or by other means."""
+    """A suggestion for an unknown function: a similar name of `known`, or another way to write it."""
     if name in _ELSEWHERE:
         return f"write {_ELSEWHERE[name]}"
     if name in _OUTSIDE:

@@ -33,8 +33,7 @@ full = Mask.of(True)
 
 
 def _count(what: str, number: Any, least: int = 1, remedy: str | None = None) -> Any:
-    """What a mask is made with that counts tokens. Raises SpecError for a number that is no integer, or is below
-    `least`."""
+    """The argument of a mask that counts tokens, checked. SpecError: it is not an integer, or below `least`."""
     if isinstance(number, str | Value):
         return number  # a scalar, whose value a call has
     try:

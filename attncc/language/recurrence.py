@@ -33,7 +33,7 @@ _STAGES = {"state": ("update", "scan"), "out": ("out", "read")}
 
 
 def read(q_vec: Any, state: Any, scale: Any) -> Any:
-    """What a query reads of the state by default: scale * dot(q_vec, state)."""
+    """The default output of a recurrence: scale * dot(q_vec, state)."""
     return scale * dot(q_vec, state)
 
 

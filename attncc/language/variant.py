@@ -297,7 +297,7 @@ def named_normalizer(name: str) -> Callable[..., Any]:
 def declarations(
     inputs: Mapping[str, Input | Scalar],
 ) -> tuple[dict[str, InputDecl], dict[str, ScalarDecl]]:
-    """What a user declared, as the IR has it: inputs and scalars. SpecError for what is neither."""
+    """The user's declarations in the IR: inputs and scalars. SpecError: any that is neither."""
     decls: dict[str, InputDecl] = {}
     scalars: dict[str, ScalarDecl] = {}
     for name, declared in inputs.items():

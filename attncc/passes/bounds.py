@@ -76,7 +76,7 @@ def extent(expr: Any, known: Mapping[sympy.Symbol, Extent]) -> Extent:
 
 
 def numbers(graph: VariantGraph) -> dict[sympy.Symbol, Extent]:
-    """What is known of a graph's scalars: their defaults."""
+    """The values of a graph's scalars: their defaults."""
     from attncc.ir.symbols import scalar_symbol
 
     return {scalar_symbol(s.name, s.is_int): Extent(float(s.default), float(s.default)) for s in graph.scalars}

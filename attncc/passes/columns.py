@@ -38,7 +38,7 @@ class Column:
     normed: bool
 
     def to(self, wrt: sympy.Expr) -> sympy.Expr:
-        """What goes through the sum to the score, or to an element read."""
+        """The cotangent that passes through the sum to the score, or to an element read."""
         return self.by * self.symbol * derivative(self.share, wrt)
 
 

@@ -71,7 +71,8 @@ def _needs_place(domain: Domain, reduction: Reduction) -> bool:
 
 @dataclass(frozen=True)
 class Terms:
-    """What cotangents of reductions add to a pair's, over WEIGHT and SCORE: by weight, by score, by element read."""
+    """The terms that cotangents of reductions add to a pair's, over WEIGHT and SCORE: by weight, by score, by element
+    read."""
 
     of_weight: sympy.Expr
     of_score: sympy.Expr

@@ -38,8 +38,8 @@ def refuse(graph: VariantGraph, stage: str, reason: str, remedy: str = _REMEDY) 
 
 @dataclass(frozen=True)
 class Monomial:
-    """What multiplies a power of a dot product, row * col * exp(D(i) - D(j)): decay is D(t) over `T`, 0 where there is
-    none; late: D(i - 1) in place of D(i)."""
+    """The factor of a power of a dot product, row * col * exp(D(i) - D(j)). decay: D(t) over `T`, 0 if there is none;
+    late: D(i - 1) instead of D(i)."""
 
     row: sympy.Expr
     col: sympy.Expr

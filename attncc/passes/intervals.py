@@ -120,7 +120,7 @@ def nothing_known(condition: sympy.Basic) -> Truth:
 
 
 def truth(condition: sympy.Basic, box: Box, reads: ReadBounds, unknown: Unknown = nothing_known) -> Truth:
-    """What a boolean expression can be over a box."""
+    """The possible values of a boolean expression over a box."""
     if condition in (sympy.true, sympy.false):
         return Truth(condition, condition)
     if isinstance(condition, sympy.And | sympy.Or):

@@ -101,6 +101,7 @@ def passes(graph: VariantGraph) -> tuple[Pass, ...]:
 
 
 def _of_places(when: sympy.Basic) -> sympy.Basic:
-    """What a condition says of where a pair is, and not of its score or weight: that bounds the tiles to visit."""
+    """The part of a condition that depends only on positions, and not on scores or weights: it bounds the tiles to
+    visit."""
     scores = {sym.WEIGHT, sym.SCORE, sym.RAW_SCORE}
     return sympy.And(*(c for c in sympy.And.make_args(when) if not c.free_symbols & scores))

@@ -103,7 +103,7 @@ def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
 
 
 def _what(parts: tuple[sympy.Symbol, ...]) -> str:
-    """What is wrong with a product of such parts."""
+    """The fault of a product of such parts."""
     held = [p for p in parts if p in (sym.STATE, _RECALL)]
     if len(held) > 1:
         return "is not linear in the state"
@@ -180,7 +180,7 @@ def _erased(graph: VariantGraph, coefficient: sympy.Expr, decay: sympy.Expr) -> 
 
 
 def _query(graph: VariantGraph) -> tuple[sympy.Expr, sympy.Expr]:
-    """What dot(q_vec, state) is multiplied by: a number of the whole call, and a token's factor."""
+    """The factors of dot(q_vec, state): a number of the whole call, and a factor of the token."""
     terms = _terms(graph, "out")
     if set(terms) != {(_READ,)}:
         other = next((c * sympy.Mul(*p) for p, c in terms.items() if p != (_READ,)), sympy.S.Zero)
@@ -200,7 +200,7 @@ _INDICES = {sym.B, sym.H, sym.H_KV, sym.KV_IDX}
 def _proof(
     decay: sympy.Expr, step: sympy.Expr | None, erase: sympy.Expr, write: sympy.Expr, query: sympy.Expr
 ) -> tuple[str, ...]:
-    """What was found, in words of the formula."""
+    """The proof, in words of the formula."""
     kept = "" if step is None else f"({formula(decay)}) * "
     added = ("" if write == 1 else f"({formula(write)}) * ") + "k v'"
     read = ("" if query == 1 else f"({formula(query)}) * ") + "q state_t"

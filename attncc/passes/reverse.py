@@ -139,7 +139,7 @@ class _Reverse:
         return found
 
     def _expressions(self) -> list[sympy.Expr]:
-        """What is differentiated: the ends of a root's bracket are not."""
+        """The expressions that are differentiated; the ends of a root's bracket are not."""
         rows = [s.expr.args[:2] if s.op == "root" else (s.expr,) for s in self.graph.rows]
         return [self.factor, self.weight, *(e for exprs in rows for e in exprs)]
 

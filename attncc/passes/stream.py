@@ -115,7 +115,7 @@ class Online:
 
 
 class _Blocked(Exception):
-    """What stands in the way of one sweep: reductions that must be complete before it, and why."""
+    """The reductions that must be complete before a sweep, and why."""
 
     def __init__(self, rows: set[str], reason: str):
         super().__init__(reason)
@@ -372,7 +372,7 @@ def _log_denominator(pair: sympy.Expr, scale: sympy.Expr, shift: sympy.Expr | No
 
 
 def _varying(factor: sympy.Expr) -> tuple[sympy.Expr, ...]:
-    """What of a factor of the weight varies by key: of an exponential, the terms of its exponent that do."""
+    """The part of a factor of the weight that varies by key; of an exponential, the terms of its exponent that do."""
     if not isinstance(factor, sympy.exp):
         return (factor,)
     return tuple(t for t in sympy.Add.make_args(sympy.expand(factor.args[0])) if varies_by_key(t))

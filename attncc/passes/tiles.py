@@ -152,7 +152,7 @@ def _block_bounds(*axes: sympy.Symbol) -> Callable[[Read], Interval | None]:
 
 
 def _block_truth(*axes: sympy.Symbol) -> Unknown:
-    """What a condition is over a block, where it reads inputs along one axis: does it hold somewhere, everywhere?"""
+    """Whether a condition on inputs along one axis holds somewhere, and everywhere, in a block."""
 
     def known(condition: sympy.Basic) -> Truth:
         along = condition.free_symbols & {sym.Q_IDX, sym.KV_IDX}

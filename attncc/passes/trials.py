@@ -162,7 +162,7 @@ def _filled(decl: InputDecl, sizes: dict[str, int], fill: str, generator: np.ran
 
 
 def _words(graph: VariantGraph, env: dict[str, Any], fill: str, b: int, h: int) -> str:
-    """What an example depends on besides the lengths."""
+    """The values besides the lengths that an example depends on."""
     mask = graph["mask"].expr
     names = {s.name for s in mask.free_symbols}
     parts = [f"{s.name}={s.default}" for s in graph.scalars if s.name in names]

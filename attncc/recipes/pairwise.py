@@ -50,7 +50,8 @@ def pairwise(
 
 
 def _column_sums(scores: Tensor, causal: bool, kv_len: int) -> Tensor:
-    """What the keys get of a block's weights; `causal`: its last query stands at its last key."""
+    """The weight that each key receives from a block of queries. `causal`: the block's last query is at its last
+    key."""
     rows, seen = scores.shape[2:]
     if causal:
         visible = torch.ones(rows, seen, dtype=torch.bool, device=scores.device).tril(seen - rows)

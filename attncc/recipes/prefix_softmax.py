@@ -59,7 +59,7 @@ def _nothing(found: State, packed: Packed | None) -> State:
 
 
 def _before(initial: Tensor, found: Tensor, packed: Packed | None) -> Tensor:
-    """What each token finds: the state behind the one before it, or that with which its sequence begins."""
+    """The state that each token finds: the one after the previous token, or the initial one of its sequence."""
     if packed is None:
         return torch.cat([initial, found[..., :-1, :]], -2)
     begins = packed.begins == torch.arange(found.shape[-2], device=found.device)
@@ -78,7 +78,7 @@ def _last(found: State, initial: State | None, packed: Packed | None) -> State:
 
 
 def _sums(s: Tensor, v: Tensor, decay: Tensor | None, initial: State | None, packed: Packed | None) -> State:
-    """What every prefix of a sequence adds up to, by doubling: element t covers 1, 2, 4, .. tokens up to t."""
+    """The sum over every prefix of a sequence, by doubling: element t covers 1, 2, 4, ... tokens up to t."""
     found: State = s.float(), torch.ones_like(s, dtype=torch.float32), v.float()
     length = s.shape[-2]
     tokens = torch.arange(length, device=s.device)

@@ -132,7 +132,7 @@ def _target_name(target: GPUTarget) -> str:
 
 
 def _compiler() -> str:
-    """What tells this compiler from others of its version: the size of its library, and what its environment asks."""
+    """The identity of this compiler: the size of its library, and the environment variables that affect it."""
     prefixes = ("TRITON_", "PTXAS", "DISABLE_PTXAS")
     asked = sorted(item for item in os.environ.items() if item[0].startswith(prefixes) and item[0] not in _PLACES)
     return str((_library_size(), asked, sorted(get_cache_invalidating_env_vars().items())))

@@ -27,8 +27,8 @@ APART = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 2e-5}
 
 
 class FullSize:
-    """What is right for one call at full size: its tensors by name (q, k and, unless it is part of k, v), its inputs
-    and scalars, and the cotangent of its output."""
+    """The correct results of one call at full size: its tensors by name (q, k and, unless it is part of k, v), its
+    inputs and scalars, and the cotangent of its output."""
 
     def __init__(
         self, graph: VariantGraph, shape: Shape, qkv: Mapping[str, Tensor], inputs: Mapping[str, Any], dout: Tensor
@@ -54,7 +54,7 @@ class FullSize:
         return found
 
     def _against_reference(self, results: Mapping[str, Tensor], gradients: bool) -> list[str]:
-        """What is not the reference's, for the first sequence and its first head of keys."""
+        """The results that differ from the reference, for the first sequence and its first key head."""
         shape = self._shape
         group, key_heads = shape.heads // shape.kv_heads, 1
         if any(sym.NUM_HEADS in stage.expr.free_symbols for stage in self._graph.stages):

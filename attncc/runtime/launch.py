@@ -42,7 +42,7 @@ class Call:
 
 
 class Tape(Protocol):
-    """What notes launches."""
+    """Records launches."""
 
     def launched(self, call: Call) -> None:
         """Take note of a launch that was made."""
@@ -64,7 +64,7 @@ class Job:
 
 
 class Trace(threading.local):
-    """What this thread does with launches besides making them: `jobs` collects them instead, `tape` notes them."""
+    """How launches of this thread are handled besides running them: collected in `jobs`, or recorded on `tape`."""
 
     jobs: list[Job] | None = None
     tape: Tape | None = None
@@ -192,8 +192,8 @@ def collect(run: Callable[[], object], device: int) -> list[tuple[str, Future[An
 
 
 def _effort(job: Job) -> tuple[bool, int]:
-    """What compiling a launch's kernel takes beside others: by its text, and that of the functions that it calls, more
-    where loops are unrolled. In Gluon it is in many."""
+    """The relative time to compile a launch's kernel: the length of its text and that of the functions it calls, more
+    for unrolled loops. Gluon kernels have many."""
     function = job.kernel.fn
     called = (function.__globals__.get(name) for name in function.__code__.co_names)
     texts = [job.kernel.src, *(x.src for x in called if isinstance(x, JITFunction))]

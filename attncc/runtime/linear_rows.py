@@ -122,7 +122,7 @@ class TokenRows:
         return None
 
     def weight_and_slope(self, total: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What a sum of weighted values is multiplied by, and the derivative of its logarithm by the row's total."""
+        """The factor of the sum of weighted values, and the derivative of its logarithm by the row's total."""
         env = {TOTAL.name: total}
         weight: Tensor = self._scale(env)
         return weight if gain is None else weight * gain, self._slope(env)
@@ -213,7 +213,7 @@ def row_exprs(plan: Linear) -> dict[str, sympy.Expr | None]:
 
 
 def numbers(bound: Bound) -> dict[str, Any]:
-    """What is a number of the whole call, by its name in a formula."""
+    """The values that are numbers of the whole call, by their names in a formula."""
     sizes = bound.sizes
     return {
         "scale": bound.scale,

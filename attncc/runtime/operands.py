@@ -41,8 +41,8 @@ class Operands(NamedTuple):
 
 
 class Adjoint(NamedTuple):
-    """What a backward is given besides: out (B, Hq, M, Dv) and the rows that the forward `saved` for it, the gradients
-    of out and of lse (None where nobody asked for lse), and the inputs whose gradients are wanted."""
+    """The further operands of a backward: out (B, Hq, M, Dv), the rows that the forward `saved`, the gradients of out
+    and of lse (None if lse was not used), and the inputs whose gradients are wanted."""
 
     out: Tensor
     saved: tuple[Tensor, ...]

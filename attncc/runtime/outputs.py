@@ -81,7 +81,7 @@ class LightPasses:
 
 
 def core_bound(core: Engine, bound: Bound) -> Bound:
-    """What the engine of `out` knows of a call that also has inputs of its outputs."""
+    """The part of a call's bound tensors that the engine of `out` takes, without inputs of the outputs."""
     tensors = {d.name: bound.tensors[d.name] for d in core.graph.inputs}
     scalars = {s.name: bound.scalars[s.name] for s in core.graph.scalars}
     return Bound(bound.sizes, bound.scale, tensors, scalars)
@@ -122,8 +122,8 @@ class OutputsEngine:
         self._lock = threading.RLock()
 
     def residual_names(self) -> tuple[str, ...]:
-        """What the backward needs besides the core's saved rows: reductions that an output's expression is not alone,
-        and places."""
+        """The values that the backward needs besides the saved rows: positions, and reductions of outputs that have
+        further operations."""
         composed = {o.name for o in self.graph.outputs if not o.expr.is_Symbol}
         wanted = [entry.name for entry in named(self.graph.outputs) if entry.output in composed]
         return (*wanted, *(n for n in self.light_placed.names if n not in self.light.names))

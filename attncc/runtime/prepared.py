@@ -16,11 +16,11 @@ from attncc.schedule.spills import note_spills
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a kind of call needs: the module, the schedule in launch words, and the constants of the kernels.
+    """The launch of a kind of call: the module, the launch parameters of its schedule, and the constants of its
+    kernels.
 
-    `chosen_for`: the problem and device of a schedule that nobody gave or measured here. `started`: kernels that are
-    compiled, or will be soon, each with its companions.
-    """
+    `chosen_for`: the problem and device of a schedule that was chosen by the model, neither given nor measured here.
+    `started`: kernels that are compiled or being compiled, each with its companions."""
 
     module: ModuleType
     schedule: Schedule

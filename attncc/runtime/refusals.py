@@ -133,7 +133,7 @@ def fail_unknown(graph: VariantGraph | HybridGraph, inputs: Mapping[str, Any]) -
 
 
 def no_statistic(graph: VariantGraph, name: str) -> UnsupportedError:
-    """What to raise where lse is asked of weights that have no denominator."""
+    """The error for lse of weights that have no denominator."""
     return UnsupportedError(
         f"the normalizer of '{graph.name}' has no row statistic, so there is no output '{name}'",
         stage="normalizer",

@@ -172,7 +172,7 @@ def _merged(steps: Sequence[Step], results: set[int]) -> list[Step]:
 
 
 def key_of(q: Tensor, k: Tensor, v: Tensor, scale: float | None, inputs: Mapping[str, Any]) -> Any:
-    """What a recording depends on."""
+    """The properties of a call that a recording depends on."""
     pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
     key: list[Any] = [q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device]
     # which arguments are one and the same tensor: a recording tells slots apart by identity

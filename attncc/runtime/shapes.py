@@ -136,7 +136,8 @@ def bind(
 
 
 def check_dimensions(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What `bind` asks first, for those who look at sizes before it: InputError unless all have 4 dimensions."""
+    """InputError unless q, k, v have 4 dimensions: the first check of `bind`, for callers that look at sizes before
+    it."""
     if not all(isinstance(x, Tensor) and x.dim() == 4 for x in (q, k, v)):
         fail_dimensions(q=q, k=k, v=v)
 

@@ -65,7 +65,7 @@ class SquareCall:
         return tuple(float(p(env)) for p in self._powers)
 
     def factor(self, total: Tensor, gain: Tensor | None) -> Tensor:
-        """What a sum of weighted values is multiplied by, float32 (B, H, L)."""
+        """The factor of the sum of weighted values, float32 (B, H, L)."""
         found, _ = self.rows.weight_and_slope(total, gain)
         return found if isinstance(found, Tensor) else torch.full_like(total, found)
 

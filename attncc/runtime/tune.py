@@ -117,7 +117,7 @@ class Track:
             return look if look > HOPELESS * best_us else median_us(call, MEASURED_MS)
 
     def against(self, backward: bool) -> dict[str, tuple[float | None, float | None]]:
-        """What PyTorch's own attention takes at these sizes: microseconds of forward and backward by name."""
+        """Times of PyTorch's own attention at these sizes: microseconds of forward and backward, by backend."""
         qkv = tuple(self.qkv)
         with self._alone():
             calls = yardstick.contestants(self.graph, self.shape, qkv)
@@ -137,7 +137,7 @@ class Track:
         return self._ops[schedule]
 
     def _exam(self, kernel: Kernel) -> Exam:
-        """What the kernel is held against: gradients come from other kernels than the forward."""
+        """The reference for the kernel: gradients come from other kernels than the forward."""
         gradients = kernel != "forward"
         if gradients not in self._exams:
             variant = Variant.from_graph(self.graph)
@@ -146,7 +146,7 @@ class Track:
         return self._exams[gradients]
 
     def _full(self, kernel: Kernel) -> Sample:
-        """What a kernel is called with at full size."""
+        """The tensors of a call at full size."""
         return self.sample
 
     def _sliced(self, kernel: Kernel) -> Sample:

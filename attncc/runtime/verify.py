@@ -158,7 +158,8 @@ def eager(
 
 
 def shapes_for(device: torch.device | str) -> tuple[Shape, ...]:
-    """What a variant is verified at: odd lengths, M != N both ways (rows that see no key), GQA, Dqk != Dv, views."""
+    """The shapes at which variants are verified: odd lengths, M != N both ways (fully masked rows), GQA, Dqk != Dv,
+    views."""
     if torch.device(device).type == "cpu":  # the interpreter is slow
         return (
             Shape(1, 2, 2, 64, 64, 32, 32),

@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """What the entry holds: one of KINDS."""
+        """The kind of the entry: one of KINDS."""
         return str(self.value["kind"])
 
 
@@ -200,7 +200,7 @@ class Cache:
 
     @staticmethod
     def _copy(value: Mapping[str, Any]) -> dict[str, Any]:
-        """What a round through the disk would give: a caller can change neither what is stored nor what others get."""
+        """A deep copy through JSON, so that callers share no state with the cache."""
         copied: dict[str, Any] = json.loads(json.dumps(value))
         return copied
 

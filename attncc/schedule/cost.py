@@ -57,7 +57,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _TileClocks:
-    """What one tile costs each unit of an SM, in clocks."""
+    """The cost of one tile for each unit of an SM, in clocks."""
 
     tensor: float
     sfu: float

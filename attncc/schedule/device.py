@@ -71,7 +71,8 @@ class Device:
 
     @property
     def card(self) -> str:
-        """What results of this card are kept under: its file's name, or its own where the file is another card's."""
+        """The name under which results of this card are kept: that of its device file, or its own if the file is
+        another card's."""
         return self.title if self.borrowed else self.name
 
     def matmul_tflops(self, dtype: Dtype, precision: Precision) -> float:

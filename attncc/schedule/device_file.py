@@ -53,7 +53,7 @@ def faults(data: Mapping[str, Any], known: Mapping[str, str]) -> list[str]:
 
 
 def _expected(key: str, kind: str, value: Any) -> str:
-    """What a field should be, where it is something else."""
+    """The expected form of a field that has another."""
     if kind == "str":
         return "" if isinstance(value, str) and value.strip() else "a text"
     if kind == "bool":

@@ -73,7 +73,7 @@ class Tiling:
 
 
 def tiling(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Tiling:
-    """What `kernel` keeps and what it streams; head dimensions are padded as the kernel pads them."""
+    """The tiles that `kernel` keeps and streams; head dimensions are padded as in the kernel."""
     return _tiling(kernel, ks.block_m, ks.block_n, problem.qk_chunks, problem.v_chunks, problem.value_of_key)
 
 

@@ -57,7 +57,7 @@ class Point:
 
 
 def work_of(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Work:
-    """What a kernel has to do, with head dimensions and rows as they are and not as they are padded."""
+    """The work of a kernel, with head dimensions and rows not padded."""
     rows = max(ks.block_m // pack(problem), 1) if kernel == "forward" and ks.splits else ks.block_m
     full, mixed, _ = visited(ks, problem)
     pairs = (full + mixed) * min(rows, problem.q_len) * min(ks.block_n, problem.kv_len)
@@ -83,8 +83,8 @@ def work_of(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Work:
 
 
 def backward_work(ks: KernelSchedule, problem: Problem) -> Work:
-    """What the whole backward has to do: five matmuls, q, k, v and the cotangent read, three gradients written. `ks`
-    says which tiles are visited."""
+    """The work of the whole backward: five matmuls; q, k, v and the cotangent read, three gradients written. `ks` says
+    which tiles are visited."""
     both, again = work_of("dkdv", ks, problem), work_of("pair", ks, problem)
     dq = work_of("dq", ks, problem).flops - again.flops
     gradient = problem.batch * problem.heads * problem.q_len * problem.d_qk * problem.dtype_bytes
@@ -107,7 +107,7 @@ def predicted(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
 
 
 def measured(schedule: Schedule, problem: Problem, device: Device, cache: Cache) -> tuple[Point, ...]:
-    """What a race at these very sizes measured of the schedule: the forward, and the backward as a whole."""
+    """The measurements of a race at exactly these sizes for the schedule: the forward, and the whole backward."""
     value = cache.get(schedule_key(problem, device))
     if value is None or value.get("sizes") != sizes_of(problem):
         return ()

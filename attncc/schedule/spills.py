@@ -64,7 +64,7 @@ def _expected(count: int, registers: int) -> bool:
 
 
 def _read(value: Mapping[str, Any]) -> frozenset[tuple[Kernel, KernelSchedule, int]]:
-    """What an entry says; nothing where it says something else."""
+    """The content of an entry; empty if it is malformed."""
     try:
         rows = [(row["kernel"], KernelSchedule.from_json(row["tiling"]), row["bytes"]) for row in value["spills"]]
     except (KeyError, TypeError, ValueError):
@@ -73,7 +73,7 @@ def _read(value: Mapping[str, Any]) -> frozenset[tuple[Kernel, KernelSchedule, i
 
 
 def _key(problem: Problem, device: Device) -> str:
-    """What registers depend on: the code, and what is compiled into it. Lengths are not."""
+    """The key of recorded spills: the code, and everything compiled into it. Lengths are not."""
     return cache_key(
         kind="spills",
         code=fingerprint(),

@@ -106,12 +106,12 @@ def recurrences() -> tuple[str, ...]:
 
 
 def family(name: str) -> str:
-    """What a shipped variant changes of plain attention; "recurrences" where it is none."""
+    """The part of plain attention that a shipped variant changes; "recurrences" for a recurrence."""
     return "recurrences" if name in RECURRENCES else next(key for key, members in FAMILIES.items() if name in members)
 
 
 def about(name: str) -> tuple[str, str]:
-    """What a shipped variant is, in a sentence, and further details: the text at the top of its file."""
+    """A sentence about a shipped variant, and further details: the docstring of its file."""
     text = inspect.cleandoc(importlib.import_module(f"attncc.variants.{name}").__doc__ or "")
     title, _, details = text.partition("\n\n")
     return " ".join(title.split()), details

@@ -188,7 +188,7 @@ class Captures:
         return decls
 
     def _source(self, tensor: Tensor) -> Source:
-        """What gives the tensor as it is now."""
+        """A function that returns the current tensor."""
         derived = self._derived.get(id(tensor))
         if derived is None:
             return Own(tensor)
@@ -233,7 +233,7 @@ class Bound:
 
 
 def _dimension(axis: int, indices: list[sympy.Expr]) -> tuple[str, frozenset[str]]:
-    """What a dimension is called, and the indices of the loop that it is read at as they are."""
+    """The name of a dimension, and the loop indices at which it is read directly."""
     names = [i.name if isinstance(i, sympy.Symbol) and i.name in _NAMED else None for i in indices]
     plain = frozenset(n for n in names if n is not None)
     if None in names or not plain:
@@ -250,7 +250,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _name_in_frames(tensor: Tensor) -> str | None:
-    """What the user's code calls it: a variable, an element of a list, or an attribute; inner functions first."""
+    """The name in the user's code: of a variable, an element of a list, or an attribute; inner functions first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if outside_language(frame.f_globals.get("__name__", "")):

@@ -124,7 +124,7 @@ def _takes(mod: Callable[..., Any], kind: str) -> bool:
 
 
 def _score(result: Any) -> Cell:
-    """What a score_mod gives, checked: one number a pair."""
+    """The result of a score_mod, checked: one number per pair."""
     score = _one(result)
     if score.value.type == "bool":
         fail("the result is a boolean", "return the score: torch.where(visible, score, -float('inf'))")
@@ -138,7 +138,7 @@ def _score(result: Any) -> Cell:
 
 
 def _mask(result: Any) -> Cell:
-    """What a mask_mod gives, checked: one boolean a pair."""
+    """The result of a mask_mod, checked: one boolean per pair."""
     visible = _one(result)
     if visible.value.type != "bool":
         fail(
