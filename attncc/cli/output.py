@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 import warnings
@@ -17,6 +18,22 @@ from attncc.errors import AttnccError, AttnccWarning, InputError
 
 #: exit codes: the answer is negative (a failed verification, a spec with errors), or the command could not run
 FAILED, REFUSED = 1, 2
+
+
+#: what stands for the blocks of a picture where an encoding has none
+_BLOCKS = str.maketrans("█▀▄·", "#',.")
+_PLAIN = "attncc.plain"
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What is written for characters that an encoding lacks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_BLOCKS)
+    return "".join(c if c.isascii() else "?" for c in lacking), error.end
+
+
+codecs.register_error(_PLAIN, _plain)
 
 
 class _Console:
@@ -70,6 +87,9 @@ class ReportingGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors=_PLAIN)
         with warnings.catch_warnings():
             warnings.simplefilter("always", AttnccWarning)
             shown = warnings.showwarning

@@ -1,7 +1,10 @@
 import builtins
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -32,6 +35,18 @@ def test_list_is_a_line_or_two_for_each_variant_and_has_all_of_those_that_are_na
     assert "slopes[h]" in full
     assert "sliding_window" not in full
     assert [e["name"] for e in json.loads(attncc("list", "plain", "--json").stdout)] == ["full", "causal"]
+
+
+def test_what_an_encoding_lacks_is_written_in_ascii(tmp_path):
+    """A picture keeps its shape; a name has question marks."""
+    spec = tmp_path / "spec.toml"
+    spec.write_text('name = "m\u00f6"\n[stages]\nmask = "kv_idx <= q_idx"\n', encoding="utf-8")
+    command = [sys.executable, "-m", "attncc", "show", str(spec), "--q-len", "4"]
+    shown = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("m?\n")
+    assert "  #,..\n  ###,\n" in shown.stdout
 
 
 @pytest.mark.parametrize(
