@@ -26,6 +26,8 @@ BATCH, AT_ONCE = 12, 6
 ALIKE = 0.05
 #: expected seconds of a trial before any was measured
 FIRST_GUESS = 2.0
+#: races that end without a word while a candidate is under way, before it is taken for the reason
+FALLS = 2
 
 
 class TrialError(Exception):
@@ -108,7 +110,8 @@ def race(
 
     From the first success on, `cache` has the best schedule so far and all trials after every trial, so that the same
     call continues a race that was cut off. ScheduleError: a kernel has no candidate that runs and is right, or a
-    candidate made the GPU unusable; that one is recorded as failed, and the next race continues after it.
+    candidate made the GPU unusable; that one is recorded as failed, and the next race continues after it. So it
+    does after a candidate with which two races ended without a word, as they do if it hangs until they are killed.
     """
     start, kernels = clock(), tuple(kernels)
     entries = order(problem, device, kernels, limit, backend)
@@ -133,15 +136,19 @@ def race(
 
 
 class _Record:
-    """The trials of a race in the cache: those of an earlier race (`known`), and how new ones are added."""
+    """The trials of a race in the cache: those of an earlier race (`known`), and how new ones are added. Beside them is
+    the candidate under way, for a process that is killed cannot say what it was doing."""
 
     def __init__(self, cache: Cache, key: str, problem: Problem, device: Device, beside: Beside, what: str):
         self._cache, self._key, self._beside, self._what = cache, key, beside, what
         self._head = {"sizes": sizes_of(problem), "beside": beside.to_json()}
         self._facts = facts_of(problem, device)
-        self.known = _known(cache.get(key), self._head)
+        stored = cache.get(key)
+        self._fallen = _fallen(stored)
+        given_up = {e: Trial(*e, None, _GIVEN_UP) for e, times in self._fallen.items() if times >= FALLS}
+        self.known = given_up | _known(stored, self._head)
 
-    def keep(self, trials: Sequence[Trial]) -> None:
+    def keep(self, trials: Sequence[Trial], under_way: tuple[Kernel, KernelSchedule] | None = None) -> None:
         """Merge the trials so far with those in the cache, of an earlier race or of one that runs now. Nothing is
         written before the first success, because calls would use it."""
         if all(t.us is None for t in trials):
@@ -152,7 +159,11 @@ class _Record:
             every = [*trials, *(t for entry, t in _known(stored, self._head).items() if entry not in own)]
             best = self._beside.best(every).to_json()
             value = {"kind": "schedule", "schedule": best, "what": self._what, **self._facts, **self._head}
-            return {**value, "us": self._beside.times(every), "trials": [t.to_json() for t in every]}
+            value |= {"us": self._beside.times(every), "trials": [t.to_json() for t in every]}
+            if under_way is not None:
+                kernel, ks = under_way
+                value["under_way"] = [kernel, ks.to_json(), self._fallen.get(under_way, 0) + 1]
+            return value
 
         self._cache.update(self._key, merged)
 
@@ -193,7 +204,11 @@ class _Race:
             if (kernel, ks) in new or len(new) >= AT_ONCE:
                 self.begun.update(new)
                 self.stick.begin([(k, self.beside.asked(k, tiling)) for k, tiling in new])
+            self.record.keep(self.trials, under_way=(kernel, ks))
             trial = _measured(self.stick, kernel, self.beside.asked(kernel, ks), fastest(self.trials, kernel))
+        except KeyboardInterrupt:  # no fault of the candidate's
+            self.record.keep(self.trials)
+            raise
         except LostDeviceError as error:
             self.record.keep([*self.trials, Trial(kernel, ks, None, str(error))])
             raise ScheduleError(
@@ -305,6 +320,18 @@ def _measured(stick: Stick, kernel: Kernel, asked: Schedule, best: Trial | None)
         return Trial(kernel, ks, stick.time(kernel, asked, best_us))
     except TrialError as error:
         return Trial(kernel, ks, None, str(error))
+
+
+_GIVEN_UP = f"{FALLS} races ended, or hung, while it was under way"
+
+
+def _fallen(value: Mapping[str, Any] | None) -> dict[tuple[Kernel, KernelSchedule], int]:
+    """The candidate with which earlier races ended without a word, and how many did."""
+    try:
+        kernel, tiling, times = (value or {})["under_way"]
+        return {(kernel, KernelSchedule.from_json(tiling)): int(times)}
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _known(value: Mapping[str, Any] | None, head: Mapping[str, Any]) -> dict[tuple[Kernel, KernelSchedule], Trial]:

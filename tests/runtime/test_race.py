@@ -315,6 +315,51 @@ def test_a_candidate_that_takes_the_gpu_with_it_is_known_from_then_on(problem, w
     assert len(again.trials) == 8
 
 
+class Ended(BaseException):
+    """What a killed process does: nothing more, not even to its cache."""
+
+
+def test_a_candidate_that_twice_ended_the_race_is_not_tried_again(problem, monkeypatch):
+    """A kernel that hangs until somebody kills the tuner, or ends the process."""
+    culprit = Stick(problem).lanes["forward"][4]
+    check, update = Stick.check, Cache.update
+
+    def hangs(self, kernel, schedule):
+        if schedule.of(kernel) == culprit:
+            monkeypatch.setattr(Cache, "update", lambda *rest: None)
+            raise Ended
+        check(self, kernel, schedule)
+
+    monkeypatch.setattr(Stick, "check", hangs)
+    for _ in range(2):
+        monkeypatch.setattr(Cache, "update", update)
+        with pytest.raises(Ended):
+            run(problem, Stick(problem), FORWARD, limit=8)
+    monkeypatch.setattr(Cache, "update", update)
+    for resumed in (5, 8):
+        result = run(problem, Stick(problem), FORWARD, limit=8)
+        failed = {t.schedule: t.failure for t in result.trials if t.us is None}
+        assert failed == {culprit: "2 races ended, or hung, while it was under way"}
+        assert (len(result.trials), result.resumed) == (8, resumed)
+
+
+def test_who_stops_a_race_says_nothing_of_the_candidate(problem, monkeypatch):
+    check = Stick.check
+
+    def stopped(self, kernel, schedule):
+        if schedule.of(kernel) == self.lanes["forward"][4]:
+            raise KeyboardInterrupt
+        check(self, kernel, schedule)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stick, "check", stopped)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                run(problem, Stick(problem), FORWARD, limit=8)
+    assert all(t.us is not None for t in run(problem, Stick(problem), FORWARD, limit=8).trials)
+    assert "under_way" not in Cache().get(schedule_key(problem, DEVICE))
+
+
 def test_results_that_a_later_race_has_not_come_to_are_kept(problem):
     run(problem, Stick(problem), FORWARD, limit=6)
     later = Stick(problem)
