@@ -40,6 +40,7 @@ INTERRUPTED = 130
 if TYPE_CHECKING:
     from attncc.runtime.race import Progress as Standing
     from attncc.runtime.race import Result
+    from attncc.schedule.cache import Cache
 
 
 def command(
@@ -104,18 +105,25 @@ def _races(
     """Run the races one after the other, dividing the time until `end` (of time.monotonic) evenly."""
     from attncc.runtime.binaries import drop_waiting
     from attncc.runtime.tune import gpu
+    from attncc.schedule.cache import Cache
 
-    where = gpu()
+    where, cache = gpu(), Cache()
     for name, why in _by_rule(found).items():
         err.print(f"{name}: {why}")
     try:
         for number, job in enumerate(found):
             share = (end - time.monotonic()) / (len(found) - number)
-            _tune(job, dtype, where, limit, share, against, backend, forward)
+            _tune(job, dtype, where, limit, share, against, backend, forward, cache)
     except KeyboardInterrupt:
         drop_waiting()
-        err.print("stopped: every result so far is in the cache, and the same command goes on from there")
+        if not cache.unwritten:
+            err.print("stopped: every result so far is in the cache, and the same command goes on from there")
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if cache.unwritten:
+            err.print(
+                f"results are lost: {cache.directory} cannot be written. Set ATTNCC_CACHE_DIR to a folder that can be"
+            )
 
 
 def _by_rule(found: Sequence[Job]) -> dict[str, str]:
@@ -145,6 +153,7 @@ def _tune(
     against: bool,
     backend: Any,
     forward: bool,
+    cache: Cache,
 ) -> None:
     """Tune one variant at one shape, and print the results."""
     from attncc.codegen.plan import Plan
@@ -153,7 +162,6 @@ def _tune(
     from attncc.runtime.op import AttentionOp
     from attncc.runtime.race import race
     from attncc.runtime.tune import Track
-    from attncc.schedule.cache import Cache
     from attncc.schedule.device import device_of
 
     graph, shape = job.graph, job.shape
@@ -182,7 +190,7 @@ def _tune(
             device,
             kernels,
             track,
-            Cache(),
+            cache,
             limit=limit,
             seconds=seconds,
             what=what,

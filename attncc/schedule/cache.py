@@ -75,6 +75,11 @@ class Cache:
             return self._copy(self._unwritten[key])
         return self._read(self._path(key))
 
+    @property
+    def unwritten(self) -> int:
+        """The number of entries that could not be written, and will be lost with this process."""
+        return len(self._unwritten)
+
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Store `value`, a JSON object whose "kind" is one of KINDS. The last of several writers wins, none is torn."""
         self._store(key, lambda: value)

@@ -139,6 +139,17 @@ def test_a_race_that_is_interrupted_says_what_is_kept(attncc, stick, monkeypatch
     assert "5 of 12 results were there" in attncc(*words).stdout
 
 
+def test_results_that_cannot_be_written_are_said_to_be_lost(attncc, stick, monkeypatch, tmp_path):
+    words = ("tune", "causal", "--q-len", "512", "--head-dim", "96", "--limit", "2")
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setenv("ATTNCC_CACHE_DIR", str(tmp_path / "file" / "cache"))
+        result = attncc(*words)
+    assert result.exit_code == 0
+    assert "results are lost: " in result.stderr
+    assert "results are lost: " not in attncc(*words).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
