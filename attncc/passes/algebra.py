@@ -53,6 +53,22 @@ def row_ratio(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     return None
 
 
+def held_at_zero(ratio: sympy.Expr, weight: sympy.Expr) -> sympy.Expr:
+    """A ratio to the weight, or 0 in rows where a factor of the weight is 0 by which the ratio divides. That factor has
+    one value per row: relu of a statistic, say, whose slope is 0 there, too."""
+    forms = (weight, sympy.factor_terms(weight), sympy.factor(weight))
+    factors = {f.as_base_exp() for form in forms for f in sympy.Mul.make_args(form)}
+    under = sympy.factor(sympy.fraction(sympy.together(ratio))[1])
+    below = {sympy.expand(f.as_base_exp()[0]) for f in sympy.Mul.make_args(under)}
+    zeros = [
+        base
+        for base, power in factors
+        if power.is_positive and not varies_by_key(base) and {sympy.expand(base), sympy.expand(-base)} & below
+    ]
+    none = sympy.Or(*(sympy.Eq(z, 0) for z in sorted(zeros, key=str)))
+    return ratio if none == sympy.false else voc.where(none, sympy.S.Zero, ratio)
+
+
 class _RowValues:
     """Parts of an expression that are the same for a whole row, as symbols, so that algebra does not expand them."""
 

@@ -27,7 +27,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.levels import Level, level, level_of_name, varies_by_key
 from attncc.ir.vocabulary import Read, attached
-from attncc.passes.algebra import row_ratio
+from attncc.passes.algebra import held_at_zero, row_ratio
 from attncc.passes.calculus import derivative as _diff
 from attncc.passes.columns import Column, column, reads_of_shares
 from attncc.passes.phases import is_column_sum, shares
@@ -377,6 +377,7 @@ def _with_sums(online: Online) -> Normal:
     )
     saved = tuple((s, s) for s in symbols if s in used)
     log_scale = sympy.log(online.scale)
-    pairs = tuple((r.term, _cancelled(log_scale.diff(r.symbol))) for r in online.sums)
-    reads = tuple((r, sympy.cancel(_diff(log_scale, r))) for r in reads_of(online.scale))
+    slopes = {r.symbol: _cancelled(log_scale.diff(r.symbol)) for r in online.sums}
+    pairs = tuple((r.term, held_at_zero(slopes[r.symbol], online.scale)) for r in online.sums)
+    reads = tuple((r, held_at_zero(sympy.cancel(_diff(log_scale, r)), online.scale)) for r in reads_of(online.scale))
     return Normal(saved, online.numerator.term, online.scale, pairs, reads)

@@ -29,7 +29,7 @@ from attncc.ir.graph import Stage, VariantGraph
 from attncc.ir.levels import varies_by_key
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, attached, detach
-from attncc.passes.algebra import is_zero, row_ratio
+from attncc.passes.algebra import held_at_zero, is_zero, row_ratio
 from attncc.passes.calculus import derivative as diff
 from attncc.passes.ties import TIE
 
@@ -159,7 +159,7 @@ class _Reverse:
         through[stage.name], self.factors[stage.name] = total, factor
         ratio = row_ratio(total, self.known)
         if ratio is not None:
-            cotangent = ratio * DELTA
+            cotangent = held_at_zero(ratio, self.known) * DELTA
         else:
             cotangent = later + self._summed(direct)
         self.multipliers[stage.name] = sympy.factor_terms(factor * cotangent)
@@ -175,7 +175,7 @@ class _Reverse:
                 stage="normalizer",
                 span=self.graph["weight"].span,
             )
-        return ratio * DELTA if ratio is not None else self._part(self.source * direct)
+        return self._part(self.source * direct) if ratio is None else held_at_zero(ratio, self.known) * DELTA
 
     def _part(self, expr: sympy.Expr) -> sympy.Expr:
         """A row sum that the backward's sweep computes; one that is a multiple of another is not computed again.
@@ -264,7 +264,7 @@ class _Reverse:
         slope = attached(diff(self.weight, read))
         ratio = None if slope == 0 or varies_by_key(read) else row_ratio(slope, self.known)
         if ratio is not None:
-            by_row = ratio * DELTA
+            by_row = held_at_zero(ratio, self.known) * DELTA
         else:
             by_row, by_pair = DLSE * (self.lse or {}).get(read, sympy.S.Zero), self.source * slope
         by_pair += DP * attached(diff(self.factor, read) * self.weight)

@@ -348,3 +348,34 @@ def test_a_mask_that_is_added_keeps_the_score(text):
     torch.testing.assert_close(ac.reference(variant, *exact, shown=SHOWN), want, rtol=1e-6, atol=1e-6)
     for a, b in zip(*(torch.autograd.grad(x.sum(), y) for x, y in ((got, (q, k, v)), (want, exact))), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def gated_by_the_mean(s, p):
+    return p * (s.sum(-1, keepdim=True) / (s != 0).sum(-1, keepdim=True).clamp_min(1)).relu()
+
+
+def gated_by_a_sum(s, p):
+    w = s.sigmoid() * (s != 0)
+    return w * (7 - w.sum(-1, keepdim=True)).relu()
+
+
+@pytest.mark.parametrize(
+    ("text", "by_hand"),
+    [
+        ("p = exp(score - row.max(score))\\np / row.sum(p) * relu(row.mean(score))", gated_by_the_mean),
+        ("s = sigmoid(score)\\ns * relu(7 - row.sum(s))", gated_by_a_sum),
+        (
+            "p = exp(score - row.max(score))\\nw = p / row.sum(p)\\nw - row.sum(w * w) * w",
+            lambda s, p: p * (1 - (p * p).sum(-1, keepdim=True)),
+        ),
+    ],
+)
+def test_gradients_where_a_factor_of_the_row_is_zero(text, by_hand):
+    """Many rows, and for the last formula the one that sees a single key: they were NaN."""
+    variant = ac.loads_toml(f'[stages]\nmask = "causal"\nnormalizer = "{text}"')
+
+    def oracle(q, k, v):
+        s = score(q, k)
+        return by_hand(s * causal(33, 33), softmax(s, causal(33, 33))) @ v
+
+    agree(variant, oracle, (draw(1, 2, 33, 16), draw(1, 2, 33, 16, seed=1), draw(1, 2, 33, 8, seed=2)))
