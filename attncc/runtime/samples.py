@@ -155,7 +155,7 @@ def _times_negative(graph: VariantGraph, inputs: dict[str, Any]) -> set[str]:
         products = {m for power in stage.expr.atoms(sympy.exp) for m in power.args[0].atoms(sympy.Mul)}
         for product in products:
             sums = {s.args[0].input for s in product.atoms(cumsum)}
-            factors = [inputs[f.input].mean().sign().item() for f in product.args if isinstance(f, Read)]
+            factors = [inputs[f.input].double().mean().sign().item() for f in product.args if isinstance(f, Read)]
             if math.prod(factors) < 0:
                 found |= sums
     return found

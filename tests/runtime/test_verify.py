@@ -163,6 +163,21 @@ def test_plans_with_a_state_are_verified_where_there_is_one():
     assert {row.shape for row in rows} == {small, large, uneven}
 
 
+def test_samples_of_what_is_read_at_integers_within_an_exponent():
+    """Whether an exponent is above 0 is asked of numbers, and of integers in products beside them, too."""
+    variant = ac.loads_toml(
+        """
+        [stages]
+        score = "score + exp(-table[4 * doc[b, q_idx] + doc[b, kv_idx]])"
+        [inputs]
+        table = { index = ["bucket"] }
+        doc = { index = ["b", "kv_idx"], dtype = "int" }
+        """
+    )
+    sample = sample_inputs(variant.graph, Shape(1, 1, 1, 7, 9, 8, 8), torch.float32)
+    assert (sample.inputs["doc"].shape, sample.inputs["table"].shape) == ((1, 9), (32,))
+
+
 def test_samples_are_reproducible_and_sensible():
     variant = ac.Variant(
         inputs={
