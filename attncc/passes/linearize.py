@@ -42,19 +42,24 @@ from attncc.passes.stream import Online, Running, stream
 TOTAL = sympy.Symbol("total", real=True)
 
 Decay = Literal["none", "head", "token", "channel"]
+#: the terms of an expanded weight, by powers of dot products: ((dot, exponent), ...)
+_Monomials = dict[tuple[tuple[sympy.Symbol, int], ...], list[Monomial]]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """The chunk plan of a variant: the form above, as expressions.
+    """The chunk plan of a variant: the form in this module's docstring, as expressions.
 
-    left over q_vec, right over k_vec: vectors, component by component; constant (c): the same for the whole call;
-    row, col: of a token (over `T` where causal; a query's over q_idx otherwise), 1 where there is no such factor;
-    bias: (alpha, beta) or None; powers: (p_0, p_1, p_2), the same for the whole call, of a weight of degree 2, or None;
-    step: log of what a token leaves of the state, None without decay; total: whether G reads TOTAL; G = gain * scale,
-    where gain is a token's and scale is over TOTAL alone; proof: the steps. own: what a token's own value is multiplied
-    by besides, over sums of the head dimension and a token's inputs; late: the state is read before the token's own
-    step, without its own k and v, and `own` is all that it has of itself.
+    left over q_vec, right over k_vec: vectors, component by component.
+    constant: c, the same for the whole call.
+    row, col: factors of a token (over `T` if causal; the row's over q_idx otherwise), 1 if there are none.
+    bias: (alpha, beta) or None.
+    powers: (p_0, p_1, p_2) of a weight of degree 2, the same for the whole call, or None.
+    step: the log of the decay by a token, None without decay.
+    gain, scale: G = gain * scale, where gain is a factor of a token and scale depends on TOTAL alone.
+    proof: the steps of the proof, as text.
+    own: the weight of a token's own value besides, over sums of the head dimension and the token's inputs.
+    late: the state is read before the token's own step, without its own k and v; `own` is all of the token's part.
     """
 
     causal: bool
@@ -113,26 +118,12 @@ class Linear:
 
 
 def linearize(graph: VariantGraph) -> Linear:
-    """The chunk plan of a graph, or UnsupportedError with the factor that does not split."""
-    if graph.branches > 1:
-        refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
-    if phases(graph).made:
-        refuse(graph, "weight", "it reads what another op makes of all queries first")
-    if graph.value is not None:
-        refuse(graph, "out", "v is a part of k, whose gradient has both parts")
-    if any(s.expr.has(detach) for s in graph.stages):
-        refuse(graph, "weight", "a part of it is held constant for the gradient")
+    """The chunk plan of a graph. UnsupportedError: a factor of the weight does not separate, or the variant has a
+    feature that no chunk plan has."""
+    _refuse_features(graph)
     found = whole(similarity(graph))
     core = found.core
-    for stage in graph.sums_d:
-        if kind_of(stage) in ("pair", "band"):
-            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
-    for stage in graph.sums_d:
-        if kind_of(stage) in ("q_term", "k_term") and stage.expr.atoms(Read):
-            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
-        places = sorted({s.name for s in stage.expr.free_symbols} & set(sym.INDICES))
-        if kind_of(stage) in ("q_term", "k_term") and places:
-            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads '{places[0]}' beside the vector")
+    _refuse_sums(graph)
     causal, itself = _mask(graph)
     online = stream(core)
     if online.passes > 1:
@@ -145,21 +136,8 @@ def linearize(graph: VariantGraph) -> Linear:
     base = _base(graph, online)
     weight, parts = _apart(graph, _weight(core, base), causal, itself)
     monomials = _monomials(graph, weight, causal, parts is not None)
-    decays = {(m.decay, m.late) for terms in monomials.values() for m in terms}
-    if len(decays) > 1:
-        texts = " and ".join(sorted(f"exp({formula(d)})" for d, _ in decays))
-        refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
-    decay, late = decays.pop()
-    degree = max(sum(n for _, n in power) for power in monomials)
-    if degree > 2:
-        refuse(
-            graph, "weight", f"'{formula(weight)}' has degree {degree} in the score, whose state is Dqk^{degree} x Dv"
-        )
-    dots = sorted({dot for power in monomials for dot, _ in power}, key=str)
-    if len(dots) != 1:
-        what = f"the dot products {', '.join(map(str, dots))}, a state each" if dots else "no dot product"
-        refuse(graph, "weight", f"'{formula(weight)}' has {what}")
-    dot = dots[0]
+    decay, late = _one_decay(graph, monomials)
+    dot, degree = _one_dot(graph, weight, monomials)
     left, right = next(((d.left, d.right) for d in found.dots if d.symbol == dot), (sym.Q_VEC, sym.K_VEC))
     left, right, of_channel, late_channels = channel_decay(graph, left, right, causal, parts is not None)
     bias, powers = None, None
@@ -207,6 +185,55 @@ def linearize(graph: VariantGraph) -> Linear:
     if plan.decay == "channel" and not plain:
         refuse(graph, "weight", "each channel decays on its own, beside features, factors or a denominator")
     return replace(plan, proof=(*proof, *_recurrence(plan)))
+
+
+def _refuse_features(graph: VariantGraph) -> None:
+    """UnsupportedError: the variant has a feature that no chunk plan has, whatever its weight."""
+    if graph.branches > 1:
+        refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
+    if phases(graph).made:
+        refuse(graph, "weight", "it reads what another op makes of all queries first")
+    if graph.value is not None:
+        refuse(graph, "out", "v is a part of k, whose gradient has both parts")
+    if any(s.expr.has(detach) for s in graph.stages):
+        refuse(graph, "weight", "a part of it is held constant for the gradient")
+
+
+def _refuse_sums(graph: VariantGraph) -> None:
+    """UnsupportedError: a sum over the head dimension is neither a dot product nor a factor of one token."""
+    for stage in graph.sums_d:
+        if kind_of(stage) in ("pair", "band"):
+            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
+    for stage in graph.sums_d:
+        if kind_of(stage) in ("q_term", "k_term") and stage.expr.atoms(Read):
+            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads an input: no factor of a token does")
+        places = sorted({s.name for s in stage.expr.free_symbols} & set(sym.INDICES))
+        if kind_of(stage) in ("q_term", "k_term") and places:
+            refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) reads '{places[0]}' beside the vector")
+
+
+def _one_decay(graph: VariantGraph, monomials: _Monomials) -> tuple[sympy.Expr, bool]:
+    """The decay D(t) that all terms of the weight share, and whether it is read late. UnsupportedError: they differ."""
+    decays = {(m.decay, m.late) for terms in monomials.values() for m in terms}
+    if len(decays) > 1:
+        texts = " and ".join(sorted(f"exp({formula(d)})" for d, _ in decays))
+        refuse(graph, "weight", f"terms of the weight decay differently: {texts}")
+    return decays.pop()
+
+
+def _one_dot(graph: VariantGraph, weight: sympy.Expr, monomials: _Monomials) -> tuple[sympy.Symbol, int]:
+    """The dot product that the weight is a polynomial of, and its degree. UnsupportedError: there are several or none,
+    or the degree is above 2."""
+    degree = max(sum(n for _, n in power) for power in monomials)
+    if degree > 2:
+        refuse(
+            graph, "weight", f"'{formula(weight)}' has degree {degree} in the score, whose state is Dqk^{degree} x Dv"
+        )
+    dots = sorted({dot for power in monomials for dot, _ in power}, key=str)
+    if len(dots) != 1:
+        what = f"the dot products {', '.join(map(str, dots))}, a state each" if dots else "no dot product"
+        refuse(graph, "weight", f"'{formula(weight)}' has {what}")
+    return dots[0], degree
 
 
 def at_origin(graph: VariantGraph, error: UnsupportedError) -> UnsupportedError:
@@ -308,11 +335,9 @@ def _seen_through(weight: sympy.Expr) -> sympy.Expr:
     )
 
 
-def _monomials(
-    graph: VariantGraph, weight: sympy.Expr, causal: bool, strict: bool
-) -> dict[tuple[tuple[sympy.Symbol, int], ...], list[Monomial]]:
-    """The weight multiplied out: for each power of dot products the terms that it has."""
-    found: dict[tuple[tuple[sympy.Symbol, int], ...], list[Monomial]] = defaultdict(list)
+def _monomials(graph: VariantGraph, weight: sympy.Expr, causal: bool, strict: bool) -> _Monomials:
+    """The weight expanded: the terms of each power of dot products."""
+    found: _Monomials = defaultdict(list)
     for term in sympy.Add.make_args(sympy.expand(weight, log=False, basic=False, power_exp=False)):
         powers: list[tuple[sympy.Symbol, int]] = []
         row, col, exponent = sympy.S.One, sympy.S.One, sympy.S.Zero
