@@ -95,11 +95,17 @@ def _merge_chain(part: Plan, scaling: Lowering, states: list[str], counts_seen: 
     # where a maximum is kept with its place, that of the first part which attains it counts, and all its ties
     kept = dict(part.stored)
     places = [
-        (own(first_at(m).name), own(ties(m).name), own(m.name)) for m in online.max_symbols if first_at(m).name in kept
+        (own(first_at(m).name), own(ties(m).name), own(m.name), own(renamed(m).name))
+        for m in online.max_symbols
+        if first_at(m).name in kept
     ]
     sums = [(own(r.symbol.name), factors.get(e)) for r, e in zip(online.sums, rescales[1:], strict=True)]
     seen = own("seen") if counts_seen else None
-    named = [*(m for m, _ in maxima), *(s for s, _ in sums), *(n for first, count, _ in places for n in (first, count))]
+    named = [
+        *(m for m, _ in maxima),
+        *(s for s, _ in sums),
+        *(n for first, count, *_ in places for n in (first, count)),
+    ]
     named += [seen] if seen else []
     return {
         "tag": part.tag,

@@ -64,6 +64,11 @@ VARIANTS = {
     "lengths": ac.Variant(
         mask=lambda b, q_idx, kv_idx, q_len, n: kv_idx <= q_idx + n[b] - q_len, inputs={"n": ac.Input("b", dtype="int")}
     ),
+    "places of the maxima of two branches": ac.Variant(
+        branches=2,
+        normalizer=lambda score, row: ac.exp(score - row.max(score)) / (row.sum(ac.exp(score - row.max(score))) + 0.1),
+        reduction=lambda weight, row, v_vec: row.sum((weight[0] - 0.4 * weight[1]) * v_vec),
+    ),
     "place of a maximum": ac.Variant(normalizer=lambda score, row: score / row.max(ac.abs(score))),
 }
 
@@ -153,7 +158,7 @@ def test_a_view_of_a_longer_cache_and_of_its_layout():
     assert (got - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["two branches", "place of a maximum"])
+@pytest.mark.parametrize("name", ["two branches", "place of a maximum", "places of the maxima of two branches"])
 def test_gradients_through_merged_rows(name):
     variant = VARIANTS[name]
     rows = verify_variant(variant, shapes=[ONE_QUERY], op=split(variant, 3))
