@@ -185,9 +185,8 @@ def forward_slots(
 
 
 def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) -> dict[str, Any]:
-    """What one part does with a tile of its scores, up to its share of the accumulation. The first term is `lead`."""
-    part, unit = t.part, t.part.tagged(t.part.folded.unit)
-    own = part.own
+    """The slots of one part for a tile of its scores, up to its terms of the accumulation, the first named `lead`."""
+    part, own = t.part, t.part.own
     score = lowering.tile(t.score)
     shown = visible_lines(lowering, part.graph["mask"].expr, [edge("kv_idx", True)], visible) if fresh else []
     score_lines = take(lowering)
@@ -203,31 +202,7 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         terms[0] = terms[0].args[0]
         peak_lines.append(f"{own('side')} = _side({lowering.tile(t.side)})")
         sign_lines = [f"{own(lead)} = _on_side({own(lead)}.to(DOT), {own('side')})"]
-    max_lines, places, raises = [], [], []
-    if t.row_part != 0:
-        row_part = lowering.emit(t.row_part, Level.ROW)
-        if lowering.level_of(t.row_part) != Level.ROW:  # the same for all rows of a head
-            row_part = f"tl.full([ROWS], {row_part}, tl.float32, layout=BY_ROW)"
-        max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {row_part}"]
-    for number, (m, operand) in enumerate(zip(t.maxima, t.operands, strict=True)):
-        # unit is positive, so it can multiply the row's maximum and not every pair
-        by_unit = operand == t.scaled and unit != 1
-        text = own("s") if operand == t.scaled else lowering.tile(operand)
-        factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
-        offset = lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True)) if t.row_part != 0 else ""
-        factor += f" + {offset}" if offset else ""
-        max_lines += take(lowering)
-        if hidden is None:
-            name = own(f"shown_{number}")
-            max_lines += [f"{name} = {text}", "if phase == 0:"]
-            max_lines.append(f'    {name} = tl.where({visible}, {text}, float("-inf"))')
-            text = name
-        if first_at(m).name in dict(part.stored):
-            max_lines += _place_lines(part, m, text, factor)
-            places += [own(first_at(m).name), own(ties(m).name)]
-        else:
-            raises.append((text, lowering.hoisted(unit) if by_unit else "1.0", offset))
-            max_lines.append(f"{own(renamed(m).name)} = tl.maximum({own(m.name)}, tl.max({text}, 1){factor})")
+    max_lines, places, raises = _maximum_lines(t, lowering, visible, hidden is not None)
     weight_lines: list[str] = []
     names: dict[Any, str] = {}
     for k, term in enumerate(terms):
@@ -268,6 +243,43 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
         "moves": [(own(m.name), own(renamed(m).name)) for m in t.maxima],
         "sums": [*(name for name, _, _ in sums), *places],
     }
+
+
+def _maximum_lines(
+    t: _Terms, lowering: Lowering, visible: str, hides_scores: bool
+) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
+    """How a tile moves the running maxima: the lines, the names of first positions and numbers of ties that they
+    update, and for each maximum the values compared with it, the unit and the offset that turn them into the maximum's.
+
+    hides_scores: masked pairs have a score of -inf; else each operand is masked here."""
+    part, unit = t.part, t.part.tagged(t.part.folded.unit)
+    own = part.own
+    max_lines, places, raises = list[str](), list[str](), list[tuple[str, str, str]]()
+    if t.row_part != 0:
+        row_part = lowering.emit(t.row_part, Level.ROW)
+        if lowering.level_of(t.row_part) != Level.ROW:  # the same for all rows of a head
+            row_part = f"tl.full([ROWS], {row_part}, tl.float32, layout=BY_ROW)"
+        max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {row_part}"]
+    for number, (m, operand) in enumerate(zip(t.maxima, t.operands, strict=True)):
+        # unit is positive, so it can multiply the row's maximum and not every pair
+        by_unit = operand == t.scaled and unit != 1
+        text = own("s") if operand == t.scaled else lowering.tile(operand)
+        factor = f" * {lowering.hoisted(unit)}" if by_unit else ""
+        offset = lowering.hoisted(unit * sympy.Symbol(own(ROW_OFFSET), real=True)) if t.row_part != 0 else ""
+        factor += f" + {offset}" if offset else ""
+        max_lines += take(lowering)
+        if not hides_scores:
+            name = own(f"shown_{number}")
+            max_lines += [f"{name} = {text}", "if phase == 0:"]
+            max_lines.append(f'    {name} = tl.where({visible}, {text}, float("-inf"))')
+            text = name
+        if first_at(m).name in dict(part.stored):
+            max_lines += _place_lines(part, m, text, factor)
+            places += [own(first_at(m).name), own(ties(m).name)]
+        else:
+            raises.append((text, lowering.hoisted(unit) if by_unit else "1.0", offset))
+            max_lines.append(f"{own(renamed(m).name)} = tl.maximum({own(m.name)}, tl.max({text}, 1){factor})")
+    return max_lines, places, raises
 
 
 def _factors(t: _Terms, lowering: Lowering) -> tuple[dict[Any, str], list[str]]:
