@@ -486,7 +486,7 @@ def render_linear(graph: VariantGraph, plan: Linear, d_qk: int, d_v: int) -> str
     if plan.product is not None:
         parts.append(text("linear_own.py.j2"))
     slots.helpers |= {"_expm1"} if plan.decay != "none" else set()
-    slots.helpers |= {"_bounded"} if channel or slots.runs else set()
+    slots.helpers |= {"_bounded"} if channel or slots.runs or plan.alike else set()
     slots.helpers |= {"_summed"} if channel else set()
     parts.insert(0, env.get_template("helpers.py.j2").render({**context, "helpers": slots.helpers}))
     parts.insert(0, header(graph, "Attention in linear time for", "linear form", plan.proof, d_qk, d_v))

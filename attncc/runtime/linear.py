@@ -64,7 +64,7 @@ class LinearOp(Remade):
         self._missing = self._gaps()
         of_bias = () if linear.bias is None else (*linear.bias, linear.step)
         reads = {r.input for e in of_bias if e is not None for r in e.atoms(Read)}
-        self._gates = gates(graph, linear.step) if linear.decay == "token" else frozenset()
+        self._gates = frozenset() if linear.decay == "channel" else gates(graph, linear.step)
         #: the arguments of a call whose gradients only the quadratic plan has
         self._underived = frozenset(self._terms.sources.get(name, name) for name in reads)
 
@@ -119,7 +119,7 @@ class LinearOp(Remade):
             raise UnsupportedError(
                 "torch.jit.trace does not go through an op in linear time", remedy="use torch.export, or torch.compile"
             )
-        _check_kinds(initial_state, cu_seqlens, chunk_size)
+        _check_kinds(initial_state, cu_seqlens, chunk_size, position)
         given = (scale, initial_state, output_final_state, chunk_size)
         if self._calls is not None and q.is_cuda and cu_seqlens is None and position is None and not traced:
             return self._eager(q, k, v, plan or self.choice, outputs, *given, inputs)
@@ -301,7 +301,7 @@ class LinearOp(Remade):
         if names != ("out",):
             return f"the output '{next(n for n in names if n != 'out')}' is one of pairs, which a state does not keep"
         if v.shape[1] != k.shape[1]:
-            return f"{k.shape[1]} heads of k meet {v.shape[1]} of v"
+            return f"{k.shape[1]} heads of k meet {v.shape[1]} of v, and a state is of one of each"
         if self.linear.causal and q.shape[2] != k.shape[2]:
             return f"{q.shape[2]} queries and {k.shape[2]} keys are not the same tokens"
         return None
@@ -328,7 +328,7 @@ class LinearOp(Remade):
         return self.parallel.explain(*args, **options)
 
 
-def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any) -> None:
+def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any, position: Any) -> None:
     """InputError for what no call can have, whatever its shapes."""
     if initial is not None and not isinstance(initial, Tensor):
         raise InputError(
@@ -336,6 +336,9 @@ def _check_kinds(initial: Any, cu_seqlens: Any, chunk: Any) -> None:
         )
     if cu_seqlens is not None:
         check_lengths(cu_seqlens)
+    if position is not None and (not isinstance(position, int | torch.SymInt) or position < 0):
+        remedy = "pass how many tokens came before, a Python number, or None"
+        raise InputError(f"position is {position!r}, not a number of tokens", remedy=remedy)
     if chunk is not None and not isinstance(chunk, int | torch.SymInt):
         raise InputError(f"chunk_size is {chunk!r}, not a whole number", remedy="tokens a chunk, such as 64, or None")
     if chunk is not None and chunk not in CHUNKS:  # also where all pairs are computed, which have none

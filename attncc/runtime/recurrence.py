@@ -62,7 +62,8 @@ class RecurrenceOp(LinearOp):
         refusal = self._refusal(q, k, v, names)
         if refusal is not None:
             raise UnsupportedError(
-                refusal, remedy="a recurrence has q, k and v of the same tokens, and the output 'out'"
+                refusal,
+                remedy="a recurrence has q, k and v of the same tokens, k and v of as many heads, and the output 'out'",
             )
         if plan == "auto":
             return "recurrent" if q.shape[2] <= STEPS else "chunk"

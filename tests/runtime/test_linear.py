@@ -313,6 +313,16 @@ def test_strong_decay_neither_overflows_nor_loses_a_token():
     torch.testing.assert_close(out, pairs / 4 @ v.expand(-1, 2, -1, -1), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("plan", ["parallel", "chunk", "recurrent"])
+def test_a_head_that_keeps_nothing(plan):
+    """A rate of -inf beside one of 0: steps that are alike are multiplied by how many there are, 0 among them."""
+    (q, k, v), _ = drawn("retention", length=37)
+    out = ac.compile("retention")(q, k, v, rates=torch.tensor([-torch.inf, 0.0]), plan=plan, chunk_size=16)
+    pairs = q.double() @ k.mT.double() / 4
+    exact = torch.stack((pairs[:, 0].diagonal(0, 1, 2).diag_embed(), pairs[:, 1].tril()), 1) @ v.double()
+    agree([out], [exact], 2e-6)
+
+
 def test_what_a_plan_cannot_do_is_said():
     (q, k, v), _ = drawn("linear_attention", length=8)
     op = ac.compile("linear_attention")
@@ -338,6 +348,8 @@ def test_what_a_plan_cannot_do_is_said():
         ({"cu_seqlens": [0, 8]}, "cu_seqlens is of type list, not a tensor"),
         ({"cu_seqlens": torch.tensor([[0, 8]])}, "cu_seqlens is not a tensor of at least 2 integers"),
         ({"initial_state": [state]}, "initial_state is of type list, not a tensor"),
+        ({"position": -1}, "position is -1, not a number of tokens"),
+        ({"position": 1.5}, "position is 1.5, not a number of tokens"),
     ):
         with pytest.raises(InputError, match=said):
             op(q, k, v, **options)

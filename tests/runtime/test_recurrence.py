@@ -420,6 +420,8 @@ def test_what_a_call_cannot_have():
         assert said in str(caught.value)
     with pytest.raises(UnsupportedError, match="not the same tokens"):
         op(tensors[0][:, :, :4], *tensors[1:], **inputs)
+    with pytest.raises(UnsupportedError, match=r"1 heads of k meet 2 of v(.|\n)*k and v of as many heads"):
+        op(*tensors[:2], tensors[2].expand(-1, 2, -1, -1), **inputs)
     with pytest.raises(UnsupportedError, match="no pairs"):
         ac.compile("delta_net", plan="parallel")
     with pytest.raises(UnsupportedError, match="backend='gluon' is of pairs"):
