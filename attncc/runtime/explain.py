@@ -239,7 +239,7 @@ def _kernel(
     given: bool,
 ) -> dict[str, Any]:
     """`given`: the user fixed the schedule, so that nobody chose its language."""
-    full, mixed, total = decode.visited(chosen, problem)
+    full, mixed, total = decode.visited(kernel, chosen, problem)
     order = ranked(kernel, problem, device, _compared(kernel, chosen, device, backend))
     entries = [(ks, prediction) for ks, prediction in order[:shown]]
     # those that were compiled and left are the first ones that a reader asks for

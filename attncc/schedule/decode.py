@@ -16,7 +16,7 @@ from attncc.schedule import hopper_decode_cost
 from attncc.schedule.decode_cost import Streaming, grid, live_tiles, pack
 from attncc.schedule.device import Device
 from attncc.schedule.memory import shared_memory
-from attncc.schedule.problem import KernelSchedule, Problem, head_chunks
+from attncc.schedule.problem import Kernel, KernelSchedule, Problem, head_chunks
 from attncc.schedule.registers import spilled_registers
 from attncc.schedule.staging import stages_compile
 
@@ -107,9 +107,10 @@ def with_best_splits(ks: KernelSchedule, problem: Problem, device: Device) -> Ke
     return replace(ks, splits=best_splits(ks, problem, device))
 
 
-def visited(ks: KernelSchedule, problem: Problem) -> tuple[int, int, int]:
-    """(whole, cut, all) tiles of one head that blocks as high as this tiling's meet."""
-    live = live_tiles(ks, problem) if ks.splits else problem.costs.live(ks.block_m, ks.block_n)
+def visited(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> tuple[int, int, int]:
+    """(whole, cut, all) tiles of one head that blocks as high as this tiling's meet. The rows of a forward that splits
+    the keys are of several heads; those of a backward, whose splits are heads, are not."""
+    live = live_tiles(ks, problem) if kernel == "forward" and ks.splits else problem.costs.live(ks.block_m, ks.block_n)
     return live.full, live.mixed, live.total
 
 

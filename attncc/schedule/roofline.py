@@ -1,8 +1,9 @@
 """The roofline: a kernel's arithmetic per byte of memory, against the limits of the GPU.
 
-A kernel does `flops` in its matmuls, over the tiles that its mask leaves, and moves `bytes` if it reads each operand
-and writes each result once. No kernel exceeds min(matmul peak, memory bandwidth * flops / bytes). Units other than the
-tensor cores set ceilings, too: the matmul rate at which that unit would be busy all the time.
+A kernel does `flops` in its matmuls, over the tiles that its mask leaves, and moves `bytes` if it reads each query, and
+each key that some query sees, and writes each result once. No kernel exceeds min(matmul peak, memory bandwidth * flops
+/ bytes). Units other than the tensor cores set ceilings, too: the matmul rate at which that unit would be busy all the
+time.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Point:
 def work_of(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Work:
     """The work of a kernel, with head dimensions and rows not padded."""
     rows = max(ks.block_m // pack(problem), 1) if kernel == "forward" and ks.splits else ks.block_m
-    full, mixed, _ = visited(ks, problem)
+    full, mixed, _ = visited(kernel, ks, problem)
     pairs = (full + mixed) * min(rows, problem.q_len) * min(ks.block_n, problem.kv_len)
     qk, v = problem.d_qk * problem.costs.similarity.dots, problem.d_v * problem.values
     depth = {
@@ -69,15 +70,15 @@ def work_of(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> Work:
         "pair": qk + v,
     }[kernel]
     rows_q = problem.batch * problem.heads * problem.q_len
-    rows_kv = problem.batch * problem.kv_heads * problem.kv_len
-    q, out = rows_q * problem.d_qk, rows_q * v
-    k = rows_kv * problem.d_qk
-    values = 0 if problem.value_of_key else rows_kv * v
+    # keys that some query sees are read, and all have gradients; a row of them with its value is as wide as this
+    seen = min(problem.costs.live(problem.q_len, ks.block_n).live * ks.block_n, problem.kv_len)
+    width = problem.batch * problem.kv_heads * (problem.d_qk + (0 if problem.value_of_key else v))
+    q, out, keys = rows_q * problem.d_qk, rows_q * v, seen * width
     elements = {
-        "forward": q + k + values + out,
-        "dkdv": q + 2 * k + 2 * values + out,
-        "dq": 2 * q + k + values + out,
-        "pair": q + k + values + out,
+        "forward": q + keys + out,
+        "dkdv": q + keys + problem.kv_len * width + out,
+        "dq": 2 * q + keys + out,
+        "pair": q + keys + out,
     }[kernel]
     return Work(2.0 * pairs * problem.batch * problem.heads * depth, float(elements * problem.dtype_bytes))
 
@@ -133,8 +134,10 @@ def at_backward(us: float, schedule: Schedule, problem: Problem, device: Device)
 def _point(
     name: str, source: str, us: float, work: Work, problem: Problem, device: Device, ceilings: dict[str, float]
 ) -> Point:
-    tflops, roof = work.flops / us / 1e6, roof_at(work.intensity, problem, device)
-    return Point(name, source, us, tflops, work.bytes / us / 1e6, work.intensity, roof, tflops / roof, ceilings)
+    tflops, tbps, roof = work.flops / us / 1e6, work.bytes / us / 1e6, roof_at(work.intensity, problem, device)
+    peak, rate = device.matmul_tflops(problem.dtype, problem.precision), device.dram_gbps / 1e3
+    share = max(tflops / peak, tbps / rate)  # that is tflops / roof, and has a meaning where a mask hides every pair
+    return Point(name, source, us, tflops, tbps, work.intensity, roof, share, ceilings)
 
 
 def roof_at(intensity: float, problem: Problem, device: Device) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from attncc.schedule import Cache, KernelSchedule, Schedule, choose, device_for, schedule_key
+from attncc.schedule import Cache, KernelSchedule, LiveTiles, Schedule, choose, device_for, schedule_key
 from attncc.schedule.choose import sizes_of
 from attncc.schedule.roofline import at_backward, backward_work, measured, predicted, roof_at, work_of
 
@@ -32,6 +34,32 @@ def test_a_tile_higher_than_the_queries_does_no_more_work():
     whole, split = (work_of("forward", ks, few) for ks in (TILE, KernelSchedule(16, 64, 4, 2, splits=4)))
     assert whole == split
     assert split.flops == 2 * 32 * 4096 * 256
+
+
+def test_query_heads_that_are_dealt_to_programs_do_no_more_work():
+    """The splits of Gluon's backward: those of a split forward share their rows with other heads, these do not."""
+    dealt = KernelSchedule(64, 128, 8, 2, "gluon", splits=2)
+    assert backward_work(dealt, WORK) == backward_work(replace(dealt, splits=0), WORK)
+
+
+def test_keys_that_no_query_sees_are_not_read():
+    """As in decoding with a window of 256."""
+
+    def window(q_len, kv_len):
+        return lambda block_m, block_n: LiveTiles(full=256 // block_n, mixed=0, total=kv_len // block_n)
+
+    last = problem(batch=1, heads=8, length=1, kv_len=65536, live=window)
+    point = predicted("forward", choose(last, H100).forward, last, H100)
+    assert work_of("forward", TILE, last).bytes == 2 * 8 * 128 * (2 * 256 + 2)
+    assert work_of("dkdv", TILE, last).bytes == 2 * 8 * 128 * (2 * 256 + 2 * 65536 + 2)
+    assert 0 < point.share < 1
+
+
+def test_a_mask_that_hides_all_has_a_share_of_the_memorys_rate():
+    hidden = problem(live=lambda q_len, kv_len: lambda block_m, block_n: LiveTiles(0, 0, 1))
+    point = predicted("forward", TILE, hidden, H100)
+    assert point.tflops == 0
+    assert 0 < point.share < 1
 
 
 def test_the_roof_is_the_lower_of_two_rates():
