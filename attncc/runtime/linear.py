@@ -32,8 +32,8 @@ from attncc.schedule.linear import CHUNKS, LinearSizes, PlanName
 from attncc.schedule.linear_cost import choose_plan
 from attncc.schedule.problem import Precision
 
-#: the log of what is nothing beside anything else in float32
-_NOTHING = -100.0
+#: the log of what is 0 in float32
+_NOTHING = -104.0
 
 
 class LinearOp(Remade):
