@@ -27,20 +27,12 @@ from attncc.runtime.modules import Features
 from attncc.runtime.specialize import signature
 from attncc.schedule.cache import Cache
 
-H100 = GPUTarget("cuda", 90, 32)
-META = {"BLOCK_M": 32, "HAS_DLSE": False}
+from .delta_launch import H100, META, arguments, delta_kernel
 
 
 @pytest.fixture(scope="module")
 def kernel():
-    return ac.compile("causal").engine.modules.load(Features(16, 16)).delta_kernel
-
-
-def arguments(length=48, dtype=torch.float16):
-    """What the kernel of delta is launched with."""
-    out, dout = torch.randn(2, 2, 3, length, 16).to(dtype)
-    delta = torch.empty(2, 3, length)
-    return (out, dout, delta, delta, *out.stride()[:3], *dout.stride()[:3], 3, length)
+    return delta_kernel()
 
 
 class Parameter:

@@ -11,6 +11,7 @@ import torch
 import attncc as ac
 from attncc.runtime.reference import reference
 from attncc.runtime.samples import Shape, sample_inputs
+from tests.passes import dense
 from tests.variants.by_hand import agree, draw, score
 
 from .oracles import sorted_entmax15, sorted_sparsemax
@@ -87,23 +88,6 @@ def sharp(s):
     return torch.sigmoid(3 * (s - t)).where(shown, 0.0)
 
 
-def _above_the_mean(score, row):
-    return ac.relu(score - row.mean(score))
-
-
-def _standardized(score, row):
-    mean = row.mean(score)
-    z = (score - mean) / ac.sqrt(row.mean((score - mean) ** 2) + 1e-3)
-    p = ac.exp(z - row.max(z))
-    return p / row.sum(p)
-
-
-def _from_least_to_largest(score, row):
-    low, high = row.min(score), row.max(score)
-    x = (score - low) / (high - low + 0.1)
-    return x / (row.sum(x) + 1)
-
-
 def _kept_probabilities(score, row):
     p = ac.softmax(score, row)
     kept = ac.where(p > 0.03, p, 0)
@@ -131,9 +115,9 @@ CASES = {
     "entmax15": (ac.entmax15, sorted_entmax15, 3),
     "sparsemax": (ac.sparsemax, sorted_sparsemax, 3),
     "below_the_largest": (lambda score, row: ac.relu(score - row.max(score) + 1), below_the_largest, 2),
-    "above_the_mean": (_above_the_mean, above_the_mean, 2),
-    "standardized": (_standardized, standardized, 3),
-    "from_least_to_largest": (_from_least_to_largest, from_least_to_largest, 2),
+    "above_the_mean": (dense.above_the_mean, above_the_mean, 2),
+    "standardized": (dense.standardized, standardized, 3),
+    "from_least_to_largest": (dense.from_least_to_largest, from_least_to_largest, 2),
     "kept_probabilities": (_kept_probabilities, kept_probabilities, 2),
     "over_the_largest": (lambda score, row: ac.exp(score - row.max(score)), over_the_largest, 1),
     "sharp": (_sharp, sharp, 3),
