@@ -201,8 +201,8 @@ def tile_slots(
         for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True))
     ]
     # a value that two parts share is made where it is first asked for, and so in the order of the template's lines:
-    # the kernel of dK and dV adds all parts' weights up before it comes to the first part's gradients
-    if rows_first or hopper:
+    # the kernels of dK and dV add all parts' weights up before they come to the first part's gradients
+    if rows_first:
         chains = [w.weight() | w.gradients() for w in weighs]
     else:
         chains = [a | b for a, b in zip([w.weight() for w in weighs], [w.gradients() for w in weighs], strict=True)]

@@ -19,6 +19,7 @@ from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses
 from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import QUERY, SimilaritySlots
+from attncc.codegen.statements import set_names
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 from attncc.ir.levels import Level
@@ -33,6 +34,8 @@ from attncc.passes.stream import LSE, Implicit, Online, Running, Sweep, renamed
 NEGATIVE = "-1.0e30"
 #: the most sweeps for one implicit value: what bisection alone would take to float32's precision, twice
 MOST_TURNS = 50
+#: the lines of a chain
+_OF_A_FUNCTION = ("score_lines", "peak_lines", "max_lines", "weight_lines", "rescale_lines", "sum_lines")
 #: the name of what a score adds to all keys of a row in a tile
 ROW_OFFSET = "row_offset"
 
@@ -160,6 +163,9 @@ def forward_slots(
     for t, (part, visible, fresh) in zip(computed, shown_masks(plan), strict=True):
         lowering.blank = blank_tile(similarity, True, part)
         chains.append(_chain(t, lowering, visible, fresh, "p"))
+        if hopper and part.tag:  # a function for each branch
+            own_lines = [x for key in _OF_A_FUNCTION for x in chains[-1][key]]
+            lowering.forget(set_names(own_lines))
     if fades:  # apart from the lines of a tile, for it is done where those are not
         alone = lowering.next_sweep(running[-1])
         for chain, t in zip(chains, computed, strict=True):

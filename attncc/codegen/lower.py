@@ -206,6 +206,12 @@ class Lowering:
         self.define(name, unwrap(text), expr, level)
         return name
 
+    def forget(self, names: Set[str]) -> None:
+        """What statements made that set these names is computed anew where it is asked for again: in another function,
+        which does not see them."""
+        for expr in [e for e, (text, _) in self._memo.items() if names & {*free_names([text])}]:
+            del self._memo[expr]
+
     def forget_rows(self, names: Set[str]) -> None:
         """Rows' values of statements that set these names are computed anew where they are asked for again."""
         gone = [e for e, (text, level) in self._memo.items() if level == Level.ROW and names & {*free_names([text])}]

@@ -66,7 +66,21 @@ def with_distances(score, slopes, h, q_idx, kv_idx, branch):
     return score + slopes[h] * (kv_idx - q_idx) if branch == 1 else 5 * ac.tanh(score / 5)
 
 
+def alike(score, row_bias, h, q_idx, kv_idx, branch):
+    return (score + 0.1 * ac.sin(row_bias[h, q_idx] * (kv_idx + 1))) * (1 - 0.3 * branch)
+
+
+def weighed_by_row(score, row, row_bias, h, q_idx):
+    p = ac.exp(score - row.max(score))
+    return p * (1 + 0.3 * row_bias[h, q_idx]) / row.sum(p)
+
+
+def mixed_by_row(weight, row_bias, h, q_idx, row, v_vec):
+    return row.sum((weight[0] - row_bias[h, q_idx] * weight[1]) * v_vec)
+
+
 TILT = {"tilt": ac.Input("h", grad=True)}
+ROW_BIAS = {"row_bias": ac.Input("h", "q_idx", grad=True)}
 SLOPES = {**TILT, "slopes": ac.Input("h", default=lambda sizes: torch.linspace(0.01, 0.2, sizes["h"]), grad=True)}
 #: branches that see other keys, a branch with no maximum beside one with, and one that reads distances
 BRANCHES = (
@@ -74,6 +88,16 @@ BRANCHES = (
     ac.Variant(name="two_normalizers", branches=2, mask=ac.causal, normalizer=unlike, reduction=mixed, inputs=TILT),
     ac.Variant(name="two_scores", branches=2, score=with_distances, mask=ac.causal, reduction=mixed, inputs=SLOPES),
     ac.Variant(name="two_full", branches=2, reduction=mixed, inputs=TILT),
+)
+#: branches that share what is computed of a row, of a key and of a pair: each has a function of its own in the forward
+SHARING = ac.Variant(
+    name="two_alike",
+    branches=2,
+    score=alike,
+    mask=ac.causal,
+    normalizer=weighed_by_row,
+    reduction=mixed_by_row,
+    inputs=ROW_BIAS,
 )
 
 
@@ -103,7 +127,7 @@ SHIFTED = (
     ac.Variant(name="shifted", score=lambda score: score - 0.5, mask=ac.causal),
     ac.Variant(name="shifted_by_head", score=shifted_by_head, inputs={"shift": ac.Input("h", grad=True)}),
 )
-OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, CUT_BIAS, *BRANCHES, *SHIFTED)}
+OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, CUT_BIAS, SHARING, *BRANCHES, *SHIFTED)}
 
 
 def variant(name):

@@ -22,6 +22,7 @@ PAIR = Shape(1, 2, 1, 130, 150, 64, 128)
         ("two_normalizers", PAIR, {}),
         ("two_scores", PAIR, {}),
         ("two_full", Shape(1, 1, 1, 260, 300, 64, 64), {"sums": False}),
+        ("two_alike", PAIR, {}),
     ],
 )
 def test_branches(name, shape, options):
