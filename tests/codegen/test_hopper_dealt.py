@@ -75,7 +75,7 @@ def test_the_model_notices_what_is_left_out_between_blocks(d, before, after):
         (64, "mbarrier.wait(k_full.index(k_slot), had // KEY_SLOTS & 1)", "pass"),
         # gradients of keys take the place of keys when all have read those
         (128, "mbarrier.wait(keys_read.index(0), had & 1)", "pass"),
-        (128, "        tma.store_wait(0)\n        _group_barrier()  # the lane that stores has waited\n", ""),
+        (128, "        tma.store_wait(0)\n        _group_barrier()  # the storing lane has waited\n", ""),
     ],
 )
 def test_the_model_notices_what_is_left_out_of_a_block(d, before, after):
