@@ -415,8 +415,8 @@ def _branch(run: Run, vectors: dict[str, Any] | None, extra: dict[str, Any], gra
     seen = {"score": Value(sym.SCORE), "row": row, "col": Column(row)}
     weight, span = run("normalizer", {**seen, **extra}, number)
     rows, weight = _canonical(rows, weight)
-    stages += [Stage(r.name, r.expr, r.op, span) for r in rows]
-    stages.append(Stage("weight", weight, span=span))
+    stages += [Stage(r.name, cancelled(r.expr, graded), r.op, span) for r in rows]
+    stages.append(Stage("weight", cancelled(weight, graded), span=span))
     return stages
 
 

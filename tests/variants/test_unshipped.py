@@ -329,10 +329,14 @@ LOWEST = torch.finfo(torch.float32).min
         "score + (int(shown[b, kv_idx] > 0.5) - 1) * 100000",
     ],
 )
-def test_a_mask_that_is_added_keeps_the_score(text):
+@pytest.mark.parametrize("stage", ["score", "normalizer"])
+def test_a_mask_that_is_added_keeps_the_score(text, stage):
     """Algebra multiplies the sum out, and score + 1e9 - 1e9 is 0 in float32."""
+    if stage == "normalizer":
+        text = text.replace(str(LOWEST), "-1e37")  # an exponent is scaled by log2(e), which the lowest leaves no room
+        text = f"s = {text}\np = exp(s - row.max(s))\np / row.sum(p)"
     variant = ac.loads_toml(
-        f'[stages]\nmask = "causal"\nscore = "{text}"\n[inputs]\nshown = {{ index = ["b", "kv_idx"] }}'
+        f'[stages]\nmask = "causal"\n{stage} = """\n{text}"""\n[inputs]\nshown = {{ index = ["b", "kv_idx"] }}'
     )
     q, k, v = (draw(2, 2, 9, 8, seed=i).float().requires_grad_() for i in range(3))
 
