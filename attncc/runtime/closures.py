@@ -60,11 +60,12 @@ def closure(expr: Any) -> Function:
     table: Mapping[type, Callable[..., Any]] = {**FLOAT_FUNCTIONS, **JOIN_FUNCTIONS}
     if kind in table and expr.free_symbols and (len(expr.args) == 1 or all(a.free_symbols for a in expr.args)):
         return _applied(table[kind], _OF_NUMBERS[kind], [closure(a) for a in expr.args])
-    if isinstance(expr, voc.maximum | voc.minimum) and expr.args[1].is_number:
-        limit, low = float(expr.args[1]), isinstance(expr, voc.maximum)
+    if isinstance(expr, voc.maximum | voc.minimum) and any(a.is_number for a in expr.args):
+        (number,), (other,) = sympy.sift(expr.args, lambda a: a.is_number, binary=True)
+        limit, low = float(number), isinstance(expr, voc.maximum)
         bounded: Callable[[Tensor], Tensor] = lambda x: x.clamp_min(limit) if low else x.clamp_max(limit)
         of_number = _OF_NUMBERS[kind]
-        return _applied(bounded, lambda x: of_number(x, limit), [closure(expr.args[0])])
+        return _applied(bounded, lambda x: of_number(x, limit), [closure(other)])
     return lambda env: evaluate(expr, env)
 
 

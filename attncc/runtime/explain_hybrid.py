@@ -11,6 +11,7 @@ from attncc.ir.hybrid import HybridGraph
 from attncc.ir.text import formula
 from attncc.passes.continuation import continuation
 from attncc.passes.linearize import linearize
+from attncc.runtime.explain_linear import state_of
 
 
 def hybrid_facts(graph: HybridGraph, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -25,14 +26,16 @@ def hybrid_facts(graph: HybridGraph, sizes: Mapping[str, int]) -> dict[str, Any]
 
 def kept(graph: VariantGraph, sizes: Mapping[str, int]) -> str:
     """What a part keeps of the tokens so far, or why it cannot go on from them."""
+    rows, columns = sizes["d_qk"], sizes["d_v"]
     if not graph.recurrent:
         try:
-            causal = linearize(graph).causal
+            plan = linearize(graph)
         except UnsupportedError:
-            causal = False
-        if not causal:
             return _of_pairs(graph)
-    return f"a state of {sizes['d_qk']} x {sizes['d_v']} float32 a head"
+        if not plan.causal:
+            return _of_pairs(graph)
+        rows, columns = state_of(plan, sizes)
+    return f"a state of {rows} x {columns} float32 a head"
 
 
 def _of_pairs(graph: VariantGraph) -> str:

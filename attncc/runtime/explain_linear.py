@@ -40,7 +40,7 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
         "proof": list(plan.proof),
         "causal": plan.causal,
         "decay": plan.decay,
-        "state": [sizes["d_qk"] + int(plan.bias is not None), sizes["d_v"] + int(plan.total)],
+        "state": state_of(plan, sizes),
         "chunk": schedule.chunk,
         "span": schedule.span,
         "crossover": crossover(call, device),
@@ -51,13 +51,20 @@ def linear_facts(graph: VariantGraph, sizes: Mapping[str, int], dtype: Dtype, de
     }
 
 
+def state_of(plan: Linear, sizes: Mapping[str, int]) -> list[int]:
+    """The rows and columns of a head's state, float32."""
+    if plan.degree == 2:
+        return list(state_shape(sizes["d_qk"], sizes["d_v"]))
+    return [sizes["d_qk"] + int(plan.bias is not None), sizes["d_v"] + int(plan.total)]
+
+
 def _square_facts(plan: Linear, call: LinearSizes, sizes: Mapping[str, int], device: Device) -> dict[str, Any]:
     schedule = square_schedule(call, device, plan.causal)
     return {
         "proof": list(plan.proof),
         "causal": plan.causal,
         "decay": plan.decay,
-        "state": list(state_shape(sizes["d_qk"], sizes["d_v"])),
+        "state": state_of(plan, sizes),
         "chunk": schedule.chunk,
         "span": schedule.span,
         "crossover": square_crossover(call, device, plan.causal),

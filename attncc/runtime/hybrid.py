@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from attncc.errors import InputError, UnsupportedError
-from attncc.ir import vocabulary as voc
 from attncc.ir.graph import LOOP_DIMS, VariantGraph
 from attncc.ir.hybrid import HybridGraph
 from attncc.ir.vocabulary import Read
 from attncc.passes.continuation import SEQUENCE, continuation, packed
-from attncc.runtime.closures import Function, closure
+from attncc.runtime.closures import closure
 from attncc.runtime.linear import LinearOp
 from attncc.runtime.linear_cut import check_lengths, sequence_lengths
 from attncc.runtime.op import AttentionOp, autocast
@@ -214,7 +213,7 @@ class Pairs:
         else:
             self._after, self._by_key = make(found.graph), found.by_key
             self._axes = {key: graph.input(key).pattern.index("kv_idx") for key in found.by_key}
-            self._reach = None if found.reach is None else _of_integers(found.reach)
+            self._reach = None if found.reach is None else closure(found.reach)
             self._scalars = {s.name: s.default for s in graph.scalars}
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor | None, inputs: dict[str, Any]) -> Tensor:
@@ -290,15 +289,6 @@ class Pairs:
                 remedy=op.remedy,
             )
         return op
-
-
-def _of_integers(expr: sympy.Expr) -> Function:
-    """A formula of a call's scalars, whose maxima and minima are of Python's numbers."""
-    if isinstance(expr, voc.maximum | voc.minimum):
-        join = max if isinstance(expr, voc.maximum) else min
-        parts = [_of_integers(a) for a in expr.args]
-        return lambda env: join(part(env) for part in parts)
-    return closure(expr)
 
 
 def _made(make: Callable[[], Any]) -> Any:

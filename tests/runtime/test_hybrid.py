@@ -159,6 +159,21 @@ def test_the_widest_of_several_windows_is_kept():
         assert (state["near"].k.shape[2], state["far"].k.shape[2]) == (max(size - 1, left), 37)
 
 
+def test_explain_says_how_much_is_kept():
+    parts = {"near": WINDOW, "far": ac.variants.get("linear_attention"), "all": EVERYTHING}
+    op = ac.compile(ac.Hybrid(parts=parts, combine=lambda near, far, all: near + far + all))
+    text = op.explain(q_len=512, d_qk=64, d_v=32, size=5, target="h100")
+    kept = text.partition("kept from call to call\n")[2].splitlines()[:3]
+    assert kept == [
+        "  near: k and v of the last size - 1 tokens",
+        "  far: a state of 64 x 33 float32 a head",  # a column more, for the row totals
+        "  all: k and v of all tokens",
+    ]
+    q, k, v = call(HYBRIDS["window and gated"])[0]
+    _, state = op(q, k, v, size=5, t=torch.zeros(4), output_final_state=True)
+    assert state["far"].shape == (2, 4, 16, 25)
+
+
 def test_gradients_flow_to_the_state():
     hybrid = HYBRIDS["documents and delta"]
     op = ac.compile(hybrid)
