@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from functools import partial
 
 import pytest
@@ -10,126 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import attncc as ac
-from attncc.codegen.crosscompile_linear import cross_compile_linear
-from attncc.codegen.linear import render_linear
-from attncc.codegen.module import load_source
-from attncc.errors import InputError, UnsupportedError
-from attncc.passes.linearize import linearize
 from attncc.schedule import linear as schedule_linear
-from attncc.schedule.device import device_for
-from attncc.schedule.linear import LinearSizes, linear_schedule, shared_bytes
-from attncc.schedule.linear_cost import choose_plan, crossover
+from tests.runtime.linear_cases import (
+    FULL,
+    VARIANTS,
+    agree,
+    drawn,
+    inputs_of,
+    with_gradients,
+)
 from tests.runtime.sequences import by_sequence
-
-
-def polynomial(score, row):
-    return (1 + score) / row.sum(1 + score)
-
-
-def weighted(score, row, b, h, q_idx, kv_idx, beta, tau, kappa):
-    p = score * beta[b, h, kv_idx] * tau[b, q_idx]
-    return kappa[h] * p / ac.maximum(ac.abs(row.sum(p)), 0.5)
-
-
-#: features on both sides, factors of tokens and heads, and a denominator
-OF_FACTORS = {
-    "normalizer": weighted,
-    "similarity": lambda q_vec, k_vec: ac.dot(ac.softplus(q_vec), ac.sigmoid(k_vec)),
-    "inputs": {
-        "beta": ac.Input("b", "h", "kv_idx", grad=True),
-        "tau": ac.Input("b", "q_idx", grad=True),
-        "kappa": ac.Input("h", grad=True),
-    },
-}
-SCANS = ("forward_kernel", "dq_kernel", "dk_kernel", "dv_kernel")
-SHIPPED = ("linear_attention", "retention", "lightning", "simple_gla", "ssd", "gla")
-VARIANTS = {
-    **{name: ac.variants.get(name) for name in SHIPPED},
-    "unit": ac.Variant(
-        name="unit",
-        mask=ac.causal,
-        normalizer="identity",
-        similarity=lambda q_vec, k_vec: ac.dot(q_vec, k_vec) / ac.norm(q_vec) / ac.norm(k_vec),
-    ),
-    "polynomial": ac.Variant(name="polynomial", mask=ac.causal, normalizer=polynomial),
-    "weighted": ac.Variant(
-        name="weighted",
-        mask=ac.causal,
-        **OF_FACTORS,
-    ),
-    "gated": ac.Variant(  # a decay beside features, factors of tokens and a denominator
-        name="gated",
-        mask=ac.causal,
-        score=ac.gate("g"),
-        **OF_FACTORS,
-    ),
-}
-
-
-FULL = {
-    "linear": ac.Variant(
-        name="full_linear",
-        similarity=lambda q_vec, k_vec: ac.dot(ac.relu(q_vec) + ac.sigmoid(q_vec), ac.softplus(k_vec)),
-        normalizer="by_sum",
-    ),
-    "identity": ac.Variant(name="full_identity", normalizer="identity"),
-    "polynomial": ac.Variant(name="full_polynomial", normalizer=polynomial),
-    "weighted": ac.Variant(
-        name="full_weighted",
-        **OF_FACTORS,
-    ),
-}
-
-
-@pytest.fixture
-def many_segments(monkeypatch):
-    """Segments of one chunk each, as on a GPU with room for all of them."""
-    monkeypatch.setattr(schedule_linear, "SEGMENT", 1)
-    monkeypatch.setattr(schedule_linear, "WAVES", 1000)
-
-
-def inputs_of(name, batch, heads, length, d_qk=16):
-    generator = torch.Generator().manual_seed(3)
-    positive = 0.5 + torch.rand(batch, heads, length, generator=generator)
-    return {
-        "simple_gla": {"g": -0.3 * positive},
-        "ssd": {"dt": 0.3 * positive, "rate": torch.linspace(-1.5, -0.1, heads)},
-        "gla": {"g": -0.5 * torch.rand(batch, heads, length, d_qk, generator=generator)},
-        "retention": {"rates": torch.linspace(-0.3, -0.02, heads)},
-        "lightning": {"rates": torch.linspace(-0.5, -0.01, heads)},
-        "weighted": {"beta": positive, "tau": positive[:, 0].clone(), "kappa": positive[0, :, 0].clone()},
-        "gated": {
-            "g": -0.3 * positive,
-            "beta": positive,
-            "tau": positive[:, 0].clone(),
-            "kappa": positive[0, :, 0].clone(),
-        },
-    }.get(name, {})
-
-
-def drawn(name, batch=1, heads=2, kv_heads=1, length=37, d_qk=16, d_v=24, dtype=torch.float32, strided=False):
-    generator = torch.Generator().manual_seed(1)
-
-    def tensor(h, d):
-        shape = (batch, length, h, d) if strided else (batch, h, length, d)
-        x = torch.randn(shape, generator=generator).to(dtype)
-        return x.transpose(1, 2) if strided else x
-
-    q, k, v = tensor(heads, d_qk), tensor(kv_heads, d_qk), tensor(kv_heads, d_v)
-    if name == "polynomial":  # its weights are 1 + score: kept above 0
-        q = q * 0.2
-    return [q, k, v], inputs_of(name, batch, heads, length)
-
-
-def with_gradients(op, tensors, inputs, cotangent, **options):
-    leaves = [x.detach().requires_grad_() for x in (*tensors, *inputs.values())]
-    out = op(*leaves[:3], **dict(zip(inputs, leaves[3:], strict=True)), **options)
-    return out, torch.autograd.grad(out, leaves, cotangent.to(out.dtype))
-
-
-def agree(got, exact, tolerance):
-    for ours, theirs in zip(got, exact, strict=True):
-        assert (ours.double() - theirs).abs().max() <= tolerance * max(theirs.abs().max().item(), 1.0)
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(37, 16), (40, 32), (5, 64)])
@@ -323,49 +212,6 @@ def test_a_head_that_keeps_nothing(plan):
     agree([out], [exact], 2e-6)
 
 
-def test_what_a_plan_cannot_do_is_said():
-    (q, k, v), _ = drawn("linear_attention", length=8)
-    op = ac.compile("linear_attention")
-    state = torch.zeros(1, 2, 16, 25)
-    assert op(q[:, :, :5], k, v).shape == (1, 2, 5, 24)  # other tokens: every pair
-    with pytest.raises(UnsupportedError, match="5 queries and 8 keys are not the same tokens"):
-        op(q[:, :, :5], k, v, plan="chunk")
-    with pytest.raises(UnsupportedError, match="use plan='chunk'"):
-        op(q, k, v, plan="parallel", output_final_state=True)
-    with pytest.raises(UnsupportedError, match=r"'lse' is one of pairs(.|\n)*leave out what is of a state"):
-        op(q, k, v, outputs=("out", "lse"), initial_state=state)
-    with pytest.raises(UnsupportedError, match=r"not the same tokens\n *leave out what is of a state"):
-        op(q[:, :, :5], k, v, output_final_state=True)
-    assert len(op(q, k, v, outputs=("out", "lse"))) == 2
-    with pytest.raises(InputError, match=r"pass torch.float32 \(1, 2, 16, 25\)"):
-        op(q, k, v, initial_state=state[..., :24])
-    with pytest.raises(InputError, match="one of 16, 32, 64$"):
-        ac.compile("gla")(q, k, v, g=torch.zeros(1, 2, 8, 16), chunk_size=128)
-    with pytest.raises(InputError, match="one of 16, 32, 64, 128"):
-        op(q, k, v, chunk_size=48)
-    for options, said in (
-        ({"chunk_size": "64"}, "chunk_size is '64', not a whole number"),
-        ({"cu_seqlens": [0, 8]}, "cu_seqlens is of type list, not a tensor"),
-        ({"cu_seqlens": torch.tensor([[0, 8]])}, "cu_seqlens is not a tensor of at least 2 integers"),
-        ({"initial_state": [state]}, "initial_state is of type list, not a tensor"),
-        ({"position": -1}, "position is -1, not a number of tokens"),
-        ({"position": 1.5}, "position is 1.5, not a number of tokens"),
-    ):
-        with pytest.raises(InputError, match=said):
-            op(q, k, v, **options)
-    every = ac.compile(FULL["linear"])
-    for options in ({"output_final_state": True}, {"plan": "recurrent"}, {"cu_seqlens": torch.tensor([0, 8])}):
-        with pytest.raises(UnsupportedError, match="no state from token to token"):
-            every(q, k, v, **options)
-    with pytest.raises(InputError, match="does not rise from 0 to the 8 tokens"):
-        op(q, k, v, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(InputError, match="plan is 'fast'"):
-        ac.compile("linear_attention", plan="fast")
-    with pytest.raises(UnsupportedError, match=r"the factor 'exp\(cap\*tanh\(.*depends on query and key together"):
-        ac.compile("softcap", plan="chunk")
-    assert type(ac.compile("simple_gla", plan="parallel")) is ac.AttentionOp
-
-
 @pytest.mark.parametrize(("factor", "shape"), [(ac.gate, (1, 2, 37)), (ac.decay, (2,))])
 def test_what_nobody_reads_of_a_last_segment_is_not_summed(factor, shape, many_segments):
     (q, k, v), _ = drawn("", length=37)
@@ -392,46 +238,6 @@ def test_what_nobody_reads_of_a_last_segment_is_not_summed(factor, shape, many_s
     assert programs == {**programs, "states_kernel": [4 * blocks] * 2, "dstates_kernel": [4 * blocks]}
 
 
-def test_a_gradient_that_only_all_pairs_have():
-    """The part of the weight that is free of the score has a factor whose gradient chunks do not have."""
-
-    def raised(score, b, h, q_idx, kv_idx, g):
-        return (score + 1) * ac.exp(ac.cumsum(g[b, h, q_idx]) - ac.cumsum(g[b, h, kv_idx]))
-
-    inputs = {"g": ac.Input("b", "h", "kv_idx", grad=True)}
-    op = ac.compile(ac.Variant(name="raised", score=raised, normalizer=ac.identity, mask=ac.causal, inputs=inputs))
-    (q, k, v), _ = drawn("raised", length=2100)
-    g = torch.full((1, 2, 2100), -0.1)
-    assert op._chosen(q, k, v, "auto", ("out",), False, None) == "chunk"
-    for plan in ("chunk", "recurrent"):
-        with pytest.raises(
-            UnsupportedError, match=r"whose gradient to 'g' is not derived yet[^~]*a component of q and k"
-        ):
-            op(q, k, v, g=g.requires_grad_(), plan=plan)
-        op(q[:, :, :9], k[:, :, :9], v[:, :, :9], g=g[:, :, :9].detach(), plan=plan)
-    with pytest.raises(UnsupportedError, match="not derived yet"):
-        op(q, k, v, g=g, output_final_state=True)
-    assert op._with_gradients("chunk", "auto", False, {"g": g}) == "parallel"
-    with torch.no_grad():
-        assert op._with_gradients("chunk", "auto", False, {"g": g}) == "chunk"
-
-
-def test_a_gradient_of_a_term_that_only_all_pairs_have():
-    """The same where that part is made of a key: (1 + q) . exp(k) + 1 has a sum over k in it."""
-    shifted = ac.Variant(
-        similarity=lambda q_vec, k_vec: ac.dot(q_vec, ac.exp(k_vec)) + ac.sum_d(ac.exp(k_vec)) ** 2,
-        normalizer=ac.identity,
-    )
-    op = ac.compile(shifted)
-    (q, k, v), _ = drawn("shifted", length=9)
-    exact = ac.reference(shifted, q.double(), k.double(), v.double())
-    agree([op(q.requires_grad_(), k, v, plan="chunk")], [exact], 1e-5)
-    with pytest.raises(UnsupportedError, match="whose gradient to 'k' is not derived yet"):
-        op(q, k.requires_grad_(), v, plan="chunk")
-    op(q, k, v).sum().backward()
-    assert k.grad is not None
-
-
 def test_a_factor_of_the_key_has_a_gradient_beside_no_other():
     only = ac.Variant(
         name="only",
@@ -449,25 +255,6 @@ def test_a_factor_of_the_key_has_a_gradient_beside_no_other():
 
     exact, exactly = with_gradients(by_hand, [x.double() for x in tensors], {"beta": beta.double()}, cotangent)
     agree((out, *gradients), (exact, *exactly), 2e-5)
-
-
-def test_missing_and_misshapen_gates():
-    (q, k, v), _ = drawn("simple_gla", length=8)
-    op = ac.compile("simple_gla")
-    for plan in ("chunk", "parallel"):
-        with pytest.raises(InputError, match="needs the input 'g'"):
-            op(q, k, v, plan=plan)
-        with pytest.raises(InputError, match="has size 7, expected 8"):
-            op(q, k, v, g=torch.zeros(1, 2, 7), plan=plan)
-        with pytest.raises(InputError, match=r"'g' has shape \(1, 2, 8, 1\), expected 3 dimensions"):
-            op(q, k, v, g=torch.zeros(1, 2, 8, 1), plan=plan)
-        with pytest.raises(InputError, match="'g'.*is of type float, not a tensor"):
-            op(q, k, v, g=-0.5, plan=plan)
-        # a name is of the formula, not of the sums that kernels of all pairs are given
-        with pytest.raises(InputError, match="no input 'rate'(.|\n)*it takes g$"):
-            op(q, k, v, g=torch.zeros(1, 2, 8), rate=0.5, plan=plan)
-        with pytest.raises(InputError, match="no input 'cu_seqlen'(.|\n)*did you mean 'cu_seqlens'"):
-            op(q, k, v, g=torch.zeros(1, 2, 8), cu_seqlen=torch.tensor([0, 8]), plan=plan)
 
 
 def test_all_plans_take_the_default_of_a_gate():
@@ -503,97 +290,6 @@ def test_torch_compile_sees_one_graph(name):
     eager, compiled = (with_gradients(f, tensors, inputs, cotangent) for f in (op, run))
     for ours, theirs in zip((compiled[0], *compiled[1]), (eager[0], *eager[1]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("variant", [*VARIANTS.values(), *FULL.values()], ids=lambda v: v.name)
-def test_the_text_is_tidy_python(variant):
-    graph = variant.graph
-    source = render_linear(graph, linearize(graph), 96, 80)
-    ast.parse(source)
-    assert "{{" not in source
-    assert not any(line != line.rstrip() for line in source.splitlines())
-    assert source == render_linear(graph, linearize(graph), 96, 80)
-
-
-@pytest.mark.parametrize(
-    ("name", "target", "dim", "dtype"),
-    [
-        ("simple_gla", "sm_90", 128, "bf16"),
-        ("simple_gla", "sm_90", 64, "bf16"),
-        ("lightning", "sm_90", 128, "bf16"),
-        ("polynomial", "sm_80", 64, "fp16"),
-        ("retention", "gfx942", 64, "bf16"),
-        ("gla", "sm_90", 128, "bf16"),
-        ("full_weighted", "sm_80", 64, "bf16"),
-    ],
-)
-def test_every_kernel_compiles_and_fits(name, target, dim, dtype):
-    variants = {v.name: v for v in (*VARIANTS.values(), *FULL.values())}
-    graph, device = variants[name].graph, device_for(target)
-    module = load_source(render_linear(graph, linearize(graph), dim, dim), f"linear_{name}_{target}")
-    rows = int(name in ("simple_gla", "gla"))
-    sizes = LinearSizes(dtype, 2, 16, 8192, dim, dim, name == "gla", rows=rows)
-    schedule = linear_schedule(sizes, device)
-    for kernel in cross_compile_linear(module, schedule, device, dtype).values():
-        meta = schedule.kernels.get(kernel.name.removesuffix("_kernel"), {})
-        if "CHUNK" in meta and "BLOCK" in meta:
-            model = shared_bytes(dim, meta["BLOCK"], meta["CHUNK"], sizes, meta["num_stages"])
-            assert kernel.shared <= model <= device.smem_per_block, kernel
-        # on an H100 some spills of the gradients cost less than narrower blocks, which form a chunk's pairs more often
-        wide = target != "sm_90" or kernel.name in ("dq_kernel", "dk_kernel", "dv_kernel")
-        assert kernel.spills <= (320 if wide else 40), kernel
-        if kernel.name in SCANS and meta["num_stages"] == 3:  # then two programs of a multiprocessor have room
-            assert 2 * (kernel.shared + device.smem_reserved) <= device.smem_per_sm, kernel
-        # where the assembler made one wrong, another makes it again at the first call
-        assert not kernel.faults
-
-
-def test_the_model_crosses_over_once():
-    device = device_for("h100")
-    short, long = (LinearSizes("bf16", 2, 16, n, 128, 128) for n in (128, 32768))
-    length = crossover(short, device)
-    assert length == crossover(long, device)
-    assert 256 <= length <= 8192
-    assert choose_plan(short, device) == "parallel"
-    assert choose_plan(long, device) == "chunk"
-    assert choose_plan(LinearSizes("bf16", 2, 16, 1, 128, 128), device) == "recurrent"
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 512), (96, 80), (16, 16)])
-def test_schedules_cover_the_sequence(dims, dtype):
-    for target in ("sm_80", "sm_89", "sm_90", "gfx942"):
-        for length in (1, 63, 1000, 8192):
-            found = linear_schedule(LinearSizes(dtype, 1, 4, length, *dims), device_for(target))
-            assert found.span % found.chunk == 0
-            assert found.span >= found.chunk
-            assert all(m["BLOCK"] >= 16 for m in found.kernels.values())
-
-
-REFUSED = {
-    "score": ("score * tanh(g[b, h, q_idx] - g[b, h, kv_idx])", "identity", "tanh(g[b, h, q_idx] - g[b, h, kv_idx])"),
-    "normalizer": ("score * g[b, h, kv_idx]", "exp(score)", "exp(score)"),
-}
-
-
-@pytest.mark.parametrize("stage", REFUSED)
-def test_a_gate_that_does_not_split_is_refused_where_it_is_written(stage):
-    score, normalizer, shown = REFUSED[stage]
-    variant = ac.loads_toml(
-        f'name = "gate"\n[stages]\nscore = "{score}"\nmask = "kv_idx <= q_idx"\nnormalizer = "{normalizer}"\n'
-        '[inputs]\ng = { index = ["b", "h", "kv_idx"] }\n'
-    )
-    with pytest.raises(UnsupportedError, match="depends on query and key together") as refused:
-        ac.compile(variant, plan="chunk")
-    error = refused.value
-    assert error.stage == stage
-    assert error.span.text[error.span.col : error.span.end_col].strip('"').endswith(shown)
-
-
-def test_a_state_of_what_has_none_is_refused_by_name():
-    (q, k, v), _ = drawn("simple_gla", length=19)
-    with pytest.raises(InputError, match=r"no input 'output_final_state'\n.*which factor does not split"):
-        ac.compile("causal")(q, k, v, output_final_state=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

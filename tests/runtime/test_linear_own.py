@@ -12,12 +12,11 @@ from attncc.codegen.crosscompile_linear import cross_compile_linear
 from attncc.codegen.linear import render_linear
 from attncc.codegen.module import load_source
 from attncc.passes.linearize import linearize
-from attncc.schedule import linear as schedule_linear
 from attncc.schedule.device import device_for
 from attncc.schedule.linear import LinearSizes, linear_schedule
 from tests.passes.test_linearize import before, half, past, read_late, with_bonus
+from tests.runtime.linear_cases import agree, drawn, with_gradients
 from tests.runtime.sequences import by_sequence
-from tests.runtime.test_linear import agree, drawn, with_gradients
 
 GATE = {"g": ac.Input("b", "h", "kv_idx", grad=True)}
 RATE = {"rate": ac.Input("h", grad=True)}
@@ -58,13 +57,6 @@ VARIANTS = {
     "late": ac.Variant(name="late", mask=before, normalizer="identity", score=read_late, inputs=RATE),
     "sharp": ac.Variant(name="sharp", mask=ac.causal(align="start"), normalizer=sharp),
 }
-
-
-@pytest.fixture
-def many_segments(monkeypatch):
-    """Segments of one chunk each, as on a GPU with room for all of them."""
-    monkeypatch.setattr(schedule_linear, "SEGMENT", 1)
-    monkeypatch.setattr(schedule_linear, "WAVES", 1000)
 
 
 def inputs_of(name, length):

@@ -10,7 +10,7 @@ import torch
 import attncc as ac
 from attncc.errors import UnsupportedError
 from tests.passes.test_linearize import timed
-from tests.runtime.test_linear import agree, drawn, with_gradients
+from tests.runtime.linear_cases import agree, drawn, with_gradients
 
 RATE = {"rate": ac.Input("h", grad=True)}
 

@@ -18,7 +18,7 @@ from attncc.schedule import square as schedule_square
 from attncc.schedule.device import device_for
 from attncc.schedule.linear import LinearSizes
 from attncc.schedule.square import LARGEST, choose_square, square_crossover, square_schedule
-from tests.runtime.test_linear import agree, with_gradients
+from tests.runtime.linear_cases import agree, with_gradients
 
 
 def squared(score, row, b, h, kv_idx, beta, tau):
