@@ -117,6 +117,8 @@ def command(
         reason = _without_gradients(variant, found.rows[variant.name])
         if reason is not None:
             err.print(f"{variant.name}: outputs alone were checked: {reason}", style="yellow")
+        if isinstance(variant, Hybrid) and (why := _without_state(variant)) is not None:
+            err.print(f"{variant.name}: no state was checked, for there is none: {why}", style="yellow")
     for line in found.missing():
         err.print(line, style="bold red")
     if not found.ok:
@@ -224,6 +226,16 @@ def _without_gradients(variant: Variant | Hybrid, rows: list[Row]) -> str | None
     variants = variant.parts.values() if isinstance(variant, Hybrid) else (variant,)
     refusals = [Plan(one.graph).has_backward for one in variants if not one.graph.recurrent]
     return next((refusal.reason for refusal in refusals if refusal is not None), None)
+
+
+def _without_state(hybrid: Hybrid) -> str | None:
+    """The reason why calls of a hybrid cannot go on from each other, or None if they can."""
+    from attncc.runtime.compile import compile
+    from attncc.runtime.hybrid import HybridOp
+
+    op = compile(hybrid)
+    assert isinstance(op, HybridOp)
+    return op.cannot_go_on()
 
 
 def _rows(variant: Variant | Hybrid, device: str, dtype: str, places: tuple[int, ...]) -> list[Row]:

@@ -153,6 +153,14 @@ class HybridOp(Remade):
         result = results[0] if len(results) == 1 else results
         return (result, last) if output_final_state else result
 
+    def cannot_go_on(self) -> str | None:
+        """Why no call can begin with the state of another, or None if one can."""
+        for name, op in self.parts.items():
+            reason = self._pairs[name].cannot_go_on() if name in self._pairs else op.cannot_go_on()  # type: ignore[union-attr]
+            if reason is not None:
+                return f"{name}: {reason}"
+        return None
+
     def free_sums(self) -> frozenset[str]:
         """As `AttentionOp.free_sums`: the gradients to which a part adds sums without a fixed order."""
         return frozenset().union(*(op.free_sums() for op in self.parts.values() if isinstance(op, AttentionOp)))
@@ -215,6 +223,10 @@ class Pairs:
             self._axes = {key: graph.input(key).pattern.index("kv_idx") for key in found.by_key}
             self._reach = None if found.reach is None else closure(found.reach)
             self._scalars = {s.name: s.default for s in graph.scalars}
+
+    def cannot_go_on(self) -> str | None:
+        """Why it has no state, or None if it has one."""
+        return self._after.reason if isinstance(self._after, UnsupportedError) else None
 
     def rows(self, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor | None, inputs: dict[str, Any]) -> Tensor:
         """Its rows of a call without a state; numbers (1, N): of which packed sequence each token is."""

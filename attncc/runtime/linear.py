@@ -319,6 +319,10 @@ class LinearOp(Remade):
         if not initial.is_contiguous():
             raise InputError("initial_state is not contiguous", remedy="pass initial_state.contiguous()")
 
+    def cannot_go_on(self) -> str | None:
+        """Why no call can begin with the state of another, or None if one can."""
+        return self._missing[True, True]
+
     def source(self, d_qk: int = 128, d_v: int | None = None) -> str:
         """The generated module of the chunk plan for these head dimensions."""
         return self.engine.source(d_qk, d_qk if d_v is None else d_v)

@@ -291,6 +291,8 @@ def test_a_part_that_cannot_go_on_says_so_only_where_it_must():
     op = ac.compile(ac.Hybrid(parts={"one": both, "two": WINDOW}, combine=lambda one, two: one - two))
     (q, k, v), _, _ = call(HYBRIDS["window and gated"])
     assert op(q[:, :, :20], k, v).shape == (2, 4, 20, 24), "no part has a state: keys need not be the queries' tokens"
+    assert op.cannot_go_on() == "one: no call can go on from another: a query may see keys of later tokens"
+    assert ac.compile(HYBRIDS["window and gated"]).cannot_go_on() is None
     with pytest.raises(UnsupportedError, match="the part 'one' has no form for a state: .* keys of later tokens"):
         op(q, k, v, output_final_state=True)
     with pytest.raises(InputError, match="chunk_size is for parts in linear time"):
