@@ -15,8 +15,8 @@ NO_FORWARD = {
 _MORE = "the Gluon backward multiplies q with k alone"
 NO_BACKWARD = {
     **NO_FORWARD,
-    **dict.fromkeys(("cosine", "taylorshift", "squared_distance", "transformer_xl", "afa"), _MORE),
-    "ssd": "no tiling fits",
+    "transformer_xl": _MORE,
+    **dict.fromkeys(("afa", "ssd"), "no tiling fits"),
     **dict.fromkeys(("slots", "reversed"), "the gradient needs a sweep over the queries first"),
     "forgetting": "an input has gradients by key and by query",
     "dense_bias": "an input with an entry a pair",

@@ -33,12 +33,19 @@ from attncc.passes.tiles import TilePlan
 
 #: the cotangent of a dot product, by the name that it has in a kernel
 DS = sympy.Symbol("ds", real=True)
+#: what Gluon's kernels call a tile that they have in registers
+HELD = "float_{tile}_{chunk}"
 #: does a tile of a loop that has the cut ones first end inside the tensors?
 WHOLE = "phase == 1"
 
 
 def _after_slots(
-    similarity: SimilaritySlots, side: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
+    similarity: SimilaritySlots,
+    side: Side,
+    qk_chunks: tuple[Chunk, ...],
+    kernel: Lowering,
+    base: dict[str, Leaf],
+    in_gluon: bool,
 ) -> dict[str, Any]:
     """What the kernel that owns a side's gradient accumulates, and what it adds after the loop."""
     looped = [(g.name, g.expr, g.vector) for g in similarity.looped(side)]
@@ -47,6 +54,7 @@ def _after_slots(
         "accumulators": similarity.accumulators(side, qk_chunks),
         "accumulate": similarity.accumulate(side, qk_chunks),
         "epilogue": similarity.epilogue(side, qk_chunks, kernel, base),
+        "passed_on": [similarity.epilogue(side, (c,), kernel, base) for c in qk_chunks] if in_gluon else [],
         "passes_on": similarity.passes_on(side),
         "vector_gradients": [g for g in similarity.gradients if g.side is side],
     }
@@ -77,9 +85,10 @@ def _boxed(tile: MapTile) -> dict[str, Any]:
 
 def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
     """What the cotangent of a read with an entry a key, or a distance, is in multiples of ds, where that is the same
-    for all pairs of a query, or of a key; else None. Nothing is a multiple of what may be 0: where ds has a factor that
-    the cotangent lacks, as a head's temperature, it is 0 with it."""
-    if gradient.kind not in ("band", "col") or gradient.own or len(plan.parts) > 1 or plan.backward.dqk == 0:
+    for all pairs of a query, or of a key, but for q k in a sum a key; else None. Nothing is a multiple of what may be
+    0: where ds has a factor that the cotangent lacks, as a head's temperature, it is 0 with it."""
+    own = gradient.own and gradient.kind != "col"
+    if gradient.kind not in ("band", "col") or own or len(plan.parts) > 1 or plan.backward.dqk == 0:
         return None
     over, under = list(sympy.Mul.make_args(gradient.expr)), []
     for factor in sympy.Mul.make_args(plan.backward.dqk):
@@ -91,13 +100,31 @@ def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
         else:
             under.append(factor)
     ratio = sympy.Mul(*over) / sympy.Mul(*under)
-    return ratio if all(map(_never_zero, under)) and level(ratio) != Level.PAIR else None
+    beside = ratio.xreplace({sym.QK: sympy.S.One}) if gradient.kind == "col" and ratio.is_Mul else ratio
+    return ratio if all(_never_zero(plan, f) for f in under) and level(beside) != Level.PAIR else None
 
 
-def _never_zero(factor: Any) -> bool:
-    """A number, or one over what places and lengths alone make; an input may be anything, and infinite below a line."""
-    over_places = factor.is_Pow and factor.exp.is_number and factor.exp < 0 and not factor.has(Read)
-    return bool(factor.is_number or over_places)
+def _never_zero(plan: Plan, factor: Any) -> bool:
+    """A number, or one over what places, lengths and the similarity's terms alone make; an input may be anything, and
+    infinite below a line."""
+    inputs = {r.input for r in factor.atoms(Read)} - plan.similarity.own
+    return bool(factor.is_number or (factor.is_Pow and factor.exp.is_number and factor.exp < 0 and not inputs))
+
+
+def of_k(plan: Plan, gradients: Sequence[InputGradient]) -> dict[InputGradient, Any]:
+    """Of gradients that terms of the similarity pass on to dK, what their sums over all queries are in multiples of
+    k . dK: a cotangent that is q k times ds, but for what a key has, adds up to that. None unless all are so."""
+    own = [g for g in gradients if g.own]
+    ratios = [over_ds(plan, g) for g in own]
+    found = {
+        g: ratio / sym.QK
+        for g, ratio in zip(own, ratios, strict=True)
+        if ratio is not None and sym.QK in sympy.Mul.make_args(ratio) and sym.H not in g.read.free_symbols
+    }
+    by_key = all(
+        level(rest) in (Level.PROGRAM, Level.COL) and sym.H not in rest.free_symbols for rest in found.values()
+    )
+    return found if len(found) == len(own) and by_key else {}
 
 
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
@@ -144,7 +171,10 @@ def tile_slots(
     boxes: tiles are loaded through descriptors, those of inputs with an entry a pair, too, where they can be (`maps`).
     """
     tables = plan.tables if hopper else plan.tables.read
-    similarity, base = SimilaritySlots(plan), backward_leaves(plan)
+    by_k = of_k(plan, wanted) if hopper and in_loop and not rows_first else {}
+    wanted = [g for g in wanted if g not in by_k]
+    similarity = SimilaritySlots(plan, *([HELD] if hopper else []))
+    base = backward_leaves(plan)
     slopes = [part.own(name) for part in plan.parts for name in (SLOPE, "p")]
     leaves = {**base, **LEAVES, **{name: Leaf(name, Level.PAIR) for name in (*slopes, DS.name)}}
     lowering = Lowering(
@@ -207,10 +237,11 @@ def tile_slots(
     else:
         chains = [a | b for a, b in zip([w.weight() for w in weighs], [w.gradients() for w in weighs], strict=True)]
     after = lowering.after_loop()
-    final_lines, row_lines = [], []
+    final_lines, row_lines, sums_of_k = [], [], []
     for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
         chain["dqk_scale"] = after.emit(part.tagged(part.backward.dqk_scale)) if one_scale else "1"
         final_lines += take(after)
+        sums_of_k = [(g.name, after.emit(over_raw(part, rest), Level.COL)) for g, rest in by_k.items()]
         row_only = [g for g in gradients if g.row_only]
         if row_only:
             row_lines.append(f"{part.own('alive')} = {saw_a_key(part)}")
@@ -224,7 +255,7 @@ def tile_slots(
     return {
         "bounds": bounds,
         **similarity_slots(similarity, resident, qk_chunks, lowering, base),
-        **(_after_slots(similarity, resident, qk_chunks, lowering, base) if in_loop else {}),
+        **(_after_slots(similarity, resident, qk_chunks, lowering, base, hopper) if in_loop else {}),
         **_band_slots(similarity, band, qk_chunks, lowering, base),
         "outer": lowering.outer,
         "by_head": lowering.by_head,
@@ -234,6 +265,7 @@ def tile_slots(
         "tables": tables.count,
         "chains": chains,
         "final_lines": final_lines,
+        "sums_of_k": sums_of_k,
         "row_lines": row_lines,
         "saved": saved,
         "deltas": deltas,

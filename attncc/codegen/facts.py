@@ -22,7 +22,7 @@ from attncc.passes.work import PairCosts
 from attncc.schedule.problem import SimilarityWork, WarpWork
 
 if TYPE_CHECKING:
-    from attncc.codegen.plan import Plan
+    from attncc.codegen.plan import InputGradient, Plan
     from attncc.codegen.similarity import SimilaritySlots
 
 #: sweeps that the search for an implicit value takes, for the cost model
@@ -129,12 +129,11 @@ def facts_of(plan: Plan) -> Facts:
 
 
 def _warps(plan: Plan, has_backward: bool) -> WarpWork:
-    from attncc.codegen.backward import over_ds
     from attncc.codegen.forward import vanishes
-    from attncc.codegen.hopper_backward import no_backward
+    from attncc.codegen.hopper_backward import no_backward, passes_on
     from attncc.codegen.lower import Leaf, Lowering
     from attncc.codegen.pairs import base_leaves
-    from attncc.codegen.slopes import keeps_a_tile, slope_of
+    from attncc.codegen.slopes import slope_of
 
     def by_row(part: Plan, slope: Any) -> bool:
         """Has the slope a factor that is a row's, besides those that make it a multiple of the weight?"""
@@ -152,18 +151,25 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         if has_backward
         else False,
         columns=sum(g.kind == "col" for g in plan.gradients) if has_backward else 0,
-        columns_apart=sum(
-            g.kind == "col" and over_ds(plan, g) is None and keeps_a_tile(plan.parts[g.part], g.expr)
-            for g in plan.gradients
-        )
-        if has_backward
-        else 0,
+        columns_apart=sum(_is_apart(plan, g) for g in plan.gradients if g.kind == "col") if has_backward else 0,
         tables=plan.tables.count,
         asked=len({x for part in plan.parts for x in _streamed(part, Level.ROW)}),
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
         branches=len(plan.parts),
+        passes_on=has_backward and passes_on(plan),
         no_backward=no_backward(plan) if has_backward else "",
     )
+
+
+def _is_apart(plan: Plan, gradient: InputGradient) -> bool:
+    """Does a further value of each pair wait for dp to make what is summed a key?"""
+    from attncc.codegen.backward import of_k, over_ds
+    from attncc.codegen.slopes import keeps_a_tile
+
+    if gradient in of_k(plan, [g for g in plan.gradients if g.kind == "col"]):
+        return False
+    ratio = over_ds(plan, gradient)
+    return keeps_a_tile(plan.parts[gradient.part], gradient.expr) if ratio is None else ratio.has(sym.QK)
 
 
 def _streamed(part: Plan, of: Level) -> list[Any]:

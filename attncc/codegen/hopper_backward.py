@@ -14,6 +14,7 @@ from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import InputGradient, Plan
+from attncc.codegen.similarity import SimilaritySlots
 from attncc.codegen.statements import free_names, in_gluon, set_names
 from attncc.errors import UnsupportedError
 from attncc.passes.reverse import DELTA
@@ -75,6 +76,8 @@ def hopper_backward_slots(
     `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys? `branches`: the chains of
     several, each with the chunks of q and the rows that are its own; with one, its slots are those of the kernel.
     `alive`: for each delta, has a row seen any key?
+    `passed_on`: for each chunk of k what terms of the similarity add to dK, when all queries of a head are through, or
+    those of all heads where `sums_of_k` has their sums in multiples of k . dK;
     `late_rows`, `late_asked`: what the queries have that is read again for ds;
     `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
     then; `places_slope`: does ds ask where queries and keys lie?
@@ -124,7 +127,9 @@ def hopper_backward_slots(
         unmasked += [*weighed, *chain["grad_lines"]]
         hide += chain["hide"]
     asked = keyed_values(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]], [*own, *hide], show)
-    own += [*k["outer"], *k["by_head"], *k["final_lines"], *(f"n = {chain['dqk_scale']}" for chain in chains)]
+    passed = [line for lines in k["passed_on"] for line in lines]
+    own += [*k["outer"], *k["by_head"], *passed, *k["final_lines"]]
+    own += [f"n = {chain['dqk_scale']}" for chain in chains]
     wants_q_idx = "q_idx" in free_names(unmasked) or bool(hide)
     # strips are weighed one after the other, so what the cotangents take of a strip has a name of its own
     early = {"qk", "s", *k["saved"], *(x.name for x in asked.values if x.always)}
@@ -134,7 +139,7 @@ def hopper_backward_slots(
     late_asked = [x for x in asked.values if x.always and x.name in sloped]
     early -= {*late_rows, *(x.name for x in late_asked)}
     late = free_names([*chains[0]["grad_lines"], *(show if hide else ()), *hide])
-    around = free_names([*k["outer"], *k["by_head"], *k["final_lines"]])
+    around = free_names([*k["outer"], *k["by_head"], *passed, *k["final_lines"]])
     arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
     adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
     loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
@@ -159,6 +164,8 @@ def hopper_backward_slots(
         strips=strips,
         halvings=strips.bit_length() - 1,
         late=strips > STRIPS_BESIDE,
+        passed_on=[[in_gluon(line) for line in lines] for lines in k["passed_on"]] if passes_on(plan) else [],
+        sums_of_k=[(name, in_gluon(text)) for name, text in k["sums_of_k"]],
         late_rows=late_rows,
         late_asked=late_asked,
         kept=[name for name in late if name in early],
@@ -236,8 +243,14 @@ def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:
 def by_row(plan: Plan) -> list[str]:
     """The inputs whose gradients are sums over the keys of a row, which the kernel of dQ has."""
     elsewhere = summed_by_key(plan)
-    rows = (g for g in plan.gradients if g.kind in ("program", "row") and g not in elsewhere)
+    rows = (g for g in plan.gradients if g.kind in ("program", "row") and g not in elsewhere and not g.own)
     return list(dict.fromkeys(g.read.input for g in rows))
+
+
+def passes_on(plan: Plan) -> bool:
+    """Do terms of the similarity, which a query and a key have each, have gradients of their own? Then dK has a part
+    that is made of k when all queries are through, and dQ its own kernel, which does the like."""
+    return any(g.own for g in plan.gradients)
 
 
 def no_backward(plan: Plan) -> str:
@@ -246,7 +259,8 @@ def no_backward(plan: Plan) -> str:
         return "the gradient needs a sweep over the keys first, which Gluon kernels have not"
     if plan.columns:
         return "the gradient needs a sweep over the queries first, which Gluon kernels have not"
-    if plan.core is not plan.graph:
+    terms = SimilaritySlots(plan)
+    if plan.core is not plan.graph and (not terms.plain_dot or terms.gradients):
         return "the Gluon backward multiplies q with k alone, and this similarity has more"
     if any(part.graph.has_dot and part.backward.dqk == 0 for part in plan.parts):
         return "q and k have no gradient, and the Gluon backward is about making theirs"

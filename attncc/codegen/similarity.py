@@ -72,10 +72,12 @@ class VectorGradient:
 
 
 class SimilaritySlots:
-    """Facts of one plan that several kernels ask for."""
+    """Facts of one plan that several kernels ask for. `held`: what a kernel calls a chunk of a side's tile in float32,
+    which it has in registers."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, held: str = "{tile}_{chunk}.to(tl.float32)"):
         self.plan = plan
+        self.held = held
         self.found = plan.similarity
 
     @property
@@ -202,7 +204,7 @@ class SimilaritySlots:
         """What a vector expression of this side may use: [rows, components] in the place of a tile of pairs."""
         own = {
             sym.COMPONENT.name: Leaf(f"d_qk_{chunk.index}", Level.COL),
-            side.vector.name: Leaf(f"{side.tile}_{chunk.index}.to(tl.float32)", Level.PAIR),
+            side.vector.name: Leaf(self.held.format(tile=side.tile, chunk=chunk.index), Level.PAIR),
             side.index: Leaf(side.index, Level.ROW),
         }
         for dot in self.own_accumulators(side):

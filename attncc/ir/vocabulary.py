@@ -188,6 +188,9 @@ class maximum(Op):
     def _eval_is_nonnegative(self) -> bool | None:
         return True if any(a.is_nonnegative for a in self.args) else None
 
+    def _eval_is_positive(self) -> bool | None:
+        return True if any(a.is_positive for a in self.args) else None
+
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         a, b = self.args
         return where(a > b, 1, 0) if argindex == 1 else where(a > b, 0, 1)

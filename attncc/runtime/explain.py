@@ -131,6 +131,7 @@ def facts(
             for kernel in kernels_of(plan)
         },
         "dq_apart": by_row(plan) if in_gluon else None,
+        "dq_passed_on": problem.costs.warps.passes_on,
         "dq_in_turn": takes_turns(plan, sizes["d_qk"], sizes["d_v"]),
         "dealt": schedule.dkdv.backend == "gluon" and not bands and deals(schedule.dkdv, problem),
         "by_distance": [str(g.read.input) for g in bands],

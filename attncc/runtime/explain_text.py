@@ -41,6 +41,8 @@ def text_of(found: Mapping[str, Any]) -> str:
             wanted = " and ".join(found["dq_apart"])
             wanted = f"; dq makes it where gradients of {wanted} are wanted" if wanted else ""
             parts.append(f"of heads as wide a second kernel in Gluon makes dQ{wanted}")
+        elif found["dq_passed_on"]:
+            parts.append("dq makes dQ, with what terms of the similarity pass on to it")
         else:
             reasons = [f"the gradient of {name} is wanted" for name in found["dq_apart"]]
             turns = "; its programs take turns where the order must be fixed" if found["dq_in_turn"] else ""

@@ -112,7 +112,7 @@ def backend_of(
         return "triton", f"{device.name}.toml does not name {name} under gluon: not measured"
     gluon = _best_us(kernel, problem, device, "gluon")
     triton = _best_us(kernel, problem, device, "triton")
-    if kernel == "dkdv":  # that of Gluon makes dQ, too
+    if kernel == "dkdv" and not problem.costs.warps.passes_on:  # that of Gluon makes dQ, too
         triton += _best_us("dq", problem, device, "triton")
     times = f"predicted {gluon:.1f} us in Gluon, {triton:.1f} in Triton"
     return ("gluon" if gluon <= triton else "triton"), times

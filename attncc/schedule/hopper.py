@@ -75,6 +75,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
     warps = problem.costs.warps
     if kernel == "dkdv" and hopper_backward.shares_keys(problem.d_qk, problem.d_v, warps) and warps.columns:
         return "of heads as wide two warpgroups share the queries of a key, and this variant sums over those"
+    if kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v) and warps.passes_on:
+        return "of heads as wide no kernel in Gluon adds to dK what the terms of a similarity pass on"
     if not _fitting(kernel, problem, device):
         return "no tiling fits its registers and shared memory in Gluon"
     return None
@@ -102,7 +104,8 @@ def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSch
 def has_backward(ks: KernelSchedule, problem: Problem, device: Device) -> bool:
     """Is this a tiling of the Gluon backward, of whole tiles or in strips?"""
     strips = not ks.strips or (ks.strips in hopper_backward.STRIPS and hopper_backward.has_strips(problem))
-    return strips and replace(ks, strips=0) in tilings("dkdv", problem, device)
+    whole = {replace(each, strips=0) for each in tilings("dkdv", problem, device)}
+    return strips and replace(ks, strips=0) in whole
 
 
 def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:

@@ -73,7 +73,7 @@ def summed_apart(d_qk: int, d_v: int, warps: WarpWork) -> bool:
     """Does a third warpgroup have dQ? Else it is shared out between the two that have the keys: where their heads are
     too wide, or not narrow and a second value waits for dp beside the slope, or a third does, which all spilled."""
     both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
-    widest = {1: SUMMED_APART, 2: 2 * NARROW}.get(_waiting(warps), 0)
+    widest = next((width for waiting, width in ((1, SUMMED_APART), (2, 2 * NARROW)) if _waiting(warps) <= waiting), 0)
     return both <= widest and not wide(d_qk, d_v) and warps.branches == 1
 
 
@@ -140,6 +140,8 @@ def deals(ks: KernelSchedule, problem: Problem) -> bool:
     that are not narrow heads' must be short, or what each of their tiles takes more is more than what that hides."""
     if problem.group > 1 or problem.branches > 1 or ks.strips or wide(problem.d_qk, problem.d_v):
         return False
+    if problem.costs.warps.passes_on:  # dQ has its own kernel
+        return False
     narrow = max(sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))) <= NARROW
     tiles = problem.costs.live(ks.block_m, ks.block_n).live / ceil(problem.kv_len / ks.block_n)
     if tiles > SHORT_LOOP and not narrow:
@@ -166,8 +168,8 @@ def has_strips(problem: Problem) -> bool:
 
 
 def in_strips(ks: KernelSchedule, problem: Problem) -> tuple[KernelSchedule, ...]:
-    """The same tile in strips, for a formula of which the whole tile was seen to spill."""
-    if not has_strips(problem) or not problem.spilled("dkdv", ks):
+    """The same tile in strips, for a formula of which the whole tile was seen to spill, or would."""
+    if not has_strips(problem) or not (problem.spilled("dkdv", ks) or _waiting(problem.costs.warps) > 1):
         return ()
     return tuple(replace(ks, strips=count) for count in STRIPS)
 

@@ -109,6 +109,21 @@ def test_what_waits_for_dp(name, shape, strips):
     assert not run.failures(run.backward(wanted))
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "strips"),
+    [
+        ("cosine", GROUPED, 0),  # a length of each key: its cotangent is a multiple of k . dk
+        ("cosine", Shape(1, 4, 2, 100, 130, 96, 96), 2),
+        ("cosine", Shape(1, 1, 1, 100, 70, 128, 80), 0),
+        ("squared_distance", GROUPED, 2),  # one that is summed with ds
+        ("squared_distance", Shape(1, 2, 1, 100, 130, 96, 128), 0),
+    ],
+)
+def test_terms_of_a_similarity(name, shape, strips):
+    run = Run(name, shape, strips=strips)
+    assert not run.failures(run.backward())
+
+
 def test_strips_in_a_fixed_order_and_of_heads_of_a_group_apart():
     run = Run("softcap", Shape(1, 4, 1, 260, 300, 128, 80), strips=2)
     first, second = (run.backward(sums=False) for _ in range(2))

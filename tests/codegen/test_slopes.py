@@ -21,6 +21,7 @@ def slots(name):
         ("top_theta", "p * (dp - product_1[None, :])"),
         ("head_gates", "slope * ((dp * gate_value_1[None, :]) - delta[None, :])"),
         ("softpick", "slope * shifted_2"),
+        ("cosine", "dp * slope * value[:, None]"),
     ],
 )
 def test_one_value_a_pair_waits(name, ds):
@@ -33,6 +34,7 @@ def test_one_value_a_pair_waits(name, ds):
     ("name", "gradients"),
     [
         ("bee_rag", ["dbeta_0_tile = ds"]),
+        ("squared_distance", ["dk_term_0_0_tile = -0.5 * ds"]),
         ("key_gain", ["dgain_0_tile = dp * p * qk * scale"]),
     ],
 )
