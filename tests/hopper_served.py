@@ -17,7 +17,6 @@ NO_BACKWARD = {
     **NO_FORWARD,
     "transformer_xl": _MORE,
     **dict.fromkeys(("afa", "ssd"), "no tiling fits"),
-    **dict.fromkeys(("slots", "reversed"), "the gradient needs a sweep over the queries first"),
     "forgetting": "an input has gradients by key and by query",
     "dense_bias": "an input with an entry a pair",
     "mla": "Gluon's backward loads v for itself",

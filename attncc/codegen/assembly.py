@@ -164,7 +164,7 @@ def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: boo
         module.helpers |= slots["helpers"]
     module.bounds += bounds_of(plan, "q", plan.over_queries, kv["bounds"])
 
-    if plan.needs_delta and not hopper:
+    if plan.needs_delta and (columns or not hopper):
         module.add("delta.py.j2")
     for slots in swept:
         module.add("cotangents.py.j2", k=slots)

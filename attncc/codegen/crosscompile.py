@@ -195,7 +195,7 @@ def _gluon_source() -> Any:
 
 
 def _tiling(name: str, schedule: Schedule) -> Any:
-    kernel = kernel_of(name)
+    kernel = kernel_of(name, schedule)
     if kernel is not None:
         return schedule.of(kernel)
     for loop, tiling in light_tilings(schedule).items():
@@ -262,7 +262,7 @@ def spilled(kernels: Mapping[str, CompiledKernel], schedule: Schedule) -> dict[t
     """The spilled bytes of kernels that have a tiling of their own, for the scheduler: the most of each tiling."""
     found: dict[tuple[Kernel, KernelSchedule], int] = {}
     for name, compiled in kernels.items():
-        kernel = kernel_of(name)
+        kernel = kernel_of(name, schedule)
         if kernel is not None:
             key = kernel, schedule.of(kernel)
             found[key] = max(compiled.spills, found.get(key, 0))

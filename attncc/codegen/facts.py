@@ -157,6 +157,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
         maps=sum(is_map(r, part.core) for part in plan.parts for r in part.folded.score.atoms(Read)),
         branches=len(plan.parts),
         passes_on=has_backward and passes_on(plan),
+        means=has_backward and bool(plan.columns),
         no_backward=no_backward(plan) if has_backward else "",
     )
 

@@ -117,6 +117,7 @@ def hopper_backward_slots(
     pointers = [
         "KEY_SUMS_PTR",
         "ADDED_PTR",
+        *(f"{name.upper()}_PTR" for name in plan.columns),
         *(f"{g.name.upper()}_PTR" for g in (*k["gradients"], *bands)),
     ]
     show = [line for chain in chains for line in chain["show"]]
@@ -159,7 +160,7 @@ def hopper_backward_slots(
         asked_lines=[in_gluon(line) for line in asked.lines],
         wants_q_idx=wants_q_idx,
         wants_kv_idx="kv_idx" in free_names(unmasked) or bool(hide),
-        keeps_kv_idx=not (strips or bands) or "kv_idx" in around or bool(k["gradients"]),
+        keeps_kv_idx=not (strips or bands) or "kv_idx" in around or bool(k["gradients"] or plan.columns),
         keeps_kv_in_tile=not bands or "kv_in_tile" in around,
         strips=strips,
         halvings=strips.bit_length() - 1,
@@ -257,9 +258,9 @@ def no_backward(plan: Plan) -> str:
     """Why a variant that has a forward in Gluon has no backward there; empty where it has one."""
     if any(part.backward.cotangents for part in plan.parts):
         return "the gradient needs a sweep over the keys first, which Gluon kernels have not"
-    if plan.columns:
-        return "the gradient needs a sweep over the queries first, which Gluon kernels have not"
     terms = SimilaritySlots(plan)
+    if plan.columns and (len(plan.parts) > 1 or terms.gradients):
+        return "the gradient needs a sweep over the queries first, beside branches or terms of the similarity"
     if plan.core is not plan.graph and (not terms.plain_dot or terms.gradients):
         return "the Gluon backward multiplies q with k alone, and this similarity has more"
     if any(part.graph.has_dot and part.backward.dqk == 0 for part in plan.parts):

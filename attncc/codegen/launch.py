@@ -10,14 +10,14 @@ from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
 EVEN_REGISTERS = {2: 168, 3: 128}
 
 
-def kernel_of(name: str) -> Kernel | None:
+def kernel_of(name: str, schedule: Schedule) -> Kernel | None:
     """Which of the scheduler's kernels a generated one is, or is a companion of, which loops over the same tiles in the
     same tiling: what it spills is a reason against that, too. None for the others that are tiled like another."""
     known: dict[str, Kernel] = {"forward": "forward", "decode": "forward", "dkdv": "dkdv", "dq": "dq"}
     if name.startswith("cotangents"):
         return "dq"
-    if name == "columns_kernel":
-        return "dkdv"
+    if name == "columns_kernel":  # in Triton, whatever makes dK and dV
+        return "dkdv" if schedule.dkdv.backend == "triton" else "dq"
     return known.get(name.removesuffix("_kernel"))
 
 

@@ -202,7 +202,7 @@ class Engine:
                 run = partial(self.host_code, prepared, call, backward, wanted)
                 started: dict[Kernel, list[Future[Any]]] = {}
                 for name, future in collect(run, call.q.get_device()):
-                    if (kernel := kernel_of(name)) is not None:
+                    if (kernel := kernel_of(name, prepared.schedule)) is not None:
                         started.setdefault(kernel, []).append(future)
                 self._warmed[kind] = started
             prepared.started.update(self._warmed[kind])

@@ -77,6 +77,8 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
         return "of heads as wide two warpgroups share the queries of a key, and this variant sums over those"
     if kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v) and warps.passes_on:
         return "of heads as wide no kernel in Gluon adds to dK what the terms of a similarity pass on"
+    if kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v) and warps.means:
+        return "of heads as wide no kernel in Gluon takes a key's means over the queries away"
     if not _fitting(kernel, problem, device):
         return "no tiling fits its registers and shared memory in Gluon"
     return None

@@ -55,8 +55,8 @@ class WarpWork:
     no function of the weight and the score alone, but has a row's factor; `columns`: gradients that are summed there a
     key; `columns_apart`: those of them for which a further value a pair waits; `maps`: inputs of the score with an
     entry a pair, of which a tile is loaded at once; `tables`: what is read by distance; `asked`: what is read a query;
-    `branches`: scores of a pair; `passes_on`: dK has a part that is made of k at last; `no_backward`: why only the
-    Triton backend has this backward, if so."""
+    `branches`: scores of a pair; `passes_on`: dK has a part that is made of k at last; `means`: does a pair's gradient
+    ask for its key's means over the queries? `no_backward`: why only the Triton backend has this backward, if so."""
 
     vanishes: bool = True
     slope: bool = True
@@ -68,6 +68,7 @@ class WarpWork:
     asked: int = 0
     branches: int = 1
     passes_on: bool = False
+    means: bool = False
     no_backward: str = ""
 
 

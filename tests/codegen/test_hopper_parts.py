@@ -182,3 +182,18 @@ def test_the_model_notices_what_goes_wrong_by_distance(before, after):
     assert before in source("t5_bias", 128, 64)
     run = Run("t5_bias", Shape(1, 2, 1, 150, 130, 128, 64), lambda text: text.replace(before, after))
     assert run.noticed(("table",)) in (["dtable"], ["ended"])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "strips", "deals"),
+    [
+        ("slots", GROUPED, 0, False),
+        ("slots", Shape(1, 3, 3, 130, 150, 128, 128), 4, False),
+        ("reversed", Shape(1, 2, 2, 130, 150, 64, 64), 0, True),
+        ("reversed", Shape(1, 1, 1, 100, 130, 128, 80), 2, False),
+    ],
+)
+def test_means_over_the_queries_are_made_by_a_sweep_before(name, shape, strips, deals):
+    run = Run(name, shape, strips=strips, deals=deals)
+    wanted = tuple(d.name for d in run.plan.graph.inputs if d.grad)
+    assert not run.failures(run.backward(wanted))
