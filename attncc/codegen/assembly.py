@@ -205,6 +205,8 @@ def _hopper_backward(module: Assembly, kv: Slots) -> None:
         weighing = ("hopper_backward_dq.py.j2", "hopper_backward_branches.py.j2")
     if kv["wide"]:
         weighing = ("hopper_backward_wide.py.j2" if kv["shares"] else "hopper_backward_own.py.j2",)
+    if kv["rounds"]:
+        weighing = (weighing[0], "hopper_backward_round.py.j2", weighing[1])
     for template in ("hopper_prepare.py.j2", "hopper_backward_load.py.j2", *weighing):
         module.add(template, f=kv)
     module.in_warps |= kv["helpers"]
@@ -214,7 +216,7 @@ def _hopper_backward(module: Assembly, kv: Slots) -> None:
         module.bounds += bounds_of(plan, "dq", plan.over_keys, last["bounds"])
         module.add("hopper_dq.py.j2", f=last)
     else:
-        last = finish_slots(plan, shape.d_qk, shape.d_v)
+        last = finish_slots(plan, shape.d_qk, shape.d_v, kv["rounds"])
         module.add("hopper_finish.py.j2", f=last)
     module.helpers |= last["helpers"]
 

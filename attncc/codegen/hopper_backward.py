@@ -81,7 +81,8 @@ def hopper_backward_slots(
     `late_rows`, `late_asked`: what the queries have that is read again for ds;
     `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
     then; `places_slope`: does ds ask where queries and keys lie?
-    `deals`: have programs block after block? `leaves_values`: is the slot of values left as soon as they are read,
+    `deals`: have programs block after block? `rounds`: do two warps of theirs round dQ of heads that are done?
+    `leaves_values`: is the slot of values left as soon as they are read,
     since dV can go by way of the keys'? `stages_beside_keys`: with how many tiles of queries have those two slots?
     `bands`: gradients with an entry a distance, which are summed there, of `band_queries` at once; `frugal`: are
     registers scarce, so that the warp that loads stores dK and dV, too, and where keys lie is computed at each tile?
@@ -147,6 +148,7 @@ def hopper_backward_slots(
     slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
     alike = plan.masks == (sympy.true,)
     dealt = deals and not (is_wide or strips or branches or bands)
+    rounds = dealt and not third
     parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
     slots.update(
         arguments=arguments,
@@ -187,6 +189,8 @@ def hopper_backward_slots(
         registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
         pieces=parts,
         deals=dealt,
+        rounds=rounds,
+        scales=rounds and finish_slots(plan, d_qk, d_v)["scale"] == "scale",
         leaves_values=dealt and not third and out_in_q(d_qk, d_v),
         stages_beside_keys=stages_beside_keys(d_qk, d_v, len(k["rows"]) + len(asked.values)),
     )
@@ -207,9 +211,9 @@ def _branches(plan: Plan, chains: list[dict[str, Any]], qk_chunks: tuple[Chunk, 
     return found
 
 
-def finish_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
+def finish_slots(plan: Plan, d_qk: int, d_v: int, rounded: bool = False) -> dict[str, Any]:
     """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, the pieces they come in, and the
-    queries of a tile."""
+    queries of a tile; `rounded`: are some already?"""
     lowering = Lowering(plan.core, base_leaves(plan, {}))
     scales = {part.backward.dqk_scale for part in plan.parts}  # branches with scales of their own have them in ds
     scale = lowering.emit(scales.pop() if len(scales) == 1 else sympy.S.One)
@@ -221,6 +225,7 @@ def finish_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
         "pieces": pieces(chunks(d_qk, len(plan.parts)), NARROW),
         "claims": not summed_apart(d_qk, d_v, plan.facts.warps),
         "queries": queries(d_qk, d_v, plan.facts.warps),
+        "rounded": rounded,
     }
 
 

@@ -52,7 +52,9 @@ def _elementwise(function: Callable[..., Any]) -> Callable[..., Block]:
     return lambda *args, **_: Block(function(*(torch.as_tensor(plain(a)) for a in args)))
 
 
-def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Block:
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0, volatile: bool = False) -> Block:
+    if volatile:  # what others change: in a loop, most likely
+        current().let_others()
     at, shown = pointer.places(mask)
     return Block(torch.where(shown, pointer.memory[torch.where(shown, at, 0)], other))
 
@@ -76,7 +78,7 @@ def _atomic(change: Callable[..., Any], put: Callable[..., None] | None = None) 
 
     def atomic(pointer: Pointer, *args: Any, mask: Any = None, sem: str = "relaxed") -> Block:
         program = current()
-        if sem == "release" and program.own.landing:
+        if sem == "release" and (program.own.stores or program.own.landing):
             raise MachineError("others are told of a store that is still on its way")
         if sem == "acquire":  # in a loop, and those before have ended
             program.own.acquired = True
@@ -115,6 +117,7 @@ def _assembly(text: str, constraints: str, args: Sequence[Any], **_: Any) -> Any
         value, side = args[0].v.contiguous().view(torch.int16), args[1].v
         return Block((value & side | side & -0x8000).view(args[0].v.dtype))
     if text.startswith("cp.async.bulk.wait_group 0;"):
+        _store_wait(0)
         land(current().own)
     if text.startswith("fence.proxy.async.global;"):
         current().own.acquired = False
@@ -274,6 +277,7 @@ def _language() -> ModuleType:
     gl.arange = lambda start, end, layout=None: Block(torch.arange(start, end, dtype=torch.int32))
     gl.cast = lambda x, kind: Block(x).to(kind) if not isinstance(x, Block) else x.to(kind)
     gl.cdiv = lambda a, b: (a + (b - 1)) // b
+    gl.multiple_of = lambda x, values: x
     gl.convert_layout = lambda x, layout, assert_trivial=False: x
     gl.sum = lambda x, axis: Block(plain(x).sum(axis, dtype=plain(x).dtype))
     gl.max = lambda x, axis: Block(plain(x).amax(axis))

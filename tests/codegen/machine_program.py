@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tests.codegen.machine_tensors import Block, MachineError, Pointer
 
+_PATIENCE, _LOOKS = 20_000, 0.1  # looks of a program at what others change, and more; and how often they come first
+
 
 class Partition:
     """A thread, the matmuls and the stores that it has under way; of those, what was read is `landing`. `acquired`: was
@@ -24,6 +26,7 @@ class Partition:
         self.acquired = False
         self.until: Callable[[], bool] | None = None
         self.done = False
+        self.looks = False
         self.rank = 0.0
         self.go = threading.Semaphore(0)
 
@@ -39,7 +42,7 @@ class Program:
         self.barriers: list[Any] = []
         self.partitions: list[Partition] = []
         self.error: BaseException | None = None
-        self.asked = 0
+        self.asked = self.looked = 0
         self.change()
 
     def change(self) -> None:
@@ -98,6 +101,15 @@ class Program:
         if chosen is not None:
             chosen.go.release()
 
+    def let_others(self) -> None:
+        """A partition asks for what others do, and they come first for a while, for ever where nobody does it."""
+        self.looked += 1
+        if self.looked > _PATIENCE:
+            raise MachineError("somebody waits for what nobody does")
+        self.own.looks = True
+        self.wait(lambda: True)
+        self.own.looks = False
+
     def wait(self, until: Callable[[], bool]) -> None:
         """Let others run until the condition holds."""
         me = self.own
@@ -117,12 +129,18 @@ class Program:
         while self.error is None:
             self._happen()
             ready = [p for p in self.partitions if not p.done and (p.until is None or p.until())]
+            looking = [p for p in ready if p.looks]
+            if looking and self.random.random() < _LOOKS:
+                return self.random.choice(looking)
+            ready = [p for p in ready if not p.looks]
             if ready:
                 return max(ready, key=lambda p: p.rank) if self.partial else self.random.choice(ready)
             if all(p.done for p in self.partitions):
                 return None
             if self.copies:
                 self.copies.pop(-1 if self.overtaking else self.random.randrange(len(self.copies)))()
+            elif looking:
+                return self.random.choice(looking)
             else:
                 self.error = MachineError("every partition waits, and nothing is under way")
         for p in self.partitions:

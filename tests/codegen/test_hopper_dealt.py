@@ -79,4 +79,29 @@ def test_the_model_notices_what_is_left_out_between_blocks(d, before, after):
     ],
 )
 def test_the_model_notices_what_is_left_out_of_a_block(d, before, after):
-    assert noticed("full", Shape(1, 16 if d == 64 else 3, 16 if d == 64 else 3, 600, 130, d, d), before, after)
+    assert noticed("full", Shape(1, heads := 16 if d == 64 else 6, heads, 600, 130, d, d), before, after)
+
+
+#: heads enough that those of the first are done, and rounded, while later ones are multiplied
+ROUNDED = Shape(1, 40, 40, 70, 130, 128, 128)
+
+
+def test_dq_of_heads_that_are_done_is_rounded_beside_the_others():
+    seen = "dealt = backward.dealt = torch.empty("
+    run = Run("document", ROUNDED, lambda text: text.replace("dealt = torch.empty(", seen), deals=True)
+    assert not run.failures(run.backward())
+    assert run.module.backward.dealt[1] > 10
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # others are told of a block when what it adds to dQ is in memory, and wait for all of a head's
+        ("_stores_are_done(0)\n            _group_barrier()\n            gl.atomic_add(DEALT", "gl.atomic_add(DEALT"),
+        ("< gl.cdiv(kv_len + zero, BLOCK_N):", "< 0:"),
+        # the kernel behind begins with the first tile that nobody was dealt
+        ("tl.load(DEALT_PTR + 1) + tl.program_id(0)", "tl.load(DEALT_PTR + 1) + 1 + tl.program_id(0)"),
+    ],
+)
+def test_the_model_notices_what_is_left_out_of_rounding(before, after):
+    assert noticed("document", ROUNDED, before, after)
