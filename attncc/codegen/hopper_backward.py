@@ -81,7 +81,7 @@ def hopper_backward_slots(
     `late_rows`, `late_asked`: what the queries have that is read again for ds;
     `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
     then; `places_slope`: does ds ask where queries and keys lie?
-    `deals`: have programs block after block? `rounds`: do two warps of theirs round dQ of heads that are done?
+    `deals`: have programs block after block? `rounds`: do two of their warps round dQ of finished heads?
     `leaves_values`: is the slot of values left as soon as they are read,
     since dV can go by way of the keys'? `stages_beside_keys`: with how many tiles of queries have those two slots?
     `bands`: gradients with an entry a distance, which are summed there, of `band_queries` at once; `frugal`: are
@@ -213,7 +213,7 @@ def _branches(plan: Plan, chains: list[dict[str, Any]], qk_chunks: tuple[Chunk, 
 
 def finish_slots(plan: Plan, d_qk: int, d_v: int, rounded: bool = False) -> dict[str, Any]:
     """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, the pieces they come in, and the
-    queries of a tile; `rounded`: are some already?"""
+    queries of a tile; `rounded`: has dkdv_kernel rounded some of them?"""
     lowering = Lowering(plan.core, base_leaves(plan, {}))
     scales = {part.backward.dqk_scale for part in plan.parts}  # branches with scales of their own have them in ds
     scale = lowering.emit(scales.pop() if len(scales) == 1 else sympy.S.One)
