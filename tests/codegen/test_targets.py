@@ -36,9 +36,9 @@ GRAPH = ac.Variant(
 
 
 @cache
-def generated(dim, tma=False):
+def generated(dim, tma=False, **languages):
     plan = Plan(GRAPH)
-    return plan, load_source(render(plan, dim, dim, True, tma), f"targets_{dim}")
+    return plan, load_source(render(plan, dim, dim, True, tma, **languages), f"targets_{dim}")
 
 
 def sizes(dim):
@@ -60,9 +60,14 @@ def sizes(dim):
 )
 def test_the_first_choice_fits_and_keeps_its_registers(target, dim, kernels):
     device = device_for(target)
-    plan, module = generated(dim, loads_boxes(device, "bf16", dim, dim))
-    problem = problem_of(plan, sizes(dim), "bf16", "ieee", {})
+    problem = problem_of(Plan(GRAPH), sizes(dim), "bf16", "ieee", {})
     schedule = choose(problem, device)
+    languages = {
+        "forward_in": schedule.forward.backend,
+        "backward_in": schedule.dkdv.backend,
+        "strips": schedule.dkdv.strips,
+    }
+    _, module = generated(dim, loads_boxes(device, "bf16", dim, dim), **languages)
     only = tuple(f"{kernel}_kernel" for kernel in kernels)
     compiled = cross_compile(module, GRAPH, schedule, device, "bf16", only=only)
     assert tuple(compiled) == tuple(name for name in kernel_names(module) if name in only)
