@@ -19,8 +19,6 @@ LINEAR_GPU = "nvidia-h100-80gb-hbm3"
 
 #: what stands behind the linear table (long sequences, steps of decoding, both plans), of the last run with time for it
 LONG = "linear-long"
-#: the last run of the suite `hopper` that had time for every cell: what the newest stopped before is shown from it
-WHOLE = "hopper-whole"
 
 TITLES = {
     "full": "full",
@@ -108,18 +106,11 @@ def _over_flex(rows: list[dict[str, Any]], name: str) -> str:
 def hopper_table(folder: Path) -> str:
     """TFLOP/s forward / backward of plain attention at each head dimension, beside FlashAttention-4 and cuDNN."""
     data = results(folder, "hopper")
-    cells = _plain_cells(data)
-    earlier, told = {}, [f"bf16, about 32k tokens. {_provenance(data)}"]
-    if (folder / SHOWN_GPU / f"{WHOLE}.json").exists():
-        whole = results(folder, WHOLE)
-        earlier = {cell: modes for cell, modes in _plain_cells(whole).items() if cell not in cells}
-    if earlier:
-        told += ["", f"The last {len(earlier)}, which that run had no time for: {_provenance(whole)}"]
     lines = [
         "| TFLOP/s forward / backward | S | D | attncc | FlashAttention-4 | cuDNN | ratio to the better |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (case, length, dim), modes in (cells | earlier).items():
+    for (case, length, dim), modes in _plain_cells(data).items():
         rows = [modes[mode] for mode in ("forward", "backward")]
         ours = " / ".join(f"{row['attncc']['tflops']:.0f}" for row in rows)
         peers = [" / ".join(_entry(row["peers"].get(name)) for row in rows) for name in ("fa4", "cudnn")]
@@ -129,7 +120,7 @@ def hopper_table(folder: Path) -> str:
         size = f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
         fields = (TITLES.get(case, case), size, dims, f"**{ours}**", *peers, ratios)
         lines.append(f"| {' | '.join(fields)} |")
-    return "\n".join([*lines, "", *told])
+    return "\n".join([*lines, "", f"bf16, about 32k tokens. {_provenance(data)}"])
 
 
 def _plain_cells(data: dict[str, Any]) -> dict[tuple[str, int, int], dict[str, dict[str, Any]]]:

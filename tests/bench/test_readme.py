@@ -71,22 +71,6 @@ def test_plain_attention_is_shown_beside_the_better_of_the_best_peers(folder):
     assert "cog" not in text
 
 
-def test_what_the_newest_run_stopped_before_is_shown_from_the_last_whole_one(folder):
-    def at(commit, *rows):
-        return json.dumps({**HEAD, "commit": commit, "rows": [{"Dqk": 128, "Dv": 128, **r} for r in rows]})
-
-    def both(case, ours):
-        return [row(case, mode, ours, 1.0, fa4=600.0) for mode in ("forward", "backward")]
-
-    (folder / SHOWN_GPU / "hopper.json").write_text(at("new", *both("causal", 660.0)))
-    (folder / SHOWN_GPU / f"{readme.WHOLE}.json").write_text(at("old", *both("causal", 500.0), *both("S=6000", 540.0)))
-    lines = readme.hopper_table(folder).splitlines()
-    assert [line.split("**")[1] for line in lines if "**" in line] == ["660 / 660", "540 / 540"]
-    assert "commit new" in lines[-3]
-    assert lines[-1].startswith("The last 1, which that run had no time for")
-    assert "commit old" in lines[-1]
-
-
 def test_other_formulas_are_shown_beside_whom_they_ran_with(folder):
     def shown(case, mode, ours, reached, **peers):
         entries = {name.replace("_", " "): {"ms": 1.0, "tflops": t} for name, t in peers.items()}
