@@ -13,9 +13,15 @@ from attncc.schedule.problem import Dtype, KernelCosts, Precision, Problem
 
 
 def problem_of(
-    plan: Plan, sizes: Mapping[str, int], dtype: Dtype, precision: Precision, scalars: Mapping[str, Any]
+    plan: Plan,
+    sizes: Mapping[str, int],
+    dtype: Dtype,
+    precision: Precision,
+    scalars: Mapping[str, Any],
+    ordered: bool = False,
 ) -> Problem:
-    """The problem of one call. `sizes` has b, h, h_kv, q_idx, kv_idx, d_qk, d_v; an empty dimension counts as 1."""
+    """The problem of one call. `sizes` has b, h, h_kv, q_idx, kv_idx, d_qk, d_v; an empty dimension counts as 1.
+    `ordered`: every sum has a fixed order."""
     size = {name: max(n, 1) for name, n in sizes.items()}
     facts = plan.facts
     costs = KernelCosts(
@@ -51,6 +57,7 @@ def problem_of(
         pairs=facts.pairs,
         values=max(size.get("h_v", size["h_kv"]) // size["h_kv"], 1),
         value_of_key=plan.graph.value is not None,
+        ordered=ordered,
     )
 
 

@@ -97,9 +97,11 @@ class Engine:
         features = Features(d_qk, d_v, tma and facts.has_backward, backend, backward=backward)
         return self.modules.source(features)
 
-    def problem(self, sizes: Mapping[str, int], dtype: torch.dtype, scalars: Mapping[str, Any]) -> Problem:
+    def problem(
+        self, sizes: Mapping[str, int], dtype: torch.dtype, scalars: Mapping[str, Any], ordered: bool = False
+    ) -> Problem:
         """The scheduler's view of a call."""
-        return problem_of(self.plan, sizes, _DTYPES[dtype][0], self.precision(), scalars)
+        return problem_of(self.plan, sizes, _DTYPES[dtype][0], self.precision(), scalars, ordered)
 
     def precision(self) -> Precision:
         """How float32 operands meet in a matmul: as asked for, else as PyTorch's own matmuls do."""
@@ -147,7 +149,7 @@ class Engine:
         ordered: bool = False,
     ) -> Prepared:
         """`prepare` for a device that need not be there. `boxed`: descriptors can address q, k and v."""
-        problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars)
+        problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars, ordered)
         schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")
         if "gluon" in (schedule.forward.backend, schedule.dkdv.backend) and not boxed:
             raise InputError(

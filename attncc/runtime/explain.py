@@ -89,12 +89,14 @@ def facts(
     shown: int = SHOWN,
     schedule: Schedule | None = None,
     backend: Backend | None = None,
+    ordered: bool = False,
 ) -> dict[str, Any]:
     """Everything `explain` says, as plain JSON values. `sizes` is that of `sizes_of`; times are in microseconds.
 
     Nothing is compiled or measured. `schedule` is one that the user fixed, else `cache` may have a tuned one; `backend`
-    is that of `choose`. Scalars that are not given have their defaults. UnsupportedError for a variant without a
-    plan, InputError for a scalar that the variant has not, ScheduleError if no tiling fits the device.
+    is that of `choose`; `ordered`: every sum has a fixed order. Scalars that are not given have their defaults.
+    UnsupportedError for a variant without a plan, InputError for a scalar that the variant has not, ScheduleError if no
+    tiling fits the device.
     """
     graph = plan.graph
     known = {s.name: s.default for s in graph.scalars}
@@ -104,7 +106,7 @@ def facts(
         near = difflib.get_close_matches(unknown[0], [*known, *_OPTIONS], n=1)
         remedy = f"did you mean '{near[0]}'?" if near else None
         raise InputError(f"'{graph.name}' has no scalar '{unknown[0]}'", remedy=remedy)
-    problem = with_known_spills(problem_of(plan, sizes, dtype, precision, numbers), device, cache)
+    problem = with_known_spills(problem_of(plan, sizes, dtype, precision, numbers, ordered), device, cache)
     given = schedule is not None
     schedule = schedule or choose(problem, device, cache, backend)
     in_gluon = schedule.dkdv.backend == "gluon" and plan.has_backward is None
@@ -133,6 +135,7 @@ def facts(
         "dq_apart": by_row(plan) if in_gluon else None,
         "dq_passed_on": problem.costs.warps.passes_on,
         "dq_in_turn": takes_turns(plan, sizes["d_qk"], sizes["d_v"]),
+        "ordered": ordered,
         "dealt": schedule.dkdv.backend == "gluon" and not bands and deals(schedule.dkdv, problem),
         "by_distance": [str(g.read.input) for g in bands],
         "dq_of_rows": schedule.dkdv.backend == "gluon" and wide(sizes["d_qk"], sizes["d_v"]),
@@ -295,9 +298,10 @@ def explain(
     shown: int = SHOWN,
     schedule: Schedule | None = None,
     backend: Backend | None = None,
+    ordered: bool = False,
 ) -> str:
     """The facts as text, for people. Arguments and errors are those of `facts`."""
-    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule, backend))
+    return text_of(facts(plan, sizes, dtype, device, scalars, precision, cache, shown, schedule, backend, ordered))
 
 
 def explained_device(target: str | None) -> Device:

@@ -44,19 +44,31 @@ def text_of(found: Mapping[str, Any]) -> str:
         elif found["dq_passed_on"]:
             parts.append("dq makes dQ, with what terms of the similarity pass on to it")
         else:
-            reasons = [f"the gradient of {name} is wanted" for name in found["dq_apart"]]
-            turns = "; its programs take turns where the order must be fixed" if found["dq_in_turn"] else ""
-            reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
-            apart = f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
-            dealt = "; a program has block after block of keys in that order" if found["dealt"] else ""
-            sums = " and ".join(["dQ", *(f"the gradient of {name}" for name in found["by_distance"])])
-            parts.append(f"dkdv sums {sums} in a free order{dealt}{turns}{apart}")
+            parts.append(_sums_text(found))
     parts.append(
         f"the schedule is {origin}: the lines with ->\n"
         "times are predicted, in us: of all, then of each unit, where * limits; registers are estimated "
         "(attncc compile counts them)"
     )
     return "\n\n".join(parts)
+
+
+def _sums_text(found: Mapping[str, Any]) -> str:
+    """What a Gluon dkdv sums besides dK and dV, in which order, and where it does not."""
+    reasons = [f"the gradient of {name} is wanted" for name in found["dq_apart"]]
+    if found["ordered"] and not found["dq_in_turn"]:
+        return "dq makes dQ, for the order of sums is fixed"
+    if found["ordered"]:
+        return f"dkdv sums dQ in a fixed order, in which its programs take turns{_apart(reasons)}"
+    turns = "; its programs take turns where the order must be fixed" if found["dq_in_turn"] else ""
+    reasons = reasons if found["dq_in_turn"] else ["the order must be fixed", *reasons]
+    dealt = "; a program has block after block of keys in that order" if found["dealt"] else ""
+    sums = " and ".join(["dQ", *(f"the gradient of {name}" for name in found["by_distance"])])
+    return f"dkdv sums {sums} in a free order{dealt}{turns}{_apart(reasons)}"
+
+
+def _apart(reasons: Sequence[str]) -> str:
+    return f"; dq makes dQ where {', or '.join(reasons)}" if reasons else ""
 
 
 def _passes(found: Mapping[str, Any]) -> str:

@@ -216,7 +216,8 @@ class AttentionOp(Remade):
         device, precision = explained_device(target), self.engine.precision()
         cache, schedule, backend = Cache(), self._schedule, self._backend
         plan = Plan(self.graph) if self.graph is not self.engine.graph else self.plan
-        return explain(plan, sizes, dtype, device, scalars, precision, cache, schedule=schedule, backend=backend)
+        asked: dict[str, Any] = {"schedule": schedule, "backend": backend, "ordered": self.engine.ordered()}
+        return explain(plan, sizes, dtype, device, scalars, precision, cache, **asked)
 
     def torch_op(self, outputs: str | Sequence[str] = "out") -> Any:
         """The registered operator of a call that asks for these outputs, for `torch.library.opcheck`."""

@@ -117,8 +117,8 @@ class Problem:
     `digest` is the variant's IR digest; with none, no tuned schedule is looked up. `branches`: how many scores a pair
     has, each over its own part of d_qk. `pairs`: some input has a gradient with an entry a pair, so there is a pair
     kernel to schedule. `values`: heads of v that each weight meets; `value_of_key`: v is the first part of k, and is
-    not loaded for itself. `spills`: tilings of which compiled kernels were seen to spill, with the bytes a thread;
-    those that are alike are named once (`alike`).
+    not loaded for itself. `ordered`: every sum has a fixed order. `spills`: tilings of which compiled kernels were seen
+    to spill, with the bytes a thread; those that are alike are named once (`alike`).
     """
 
     dtype: Dtype
@@ -136,6 +136,7 @@ class Problem:
     pairs: bool = True
     values: int = 1
     value_of_key: bool = False
+    ordered: bool = False
     spills: frozenset[tuple[Kernel, KernelSchedule, int]] = frozenset()
 
     def __post_init__(self) -> None:

@@ -174,6 +174,23 @@ def test_which_kernel_makes_dq(nothing_shipped, attncc, dim, said):
     assert said in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "sink",
+            "dkdv sums dQ in a fixed order, in which its programs take turns; dq makes dQ where the gradient of sink",
+        ),
+        ("prefix_lm", "dq makes dQ, for the order of sums is fixed"),
+    ],
+)
+def test_what_sums_dq_in_a_fixed_order(nothing_shipped, name, said):
+    op = ac.compile(name, backend="gluon", deterministic=True)
+    text = op.explain(q_len=4096, target="h100")
+    assert said in " ".join(text.split())
+    assert "free order" not in text
+
+
 def test_heads_of_a_group_that_have_programs_of_their_own_add_up_in_turns(nothing_shipped, attncc):
     grouped = ("--target", "h100", "--q-len", "4096", "--batch", "4", "--heads", "28", "--kv-heads")
     shared, apart = (attncc("explain", "causal", *grouped, kv_heads).stdout for kv_heads in ("4", "28"))

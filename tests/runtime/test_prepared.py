@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from attncc.runtime.shapes import bind
 from attncc.schedule import Cache, choose, device_for
 
 A100 = device_for("a100")
+MEASURED = replace(device_for("h100"), gluon=("forward", "dkdv"))
 KERNELS = ("forward", "dkdv", "dq")
 
 
@@ -65,6 +67,17 @@ def test_the_next_tiling_is_taken_in_this_process_and_the_next(compiled):
     assert ready(op, *KERNELS).schedule == after == first_choice(ac.compile("causal", plan="parallel"))
     problem, device = ready(op).chosen_for
     assert choose(problem, device, Cache()) == after  # what `attncc compile` and `explain` ask
+
+
+def test_a_call_of_ordered_sums_leaves_the_others_alone(compiled, monkeypatch):
+    monkeypatch.setattr(engines, "device_of", lambda device: MEASURED)
+    free, fixed = (ac.compile("causal", plan="parallel", backend="gluon", deterministic=x) for x in (False, True))
+    before = ready(free).schedule
+    assert before.dkdv.backend == "gluon"
+    compiled.spills = lambda number, kernel: 64 if (number, kernel) == (1, "dkdv") else 0
+    assert ready(fixed, *KERNELS).schedule.dkdv != before.dkdv
+    for op in (free, ac.compile("causal", plan="parallel", backend="gluon")):
+        assert ready(op, *KERNELS).schedule == before
 
 
 def test_a_companion_that_spills_is_a_reason_against_its_tiling(compiled):

@@ -101,6 +101,25 @@ def test_strips_of_a_schedule_are_those_there_are(cache):
     assert not hopper.has_backward(replace(whole, strips=2), WIDE, MEASURED)
 
 
+def test_kernels_of_ordered_sums_spill_for_themselves(cache):
+    """In Gluon, what sums dQ in turn has warps more; all other kernels are the same, and known in either case."""
+    ordered = replace(WORK, ordered=True)
+    whole = ranked("dkdv", WORK, MEASURED, "gluon")[0][0]
+    strips, triton = replace(whole, strips=STRIPS[0]), ranked("dkdv", WORK, MEASURED)[0][0]
+    known = seen({("dkdv", whole): 8, ("dkdv", triton): 24, ("forward", whole): 16}, cache, ordered, MEASURED)
+    assert [known.spilled("dkdv", ks) for ks in (whole, triton)] == [8, 24]
+    assert choose(ordered, MEASURED, cache).dkdv == strips
+    known = with_known_spills(WORK, MEASURED, cache)
+    assert [known.spilled("dkdv", ks) for ks in (whole, triton)] == [0, 24]
+    assert known.spilled("forward", whole) == 16
+    assert choose(WORK, MEASURED, cache).dkdv == whole
+    # and the other way round, in the same entry
+    assert seen({("dkdv", strips): 12}, cache, device=MEASURED).spilled("dkdv", strips) == 12
+    known = with_known_spills(ordered, MEASURED, cache)
+    assert [known.spilled("dkdv", ks) for ks in (whole, strips)] == [8, 0]
+    assert len(cache.list()) == 1
+
+
 def test_tilings_that_differ_in_arguments_alone_are_alike():
     gluon = KernelSchedule(64, 128, 8, 2, "gluon")
     assert alike(replace(gluon, num_stages=3)) == alike(gluon) != alike(replace(gluon, splits=4))
