@@ -121,8 +121,9 @@ class Engine:
             return frozenset()
         return frozenset(("dq", *(f"d{g.read.input}" for g in by_distance(self.plan))))
 
-    def prepare(self, call: Operands) -> Prepared:
-        """The module, schedule and options for calls like this one."""
+    def prepare(self, call: Operands, instead_of: Prepared | None = None) -> Prepared:
+        """The module, schedule and options for calls like this one, chosen anew where there is none but
+        `instead_of`."""
         bound, *qkv = call
         sizes = scheduled_sizes(bound.sizes)
         precision = self.precision()
@@ -131,11 +132,11 @@ class Engine:
         dtype, device = call.q.dtype, call.device
         key = (tuple(sizes.values()), dtype, device, precision, tuple(bound.scalars.values()), boxed, ordered)
         found = self._prepared.get(key)
-        if found is None:
+        if found is None or found is instead_of:
             with self._lock:
                 target = device_of(device)
                 with held():
-                    found = self.prepare_for(target, bound, dtype, precision, boxed, ordered)
+                    found = self.prepare_for(target, bound, dtype, precision, boxed, ordered, instead_of)
                 self._prepared[key] = found
         return found
 
@@ -147,10 +148,13 @@ class Engine:
         precision: Precision = "ieee",
         boxed: bool = True,
         ordered: bool = False,
+        instead_of: Prepared | None = None,
     ) -> Prepared:
         """`prepare` for a device that need not be there. `boxed`: descriptors can address q, k and v."""
         problem = self.problem(scheduled_sizes(bound.sizes), dtype, bound.scalars, ordered)
         schedule = self._fixed or choose(problem, target, self.cache, self._backend if boxed else "triton")
+        if instead_of is not None:
+            schedule = instead_of.kept_in(schedule)
         if "gluon" in (schedule.forward.backend, schedule.dkdv.backend) and not boxed:
             raise InputError(
                 "the given schedule has a Gluon kernel, which cannot copy these tensors",
@@ -172,23 +176,26 @@ class Engine:
         guessed = self._fixed is None and schedule.origin != "tuned" and not interpreted
         chosen_for = (with_known_spills(problem, target, self.cache), target) if guessed else None
         options = dot_options(dtype, precision, target)
-        return Prepared(module, schedule, meta, options, interpreted, chosen_for)
+        ran = set() if instead_of is None else set(instead_of.ran)
+        return Prepared(module, schedule, meta, options, interpreted, chosen_for, ran=ran)
 
     def ready(
         self, kernels: tuple[Kernel, ...], call: Operands, backward: bool, wanted: tuple[str, ...] | None = None
     ) -> Prepared:
         """`prepare`, with all kernels on their way; where one of `kernels`, which are to be launched now, turns out to
-        spill, another tiling may take its place before any call has seen it."""
+        spill, another tiling may take its place before any call has seen it. Those that a call has seen stay."""
         prepared = self.prepare(call)
         if prepared.interpreted:
             return prepared
-        self.warm(prepared, call, backward, wanted)
-        while spills_anew(prepared, kernels, self.cache):
-            with self._lock:
-                self._prepared = {key: found for key, found in self._prepared.items() if found is not prepared}
-            prepared = self.prepare(call)
+        while True:
             self.warm(prepared, call, backward, wanted)
-        return prepared
+            anew = spills_anew(prepared, kernels, self.cache)
+            with self._lock:
+                found = self.prepare(call, prepared if anew else None)
+                if found is prepared:
+                    prepared.ran.update(kernels)
+                    return prepared
+            prepared = found
 
     def warm(self, prepared: Prepared, call: Operands, backward: bool, wanted: tuple[str, ...] | None = None) -> None:
         """Start to compile what this call launches, all kernels side by side; once for each kind. `backward`: that,
@@ -233,7 +240,7 @@ class Engine:
         """dq, dk, dv, then the gradient of each differentiable input in the graph's order; None where it is not
         wanted."""
         self.plan.refuse_gradients()
-        prepared = self.ready(("dkdv", "dq"), call, True, adjoint.wanted)
+        prepared = self.ready(("dkdv", "dq", "pair"), call, True, adjoint.wanted)
         with on_device(call.device):
             found = prepared.module.backward(*call.arguments, *adjoint, prepared.meta, prepared.options)
         return cast(tuple[Tensor | None, ...], found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +20,8 @@ class Prepared:
     kernels.
 
     `chosen_for`: the problem and device of a schedule that was chosen by the model, neither given nor measured here.
-    `started`: kernels that are compiled or being compiled, each with its companions."""
+    `started`: kernels that are compiled or being compiled, each with its companions. `ran`: those that a call has run,
+    or is about to."""
 
     module: ModuleType
     schedule: Schedule
@@ -29,6 +30,11 @@ class Prepared:
     interpreted: bool
     chosen_for: tuple[Problem, Device] | None = None
     started: dict[Kernel, list[Future[Any]]] = field(default_factory=dict)
+    ran: set[Kernel] = field(default_factory=set)
+
+    def kept_in(self, schedule: Schedule) -> Schedule:
+        """A schedule with the tilings of the kernels that ran, so that later calls have the same bits."""
+        return replace(schedule, **{kernel: getattr(self.schedule, kernel) for kernel in self.ran})
 
 
 def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -> bool:
@@ -39,9 +45,8 @@ def spills_anew(prepared: Prepared, kernels: tuple[Kernel, ...], cache: Cache) -
     problem, device = prepared.chosen_for
     found: dict[tuple[Kernel, KernelSchedule], int] = {}
     for kernel in kernels:
-        tiling = prepared.schedule.of(kernel)
         # what does not compile fails again at its launch, with its reason
         started = [future.result() for future in prepared.started.get(kernel, ()) if future.exception() is None]
-        if started and not problem.spilled(kernel, tiling):
+        if started and not problem.spilled(kernel, tiling := prepared.schedule.of(kernel)):
             found[kernel, tiling] = max(map(spilled_bytes, started))
     return note_spills(found, problem, device, cache)

@@ -14,6 +14,7 @@ from attncc.runtime import engine as engines
 from attncc.runtime.operands import Operands
 from attncc.runtime.shapes import bind
 from attncc.schedule import Cache, choose, device_for
+from attncc.schedule.spills import note_spills
 
 A100 = device_for("a100")
 MEASURED = replace(device_for("h100"), gluon=("forward", "dkdv"))
@@ -41,9 +42,9 @@ def compiled(monkeypatch):
     return found
 
 
-def ready(op, *kernels):
+def ready(op, *kernels, wanted=None):
     q, k, v = (torch.empty(1, 2, 256, 64, dtype=torch.bfloat16) for _ in range(3))
-    return op.engine.ready(kernels, Operands(bind(op.engine.graph, q, k, v, None, {}), q, k, v), True)
+    return op.engine.ready(kernels, Operands(bind(op.engine.graph, q, k, v, None, {}), q, k, v), True, wanted)
 
 
 def first_choice(op):
@@ -67,6 +68,46 @@ def test_the_next_tiling_is_taken_in_this_process_and_the_next(compiled):
     assert ready(op, *KERNELS).schedule == after == first_choice(ac.compile("causal", plan="parallel"))
     problem, device = ready(op).chosen_for
     assert choose(problem, device, Cache()) == after  # what `attncc compile` and `explain` ask
+
+
+def test_a_kernel_that_ran_stays_where_another_is_chosen_anew(compiled):
+    """Or a second backward would follow a forward of other bits: another process may have noted what it spills."""
+    op = ac.compile("causal", plan="parallel")
+    compiled.spills = lambda number, kernel: 64 if (number, kernel) == (0, "dkdv") else 0
+    before = ready(op, "forward")
+    note_spills({("forward", before.schedule.forward): 64}, *before.chosen_for, Cache())
+    after = ready(op, "dkdv", "dq").schedule
+    assert after.dkdv != before.schedule.dkdv
+    assert after.forward == ready(op, "forward").schedule.forward == before.schedule.forward
+    assert first_choice(ac.compile("causal", plan="parallel")).forward != after.forward
+
+
+def test_a_kernel_that_ran_stays_where_it_spills_in_another_call(compiled):
+    """In one of which other gradients are wanted. The spill is noted for the next process."""
+    op = ac.compile("causal", plan="parallel")
+    before = ready(op, *KERNELS).schedule
+    compiled.spills = lambda number, kernel: 64 if kernel == "dkdv" else 0
+    assert ready(op, *KERNELS, wanted=("slopes",)).schedule == before == first_choice(op)
+    assert first_choice(ac.compile("causal", plan="parallel")).dkdv != before.dkdv
+
+
+def test_what_another_thread_chose_meanwhile_is_run(compiled, monkeypatch):
+    """Two threads with one call: while one waits for the forward, the other finds that the backward spills."""
+    op = ac.compile("causal", plan="parallel")
+    compiled.spills = lambda number, kernel: 64 if (number, kernel) == (0, "dkdv") else 0
+    before = ready(op)
+    note_spills({("forward", before.schedule.forward): 64}, *before.chosen_for, Cache())
+    looked = engines.spills_anew
+
+    def waits(prepared, kernels, cache):
+        monkeypatch.setattr(engines, "spills_anew", looked)
+        ready(op, "dkdv", "dq")
+        return looked(prepared, kernels, cache)
+
+    monkeypatch.setattr(engines, "spills_anew", waits)
+    ran = ready(op, "forward")
+    assert ran is ready(op, *KERNELS)
+    assert ran.schedule.forward != before.schedule.forward
 
 
 def test_a_call_of_ordered_sums_leaves_the_others_alone(compiled, monkeypatch):
