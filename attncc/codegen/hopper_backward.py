@@ -1,4 +1,4 @@
-"""Template slots of the Gluon backward for Hopper: those of dkdv.py.j2, cut into functions for specialized warps."""
+"""Template slots of the Gluon backward for Hopper: those of dkdv.py.j2, divided among specialized warps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sympy
 
 from attncc.codegen.backward import dkdv_slots, over_ds, saw_a_key, summed_by_key
 from attncc.codegen.chunks import Chunk, chunks
-from attncc.codegen.hopper import kernel_arguments, keyed_values, refuse, tile_slots, translated
+from attncc.codegen.hopper import KeyedValues, kernel_arguments, keyed_values, refuse, tile_slots, translated
 from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
 from attncc.codegen.pairs import base_leaves
@@ -31,7 +31,7 @@ from attncc.schedule.hopper_backward import (
     wide,
 )
 
-#: where the queries and the keys of a tile lie, which no strip keeps
+#: the positions of a tile's queries and keys, which are recomputed instead of kept for a strip
 _PLACES = frozenset({"q_idx", "kv_idx", "q_in_tile", "tile_shift"})
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST_MATH")
@@ -39,8 +39,8 @@ _COMMON = ("scale", "heads", "q_len", "kv_len", "GROUP", "SPLITS", "WIDE", "FAST
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tile of dQ that a warpgroup computes at once: `width` columns from `start` on, which are those of a
-    chunk of k from its column `offset` on."""
+    """Columns of a tile of dQ that a warpgroup computes with one matmul: `width` columns of dQ from `start`, which are
+    those of chunk number `chunk` of k from its column `offset`. `whole`: they are the whole chunk."""
 
     chunk: int
     offset: int
@@ -50,10 +50,10 @@ class Piece:
 
 
 def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
-    """The columns of dQ in pieces of at most `widest`: with 64, one a warpgroup of two, or of a third one after the
-    other, as where heads are wide.
+    """The columns of dQ in pieces of at most `widest`. With 64, each of two warpgroups computes one piece, or a third
+    warpgroup computes them one after the other, as the kernel for wide heads does.
 
-    Operands are cut at 128 bytes alone, where their layouts in shared memory repeat."""
+    Operands are cut only at multiples of 128 bytes, where the swizzled layout in shared memory repeats."""
     found = []
     for c in qk_chunks:
         width = min(c.width, widest)
@@ -65,37 +65,24 @@ def pieces(qk_chunks: tuple[Chunk, ...], widest: int) -> tuple[Piece, ...]:
 def hopper_backward_slots(
     plan: Plan, d_qk: int, d_v: int, shared_key: bool = False, strips: int = 0, deals: bool = False
 ) -> dict[str, Any]:
-    """Slots of hopper_backward.py.j2, of hopper_backward_own.py.j2 or hopper_backward_wide.py.j2 where heads are wide,
-    or of hopper_backward_branches.py.j2: those of dkdv.py.j2 in Gluon, and which names each function is handed.
+    """Slots of the Gluon kernel of dK and dV: those of dkdv.py.j2 in Gluon, and the names that each function takes.
 
-    `loads`, `adds` and `grads` name the kernel's arguments that the warps need which load, which add to dQ and which
-    compute. `asked`: what is read a query, which the warp that loads has early. `alive`: has a row seen any key?
-    `alike`: do all blocks see the same tiles? `rotates`: does each begin with its own of them? `in_turn`: where dQ is
-    summed, can programs take turns? `claims`: does who comes first to a tile of dQ store it, so that nobody writes
-    zeros before?
-    `wide`: has dQ a kernel of its own? `shares`: do both warpgroups have the same keys? `branches`: the chains of
-    several, each with the chunks of q and the rows that are its own; with one, its slots are those of the kernel.
-    `alive`: for each delta, has a row seen any key?
-    `passed_on`: for each chunk of k what terms of the similarity add to dK, when all queries of a head are through, or
-    those of all heads where `sums_of_k` has their sums in multiples of k . dK;
-    `late_rows`, `late_asked`: what the queries have that is read again for ds;
-    `strips`: in how many is a tile weighed, if any; `late`: does dp come after that? `kept`: what a strip keeps until
-    then; `places_slope`: does ds ask where queries and keys lie?
-    `deals`: have programs block after block? `rounds`: do two of their warps round dQ of finished heads?
-    `leaves_values`: is the slot of values left as soon as they are read,
-    since dV can go by way of the keys'? `stages_beside_keys`: with how many tiles of queries have those two slots?
-    `bands`: gradients with an entry a distance, which are summed there, of `band_queries` at once; `frugal`: are
-    registers scarce, so that the warp that loads stores dK and dV, too, and where keys lie is computed at each tile?
+    The template is hopper_backward.py.j2; for wide heads hopper_backward_own.py.j2 or hopper_backward_wide.py.j2; for
+    several branches hopper_backward_branches.py.j2. `strips` and `deals` are the arguments of `render`. The slots that
+    dkdv.py.j2 does not have are
+
+    - those of `_argument_slots`, `_strip_slots` and `_division_slots`;
+    - `pieces`: the columns of dQ, divided as the warpgroups compute them;
+    - `asked`: values per query that the loading warp reads ahead of their use;
+    - `alive`: for each delta, the condition that its row has seen a key;
+    - `branches`: the slots of each of several branches, with its own chunks of q and row statistics; empty with one
+      branch, whose slots are the kernel's;
+    - `passed_on`: for each chunk of k, lines that add the contribution of the similarity's terms to dK. They run after
+      all queries of a head, or after all heads where `sums_of_k` gives the terms' sums as multiples of k . dK;
+    - `bands`: gradients with an entry per distance that the kernel sums, `band_queries` queries at once.
     """
-    _refuse(plan)
-    if queries(d_qk, d_v, plan.facts.warps) is None:
-        raise UnsupportedError(
-            f"the Gluon backward of '{plan.graph.name}' shares dQ out between two warpgroups, and cannot do so with "
-            f"heads of {d_qk}{f' in {len(plan.parts)} branches' if len(plan.parts) > 1 else ''}",
-            remedy="use backend='triton'",
-        )
+    _refuse(plan, d_qk, d_v)
     qk_chunks = chunks(d_qk, len(plan.parts), shared_key)
-    is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
     shares = shares_keys(d_qk, d_v, plan.facts.warps)
     bands = summed_by_distance(plan, d_qk, d_v)
     k = dkdv_slots(plan, qk_chunks, by_tile=True, hopper=True, streams=not shares, bands=bands)
@@ -111,95 +98,153 @@ def hopper_backward_slots(
         k["helpers"] |= {"_by_distance"}
     chains = k.pop("chains")
     branches = _branches(plan, chains, qk_chunks) if len(chains) > 1 else []
+    stages = _Stages.of(chains)
+    asked = keyed_values(
+        *(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]]), [*stages.lines, *stages.hide], stages.show
+    )
+    outside = [*k["outer"], *k["by_head"], *(line for lines in k["passed_on"] for line in lines), *k["final_lines"]]
+    around = free_names(outside)
+    slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
+    slots.update(
+        **_argument_slots(
+            *(plan, k, bands, shares, asked),
+            [*stages.lines, *outside, *(f"n = {chain['dqk_scale']}" for chain in chains)],
+        ),
+        **tile_slots(k["bounds"]),
+        **_strip_slots(k, chains[0], stages, asked, strips),
+        **_division_slots(plan, d_qk, d_v, strips, deals and not (branches or bands)),
+        pieces=pieces(qk_chunks, 2 * NARROW if wide(d_qk, d_v) else NARROW),
+        asked=asked.values,
+        asked_head=[in_gluon(line) for line in asked.block_lines],
+        asked_lines=[in_gluon(line) for line in asked.lines],
+        wants_q_idx="q_idx" in free_names(stages.unmasked) or bool(stages.hide),
+        wants_kv_idx="kv_idx" in free_names(stages.unmasked) or bool(stages.hide),
+        keeps_kv_idx=not (strips or bands) or "kv_idx" in around or bool(k["gradients"] or plan.columns),
+        keeps_kv_in_tile=not bands or "kv_in_tile" in around,
+        passed_on=[[in_gluon(line) for line in lines] for lines in k["passed_on"]] if passes_on(plan) else [],
+        sums_of_k=[(name, in_gluon(text)) for name, text in k["sums_of_k"]],
+        branches=branches,
+        alive=[saw_a_key(part) for part in plan.parts],
+        bands=bands,
+        band_queries=ROWS // max(strips, 1),
+        frugal=bool(strips or bands) or (wide(d_qk, d_v) and not shares),
+        held=not (strips or bands) and holds_keys(d_qk, d_v, plan.facts.warps),
+        registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
+        stages_beside_keys=stages_beside_keys(d_qk, d_v, len(k["rows"]) + len(asked.values)),
+    )
+    return slots
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of all branches as statements: `lines` of a tile that the mask cuts, `unmasked` of one that it leaves
+    whole, `show` those that compute the mask, `hide` those that apply it to gradients."""
+
+    lines: list[str]
+    unmasked: list[str]
+    show: list[str]
+    hide: list[str]
+
+    @classmethod
+    def of(cls, chains: list[dict[str, Any]]) -> _Stages:
+        found = cls([], [], [], [])
+        for chain in chains:
+            weighed = [*chain["score_lines"], f"s{chain['tag']} = {chain['score']}", *chain["weight_lines"]]
+            found.lines.extend([*weighed, *chain["show"], *chain["grad_lines"]])
+            found.unmasked.extend([*weighed, *chain["grad_lines"]])
+            found.show.extend(chain["show"])
+            found.hide.extend(chain["hide"])
+        return found
+
+
+def _argument_slots(
+    plan: Plan, k: dict[str, Any], bands: list[InputGradient], shares: bool, asked: KeyedValues, lines: list[str]
+) -> dict[str, Any]:
+    """The kernel's `arguments` that hold no tile, and of those the ones that the warps need which load (`loads`), which
+    add to dQ (`adds`) and which compute (`grads`, with all `lines`). `wanted`: flags, one per gradient of an input."""
     bounds = k["bounds"]
     tiles = [*bounds.setup, "i = 0", *bounds.mixed, *bounds.full]
     place = ["n = kv_len + heads + GROUP + SPLITS", *(["n = q_len"] if shares else [])]
-    wanted = tuple(f"WANT_{g.name.upper()}" for g in (*k["gradients"], *bands))
     pointers = [
         "KEY_SUMS_PTR",
         "ADDED_PTR",
         *(f"{name.upper()}_PTR" for name in plan.columns),
         *(f"{g.name.upper()}_PTR" for g in (*k["gradients"], *bands)),
     ]
-    show = [line for chain in chains for line in chain["show"]]
-    own, unmasked, hide = [], [], []
-    for chain in chains:
-        weighed = [*chain["score_lines"], f"s{chain['tag']} = {chain['score']}", *chain["weight_lines"]]
-        own += [*weighed, *chain["show"], *chain["grad_lines"]]
-        unmasked += [*weighed, *chain["grad_lines"]]
-        hide += chain["hide"]
-    asked = keyed_values(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]], [*own, *hide], show)
-    passed = [line for lines in k["passed_on"] for line in lines]
-    own += [*k["outer"], *k["by_head"], *passed, *k["final_lines"]]
-    own += [f"n = {chain['dqk_scale']}" for chain in chains]
-    wants_q_idx = "q_idx" in free_names(unmasked) or bool(hide)
-    # strips are weighed one after the other, so what the cotangents take of a strip has a name of its own
+    arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
+    adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *lines])
+    loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
+    return {
+        "arguments": arguments,
+        "wanted": tuple(f"WANT_{g.name.upper()}" for g in (*k["gradients"], *bands)),
+        "loads": [n for n in arguments if n in loads],
+        "adds": [n for n in arguments if n in adds or n == "q_len"],
+        "grads": [n for n in arguments if n in grads or n in pointers],
+    }
+
+
+def _strip_slots(
+    k: dict[str, Any], chain: dict[str, Any], stages: _Stages, asked: KeyedValues, strips: int
+) -> dict[str, Any]:
+    """The slots of a tile that is weighed in `strips` of queries, one after the other; 0: all at once.
+
+    - `late`: whether the matmul of dp begins only after all strips are weighed;
+    - `kept`: the values of a strip that ds needs, which therefore have a name per strip;
+    - `late_rows`, `late_asked`: row statistics, and values of `asked`, that are loaded again for ds instead;
+    - `places_slope`: whether ds depends on the positions of queries or keys.
+    """
     early = {"qk", "s", *k["saved"], *(x.name for x in asked.values if x.always)}
-    early |= set_names([*chains[0]["score_lines"], *chains[0]["weight_lines"]])
-    sloped = free_names(chains[0]["grad_lines"])
+    early |= set_names([*chain["score_lines"], *chain["weight_lines"]])
+    sloped = free_names(chain["grad_lines"])
     late_rows = [name for name in k["saved"] if name in sloped]
     late_asked = [x for x in asked.values if x.always and x.name in sloped]
     early -= {*late_rows, *(x.name for x in late_asked)}
-    late = free_names([*chains[0]["grad_lines"], *(show if hide else ()), *hide])
-    around = free_names([*k["outer"], *k["by_head"], *passed, *k["final_lines"]])
-    arguments = kernel_arguments(plan, pointers, bool(bounds.scan), _COMMON)
-    adds, grads = free_names([*place, *tiles]), free_names([*place, *tiles, *own])
-    loads = free_names([*place, *tiles, *asked.block_lines, *asked.lines])
-    slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
+    late = free_names([*chain["grad_lines"], *(stages.show if stages.hide else ()), *stages.hide])
+    return {
+        "strips": strips,
+        "halvings": strips.bit_length() - 1,
+        "late": strips > STRIPS_BESIDE,
+        "late_rows": late_rows,
+        "late_asked": late_asked,
+        "kept": [name for name in late if name in early],
+        "places_slope": not _PLACES.isdisjoint(late),
+    }
+
+
+def _division_slots(plan: Plan, d_qk: int, d_v: int, strips: int, deals: bool) -> dict[str, Any]:
+    """How programs, and the warps of each, divide the work; `deals` is kept only where this kernel supports it.
+
+    - `wide`: dQ has a kernel of its own; `third`: a third warpgroup computes dQ;
+    - `shares`: both warpgroups have the same keys;
+    - `alike`: all blocks of keys visit the same tiles; `rotates`: each block then starts at a different one;
+    - `in_turn`: programs can add to dQ in a fixed order;
+    - `claims`: the first program at a tile of dQ stores instead of adding, so that dQ is not zeroed before;
+    - `deals`: the kernel is persistent: a program computes one block of keys after another;
+    - `rounds`: two of its warps convert dQ of finished heads to 16 bits, multiplied by the scale if `scales`;
+    - `leaves_values`: the values' shared memory is released after their last read, since dV can be staged in the keys'.
+    """
+    is_wide, third = wide(d_qk, d_v), summed_apart(d_qk, d_v, plan.facts.warps)
     alike = plan.masks == (sympy.true,)
-    dealt = deals and not (is_wide or strips or branches or bands)
+    dealt = deals and not (is_wide or strips)
     rounds = dealt and not third
-    parts = pieces(qk_chunks, 2 * NARROW if is_wide else NARROW)
-    slots.update(
-        arguments=arguments,
-        wanted=wanted,
-        loads=[n for n in arguments if n in loads],
-        adds=[n for n in arguments if n in adds or n == "q_len"],
-        grads=[n for n in arguments if n in grads or n in pointers],
-        **tile_slots(bounds),
-        asked=asked.values,
-        asked_head=[in_gluon(line) for line in asked.block_lines],
-        asked_lines=[in_gluon(line) for line in asked.lines],
-        wants_q_idx=wants_q_idx,
-        wants_kv_idx="kv_idx" in free_names(unmasked) or bool(hide),
-        keeps_kv_idx=not (strips or bands) or "kv_idx" in around or bool(k["gradients"] or plan.columns),
-        keeps_kv_in_tile=not bands or "kv_in_tile" in around,
-        strips=strips,
-        halvings=strips.bit_length() - 1,
-        late=strips > STRIPS_BESIDE,
-        passed_on=[[in_gluon(line) for line in lines] for lines in k["passed_on"]] if passes_on(plan) else [],
-        sums_of_k=[(name, in_gluon(text)) for name, text in k["sums_of_k"]],
-        late_rows=late_rows,
-        late_asked=late_asked,
-        kept=[name for name in late if name in early],
-        places_slope=not _PLACES.isdisjoint(late),
-        branches=branches,
-        alive=[saw_a_key(part) for part in plan.parts],
-        in_turn=takes_turns(plan, d_qk, d_v),
-        wide=is_wide,
-        shares=shares,
-        third=third,
-        claims=not is_wide and not third,
-        rotates=not is_wide and not third and alike,
-        alike=alike,
-        bands=bands,
-        band_queries=ROWS // max(strips, 1),
-        frugal=bool(strips or bands) or (is_wide and not shares),
-        held=not (strips or bands) and holds_keys(d_qk, d_v, plan.facts.warps),
-        registers=(EVEN_REGISTERS[2], EVEN_REGISTERS[3]),
-        pieces=parts,
-        deals=dealt,
-        rounds=rounds,
-        scales=rounds and finish_slots(plan, d_qk, d_v)["scale"] == "scale",
-        leaves_values=dealt and not third and out_in_q(d_qk, d_v),
-        stages_beside_keys=stages_beside_keys(d_qk, d_v, len(k["rows"]) + len(asked.values)),
-    )
-    return slots
+    return {
+        "wide": is_wide,
+        "third": third,
+        "shares": shares_keys(d_qk, d_v, plan.facts.warps),
+        "alike": alike,
+        "rotates": not is_wide and not third and alike,
+        "in_turn": takes_turns(plan, d_qk, d_v),
+        "claims": not is_wide and not third,
+        "deals": dealt,
+        "rounds": rounds,
+        "scales": rounds and finish_slots(plan, d_qk, d_v)["scale"] == "scale",
+        "leaves_values": dealt and not third and out_in_q(d_qk, d_v),
+    }
 
 
 def _branches(plan: Plan, chains: list[dict[str, Any]], qk_chunks: tuple[Chunk, ...]) -> list[dict[str, Any]]:
-    """What each branch does with a tile, in Gluon. Branches with the same mask each look at it: what one sees in tiles
-    that the mask cuts, others do not know in all of them."""
+    """The slots of each branch, in Gluon. Branches with the same mask compute it each for itself: its value from one
+    branch is not available in the others, because it is computed only in tiles that the mask cuts."""
     shown = {chain["visible"]: chain["show"] for chain in reversed(chains)}
     found = []
     for part, chain in zip(plan.parts, chains, strict=True):
@@ -212,10 +257,10 @@ def _branches(plan: Plan, chains: list[dict[str, Any]], qk_chunks: tuple[Chunk, 
 
 
 def finish_slots(plan: Plan, d_qk: int, d_v: int, rounded: bool = False) -> dict[str, Any]:
-    """Slots of hopper_finish.py.j2: what the sums of dQ are multiplied by, in Triton, the pieces they come in, and the
-    queries of a tile; `rounded`: has dkdv_kernel rounded some of them?"""
+    """Slots of hopper_finish.py.j2, in Triton: the factor (`scale`) of the sums of dQ, the pieces that they are stored
+    in, and the queries of a tile. `rounded`: whether dkdv_kernel has converted some of them to 16 bits already."""
     lowering = Lowering(plan.core, base_leaves(plan, {}))
-    scales = {part.backward.dqk_scale for part in plan.parts}  # branches with scales of their own have them in ds
+    scales = {part.backward.dqk_scale for part in plan.parts}  # if they differ, ds already contains them
     scale = lowering.emit(scales.pop() if len(scales) == 1 else sympy.S.One)
     lines = [*lowering.outer, *lowering.body]
     return {
@@ -230,37 +275,37 @@ def finish_slots(plan: Plan, d_qk: int, d_v: int, rounded: bool = False) -> dict
 
 
 def summed_by_distance(plan: Plan, d_qk: int, d_v: int) -> list[InputGradient]:
-    """Gradients with an entry a distance between query and key, as a relative bias has, that the kernel adds up, in any
-    order, where it sums dQ so: whole tiles of ds are there anyway."""
+    """Gradients with an entry per distance between query and key, such as that of a relative bias, which the kernel of
+    dK and dV sums if it sums dQ, too: whole tiles of ds are at hand there. The order of the sums is not fixed."""
     return [] if wide(d_qk, d_v) else by_distance(plan)
 
 
 def by_distance(plan: Plan) -> list[InputGradient]:
-    """The gradients with an entry a distance for which ds is all that is needed."""
+    """The gradients with an entry per distance that are multiples of ds."""
     return [g for g in plan.gradients if g.kind == "band" and over_ds(plan, g) is not None]
 
 
 def takes_turns(plan: Plan, d_qk: int, d_v: int) -> bool:
-    """Do programs add to a tile of dQ one after the other where that order must be fixed? Where each visits an unbroken
-    run of tiles, it counts those that come before it."""
+    """Whether programs can add to a tile of dQ in a fixed order. This takes an unbroken run of tiles per program: then
+    each program can count the programs that precede it at a tile."""
     return len(plan.over_queries.segments) == 1 and not wide(d_qk, d_v)
 
 
 def by_row(plan: Plan) -> list[str]:
-    """The inputs whose gradients are sums over the keys of a row, which the kernel of dQ has."""
+    """The inputs whose gradients are sums over the keys of a row, which only the Triton kernel of dQ computes."""
     elsewhere = summed_by_key(plan)
     rows = (g for g in plan.gradients if g.kind in ("program", "row") and g not in elsewhere and not g.own)
     return list(dict.fromkeys(g.read.input for g in rows))
 
 
 def passes_on(plan: Plan) -> bool:
-    """Do terms of the similarity, which a query and a key have each, have gradients of their own? Then dK has a part
-    that is made of k when all queries are through, and dQ its own kernel, which does the like."""
+    """Whether row or column terms of the similarity have gradients. Each kernel then adds their contribution after its
+    loop: to dK computed from k, and to dQ, which has a kernel of its own, computed from q."""
     return any(g.own for g in plan.gradients)
 
 
 def no_backward(plan: Plan) -> str:
-    """Why a variant that has a forward in Gluon has no backward there; empty where it has one."""
+    """Why a variant with a Gluon forward has no Gluon backward; "" if it has one."""
     if any(part.backward.cotangents for part in plan.parts):
         return "the gradient needs a sweep over the keys first, which Gluon kernels have not"
     terms = SimilaritySlots(plan)
@@ -276,13 +321,20 @@ def no_backward(plan: Plan) -> str:
 
 
 def _sums_the_exact_delta(plan: Plan) -> bool:
-    """Would the kernel of dQ leave its exact delta to that of dK and dV, as `settles_delta` says?"""
+    """Whether the kernel of dK and dV would need the exact delta from the kernel of dQ, as in `settles_delta`."""
     of_delta = [(g.kind, g.read.input) for g in plan.gradients if not (g.row_only or g.own) and g.expr.has(DELTA)]
     return any(("col", name) in of_delta for kind, name in of_delta if kind in ("program", "row"))
 
 
-def _refuse(plan: Plan) -> None:
+def _refuse(plan: Plan, d_qk: int, d_v: int) -> None:
+    """UnsupportedError if Gluon has no backward for a variant, or not for these head dimensions."""
     refuse(plan)
     reason = no_backward(plan)
     if reason:
         raise UnsupportedError(f"'{plan.graph.name}': {reason}", remedy="use backend='triton'")
+    if queries(d_qk, d_v, plan.facts.warps) is None:
+        raise UnsupportedError(
+            f"the Gluon backward of '{plan.graph.name}' shares dQ out between two warpgroups, and cannot do so with "
+            f"heads of {d_qk}{f' in {len(plan.parts)} branches' if len(plan.parts) > 1 else ''}",
+            remedy="use backend='triton'",
+        )
