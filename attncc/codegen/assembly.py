@@ -32,9 +32,8 @@ Slots = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that a module is made for: the last dimensions of q, k and v as tiles, and heads of v a head of k.
-
-    k's is less than q's where branches of q share it.
+    """The sizes that a module is made for: the last dimensions of q, k and v and their tiles; `values`: heads of v per
+    head of k. `d_k` is less than `d_qk` if branches of q share one k.
     """
 
     d_qk: int
@@ -58,8 +57,9 @@ class Shape:
 
 @dataclass
 class Assembly:
-    """A module's parts. `kernels`: each template with its slots; `bounds`: scans that come before them all; `helpers`:
-    those that Triton's kernels call, `in_warps` those of Gluon's; `host`: the slots of the host code."""
+    """A module's parts. `kernels`: templates with their slots, in order; `bounds`: kernels that find loop bounds, which
+    run before all others; `helpers`, `in_warps`: names of the functions that Triton's and Gluon's kernels call; `host`:
+    slots of the host code."""
 
     plan: Plan
     shape: Shape
@@ -74,7 +74,7 @@ class Assembly:
         self.similarity = SimilaritySlots(self.plan)
 
     def add(self, template: str, **slots: Any) -> None:
-        """A kernel behind those that there are."""
+        """Append a kernel."""
         self.kernels.append((template, slots))
 
 
@@ -88,8 +88,8 @@ def assemble(
     strips: int = 0,
     deals: bool = False,
 ) -> Assembly:
-    """The parts of a module; the arguments are those of `render`. `hopper_backward`: the kernel for dK and dV is
-    Gluon's."""
+    """The parts of a module; the arguments are those of `render`. `hopper_backward`: the kernel for dK and dV is in
+    Gluon."""
     module = Assembly(plan, shape)
     _forward(module, forward_in)
     if backward:
@@ -100,7 +100,7 @@ def assemble(
 
 
 def _forward(module: Assembly, forward_in: Form) -> None:
-    """The forward, in the form asked for, behind the terms of its similarity."""
+    """The kernels of the similarity's row and column terms, then the forward in the form asked for."""
     plan, shape, hopper = module.plan, module.shape, "gluon" in forward_in
     base = base_leaves(plan, {})
     sides = [side for side in (QUERY, KEY) if module.similarity.terms(side)]
@@ -109,7 +109,7 @@ def _forward(module: Assembly, forward_in: Form) -> None:
         f = hopper_decode_slots(plan, shape.qk_chunks, shape.v_chunks)
     elif forward_in == "gluon":
         f = hopper_forward_slots(plan, shape.d_qk, shape.d_v, shared_key=shape.shared_key)
-    elif forward_in == "decode":  # where tables by distance are longer than what is read of them
+    elif forward_in == "decode":  # without tables by distance: they would be longer than what is read from them
         f = decode_slots(plan, shape.qk_chunks)
     else:
         f = forward_slots(plan, shape.qk_chunks, tables=plan.score_tables.read)
@@ -146,7 +146,7 @@ def _forward(module: Assembly, forward_in: Form) -> None:
 
 
 def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: bool) -> None:
-    """The kernels of the backward: what is a row's, dK and dV, dQ, then gradients that are a pair's."""
+    """The kernels of the backward, in order: row statistics, dK and dV, dQ, gradients with an entry per pair."""
     plan, shape, similarity = module.plan, module.shape, module.similarity
     if hopper:
         kv = hopper_backward_slots(plan, shape.d_qk, shape.d_v, shape.shared_key, strips, deals)
@@ -198,7 +198,8 @@ def _backward(module: Assembly, hopper: bool, tma: bool, strips: int, deals: boo
 
 
 def _hopper_backward(module: Assembly, kv: Slots) -> None:
-    """Gluon's kernels: what comes before, dK and dV with dQ or alone, and the dQ that is left or its last step."""
+    """Gluon's kernels: the preparation; dK and dV, with sums of dQ unless heads are wide; then dQ of wide heads, or the
+    conversion of its sums."""
     plan, shape = module.plan, module.shape
     weighing: tuple[str, ...] = ("hopper_backward_dq.py.j2", "hopper_backward.py.j2")
     if kv["branches"]:
@@ -222,7 +223,7 @@ def _hopper_backward(module: Assembly, kv: Slots) -> None:
 
 
 def _tables(module: Assembly, backward: bool) -> None:
-    """The kernel that writes tables by distance, before those that read them, where there are such."""
+    """The kernel that writes tables by distance, before all others, if any kernel reads them."""
     plan, host = module.plan, module.host
     readers = [host[name]["tables"] for name in ("f", "kv", "dq", "rows_dq") if name in host]
     if any((*readers, *(p["tables"] for p in host["pair"].values()))):
@@ -232,7 +233,7 @@ def _tables(module: Assembly, backward: bool) -> None:
 
 
 def _scans(module: Assembly) -> None:
-    """The kernels that find bounds, which come first, each behind its summaries."""
+    """The kernels that find loop bounds, before all others; each follows the kernels of its summaries."""
     scans: list[tuple[str, Slots]] = []
     for u in module.bounds:
         for s in u["summaries"]:
@@ -244,7 +245,8 @@ def _scans(module: Assembly) -> None:
 
 
 def bounds_of(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines, packed: bool = False) -> list[Slots]:
-    """The kernel that scans for the bounds of blocks over an inner axis, with its summaries; none for closed forms."""
+    """The kernel that scans for the loop bounds of blocks along the inner `axis`, with its summaries; [] if the bounds
+    have a closed form."""
     if not lines.scan:
         return []
     summaries = [
@@ -255,7 +257,8 @@ def bounds_of(plan: Plan, axis: str, tile: TilePlan, lines: BoundLines, packed: 
 
 
 def _kept(plan: Plan, gradient: Any) -> dict[str, str]:
-    """Whether the input tells batches (heads) apart: known from the index, and at run time from a size of 1."""
+    """Whether the input has an entry per batch (`keep_b`) and per head (`keep_h`), as host code: known from the index,
+    except that a dimension of size 1 is broadcast."""
     read, result = gradient.read, {}
     decl = plan.graph.input(read.input)
     for key, symbols in (("keep_b", {sym.B}), ("keep_h", {sym.H, sym.H_KV})):

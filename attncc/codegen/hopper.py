@@ -1,5 +1,4 @@
-"""Template slots of the Gluon kernels for Hopper: those of the Triton kernels, cut into functions for specialized
-warps."""
+"""Template slots of the Gluon kernels for Hopper: those of the Triton kernels, divided among specialized warps."""
 
 from __future__ import annotations
 
@@ -25,20 +24,21 @@ from attncc.schedule import hopper
 
 #: arguments of the kernel that its warps may need, besides the variant's inputs
 _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
-#: columns of an accumulator from which on to rescale it in a branch pays, and the same where a score is q k as it is:
-#: at 256 an H200 takes a tenth less time for all of a tile, at 128 up to a twentieth; ALiBi took a fiftieth more there
+#: the fewest columns of an accumulator that is rescaled in a branch, which may skip it; and the same if scores are
+#: plain q k. On an H200 the branch saves a tenth of a tile's time at 256 columns, up to a twentieth at 128; ALiBi took
+#: a fiftieth more at 128
 _WIDE_OUTPUT, _WIDE_OF_PLAIN = 192, 128
 #: the release of Triton that compiles what is generated
 _TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 
 def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = False) -> dict[str, Any]:
-    """Slots of hopper_forward.py.j2: those of forward.py.j2 in Gluon, and which names each function is handed.
+    """Slots of hopper_forward.py.j2: those of forward.py.j2 in Gluon, and the names that each function takes.
 
-    `weigh` has the stages of one tile: it takes the running row values `state` and gives them back, after the tile's
-    weights and the factor of the accumulator. `loads` and `attends` name the kernel's arguments that the warps need
-    which load, and those which compute. `branches`: what each of several branches has for itself; with one, that is
-    among the slots of the kernel.
+    - `weigh`: the stages of one tile, a function of the running row statistics `state`. It returns the tile's weights,
+      the factor that rescales the accumulator, and the new statistics;
+    - `loads`, `attends`: the kernel's arguments that the loading warp and the computing warpgroups need;
+    - `branches`: the slots of each of several branches; with one branch, they are among the kernel's slots.
     """
     refuse(plan)
     if not hopper.whole_branches(d_qk, len(plan.parts)):
@@ -109,24 +109,25 @@ def hopper_forward_slots(plan: Plan, d_qk: int, d_v: int, shared_key: bool = Fal
 
 
 def _has_whole_tiles_first(f: dict[str, Any]) -> bool:
-    """Do the tiles that a mask leaves whole come first? Nothing runs beside the first one, so that a mask is waited for
-    there. But scores that read distances grow towards the diagonal: from the far end their maximum moves with every
-    tile. Stages that are no softmax's of a tile's scores, and several branches, were not measured. And Triton 3.9 takes
-    more registers for it: causal attention spilled 120 bytes at D=128, softcap 168, which have 8 in the other order."""
+    """Whether tiles that a mask leaves whole come first. No matmul overlaps the first tile's arithmetic, so a mask
+    there costs its full latency. But scores that read distances grow towards the diagonal: starting at the far end, the
+    row maximum would change at every tile. Stages other than a softmax of the scores, and several branches, were not
+    measured. Triton 3.9 needs more registers for this order: causal attention spilled 120 bytes at D=128 and softcap
+    168 bytes, against 8 in the other order."""
     if _TRITON >= (3, 9):
         return False
     return f["quick"] and not (f["by_tile"] or f["keyed"] or f["maps"] or f["branches"])
 
 
 def _weigh_lines(chain: dict[str, Any]) -> list[str]:
-    """The stages of a tile, as they follow each other."""
+    """The stages of a tile, in the order in which they run."""
     lines = [*chain["score_lines"], f"s{chain['tag']} = {chain['score']}", *chain["peak_lines"], *chain["visible"]]
     lines += [*chain["max_lines"], *chain["weight_lines"], *chain["hide"], *chain["rescale_lines"]]
     return [*lines, *chain["sum_lines"], *chain["sign_lines"]]
 
 
 def _branch_slots(chain: dict[str, Any], keyed: KeyedValues, quick: bool) -> dict[str, Any]:
-    """What a branch has for itself, in Gluon: its stages, its running row values, and what ends its rows."""
+    """The slots of one branch, in Gluon: its stages, its running row statistics, and the lines that finish its rows."""
     tag = chain["tag"]
     state = [(m, f"tl.full([ROWS], {chain['negative']}, tl.float32, layout=BY_ROW)") for m, _ in chain["moves"]]
     state += [(s, "tl.zeros([ROWS], tl.float32, layout=BY_ROW)") for s in chain["sums"]]
@@ -157,15 +158,16 @@ def _branch_slots(chain: dict[str, Any], keyed: KeyedValues, quick: bool) -> dic
     return slots
 
 
-#: slots of the kernel, of which its branches have none of their own
+#: slots that only the kernel has, not its branches
 _OF_KERNEL = ("bounds", "streamed", "maps", "weigh")
 
 
 @dataclass(frozen=True)
 class KeyedValue:
-    """A value of each key that the consumers read from shared memory. `type` is an expression of the kernel; `store` is
-    what is stored, and `load` makes of it what the stages call `name`; `always`: do tiles that the mask leaves whole
-    need it, too?"""
+    """A value of each key (in the kernel of dK and dV, of each query) that the computing warpgroups read from shared
+    memory. `type`: its dtype there, as text of the
+    kernel; `store`: the expression that is stored; `load`: the suffix that turns what is loaded into the value that the
+    stages call `name`; `always`: whether tiles that the mask leaves whole need it, too."""
 
     name: str
     number: int
@@ -177,8 +179,8 @@ class KeyedValue:
 
 @dataclass(frozen=True)
 class KeyedValues:
-    """Values of each key, which the warp that loads computes one tile ahead: `block_lines` once a block of queries,
-    `lines` for the keys of a tile."""
+    """Values of each key, which the loading warp computes one tile ahead: with `block_lines` once per block of queries,
+    and with `lines` for the keys of each tile."""
 
     values: tuple[KeyedValue, ...]
     block_lines: tuple[str, ...]
@@ -188,8 +190,9 @@ class KeyedValues:
 def keyed_values(
     plan: Plan, streamed: list[Streamed], outer: list[str], weigh: list[str], visible: list[str]
 ) -> KeyedValues:
-    """What is read a key, of which the stages `weigh` need some. A thread of a matmul's tile has a quarter of all of a
-    tile's keys, and would wait for a load of each; a warp that loads has each once, and time to wait."""
+    """The values of `streamed` that the stages `weigh` need per key. In the layout of a matmul's result each thread
+    holds a quarter of the tile's keys, and would wait for a load of each. The loading warp loads each key once, and has
+    time to wait."""
     known = {s.name: s for s in streamed}
     needed = [n for n in free_names(weigh) if n in known]
     anyway = free_names([line for line in weigh if line not in visible])
@@ -210,7 +213,7 @@ def keyed_values(
 
 
 def needed_by(lines: list[str], before: list[str]) -> list[str]:
-    """Those of the statements `before` that `lines` need, in their order."""
+    """The statements among `before` that `lines` depend on, in their order."""
     found: list[str] = []
     for line in reversed(before):
         if line.partition(" = ")[0] in free_names([*found, *lines]):
@@ -219,15 +222,15 @@ def needed_by(lines: list[str], before: list[str]) -> list[str]:
 
 
 def _boxed(tile: MapTile) -> dict[str, Any]:
-    """A map's tile as the template copies it: `at` are coordinates of its dimensions but the last two; one that is
-    the same for all has a stride of 0."""
+    """A map's tile as the template copies it. `at`: coordinates of all dimensions but the last two; 0 along a broadcast
+    dimension, which has a stride of 0."""
     names = {"b": "batch", "h": "head", "h_kv": "head_kv"}
     at = [f"gl.where(stride_{tile.input}_{d} == 0, 0, {names[i]})" for d, i in enumerate(tile.at)]
     return {"name": tile.name, "input": tile.input, "upper": tile.input.upper(), "text": in_gluon(tile.text), "at": at}
 
 
 def refuse(plan: Plan) -> None:
-    """UnsupportedError where Gluon has no kernel for a variant."""
+    """UnsupportedError if Gluon has no kernel for a variant."""
     if plan.graph.value is not None:
         raise UnsupportedError(
             f"Gluon kernels load v for itself, and that of '{plan.graph.name}' is part of k",
@@ -248,18 +251,19 @@ def _by_pair(plan: Plan) -> bool:
 
 
 def _is_light(plan: Plan, f: dict[str, Any]) -> bool:
-    """Whether the stages leave registers free. Values that are read per key, or differ by key, stay in registers
-    through the loop. A mask that hides weights instead of scores holds both at once, for which there is room only
-    without row statistics."""
+    """Whether the stages leave registers free. They do not if values are read per key, or differ by key, because these
+    stay in registers through the loop. If the mask hides weights instead of scores, both are live at once, for which
+    there is room only without row statistics."""
     reads = {level(r) for r in plan.core.reads}
     few = bool(f["vanishes"]) or not (f["moves"] or f["sums"] or f["count_seen"])
     return few and not f["by_tile"] and not reads & {Level.COL, Level.PAIR}
 
 
 def _lags(plan: Plan, f: dict[str, Any]) -> bool:
-    """Whether a row's maximum and sum may be kept per lane (of the four that share a row), and the maximum lag behind.
-    This is so if the weights are a softmax of the scores that the maximum is of, and depend on no other row value,
-    except one added to all scores of a tile and values shared by all rows of a head, such as a sink."""
+    """Whether each of the four lanes that share a row may keep a maximum and a sum of its own, with a maximum that lags
+    behind. This requires that the weights are a softmax of the same scores that the maximum is taken of, and depend on
+    no other row value, except one added to all scores of a tile and values shared by all rows of a head, such as a
+    sink."""
     if not f["vanishes"] or len(f["moves"]) != 1 or len(f["sums"]) != 1 or f["count_seen"] or len(f["raises"]) != 1:
         return False
     (maximum, moved), total, (tile, unit, offset) = f["moves"][0], f["sums"][0], f["raises"][0]
@@ -273,7 +277,7 @@ def _lags(plan: Plan, f: dict[str, Any]) -> bool:
 
 
 def _of_head(outer: list[str]) -> set[str]:
-    """What the statements `outer` set that no row differs in."""
+    """The names that the statements `outer` set to the same value for all rows of a head."""
     by_row: set[str] = {"q_idx", "q_in_tile"}
     same: set[str] = set()
     for line in outer:
@@ -283,8 +287,8 @@ def _of_head(outer: list[str]) -> set[str]:
 
 
 def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
-    """Whether the accumulator is wide enough, beside the weights of a tile, that a branch to skip its rescaling pays,
-    and whether it may be skipped."""
+    """Whether rescaling of the accumulator may be skipped, and the accumulator is so wide, compared with the weights of
+    a tile, that a branch for this pays."""
     plain = _is_light(plan, f) and f["score"] == plan.own("qk")
     return (
         _is_wide(d_v, _WIDE_OF_PLAIN if plain else _WIDE_OUTPUT)
@@ -295,16 +299,17 @@ def _rescales_seldom(plan: Plan, f: dict[str, Any], d_v: int) -> bool:
 
 
 def _is_wide(d_v: int, least: int = _WIDE_OUTPUT) -> bool:
-    """Whether an accumulator has `least` columns. From _WIDE_OUTPUT on it is best awaited after a tile's exponentials,
-    also at 128 if scores are q k; but not there if weights have signs (cog then took 1.03 of the time)."""
+    """Whether the accumulator has `least` columns or more. From _WIDE_OUTPUT on, it is best awaited after a tile's
+    exponentials; at 128 also, if scores are plain q k and weights have no signs (with signs, cog took 1.03 of the
+    time)."""
     return sum(c.width for c in chunks(d_v)) >= least
 
 
 def kernel_arguments(
     plan: Plan, pointers: list[str], scan: bool, common: tuple[str, ...], tables: bool = True
 ) -> list[str]:
-    """A kernel's arguments that hold no tile, in the order of its signature: `pointers`, bounds, inputs, `common`.
-    `tables`: it reads what a formula has of distances from tables, where there are any."""
+    """A kernel's arguments other than tiles, in the order of its signature: `pointers`, bounds, inputs, `common`.
+    `tables`: whether the kernel reads functions of the distance from a table, if the plan has one."""
     names = [*pointers, *(["BOUNDS_PTR"] if scan else [])]
     for d in plan.core.inputs:
         names.append(f"{d.name.upper()}_PTR")
@@ -315,7 +320,7 @@ def kernel_arguments(
 
 
 def tile_slots(bounds: BoundLines) -> dict[str, Any]:
-    """The slots of the tiles that a program goes through: how they are found, in Gluon, by every one of its warps."""
+    """The slots that enumerate a program's tiles, in Gluon; each of its warps computes them for itself."""
     return {
         "tiles": [in_gluon(line) for line in bounds.setup],
         "mixed": [in_gluon(line) for line in bounds.mixed],
@@ -325,7 +330,7 @@ def tile_slots(bounds: BoundLines) -> dict[str, Any]:
 
 
 def translated(value: Any) -> Any:
-    """Lines, and texts of expressions, in Gluon; whatever else is in a slot as it is."""
+    """A slot's lines or text of an expression translated to Gluon; any other value unchanged."""
     if isinstance(value, str):
         return in_gluon(value)
     if isinstance(value, list) and all(isinstance(line, str) for line in value):

@@ -1,6 +1,7 @@
 """Template slots of the Gluon split-KV kernel for values that are a slice of the keys.
 
-Two warpgroups have a tile of scores each, so the stages are also cut at the row maxima, which both then exchange.
+Each of two warpgroups computes its own tile of scores, so the stages are also split after the row maxima, which the
+warpgroups exchange there.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from attncc.codegen.statements import free_names, in_gluon
 from attncc.errors import UnsupportedError
 from attncc.schedule import hopper_decode
 
-#: arguments of the kernel that its warps may need, besides the variant's inputs and what is said of rows in memory
+#: arguments of the kernel that its warps may need, besides the variant's inputs and the pointers
 _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "splits", "parts", "WIDE", "FAST_MATH")
 
 
 def hopper_decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], v_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of hopper_decode.py.j2, and under `merge` those of merge.py.j2. UnsupportedError where there is none.
+    """Slots of hopper_decode.py.j2, and under `merge` those of merge.py.j2. UnsupportedError if there is no such
+    kernel.
 
-    `states` are the row values that run along the keys, and `shared` where either warpgroup shows its own; `totals` are
-    those that each has a part of, and how they join. `weights_at` is where a warpgroup's weights lie in shared memory,
-    `weights_of` those of either."""
+    - `states`: the running row statistics; `shared`: the buffers in which each warpgroup shows its own to the other;
+    - `totals`: the statistics of which each warpgroup has a partial result, with the expression that joins the two;
+    - `weights_at`: the buffer of the warpgroup's own weights in shared memory; `weights_of`: its format for either one.
+    """
     widths = [tuple(c.width for c in pieces) for pieces in (qk_chunks, v_chunks)]
     if not hopper_decode.serves(*widths) or plan.graph.value is None or len(plan.parts) > 1 or not plan.packs_heads:
         raise UnsupportedError(

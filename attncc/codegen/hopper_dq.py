@@ -1,4 +1,4 @@
-"""Template slots of the Gluon kernel of dQ: those of dq.py.j2, cut into functions for specialized warps."""
+"""Template slots of the Gluon kernel of dQ: those of dq.py.j2, divided among specialized warps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
 
 
 def hopper_dq_slots(plan: Plan, d_qk: int, d_v: int) -> dict[str, Any]:
-    """Slots of hopper_dq.py.j2: those of dq.py.j2 in Gluon, without gradients of inputs, and which names each function
-    is handed. `loads` and `attends` name the kernel's arguments that the warps need which load, and which compute;
-    `taken`: what the stages read; `stages`: tiles of keys, and of values, in shared memory."""
+    """Slots of hopper_dq.py.j2: those of dq.py.j2 in Gluon, without gradients of inputs, and the names that each
+    function takes. `loads`, `attends`: the kernel's arguments that the loading warp and the computing warpgroups need;
+    `taken`: the names that the stages read; `stages`: numbers of tiles of keys, and of values, in shared memory."""
     k = dq_slots(plan, chunks(d_qk), by_tile=True, hopper=True)
     (chain,) = k.pop("chains")
     bounds = k["bounds"]

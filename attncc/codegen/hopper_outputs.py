@@ -1,4 +1,4 @@
-"""Template slots of the Gluon light pass that sums along the queries: those of Triton's, cut for specialized warps."""
+"""Template slots of the Gluon light pass that reduces over the queries: Triton's, divided among specialized warps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def in_warps(plan: Plan, light: Pass) -> bool:
 
 
 def hopper_pass_slots(plan: Plan, light: Pass, weight: Weight, number: int) -> dict[str, Any]:
-    """Slots of hopper_outputs_by_key.py.j2: `arguments` of all warps that reduce, `loads` of the one that loads, and
-    `block_lines` that this one needs for the block's tiles."""
+    """Slots of hopper_outputs_by_key.py.j2. `arguments`: those of the warps that reduce; `loads`: those of the loading
+    warp; `block_lines`: statements that the loading warp needs to find the block's tiles."""
     u = pass_slots(plan, light, weight, number, hopper=True)
     bounds = u["bounds"]
     pointers = [f"{name.upper()}_PTR" for name in (*u["saved"], *(r["name"] for r in u["reductions"]))]

@@ -6,17 +6,17 @@ from attncc.schedule import hopper_backward
 from attncc.schedule.device import Device
 from attncc.schedule.problem import KERNELS, Kernel, KernelSchedule, Schedule
 
-#: registers of a thread, were all warps of a Gluon kernel given the same number: the loading warp passes its own on
+#: registers per thread at launch, by warpgroups of a Gluon kernel: an even share, before the loading warp gives up most
 EVEN_REGISTERS = {2: 168, 3: 128}
 
 
 def kernel_of(name: str, schedule: Schedule) -> Kernel | None:
-    """Which of the scheduler's kernels a generated one is, or is a companion of, which loops over the same tiles in the
-    same tiling: what it spills is a reason against that, too. None for the others that are tiled like another."""
+    """The scheduler's kernel that a generated kernel implements or accompanies. A companion loops over the same tiles
+    with the same tiling, so its spills count against that tiling, too. None for all other kernels."""
     known: dict[str, Kernel] = {"forward": "forward", "decode": "forward", "dkdv": "dkdv", "dq": "dq"}
     if name.startswith("cotangents"):
         return "dq"
-    if name == "columns_kernel":  # in Triton, whatever makes dK and dV
+    if name == "columns_kernel":  # always in Triton, whichever backend computes dK and dV
         return "dkdv" if schedule.dkdv.backend == "triton" else "dq"
     return known.get(name.removesuffix("_kernel"))
 
@@ -24,9 +24,9 @@ def kernel_of(name: str, schedule: Schedule) -> Kernel | None:
 def launch_meta(
     schedule: KernelSchedule, device: Device | None = None, kernel: Kernel = "forward", wide: bool = False
 ) -> dict[str, int]:
-    """A kernel's schedule in the words of its launch. A Gluon forward that does not split the keys has as
-    many programs as `device` has SMs, and so has a backward that deals blocks of keys; it sums dQ unless it is told
-    otherwise, or heads are `wide`, and `splits` programs have a group's heads."""
+    """A kernel's schedule as launch arguments. A persistent Gluon kernel (a forward that does not split the keys, or a
+    backward that deals blocks of keys) has as many programs as `device` has SMs. The Gluon backward sums dQ by default,
+    except if heads are `wide`; `splits` programs share the query heads of a group."""
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n}
     if schedule.backend == "triton":
         splits = {"splits": schedule.splits} if schedule.splits else {}
@@ -40,12 +40,12 @@ def launch_meta(
 
 
 def in_fixed_order(meta: dict[str, int]) -> dict[str, int]:
-    """The words of a Gluon backward whose programs add to dQ one after the other, or not at all."""
+    """Launch arguments of a Gluon backward whose programs add to dQ in a fixed order, if they add to dQ."""
     return {**meta, "ORDERED": True}
 
 
 def schedule_meta(schedule: Schedule, device: Device, d_qk: int, d_v: int) -> dict[str, dict[str, int]]:
-    """Launch words for every kernel. The bands of a pair kernel are diagonals, so its tiles are square."""
+    """Launch arguments of every kernel. A pair kernel sums along diagonals, so its tiles are square."""
     wide = hopper_backward.wide(d_qk, d_v)
     meta: dict[str, dict[str, int]] = {name: launch_meta(schedule.of(name), device, name, wide) for name in KERNELS}
     pair = launch_meta(schedule.pair or schedule.dq, device)
