@@ -1,4 +1,4 @@
-"""Template slots of the backward: the code for a tile of pairs, and the cotangents of a row's statistics."""
+"""Template slots of the backward kernels: the code for a tile of (query, key) pairs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from attncc.passes.reverse import DLSE
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
 
-#: the cotangent of a dot product, by the name that it has in a kernel
+#: the cotangent of the score's dot product, by its name in a kernel
 DS = sympy.Symbol("ds", real=True)
-#: what Gluon's kernels call a tile that they have in registers
+#: the name of a tile that a Gluon kernel holds in registers
 HELD = "float_{tile}_{chunk}"
-#: does a tile of a loop that has the cut ones first end inside the tensors?
+#: the condition that a tile lies inside the tensors, in a loop that visits cut tiles first (phase 0)
 WHOLE = "phase == 1"
 
 
@@ -47,7 +47,7 @@ def _after_slots(
     base: dict[str, Leaf],
     in_gluon: bool,
 ) -> dict[str, Any]:
-    """What the kernel that owns a side's gradient accumulates, and what it adds after the loop."""
+    """Slots of the kernel that computes dQ or dK (`side`): what it accumulates, and what it adds after the loop."""
     looped = [(g.name, g.expr, g.vector) for g in similarity.looped(side)]
     return {
         "loop_back": gradient_slots(similarity.plan, similarity.flowing_loops, side is QUERY, looped, kernel, base),
@@ -67,8 +67,8 @@ def _band_slots(
     kernel: Lowering,
     base: dict[str, Leaf],
 ) -> dict[str, Any]:
-    """What turns the cotangents of a sum over components into those of a table of distances: the matmul's `operand`, or
-    the loop over `components`."""
+    """Slots that turn the cotangents of a sum over components into those of a table of distances, by a matmul with
+    `operand` or by a loop over `components`."""
     if band is None or band.loop is None:
         return {"operand": [], "components": None}
     if not band.looped:
@@ -78,15 +78,17 @@ def _band_slots(
 
 
 def _boxed(tile: MapTile) -> dict[str, Any]:
-    """A map's tile as the templates load it: `at` are the places of its dimensions but the last two."""
+    """A map's tile as the templates load it; `at`: offsets along all dimensions but the last two."""
     at = [f"_entry({index}, stride_{tile.input}_{d})" for d, index in enumerate(tile.at)]
     return {"name": tile.name, "input": tile.input, "upper": tile.input.upper(), "text": tile.text, "at": at}
 
 
 def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
-    """What the cotangent of a read with an entry a key, or a distance, is in multiples of ds, where that is the same
-    for all pairs of a query, or of a key, but for q k in a sum a key; else None. Nothing is a multiple of what may be
-    0: where ds has a factor that the cotangent lacks, as a head's temperature, it is 0 with it."""
+    """The ratio of a gradient's cotangent to ds, for a read with an entry per key or per distance; None if there is
+    none that is the same for all pairs of a query, or of a key. For a sum per key the ratio may have a factor q k.
+
+    There is no ratio either if ds has a factor that the cotangent lacks and that may be 0, such as a head's
+    temperature: ds would be 0 where the cotangent is not."""
     own = gradient.own and gradient.kind != "col"
     if gradient.kind not in ("band", "col") or own or len(plan.parts) > 1 or plan.backward.dqk == 0:
         return None
@@ -105,15 +107,16 @@ def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
 
 
 def _never_zero(plan: Plan, factor: Any) -> bool:
-    """A number, or one over what places, lengths and the similarity's terms alone make; an input may be anything, and
-    infinite below a line."""
+    """Whether `factor` is a number, or the reciprocal of a value that depends only on positions, lengths and terms of
+    the similarity. The reciprocal of an input may be 0, because an input may be infinite."""
     inputs = {r.input for r in factor.atoms(Read)} - plan.similarity.own
     return bool(factor.is_number or (factor.is_Pow and factor.exp.is_number and factor.exp < 0 and not inputs))
 
 
 def of_k(plan: Plan, gradients: Sequence[InputGradient]) -> dict[InputGradient, Any]:
-    """Of gradients that terms of the similarity pass on to dK, what their sums over all queries are in multiples of
-    k . dK: a cotangent that is q k times ds, but for what a key has, adds up to that. None unless all are so."""
+    """For gradients of terms of the similarity, which are passed on to dK: the factor by which each sum over all
+    queries is a multiple of k . dK. A cotangent has such a factor if it is q k times ds times a value per key. {}
+    unless all of them have one."""
     own = [g for g in gradients if g.own]
     ratios = [over_ds(plan, g) for g in own]
     found = {
@@ -157,18 +160,22 @@ def tile_slots(
     band: VectorGradient | None = None,
     boxes: bool = False,
 ) -> dict[str, Any]:
-    """What every backward kernel computes for a tile: the weight p, ds, and the cotangents of element reads.
+    """The slots that all backward kernels share: the weight p, ds, and the cotangents of element reads for a tile.
 
-    settle: the kernel has whole rows, so that sums that depend on delta can be had for the exact one, those of terms
-    of the similarity, too. The stored delta is that of a rounded output, and where a cotangent is a small sum of large
-    terms, that shows.
-
-    in_loop: the kernel loops over tiles and wants ds; else it has one, and wants cotangents of reads alone, for which
-    only their own parts are computed. by_tile: distances are taken apart by tile. hopper: as in `forward_slots`; and
-    what dp is multiplied by is one value, so that no more of a pair's values wait for it in registers. streams: what is
-    read along the axis of the loop is `streamed`, so that a warp can read it early. band: a table of distances that a
-    sum over components reads: it gets a matmul of the cotangents with a function of the query, or is looped over.
-    boxes: tiles are loaded through descriptors, those of inputs with an entry a pair, too, where they can be (`maps`).
+    - rows_first: tiles are [queries, keys], not [keys, queries];
+    - settle: the kernel sums over whole rows, so it can correct sums that depend on delta, also those of terms of the
+      similarity, to the exact delta. The stored delta comes from a rounded output, which shows where a cotangent is a
+      small sum of large terms;
+    - in_loop: the kernel loops over tiles and needs ds; else it has one tile, and computes only the cotangents of
+      reads;
+    - by_tile: distances are split by tile (see `offsets`);
+    - hopper: as in `forward_slots`; also, dp is multiplied by a single value, so that of each pair only one value waits
+      for dp in registers;
+    - streams: values read along the axis of the loop are listed in `streamed`, so that another warp can read them
+      early;
+    - band: a table of distances read by a sum over components: its gradient is a matmul of the cotangents with a
+      function of the query, or a loop over components;
+    - boxes: tiles are loaded through descriptors, also those of inputs with an entry per pair where possible (`maps`).
     """
     tables = plan.tables if hopper else plan.tables.read
     by_k = of_k(plan, wanted) if hopper and in_loop and not rows_first else {}
@@ -230,8 +237,8 @@ def tile_slots(
         )
         for i, ((part, visible, fresh), e) in enumerate(zip(shown, computed, strict=True))
     ]
-    # a value that two parts share is made where it is first asked for, and so in the order of the template's lines:
-    # the kernels of dK and dV add all parts' weights up before they come to the first part's gradients
+    # a value that two parts share is computed at its first use, so lower them in the order of the template's lines: the
+    # kernels of dK and dV compute the weights of all parts before the first part's gradients
     if rows_first:
         chains = [w.weight() | w.gradients() for w in weighs]
     else:
@@ -281,8 +288,8 @@ def tile_slots(
 
 
 def share_of(part: Plan) -> Any | None:
-    """The weight of a pair without the reduction's factor, where those of a row sum to 1, since it is a function of the
-    pair over its sum; None elsewhere."""
+    """The weight of a pair without the reduction's factor, if the weights of a row sum to 1 because they are a function
+    of the pair divided by its row sum; else None."""
     weight, sums = part.core["weight"].expr, [stage for stage in part.core.stages if stage.op == "sum"]
     if not any(weight == stage.expr / sympy.Symbol(stage.name, real=True) for stage in sums):
         return None
@@ -295,7 +302,8 @@ def share_of(part: Plan) -> Any | None:
 
 
 def grows_with_place(part: Plan) -> bool:
-    """Has a score powers of distances? Exponents in the thousands are then those of the largest weights, too."""
+    """Whether the score has powers of positions above 1. Then even the largest weights may have exponents in the
+    thousands."""
     score = part.core["score"].expr
     alone = score.xreplace({read: sympy.Dummy() for read in score.atoms(Read)})
     powers = (p for p in alone.atoms(sympy.Pow) if p.exp.is_number and p.exp > 1)
@@ -304,10 +312,10 @@ def grows_with_place(part: Plan) -> bool:
 
 @dataclass(frozen=True)
 class Settles:
-    """How a part's gradients are moved to what its exact delta makes of them: the names of its delta, of the exact one,
-    and of the tile that this is the sum of. shares: the name of the sum of the weights that it is divided by, or "".
-
-    That sum is 1 but for what is rounded of exponents, which are in the thousands where they grow with places."""
+    """How a part's `gradients` are corrected from the stored to the exact delta: the names of the stored `delta`, of
+    the `exact` one, and of the `tile` whose row sum is the exact one. `shares`: the name of the sum of weights that the
+    exact delta is divided by, or "". That sum differs from 1 by the rounding of exponents, which may be in the
+    thousands if they grow with positions (`grows_with_place`)."""
 
     delta: str
     exact: str
@@ -318,10 +326,12 @@ class Settles:
 
 @dataclass(frozen=True)
 class _Cotangents:
-    """What a backward kernel computes for one part, in the unit of its score. There is no score where the weight has it
-    inlined; `dsums` are the cotangents of qk (`ds`) and of other sums over the head dimension, by their names in a
-    kernel, and `names` those of the summed cotangents `dreads`. inlined: what an expression of the same kernel has to
-    be replaced by what it is here."""
+    """The expressions that a backward kernel computes for one part, in the unit of its score.
+
+    - `score`: one expression, or none if it is inlined in the weight;
+    - `dsums`: cotangents of qk (`ds`) and of other sums over the head dimension, by their names in the kernel;
+    - `dreads`, `names`: cotangents of reads that are summed, and the names of their tiles;
+    - `inlined`: substitutions that other expressions of this kernel need to match these."""
 
     score: list[Any]
     weight: Any
@@ -340,8 +350,8 @@ def _backward_exprs(
     tables: Tables,
     slope_apart: bool,
 ) -> _Cotangents:
-    """The expressions of one part. dqk is without its scale only where all parts have the same: they may share an
-    accumulator. slope_apart: that of `_Weighed`."""
+    """The expressions of one part. one_scale: all parts have the same scale of dqk, so that ds leaves it out, and the
+    parts may share an accumulator. slope_apart: as in `_Weighed`."""
     folded, backward = part.folded, part.backward
     weight = folded.apply(backward.weight)
     place = PLACE if by_tile else INDICES
@@ -367,7 +377,7 @@ def _backward_exprs(
     others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
     inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
     if inlined:
-        # the weight alone reads the score: what both have of a row, or of a column, adds up before it meets a pair
+        # only the weight reads the score: their values per row, or per column, can be added before the broadcast
         whole = weight.xreplace({S: score})
         weight, *others = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
         dsums, dreads = others[: len(names)], others[len(names) :]
@@ -383,10 +393,11 @@ def _backward_exprs(
 
 @dataclass
 class _Weighed:
-    """What one part does with a tile of its scores and of dp: `weight`, and then `gradients`.
+    """The slots of one part for a tile of scores and dp: first `weight`, then `gradients`.
 
-    edges: None where what the part shows is known already. slope_apart: what dp is multiplied by in ds is a value of
-    its own, computed with the weight; and `dp` stands for dp - delta, where they occur in no other way (`less_delta`).
+    edges: conditions at the tensors' edges; None if another part has computed the mask already. slope_apart: the factor
+    of dp in ds is a value of its own, computed with the weight. less_delta: then `dp` stands for dp - delta, if both
+    occur only in this difference.
     """
 
     part: Plan
@@ -399,7 +410,7 @@ class _Weighed:
     dsums: dict[str, Any] = field(init=False)
     dreads: list[Any] = field(init=False)
     less_delta: bool = field(init=False, default=False)
-    #: by the name of a cotangent, the slope that it is a multiple of, so that it is 0 where that is hidden
+    #: by the name of a cotangent: the slope that it is a multiple of, so that it is 0 for pairs whose slope is masked
     settled: dict[str, Any] = field(init=False, default_factory=dict)
 
     def weight(self) -> dict[str, Any]:
@@ -416,7 +427,7 @@ class _Weighed:
         if self.slope_apart:
             self._part_slopes()
         weight_lines = take(lowering)
-        if self.slope_apart:  # kept until dp is there, it takes 16 registers of a thread
+        if self.slope_apart:  # a row value kept until dp is ready would take 16 registers per thread
             lowering.forget_rows(set_names([*score_lines, *weight_lines]))
         return {
             "tag": part.tag,
@@ -448,24 +459,25 @@ class _Weighed:
             self.settled |= dict.fromkeys(changed, self.settled[name])
 
     def gradients(self) -> dict[str, Any]:
-        """The slots from there. `flows`: is ds ever other than 0? With a weight that is a step function of the score it
-        is not, and a matmul of zeros is left out."""
+        """The slots after the weight. `flows`: whether ds can differ from 0. If the weight is a step function of the
+        score, it cannot, and the matmuls with ds are left out."""
         names, hide = self.exprs.names, []
         self.lowering.blank = self.blank
         for name, d in zip(names, self.dreads, strict=True):
-            if DS in d.free_symbols:  # what is a multiple of ds is 0 where that is
+            if DS in d.free_symbols:  # a multiple of ds is 0 where ds is 0
                 self.settled[name] = self.settled.get(DS.name)
         for name, expr in (*self.dsums.items(), *zip(names, self.dreads, strict=True)):
             self.lowering.assign(name, expr, Level.PAIR)
-            if self.settled.get(name) is None:  # what a hidden slope multiplies is finite
+            # a multiple of a slope that is masked to 0 is 0 itself, because the other factor is finite
+            if self.settled.get(name) is None:
                 hide.append(f"{name} = tl.where({self.visible}, {name}, 0.0)")
         flows = self.exprs.dsums.get(self.part.own("ds")) != 0
         return {"flows": flows, "grad_lines": take(self.lowering), "hide": hide}
 
 
 def saw_a_key(part: Plan) -> str:
-    """In the backward, whether a row saw any key: its lse is finite, or its other statistics are not all 0, or -inf
-    where reverse mode reads them."""
+    """The condition, in the backward, that a row has seen a key: its lse is finite, or its other statistics are not all
+    0 (not -inf, if reverse mode reads them)."""
     names = part.saved_names
     if part.own(LSE.name) in names or (part.by_reverse and names):
         return f'{names[0]} > float("-inf")'
@@ -480,11 +492,11 @@ def dkdv_slots(
     streams: bool = False,
     bands: Sequence[InputGradient] = (),
 ) -> dict[str, Any]:
-    """Slots of dkdv.py.j2; `by_tile`: in 16 bits, whose tiles come through descriptors, distances are taken apart by
-    tile, which is exact enough there.
+    """Slots of dkdv.py.j2. by_tile: distances are split by tile, which is exact enough for 16-bit tensors, whose tiles
+    are loaded through descriptors.
 
-    hopper: for a kernel in which several groups of warps share a block of keys; streams: and what is read a query is
-    read by another warp; bands: gradients with an entry a distance that it sums."""
+    hopper: for a kernel in which several warpgroups share a block of keys; streams: another warp reads the values per
+    query; bands: gradients with an entry per distance that this kernel sums."""
     wanted = [g for g in plan.gradients if g.kind == "col"] + (summed_by_key(plan) if hopper else [])
     wanted += bands
     edges = [edge("q_idx", False), edge("kv_idx", False)]
@@ -505,7 +517,7 @@ def dkdv_slots(
 
 
 def summed_by_key(plan: Plan) -> list[InputGradient]:
-    """Gradients with an entry a head that Gluon's kernel of dK and dV adds up, along the queries of a key first: those
+    """Gradients with an entry per head that Gluon's kernel of dK and dV sums, over the queries of each key first: those
     of a branch's factor, which are sums of dp."""
     if len(plan.parts) == 1:
         return []
@@ -521,8 +533,8 @@ def dq_slots(
 ) -> dict[str, Any]:
     """Slots of dq.py.j2; `by_tile` is that of `dkdv_slots`.
 
-    hopper: for a kernel in which several groups of warps share a block of queries, and which has dQ alone; `elsewhere`:
-    gradients that another kernel has."""
+    hopper: for a kernel in which several warpgroups share a block of queries, and which computes only dQ; elsewhere:
+    gradients that another kernel computes."""
     wanted = [g for g in plan.gradients if g.kind in ("program", "row") and g not in elsewhere]
     wanted = [] if hopper else wanted
     edges = [edge("kv_idx", True)]
@@ -537,7 +549,8 @@ def dq_slots(
 
 
 def settles_delta(kv: dict[str, Any], dq: dict[str, Any]) -> bool:
-    """Does the kernel of dQ run first, and leave the exact delta to that of dK and dV? Where one input's gradient comes
-    from both: `forgetting` sums such gradients along the tokens, and what a rounded delta adds to each adds up."""
+    """Whether the kernel of dQ runs first and stores the exact delta for the kernel of dK and dV. It does if both
+    contribute to the gradient of one input: `forgetting` sums such gradients along the tokens, so the errors of a
+    rounded delta would accumulate."""
     by_key = {str(g.read.input) for g in kv["gradients"] if g.expr.has(DELTA)}
     return any(str(g.read.input) in by_key for g in dq["settled"] if not g.own)

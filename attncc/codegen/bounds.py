@@ -1,4 +1,4 @@
-"""The loop bounds of a block as lines of Triton: the tiles to visit, and those that need no mask."""
+"""The loop bounds of a block, as lines of Triton: the tiles to visit, and those among them that need no mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from attncc.passes.tiles import (
 _FAR = 2147483647
 
 
-#: what a bounds kernel stores for each block, and for each of its ranges
+#: the values that a bounds kernel stores for each range of each block
 STORED = ("live_begin", "live_end", "full_begin", "full_end")
 
 
@@ -34,8 +34,8 @@ STORED = ("live_begin", "live_end", "full_begin", "full_end")
 class BoundLines:
     """`setup` computes mixed_tiles and full_tiles; `mixed` and `full` turn the loop counter `i` into `tile`.
 
-    Where a kernel of its own finds the bounds once a block, `scan` holds its lines, `stored` the names of what it
-    stores, and `setup` reads that back.
+    If a separate kernel finds the bounds, once per block, `scan` holds its lines, `stored` the names of the values that
+    it stores, and `setup` loads them.
     """
 
     setup: tuple[str, ...]
@@ -46,10 +46,11 @@ class BoundLines:
 
 
 def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart: bool = False) -> BoundLines:
-    """Lines for one kernel. `block` is the constexpr of the inner block; `inside` masks the outer block's real rows.
+    """Lines for one kernel. `block`: the constexpr of the inner block's size; `inside`: the condition that a row of the
+    outer block lies inside the tensor.
 
-    A mask that must be scanned has a kernel of its own for that; `apart` gives one to bounds that depend on reads along
-    the outer axis, too, for kernels in which no warp holds all rows of a block.
+    A mask that must be scanned gets a separate kernel. With `apart`, so do bounds that depend on reads along the outer
+    axis, for kernels in which no warp holds all rows of a block.
     """
     scope = _Scope(plan, kernel, block)
     if not plan.scanned and not (apart and plan.outer_reads):
@@ -71,7 +72,7 @@ def bound_lines(plan: TilePlan, kernel: Lowering, block: str, inside: str, apart
 
 
 class _Scope:
-    """Expressions over a block's box as lines: its ends, its own extremes of the reads, and a tile's."""
+    """Lowers expressions over a block: its ends, and the extremes of its reads over the block and over each tile."""
 
     def __init__(self, plan: TilePlan, kernel: Lowering, block: str):
         self.plan, self.block = plan, block
@@ -88,11 +89,11 @@ class _Scope:
                 leaves[f"tile_{op}_{i}"] = Leaf(f"tile_{op}_{i}", Level.PAIR)
         leaves[INNER_LO.name] = Leaf("tile_lo", Level.PAIR)
         leaves[INNER_HI.name] = Leaf("tile_hi", Level.PAIR)
-        # names are shared with the kernel, so that neither shadows the other's
+        # both lowerings draw new names from one pool, so that neither shadows the other's
         self.lowering = Lowering(kernel.graph, leaves, helpers=kernel.helpers, _names=kernel._names)
 
     def outer_lines(self, kernel: Lowering, inside: str) -> list[str]:
-        """The block's own extremes of each read along its axis."""
+        """Lines for the minimum and maximum of each read along the outer axis, over the block's rows."""
         lines = []
         for i, read in enumerate(self.plan.outer_reads):
             values = kernel.emit(read)
@@ -103,7 +104,8 @@ class _Scope:
         return lines
 
     def range_lines(self) -> list[str]:
-        """The closed-form ranges, narrowed by the tiles' minima and maxima where a segment scans, in their order."""
+        """Lines for the ranges in closed form, then narrowed by the minima and maxima of tiles if the segment scans,
+        and sorted if there are several."""
         lines: list[str] = []
         many = len(self.plan.segments) > 1
         for i, segment in enumerate(self.plan.segments):
@@ -127,7 +129,8 @@ def _segment_lines(
     lines: list[str] = []
 
     def text(e: Any, over_rows: str) -> str:
-        """A bound; where the rows of a block have each their own, as several heads may, the one that holds for all."""
+        """A bound. If it differs by row, as with rows of several heads, it is reduced to one that holds for all
+        rows."""
         e = e.xreplace(stand_ins)
         result = scope.emit(e)
         _flush(scope, lines)
@@ -164,7 +167,7 @@ def _scan_lines(
     block: str,
     length: str,
 ) -> list[str]:
-    """Narrow a range to the tiles whose block minima and maxima let the mask hold."""
+    """Lines that narrow a range to the tiles whose minima and maxima allow the mask to hold."""
     loop: list[str] = ["tile_id = chunk + tl.arange(0, 128)", f"known = tile_id < live_end{tag}"]
     loop.append(f"tile_lo = tile_id * {block}")
     loop.append(f"tile_hi = tl.minimum(tile_lo + {block}, {length}) - 1")
@@ -179,7 +182,7 @@ def _scan_lines(
                 f"mask=known, other=0)"
             )
             stand_ins[function(read)] = sympy.Symbol(f"tile_{op}_{i}", integer=True)
-    inside = scope.branch()  # what one loop computes of its tiles is of no use to the next
+    inside = scope.branch()  # values of this loop's tiles do not exist after it
     may = inside.emit(scan.may.xreplace(stand_ins), Level.PAIR)
     must = inside.emit(scan.must.xreplace(stand_ins), Level.PAIR)
     before: list[str] = []
@@ -213,13 +216,14 @@ def _scan_lines(
 
 
 def summary_offset(read: Any) -> str:
-    """Which line of a summary a program reads: one a sequence, or one a (sequence, head)."""
+    """The row of a summary that a program reads: one per sequence, or one per (sequence, head)."""
     by_head = {sym.H, sym.H_KV} & read.free_symbols
     return "(b * heads + h)" if by_head else "b"
 
 
 def _order_lines(count: int) -> list[str]:
-    """Sort the ranges by their first tile, then cut each where the ones before it end: no tile is visited twice."""
+    """Lines that sort the ranges by their first tile, then clip each to start where the previous ones end, so that no
+    tile is visited twice."""
     lines = []
     for upper in range(count - 1, 0, -1):
         for i in range(upper):

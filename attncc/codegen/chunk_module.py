@@ -13,14 +13,14 @@ from attncc.version import __version__
 
 @dataclass(frozen=True)
 class Tile:
-    """A (B, H, L, dim) tensor as a kernel has it: `dim` columns in a tile `width` wide."""
+    """A (B, H, L, dim) tensor as a kernel holds it: its `dim` columns in a tile with `width` columns."""
 
     name: str
     dim: int
 
     @property
     def width(self) -> int:
-        """The power of two, at least what a matmul takes, that holds all columns."""
+        """The smallest power of two that holds all columns, at least 16 as matmuls require."""
         return max(16, 1 << (self.dim - 1).bit_length())
 
     @property
@@ -30,7 +30,7 @@ class Tile:
 
 
 def header(graph: VariantGraph, what: str, form: str, proof: Sequence[str], d_qk: int, d_v: int) -> str:
-    """A module's docstring and imports. `what` it is of, by which `form`, and the steps that lead there."""
+    """A module's docstring and imports. `what`: the kind of variant; `form`: the derived form; `proof`: its steps."""
     body = textwrap.indent(to_text(graph), "    ")
     steps = "\n".join(f"    {line}" for line in proof)
     quotes = '"""'

@@ -11,8 +11,9 @@ from attncc.schedule.problem import MAX_CHUNK, head_chunks
 class Chunk:
     """A power-of-two piece of a head dimension: columns [start, start + real), held in a tile `width` wide.
 
-    `branch` says whose it is, `key` which piece of k it meets, where branches of q may share one k; `head` which of the
-    heads of v that share a weight. Columns end at `end`: a number, or where the tensor's do.
+    `branch`: the branch that it belongs to; `key`: the piece of k that it is multiplied with, since branches of q may
+    share one k; `head`: which of the heads of v that share a weight; `end`: the first column after it, or None at the
+    end of the tensor.
     """
 
     index: int
@@ -32,8 +33,8 @@ class Chunk:
 def chunks(
     dim: int, branches: int = 1, shared_key: bool = False, value: int | None = None, widest: int = MAX_CHUNK
 ) -> tuple[Chunk, ...]:
-    """The last dimension of q or k as tiles, as the scheduler counts them: those of each branch, one branch after the
-    other. `value`: where the part ends that v is, too; it has tiles of its own. No tile is wider than `widest`."""
+    """The last dimension of q or k as tiles, as the scheduler counts them, one branch after the other. `value`: if v is
+    the first part of k, the column where that part ends; no tile crosses it. No tile is wider than `widest`."""
     spans = [(branch, dim // branches) for branch in range(branches)]
     if value is not None and value < dim:
         spans = [(0, value), (0, dim - value)]
@@ -52,7 +53,7 @@ def chunks(
 
 
 def value_chunks(dim: int, heads: int = 1) -> tuple[Chunk, ...]:
-    """The last dimension of v as tiles: those of each head of v that shares a weight, one head after the other."""
+    """The last dimension of v as tiles, for all heads of v that share a weight, one head after the other."""
     found: list[Chunk] = []
     for head in range(heads):
         found += [replace(c, index=len(found) + c.index, key=len(found) + c.index, head=head) for c in chunks(dim)]

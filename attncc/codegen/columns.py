@@ -1,5 +1,4 @@
-"""Template slots of the sweep before a backward whose gradient passes through column sums (over the queries of a
-key)."""
+"""Template slots of the sweep that precedes a backward whose gradient needs sums per key, over its queries."""
 
 from __future__ import annotations
 
@@ -20,17 +19,17 @@ from attncc.ir.text import formula
 
 
 def column_slots(plan: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of columns.py.j2: the mean that the backward takes away from what a pair has, for each column sum.
+    """Slots of columns.py.j2: for each column sum, the mean per key that the backward subtracts from a pair's value.
 
-    A mean is made of `value * share` and of the shares, as the other kernels compute both, so that where a key is seen
-    by one query, whose share is 1, nothing is left of the difference."""
+    A mean is the sum of `value * share` over the sum of `share`, both computed exactly as in the other kernels, so that
+    the difference is exactly 0 for a key that only one query sees, with a share of 1."""
     folded, mask = plan.folded, plan.graph["mask"].expr
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     tiles: dict[str, Any] = {}
     sums = []
     for column in plan.backward.columns:
         name, value = column.symbol.name, over_raw(plan, column.value)
-        if column.normed:  # the factors are made first, as they are where the mean is taken away
+        if column.normed:  # compute the factors first, as the kernels that subtract the mean do
             of_pair, share = (sympy.Symbol(f"{name}_{part}_tile", real=True) for part in ("value", "share"))
             tiles |= {of_pair.name: value, share.name: folded.apply(column.share)}
             value = of_pair * share

@@ -29,7 +29,7 @@ from attncc.passes.similarity import Loop
 
 #: columns of an accumulator of a loop's gradients: comparing their numbers costs a fraction of the pairs' own work
 WIDEST = 32
-#: what a turn of the loop has loaded
+#: the values of one iteration over the components
 _LEAVES = {
     sym.COMPONENT.name: Leaf("d_idx", Level.PROGRAM),
     sym.Q_VEC.name: Leaf("q_d", Level.ROW),
@@ -44,13 +44,13 @@ _TAME = (
 
 
 def cotangent(loop: Loop) -> sympy.Symbol:
-    """That of a loop's sum, at each pair of a tile."""
+    """The cotangent of a loop's sum, one value per pair of a tile."""
     return sympy.Symbol(f"d{loop.name}", real=True)
 
 
 def slope(loops: Iterable[Loop], wrt: sympy.Expr) -> sympy.Expr:
-    """The gradient of a component of q_vec, of k_vec or of a read from a pair, divided by the cotangents of the
-    sums."""
+    """One pair's contribution to the gradient of `wrt`, a component of q_vec or k_vec or a read: the derivative of each
+    loop's summand times the cotangent of its sum."""
     total = sympy.S.Zero
     for loop in loops:
         by = derivative(loop.summand, wrt)
@@ -74,7 +74,7 @@ def _is_tame(expr: Any) -> bool:
 def loop_slots(
     plan: Plan, loops: tuple[Loop, ...], rows_first: bool, kernel: Lowering, base: Mapping[str, Leaf]
 ) -> dict[str, Any] | None:
-    """Slots of the loop that makes the sums of a tile of pairs; None where there are none."""
+    """Slots of the loop that computes the sums of a tile of pairs; None without `loops`."""
     if not loops:
         return None
     scope = _scope(plan, rows_first, kernel, base)
@@ -98,9 +98,8 @@ def gradient_slots(
     kernel: Lowering,
     base: Mapping[str, Leaf],
 ) -> dict[str, Any] | None:
-    """Slots of the loops over a tile that has the cotangents of the sums: what they bring q in the kernel that owns its
-    rows, else k, and the inputs of `gradients` (name, cotangent at a pair, has it an entry a component?); None where
-    there are none."""
+    """Slots of the loops over a tile of cotangents of the sums: the contribution to dQ (rows_first) or dK, and to the
+    inputs of `gradients`: (name, cotangent per pair, whether it has an entry per component). None if all are 0."""
     tile, vector = ("q", sym.Q_VEC) if rows_first else ("k", sym.K_VEC)
     found = lower_exp(slope(loops, vector))
     others = [(name, lower_exp(expr), by_component) for name, expr, by_component in gradients]
@@ -109,7 +108,7 @@ def gradient_slots(
     leaves = {cotangent(loop).name: Leaf(cotangent(loop).name, Level.PAIR) for loop in loops}
     scope = _scope(plan, rows_first, kernel, {**base, **leaves})
     exprs = [found, *(expr for _, expr, _ in others)]
-    # a power multiplies its base, which must have a name
+    # a power is written as products of its base, which therefore gets a name
     scope.count([*exprs, *(power.base for e in exprs for power in e.atoms(sympy.Pow))])
     if found != 0:
         scope.body.append(f"d{tile}_d = tl.sum({scope.tile(found)}, 1)")
@@ -125,8 +124,8 @@ def gradient_slots(
 def band_slots(
     plan: Plan, loop: Loop, read: Read, tile: str, kernel: Lowering, base: Mapping[str, Leaf]
 ) -> dict[str, Any]:
-    """Slots of a loop over `tile`, which has the cotangents of a loop's sum: what a table of distances gets from each
-    pair, a component at a time."""
+    """Slots of a loop over components, given a `tile` of cotangents of a loop's sum: each pair's contribution to the
+    gradient of a table of distances, one component at a time."""
     found = lower_exp(slope((loop,), read))
     scope = _scope(plan, True, kernel, {**base, cotangent(loop).name: Leaf(tile, Level.PAIR)})
     scope.count([found, *(power.base for power in found.atoms(sympy.Pow))])
@@ -135,13 +134,13 @@ def band_slots(
 
 
 def _scope(plan: Plan, rows_first: bool, kernel: Lowering, base: Mapping[str, Leaf]) -> Lowering:
-    """A lowering for the body of a loop, beside that of a kernel, whose names it does not reuse."""
+    """A lowering for the body of a loop, whose new names differ from those of the kernel's lowering."""
     running = frozenset(_LEAVES)
     leaves = {**base, **_LEAVES}
     return Lowering(plan.core, leaves, rows_first, running=running, helpers=kernel.helpers, _names=kernel._names)
 
 
 def _loop(scope: Lowering, exprs: Iterable[Any]) -> dict[str, Any]:
-    """What all loops have: what stands before them, their body, and which vectors it reads."""
+    """Slots that all loops have: the lines before the loop, its body, and whether it reads q and k."""
     used = frozenset().union(*(e.free_symbols for e in exprs))
     return {"before": scope.outer, "lines": scope.body, "reads_q": sym.Q_VEC in used, "reads_k": sym.K_VEC in used}

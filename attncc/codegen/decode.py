@@ -20,17 +20,17 @@ from attncc.passes.fold import exp2
 from attncc.passes.reverse import first_at, ties
 from attncc.passes.stream import renamed
 
-#: a query head is one value a row where the heads of a group are packed into a tile
+#: with the heads of a group packed into a tile, the query head is a value per row
 _BY_ROW = {"h": Leaf("h", Level.ROW)}
-#: in the merge a program has one row, and its vectors run along the parts
+#: in the merge a program has one row, so its vectors run along the parts of the keys
 _ONE_ROW = {"q_idx": Leaf("q_idx", Level.PROGRAM)}
 
 
 def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], fades: bool = False) -> dict[str, Any]:
-    """Slots of decode.py.j2, those of forward.py.j2 among them, and under `merge` those of merge.py.j2. `fades`: as for
-    the forward's.
+    """Slots of decode.py.j2, those of forward.py.j2 among them, and under `merge` those of merge.py.j2. `fades`: as in
+    `forward_slots`.
 
-    UnsupportedError where parts of the keys have no merge."""
+    UnsupportedError if partial results over the keys cannot be merged."""
     if plan.whole_rows:
         raise UnsupportedError(
             f"the keys of '{plan.graph.name}' cannot be dealt to several programs: {plan.whole_rows}",
@@ -50,12 +50,13 @@ def decode_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], fades: bool = False) 
 
 
 def _states(chain: dict[str, Any], counts_seen: bool) -> list[str]:
-    """The row values that a part hands over besides its accumulator."""
+    """The row statistics that a part of the keys passes to the merge, besides its accumulator."""
     return [*(m for m, _ in chain["moves"]), *chain["sums"], *([f"seen{chain['tag']}"] if counts_seen else [])]
 
 
 def _merge_slots(plan: Plan, counts_seen: list[bool], states: list[str]) -> dict[str, Any]:
-    """The factor that rescales a part's state to the joint maxima, and the lines that finish a row."""
+    """Slots of merge.py.j2: the factors that rescale each part's state to the joint maxima, and lines that finish a
+    row."""
     parts: dict[str, Leaf] = {}
     joint: dict[str, Leaf] = {}
     for part in plan.parts:
@@ -76,7 +77,7 @@ def _merge_slots(plan: Plan, counts_seen: list[bool], states: list[str]) -> dict
 
 
 def _merge_chain(part: Plan, scaling: Lowering, states: list[str], counts_seen: bool) -> dict[str, Any]:
-    """How what was computed over several parts of the keys joins, for one branch."""
+    """Slots that merge one branch's partial results over parts of the keys."""
     online, folded, own = part.online, part.folded, part.own
     rescales = [
         part.tagged(folded.apply_online(r.rescale, online.max_symbols)) for r in (online.numerator, *online.sums)
@@ -92,7 +93,7 @@ def _merge_chain(part: Plan, scaling: Lowering, states: list[str], counts_seen: 
                 text = f"tl.where({own(online.max_symbols[0].name)}_part > {NEGATIVE}, {text}, 0.0)"
             lines.append(f"{factors[rescale]} = {text}")
     maxima = [(own(m.name), own(renamed(m).name)) for m in online.max_symbols]
-    # where a maximum is kept with its place, that of the first part which attains it counts, and all its ties
+    # a maximum stored with its position keeps the first part's position that attains it; ties add up over the parts
     kept = dict(part.stored)
     places = [
         (own(first_at(m).name), own(ties(m).name), own(m.name), own(renamed(m).name))
@@ -120,7 +121,7 @@ def _merge_chain(part: Plan, scaling: Lowering, states: list[str], counts_seen: 
 
 
 def _outer(lowering: Lowering) -> list[str]:
-    """Lines that need none of the joint state, put before those that do."""
+    """Remove and return the lines that need none of the joint state, which go before those that do."""
     lines = list(lowering.outer)
     lowering.outer.clear()
     return lines

@@ -35,31 +35,32 @@ from attncc.passes.recur import Delta
 
 @dataclass(frozen=True)
 class TokenTile(Tile):
-    """head: which of the tensor's heads a program's is; own: contiguous, of ours."""
+    """head: the name of the index of the tensor's head; own: whether the tensor is one of ours, and contiguous."""
 
     head: str = "h"
     own: bool = True
 
 
 class DeltaSlots:
-    """What the templates are filled with, for one plan and its head dimensions."""
+    """The slots of the delta rule's templates, for one plan and its head dimensions."""
 
     def __init__(self, plan: Delta, d_qk: int, d_v: int):
         self.decays = plan.linear.decay != "none"
-        #: has a query a factor of its own?
+        #: whether the output has a factor per query
         self.query_row = plan.linear.row != 1
         self.q, self.k = TokenTile("q", d_qk, own=False), TokenTile("k", d_qk, "h_kv", own=False)
         self.v, self.out = TokenTile("v", d_v, "h_kv", own=False), TokenTile("out", d_v, own=False)
         self.do, self.dq = TokenTile("do", d_v, own=False), TokenTile("dq", d_qk, own=False)
         self.dk, self.dv = TokenTile("dk", d_qk, own=False), TokenTile("dv", d_v, own=False)
-        #: what the tokens of a chunk add to the state, and what rounding took of what reaches it
+        #: the values that the tokens of a chunk add to the state, and their rounding errors
         self.added, self.rest = TokenTile("added", d_v), TokenTile("rest", d_v)
-        #: the gradient of the right sides of a chunk's equations, and by what keys it depends on that of the state
+        #: the gradient of the right-hand sides of a chunk's system, and the keys by which it depends on the state's
+        #: gradient
         self.dright, self.recalled = TokenTile("dright", d_v), TokenTile("recalled", d_qk)
 
 
 def render_delta(graph: VariantGraph, plan: Delta, d_qk: int, d_v: int) -> str:
-    """The module's source. Sizes and schedules are arguments of its functions."""
+    """The module's source. Sizes and schedules are arguments of the module's functions."""
     slots = DeltaSlots(plan, d_qk, d_v)
     env = environment()
     tiles = {tile.name: tile for tile in (slots.q, slots.k, slots.v, slots.do)}

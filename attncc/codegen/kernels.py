@@ -28,8 +28,8 @@ _COMMENT = 110
 def pair_slots(
     plan: Plan, qk_chunks: tuple[Chunk, ...], gradient: InputGradient, band: VectorGradient | None = None
 ) -> dict[str, Any]:
-    """Slots of pair_grad.py.j2, for one element read that varies by pair; `band`: that of a sum over components, of
-    whose cotangent `gradient` is."""
+    """Slots of pair_grad.py.j2, for one element read that varies by pair. `band`: the table of distances, if a sum over
+    components reads it; `gradient` then has the cotangent of that sum."""
     edges = [edge("q_idx", True), edge("kv_idx", True)]
     common = tile_slots(
         plan,
@@ -55,13 +55,13 @@ def pair_slots(
 
 
 def table_slots(plan: Plan, qk_chunks: tuple[Chunk, ...], band: VectorGradient) -> dict[str, Any]:
-    """Slots of pair_grad.py.j2, for a table of distances that a sum over components reads."""
+    """Slots of pair_grad.py.j2, for a table of distances (`band`) that a sum over components reads."""
     (cotangent,) = (e for s, e in plan.backward.dsums if band.loop is not None and s == band.loop.symbol)
     return pair_slots(plan, qk_chunks, InputGradient(band.read, cotangent, "band", band.number), band)
 
 
 def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str, Any]:
-    """Slots of summary.py.j2: the block minima and maxima of a 1-D integer read along an axis."""
+    """Slots of summary.py.j2: the minima and maxima, per block of an axis, of an integer read that varies along it."""
     along = axis.name
     leaves = base_leaves(plan, {})
     lowering = Lowering(plan.core, leaves, rows_first=axis == sym.Q_IDX)
@@ -80,7 +80,7 @@ def summary_slots(plan: Plan, read: sympy.Expr, axis: sympy.Symbol) -> dict[str,
 
 
 def distance_slots(plan: Plan, tables: Tables) -> dict[str, Any]:
-    """Slots of distances.py.j2: the tables that other kernels read by distance."""
+    """Slots of distances.py.j2: the tables, indexed by distance, that other kernels read."""
     leaves = base_leaves(plan, {DISTANCE.name: Leaf(DISTANCE.name, Level.ROW)})
     lowering = Lowering(plan.core, leaves)
     formulas = tables.of_distance
@@ -99,7 +99,7 @@ def distance_slots(plan: Plan, tables: Tables) -> dict[str, Any]:
 
 
 def bounds_slots(tile: TilePlan, bounds: BoundLines, packed: bool) -> dict[str, Any]:
-    """Slots of bounds.py.j2: the scan of a mask that reads its inputs, for the blocks of one axis; `packed`: the query
+    """Slots of bounds.py.j2: the scan of a mask that reads inputs, for the blocks of one axis. `packed`: the query
     heads of a group are rows of one block."""
     by_rows = tile.outer == sym.Q_IDX
     return {
