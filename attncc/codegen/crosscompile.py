@@ -48,12 +48,12 @@ class CompiledKernel:
 
     @cached_property
     def faults(self) -> tuple[Fault, ...]:
-        """The faults of the assembler in tensor-core operands."""
+        """Instructions that the assembler has miscompiled (see `codegen.wgmma`)."""
         return wgmma_faults(self.binary) if "wgmma.mma_async" in self.ptx else ()
 
 
 def gpu_target(device: Device) -> GPUTarget:
-    """Triton's name of a device."""
+    """Triton's description of a device."""
     arch: int | str = int(device.target.removeprefix("sm_")) if device.backend == "cuda" else device.target
     return GPUTarget(device.backend, arch, device.warp_size)
 
@@ -135,8 +135,7 @@ def _compile(
 def _parameters(
     kernel: Any, name: str, graph: VariantGraph, tiling: Any, dtype: Dtype, constants: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
-    """The type, the value if it is a constant, and the alignment of each parameter, as launches with aligned tensors
-    have them."""
+    """The types of all parameters, the values of constants, and alignments, as in launches with aligned tensors."""
     gluon = kernel.is_gluon()
     signature: dict[str, str] = {}
     values: dict[tuple[int, ...], Any] = {}
@@ -259,7 +258,7 @@ def resources(name: str, result: Any, device: Device) -> CompiledKernel:
 
 
 def spilled(kernels: Mapping[str, CompiledKernel], schedule: Schedule) -> dict[tuple[Kernel, KernelSchedule], int]:
-    """The spilled bytes of kernels that have a tiling of their own, for the scheduler: the most of each tiling."""
+    """The spilled bytes of each of the scheduler's kernels and its tiling: the most of the kernels with this tiling."""
     found: dict[tuple[Kernel, KernelSchedule], int] = {}
     for name, compiled in kernels.items():
         kernel = kernel_of(name, schedule)

@@ -25,9 +25,9 @@ _FLAGS = (
     *("HAS_STATE", "HAS_FIRST", "HAS_LAST", "KEEP", "KEEP_LAST", "KEEP_STATE", "WANT_PRODUCT", "WANT_STEP"),
     *("WANT_STEPS", "WANT_ROW", "WANT_DIAGONAL", "WEIGHTED", "PAIRS", "HAS_FACTOR", "HAS_WEIGHT", "SHARED"),
 )
-#: what the host launches its small kernels with
+#: the launch arguments of the host's small kernels
 _SMALL = {"BLOCK": 1024, "SIZE": 128 * 128, "num_warps": 4}
-#: elements from a token to the next: 16 heads of 128
+#: elements between consecutive tokens: 16 heads of 128
 _TOKEN = 2048
 
 
@@ -42,14 +42,14 @@ def cross_compile_linear(
 ) -> dict[str, CompiledKernel]:
     """Compile every kernel of a generated module for `device`, with a state coming in; no GPU is needed, nor used.
 
-    states: how a module keeps the states of chunks; only: the kernels of these names.
+    states: the dtype in which the states of chunks are stored; only: compile only the kernels of these names.
     """
     found = {}
     for name in kernel_names(module):
         if only is not None and name not in only:
             continue
         if name == "forward_kernel" and "carry" in schedule.kernels and "forward" not in schedule.kernels:
-            continue  # another kernel makes the output on its way
+            continue  # the carry kernel computes the output, too
         kernel = getattr(module, name)
         of_host = {**_SMALL, "CHUNK": schedule.chunk if name == "runs_kernel" else 32}
         meta = dict(schedule.kernels.get(name.removesuffix("_kernel"), of_host))

@@ -1,4 +1,4 @@
-"""The facts about a plan that calls need: small enough for the disk cache, so that later processes run no pass."""
+"""The facts about a plan that calls need. They are cached on disk, so that later processes run no pass."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from attncc.codegen.plan import InputGradient, Plan
     from attncc.codegen.similarity import SimilaritySlots
 
-#: sweeps that the search for an implicit value takes, for the cost model
+#: the cost model's number of sweeps over the keys in the search for an implicit value
 TYPICAL_TURNS = 8
-#: integer operations that take as long as a load for each pair from a table of distances: a quarter of a clock, for the
-#: lanes of a warp read about eight rows of it
+#: integer operations that take as long as one pair's load from a table of distances: a quarter of a clock, because the
+#: lanes of a warp read about eight rows of the table
 GATHER = 16
-#: tiles that a load for each pair keeps: a pointer, twice as wide as a value, and what comes from there
+#: tiles of registers for a load per pair: a 64-bit pointer, which counts as two, and the loaded value
 GATHERED_TILES = 3
 _PAIR_NAMES = frozenset({S.name, DP.name, "qk"})
 
 
 @dataclass(frozen=True)
 class Facts:
-    """`stored`: names of the row statistics that the forward writes; `results`: of all that it returns behind `out`;
-    `saved`: of those that the backward reads, if there is one. The costs, `sweeps` and `only_triton` are those of
-    `KernelCosts`; `pairs` is that of `Problem`. `component` and `component_backward` are the work of a pair, forward
-    and backward, for each component of a sum over the head dimension that no matmul makes.
+    """`stored`: names of the row statistics that the forward writes; `results`: names of all its results after `out`;
+    `saved`: names of the results that the backward reads, if there is one. The costs, `sweeps` and `only_triton` are as
+    in `KernelCosts`; `pairs` is as in `Problem`. `component`, `component_backward`: the work of a pair, forward and
+    backward, for each component of a sum over the head dimension that is not a matmul.
     """
 
     stored: tuple[str, ...]
@@ -71,7 +71,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | None) -> Self | None:
-        """The inverse of `to_json`; None for something else."""
+        """The inverse of `to_json`; None if `data` is not its result."""
         try:
             known = {name: data[name] for name in cls.__dataclass_fields__} if data is not None else {}
             costs = {name: PairCosts(**known[name]) for name in _COSTS}
@@ -87,7 +87,7 @@ _COSTS = ("forward", "backward", "mask", "component", "component_backward")
 
 
 def facts_of(plan: Plan) -> Facts:
-    """The facts of a plan, from its passes. UnsupportedError where its normalizer does not stream."""
+    """The facts of a plan, from its passes. UnsupportedError if its normalizer does not stream."""
     from attncc.codegen.similarity import KEY, QUERY, SimilaritySlots
 
     has_backward = plan.has_backward is None
@@ -136,7 +136,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
     from attncc.codegen.slopes import slope_of
 
     def by_row(part: Plan, slope: Any) -> bool:
-        """Has the slope a factor that is a row's, besides those that make it a multiple of the weight?"""
+        """Whether the slope has a factor per row, besides those that make it a multiple of the weight."""
         leaves = base_leaves(part, {name: Leaf(name, Level.ROW) for name in part.saved_names})
         own = set(sympy.Mul.make_args(part.folded.apply(part.backward.weight)))
         factors = sympy.Mul.make_args(slope)
@@ -163,7 +163,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
 
 
 def _is_apart(plan: Plan, gradient: InputGradient) -> bool:
-    """Does a further value of each pair wait for dp to make what is summed a key?"""
+    """Whether a gradient that is summed per key needs a further value of each pair to be kept until dp is ready."""
     from attncc.codegen.backward import of_k, over_ds
     from attncc.codegen.slopes import keeps_a_tile
 
@@ -174,19 +174,19 @@ def _is_apart(plan: Plan, gradient: InputGradient) -> bool:
 
 
 def _streamed(part: Plan, of: Level) -> list[Any]:
-    """What a part has of a query or of a key that takes a warp some time: reads, and logarithms of its index."""
+    """A part's values per query, or per key, that take a warp some time: reads of inputs, and logarithms of indices."""
     logarithms = part.folded.score.atoms(sympy.log)
     return [x for x in (*part.core.reads, *logarithms) if level(x) == of]
 
 
 def _turns(sweep: Sweep) -> int:
-    """How often a sweep goes over the keys."""
+    """How many times a sweep goes over the keys."""
     return TYPICAL_TURNS if sweep.root is not None else 1
 
 
 def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, PairCosts]:
-    """The work of a pair for each component of the sums that are a loop: in the forward, in one kernel of the
-    backward."""
+    """The work of a pair for each component of the sums that are computed by a loop: in the forward, and in one kernel
+    of the backward."""
     from attncc.codegen.components import cotangent, slope
 
     loops = plan.similarity.loops
@@ -196,7 +196,7 @@ def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, Pai
     forward = _total([once] * turns)
     if plan.has_backward is not None:
         return forward, forward
-    # dq has those of inputs, too, as a rule; each is added along the row, then put in its column
+    # the kernel of dQ usually computes those of inputs, too; each is summed along the row, then put into its column
     names = frozenset(cotangent(x).name for x in loops)
     gradients = [slope(slots.flowing_loops, sym.Q_VEC), *(g.expr for g in slots.gradients if g.looped)]
     found = pair_costs([lower_exp(e) for e in gradients if e != 0], names)
@@ -205,7 +205,7 @@ def _component_costs(plan: Plan, slots: SimilaritySlots) -> tuple[PairCosts, Pai
 
 
 def _gathered(costs: PairCosts) -> PairCosts:
-    """The same with loads as operations: inside a loop over components none is fetched ahead of its tile."""
+    """The same costs with loads counted as operations, because loads in a loop over components are not prefetched."""
     return PairCosts(costs.fma, costs.sfu, costs.int + GATHER * costs.loads)
 
 
@@ -235,7 +235,7 @@ def _total(costs: Iterable[PairCosts]) -> PairCosts:
 
 
 def _read(tables: Tables) -> int:
-    """Entries of tables that Triton's kernels read a pair."""
+    """The number of table entries that Triton's kernels read per pair."""
     return len(tables.formulas) - len(tables.read.unused)
 
 
@@ -244,7 +244,7 @@ def _part_costs(plan: Plan) -> tuple[PairCosts, PairCosts, PairCosts]:
     to_new = {m: renamed(m) for m in online.max_symbols}
     terms = [folded.apply_online(r.term.xreplace(to_new), online.max_symbols) for r in (online.numerator, *online.sums)]
     operands = [folded.maximum_of(g) for _, g in online.maxes]
-    # one more a running maximum, a sum, and the conversion of the weight for its matmul
+    # one more operation for each running maximum and sum, and for the conversion of the weight to 16 bits
     forward = pair_costs([plan.score_tables.apart(folded.score), *terms, *operands], _PAIR_NAMES)
     fma = forward.fma + len(operands) + len(online.sums) + 1
     forward = replace(forward, fma=fma, tables=_read(plan.score_tables))

@@ -30,20 +30,21 @@ from attncc.passes.fold import S, exp2, with_sign
 from attncc.passes.reverse import first_at, ties, trimmed
 from attncc.passes.stream import LSE, Implicit, Online, Running, Sweep, renamed
 
-#: where a running maximum starts: below every score, and finite, so that no difference of two is NaN
+#: the initial running maximum: below every score, and finite, so that no difference of two maxima is NaN
 NEGATIVE = "-1.0e30"
-#: the most sweeps for one implicit value: what bisection alone would take to float32's precision, twice
+#: the most sweeps for one implicit value: twice what bisection alone would take to float32's precision
 MOST_TURNS = 50
-#: the lines of a chain
+#: the slots of a chain that hold lines
 _OF_A_FUNCTION = ("score_lines", "peak_lines", "max_lines", "weight_lines", "rescale_lines", "sum_lines")
-#: the name of what a score adds to all keys of a row in a tile
+#: the name of the part of a score that is the same for all keys of a row in a tile
 ROW_OFFSET = "row_offset"
 
 
 @dataclass(frozen=True)
 class _Terms:
-    """What one loop over the keys computes for one part, in the unit of its score: operands of the running maxima,
-    accumulated terms (that of the output row first, in the last pass) and the factors that rescale them."""
+    """The expressions of one loop over the keys for one part, in the unit of its score: the `operands` of the running
+    maxima, the accumulated `terms` (in the last pass, first that of the output row), and the factors `rescales` that
+    rescale the accumulations."""
 
     part: Plan
     maxima: tuple[sympy.Symbol, ...]
@@ -53,20 +54,21 @@ class _Terms:
     terms: list[Any]
     rescales: list[Any]
     scaled: Any
-    #: what the score adds to all keys of a row in a tile, where that joins the row's maximum; `score` is without it
+    #: the part of the score that is the same for all keys of a row in a tile, if it is added to the row's maximum
+    #: instead of each score; `score` leaves it out
     row_part: Any = sympy.S.Zero
-    #: may what a maximum is taken of be hidden where that is not the score?
+    #: whether masked pairs may be hidden by -inf in the maximum's operand (`peak`), if that is not the score
     by_peak: bool = False
 
     @property
     def vanishes(self) -> bool:
-        """Where everything is exp2(score - m), a hidden score of -inf does all that a mask must do."""
+        """Whether a score of -inf suffices to mask a pair: every term is exp2(score - m), every maximum a score's."""
         s = sympy.Symbol(self.part.own(S.name), real=True)
         return all(_vanishes(t, s) for t in self.terms) and all(o == self.scaled for o in self.operands)
 
     @property
     def peak(self) -> Any:
-        """What the one maximum is of, if that is not the score and does the same at -inf; else None."""
+        """The operand of the only maximum, if it is not the score, and -inf in its place hides a pair; else None."""
         if not self.by_peak or len(self.operands) != 1 or self.operands[0] == self.scaled:
             return None
         (peak,) = self.operands
@@ -75,8 +77,8 @@ class _Terms:
 
     @property
     def side(self) -> Any:
-        """What gives weights their sign, where no sum needs that: they take it when they are rounded. As long, it is
-        all that is kept of the scores beside the tile of their peaks. Else None."""
+        """The expression whose sign the weights take, if no sum needs signed weights; else None. The sign is applied
+        when weights are rounded for their matmul. Until then only signs are kept, besides the tile of peaks."""
         lead = None if self.peak is None else self.terms[0]
         return lead.args[1] if isinstance(lead, with_sign) else None
 
@@ -98,7 +100,7 @@ def _terms(part: Plan, step: Sweep | Online) -> _Terms:
 
 
 def _by_tile(t: _Terms, lowering: Lowering) -> _Terms:
-    """The same with distances taken apart by tile, and with `row_part` split off where that is enough."""
+    """The same terms with distances split by tile, and with `row_part` split off if `vanishes` holds."""
     score = split_distances(lowering.tables.apart(t.score, PLACE))
     if not t.vanishes:
         return replace(t, score=score, by_peak=True)
@@ -120,13 +122,13 @@ def forward_slots(
     tables: Tables = NO_TABLES,
     fades: bool = False,
 ) -> dict[str, Any]:
-    """Slots of forward.py.j2. `own`: leaves that a kernel has at another level than most; `tables`: what it is given by
-    distance; `fades`: whether maxima also move for keys that are weighed elsewhere.
+    """Slots of forward.py.j2. own: leaves that this kernel has at another level than most kernels; tables: functions of
+    the distance that it reads from tables; fades: maxima also change for keys that another warpgroup weighs.
 
-    hopper: for kernels in which several groups of warps share a block of rows. There, bounds that need a whole block
-    are found apart, distances are taken apart by tile, and what a score adds to all keys of a row joins the row's
-    maximum; what is read a key is `streamed`, so that a warp can read it early, and what is read a pair comes `ahead`
-    of the scores.
+    hopper: for kernels in which several warpgroups share a block of rows. Bounds that need a whole block are then found
+    by a separate kernel, distances are split by tile, and the part of a score that is the same for all keys of a row is
+    added to the row's maximum. Values per key are listed in `streamed`, so that another warp can read them early; loads
+    per pair are listed in `ahead`, to be issued before the scores.
     """
     own = own or {}
     steps = [(part, i) for part in plan.parts for i in range(len(part.online.before))]
@@ -163,10 +165,10 @@ def forward_slots(
     for t, (part, visible, fresh) in zip(computed, shown_masks(plan), strict=True):
         lowering.blank = blank_tile(similarity, True, part)
         chains.append(_chain(t, lowering, visible, fresh, "p"))
-        if hopper and part.tag:  # a function for each branch
+        if hopper and part.tag:  # each branch is a function, which does not see the others' names
             own_lines = [x for key in _OF_A_FUNCTION for x in chains[-1][key]]
             lowering.forget(set_names(own_lines))
-    if fades:  # apart from the lines of a tile, for it is done where those are not
+    if fades:  # in a scope of its own, because it runs separately from the lines of a tile
         alone = lowering.next_sweep(running[-1])
         for chain, t in zip(chains, computed, strict=True):
             chain["fade_lines"] = _fade_lines(t, alone)
@@ -191,7 +193,7 @@ def forward_slots(
 
 
 def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) -> dict[str, Any]:
-    """The slots of one part for a tile of its scores, up to its terms of the accumulation, the first named `lead`."""
+    """The slots of one part for a tile of scores, up to the accumulated terms, of which `lead` names the first."""
     part, own = t.part, t.part.own
     score = lowering.tile(t.score)
     shown = visible_lines(lowering, part.graph["mask"].expr, [edge("kv_idx", True)], visible) if fresh else []
@@ -254,8 +256,8 @@ def _chain(t: _Terms, lowering: Lowering, visible: str, fresh: bool, lead: str) 
 def _maximum_lines(
     t: _Terms, lowering: Lowering, visible: str, hides_scores: bool
 ) -> tuple[list[str], list[str], list[tuple[str, str, str]]]:
-    """How a tile moves the running maxima: the lines, the names of first positions and numbers of ties that they
-    update, and for each maximum the values compared with it, the unit and the offset that turn them into the maximum's.
+    """The update of the running maxima by a tile: its lines; the names of the first positions and numbers of ties that
+    it updates; and for each other maximum its operand's tile, with the unit (a factor) and the offset that convert it.
 
     hides_scores: masked pairs have a score of -inf; else each operand is masked here."""
     part, unit = t.part, t.part.tagged(t.part.folded.unit)
@@ -263,7 +265,7 @@ def _maximum_lines(
     max_lines, places, raises = list[str](), list[str](), list[tuple[str, str, str]]()
     if t.row_part != 0:
         row_part = lowering.emit(t.row_part, Level.ROW)
-        if lowering.level_of(t.row_part) != Level.ROW:  # the same for all rows of a head
+        if lowering.level_of(t.row_part) != Level.ROW:  # it is the same for all rows of a head
             row_part = f"tl.full([ROWS], {row_part}, tl.float32, layout=BY_ROW)"
         max_lines = [*take(lowering), f"{own(ROW_OFFSET)} = {row_part}"]
     for number, (m, operand) in enumerate(zip(t.maxima, t.operands, strict=True)):
@@ -289,7 +291,7 @@ def _maximum_lines(
 
 
 def _factors(t: _Terms, lowering: Lowering) -> tuple[dict[Any, str], list[str]]:
-    """Names of the factors that scale what a loop carries where a maximum moves, and the lines that make them."""
+    """The names of the factors that rescale accumulations when a maximum changes, and the lines that compute them."""
     own, names, made = t.part.own, dict[Any, str](), list[str]()
     for rescale in t.rescales:
         if rescale != 1 and rescale not in names:
@@ -303,7 +305,7 @@ def _factors(t: _Terms, lowering: Lowering) -> tuple[dict[Any, str], list[str]]:
 
 
 def _fade_lines(t: _Terms, lowering: Lowering) -> list[str]:
-    """What is done with a row's sums where a maximum moves for keys that are weighed elsewhere."""
+    """Lines that rescale a row's sums when a maximum changes because of keys that another warpgroup weighs."""
     names, made = _factors(t, lowering)
     for running, rescale in zip(t.runnings, t.rescales, strict=True):
         if rescale != 1 and sym.is_row_name(running.symbol.name):
@@ -313,7 +315,7 @@ def _fade_lines(t: _Terms, lowering: Lowering) -> list[str]:
 
 
 def end_slots(part: Plan, after: Lowering) -> dict[str, Any]:
-    """What is left of a part when its last key is seen: its row's factor, and the statistics that are stored."""
+    """Slots that finish a part after its last key: the factor of its output row, and the stored row statistics."""
     online, folded, guard = part.online, part.folded, _needs_guard(part)
     maxima = online.max_symbols
     scale = part.tagged(folded.apply_online(online.coefficient * online.scale, maxima))
@@ -343,7 +345,8 @@ def end_slots(part: Plan, after: Lowering) -> dict[str, Any]:
 
 
 def _sweep_slots(part: Plan, number: int, lowering: Lowering, between: list[str]) -> dict[str, Any]:
-    """Slots of one sweep of a part, for sweep.py.j2. `between` gets the lines that this sweep's loop hoists."""
+    """Slots of one sweep of a part, for sweep.py.j2. `between`: lines hoisted out of this sweep's loop, which run after
+    the previous sweep."""
     sweep, first = part.online.before[number], number == 0
     if sweep.root is not None:
         slots = _root_slots(part, lowering, sweep.root)
@@ -370,7 +373,7 @@ def _sweep_slots(part: Plan, number: int, lowering: Lowering, between: list[str]
 
 
 def _root_slots(part: Plan, lowering: Lowering, root: Implicit) -> dict[str, Any]:
-    """The sum of an implicit value's equation, and its slope: one turn of the search."""
+    """Slots of one step of the search for an implicit value: the sum of its equation, and the sum's derivative."""
     folded, mask, at = part.folded, part.graph["mask"].expr, {sym.UNKNOWN: root.symbol}
     score = part.tagged(folded.score)
 
@@ -389,7 +392,7 @@ def _root_slots(part: Plan, lowering: Lowering, root: Implicit) -> dict[str, Any
     weight_lines = take(lowering)
     after = lowering.after_loop()
     equation_lines = []
-    for n, e in zip(_sums_of(root), _equation(root, factor), strict=True):  # the slope knows the sum, so it is first
+    for n, e in zip(_sums_of(root), _equation(root, factor), strict=True):  # the slope reads the sum: compute it first
         text = after.emit(own(e), Level.ROW)
         equation_lines += [*take(after), f"{part.own(n)} = {text}"]
     return {
@@ -411,15 +414,15 @@ def _root_slots(part: Plan, lowering: Lowering, root: Implicit) -> dict[str, Any
 
 
 def _sums_of(root: Implicit) -> tuple[str, str]:
-    """The names of the slope of an equation's sum, and of the sum."""
+    """The names of the derivative of an equation's sum, and of the sum."""
     return f"{root.symbol.name}_slope", f"{root.symbol.name}_value"
 
 
 def _equation(root: Implicit, factor: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """The equation's slope and value, from the sums of the term's slope over `factor` and of the term.
+    """The equation's derivative and value, given the sum of the term's derivative divided by `factor`, and of the term.
 
-    A sum of p-th powers that must be c is solved as its p-th root, a norm, which must be c^(1/p): nearly a straight
-    line, where the powers themselves would take Newton's steps one by one down their curve.
+    The equation "a sum of p-th powers is c" is replaced by "its p-th root, a norm, is c^(1/p)": the norm is nearly
+    linear, so that Newton's method takes few steps, while the sum of powers would need many.
     """
     slope, total = (sympy.Symbol(n, real=True) for n in _sums_of(root))
     slope = factor * slope + root.rest.diff(sym.UNKNOWN)
@@ -430,7 +433,8 @@ def _equation(root: Implicit, factor: sympy.Expr) -> tuple[sympy.Expr, sympy.Exp
 
 
 def _place_lines(part: Plan, m: sympy.Symbol, text: str, factor: str) -> list[str]:
-    """A running maximum, the first key that attains it, and how many do: a gradient passes through it."""
+    """Lines that update a running maximum, the first key that attains it, and the number of keys that do. They are kept
+    if a gradient passes through the maximum."""
     first, count, new, old = (part.own(s.name) for s in (first_at(m), ties(m), renamed(m), m))
     return [
         f"best = tl.max({text}, 1)",
@@ -444,7 +448,7 @@ def _place_lines(part: Plan, m: sympy.Symbol, text: str, factor: str) -> list[st
 
 
 def _why(part: Plan, number: int) -> str:
-    """What one of several passes over the keys is for."""
+    """The purpose of one of several passes over the keys, as a comment."""
     sweep, passes = part.online.before[number], part.online.passes
     names: Sequence[str] = [s.name for s in (*sweep.max_symbols, *(r.symbol for r in sweep.sums))]
     what = f"{sweep.root.symbol.name}, swept for until it is found" if sweep.root else ", ".join(names)
@@ -462,18 +466,18 @@ def _running_names(part: Plan, step: Sweep | Online) -> frozenset[str]:
 
 
 def _alive(part: Plan, step: Sweep | Online) -> str | None:
-    """Whether a row saw any key, by its running maxima."""
+    """The condition that a row has seen a key, if a running maximum tells; else None."""
     return f"{part.own(step.max_symbols[0].name)} > {NEGATIVE}" if step.max_symbols else None
 
 
 def vanishes(part: Plan) -> bool:
-    """Is a score of -inf, or a peak of -inf beside which no score lives, all that hides a pair from the last pass?"""
+    """Whether a score of -inf, or a peak of -inf without a score kept beside it, hides a pair in the last pass."""
     t = _terms(part, part.online)
     return t.vanishes or replace(t, by_peak=True).side is not None
 
 
 def _ends(term: Any, peak: sympy.Symbol) -> bool:
-    """Is the term 0 where `peak` is -inf, whatever else a tile holds?"""
+    """Whether the term is 0 if `peak` is -inf, whatever the other values are."""
     if isinstance(term, with_sign):
         return _ends(term.args[0], peak)
     number, rest = term.as_coeff_Mul()
@@ -481,7 +485,7 @@ def _ends(term: Any, peak: sympy.Symbol) -> bool:
 
 
 def _vanishes(term: Any, s: sympy.Symbol) -> bool:
-    """Is the term exp2(k * s - a row value), which is 0 at a score of -inf?"""
+    """Whether the term is exp2(k * s - a row value), which is 0 at a score s of -inf."""
     if not isinstance(term, exp2):
         return False
     coefficient = sympy.expand(term.args[0]).coeff(s)
@@ -492,8 +496,8 @@ def _vanishes(term: Any, s: sympy.Symbol) -> bool:
 
 
 def _is_subtracted_maximum(e: Any) -> bool:
-    """Is e a maximum times something negative, and one of what it is of a value that is never infinite? Then whatever
-    the other is, e is not plus infinity."""
+    """Whether e is a negative multiple of a maximum of two values, of which one is never infinite. Then e is never plus
+    infinity, whatever the other value is."""
     for f in sympy.Mul.make_args(e):
         if isinstance(f, voc.maximum):
             return bool((e / f).is_negative) and any(not a.atoms(Read) for a in f.args)
@@ -501,5 +505,5 @@ def _is_subtracted_maximum(e: Any) -> bool:
 
 
 def _needs_guard(plan: Plan) -> bool:
-    """Can finishing an empty row divide by zero, or must its statistic be -inf?"""
+    """Whether a row that has seen no key needs a guard: finishing it may divide by 0, or its statistic must be -inf."""
     return bool(plan.stored) or bool(plan.online.sums) or bool(plan.online.before)

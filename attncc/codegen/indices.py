@@ -1,4 +1,4 @@
-"""Index expressions as PyTorch code, for the host part of a gradient: the entry to which each reduced value belongs."""
+"""Index expressions as PyTorch code, for the host part of a gradient: the entry to which a reduced value is added."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attncc.ir.vocabulary import Read
 
 
 class TorchIndexPrinter(StrPrinter):
-    """Integer expressions over broadcastable int64 tensors."""
+    """Prints integer expressions over broadcastable int64 tensors."""
 
     def __init__(self, graph: VariantGraph):
         super().__init__({"order": None})
@@ -91,20 +91,20 @@ class TorchIndexPrinter(StrPrinter):
         return self.emptyPrinter(expr)
 
 
-#: the size of each dimension of the loop, in a host function
+#: the size of each loop dimension, in a host function
 _SIZES = {"b": "q.shape[0]", "h": "q.shape[1]", "h_kv": "k.shape[1]", "q_idx": "q.shape[2]", "kv_idx": "k.shape[2]"}
 
 
 def _loops(decl: InputDecl) -> str:
-    """The sizes that an input's dimensions stand for; 1 for those of any size."""
+    """The sizes of the loop dimensions of an input, as text; 1 for a dimension that is not of the loop."""
     return ", ".join(_SIZES.get(dim, "1") for dim in decl.pattern)
 
 
 def input_arguments(graph: VariantGraph) -> str:
     """The arguments for inputs and scalars that the host passes to every kernel.
 
-    A kernel that reads a loop dimension at an index other than the loop's own must know its size, because a broadcast
-    dimension of size 1 does not tell.
+    A kernel that reads a loop dimension at an index other than the loop's own must know its size, because it cannot be
+    taken from a broadcast dimension of size 1.
     """
     shifted = {
         read.input
@@ -160,7 +160,7 @@ def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) 
     declared = plan.graph.input(read.input).pattern
     names = [_whole(i, dim) for dim, i in zip(declared, read.index, strict=True)]
     moved = _moved(read, declared) if kind == "band" else None
-    if moved is not None:  # a dimension that runs along the distances, from another one on
+    if moved is not None:  # this dimension runs along the distances, but starts at another distance
         at, offset = moved
         start = TorchIndexPrinter(plan.graph).doprint(offset + 1 - sym.Q_LEN)
         lines.append(f"    {name} = _shifted({name}, {dims.index('distance')}, {start}, {read.input}.shape[{at}])")
@@ -181,7 +181,7 @@ def _collect(plan: Plan, gradient: InputGradient | VectorGradient, first: bool) 
 
 
 def _moved(read: Any, declared: tuple[str, ...]) -> tuple[int, Any] | None:
-    """Which dimension of an input has an entry a distance, and where that of the distance 0 is; None if none has."""
+    """The dimension of an input that has an entry per distance, and the index of distance 0; None if there is none."""
     offsets = {
         at: sympy.expand(i - sym.KV_IDX + sym.Q_IDX)
         for at, (dim, i) in enumerate(zip(declared, read.index, strict=True))
@@ -194,7 +194,7 @@ def _moved(read: Any, declared: tuple[str, ...]) -> tuple[int, Any] | None:
 
 
 def _whole(index: Any, dim: str) -> str | None:
-    """The loop that runs over all of an input's dimension, if its index is that and no more."""
+    """The loop dimension that indexes a whole dimension of an input as it is, else None."""
     if index == sym.COMPONENT:
         return str(index.name)
     if not (index.is_Symbol and index.name in LOOP_DIMS) or (dim in LOOP_DIMS and dim != index.name):
@@ -203,7 +203,7 @@ def _whole(index: Any, dim: str) -> str | None:
 
 
 def _index_tensors(read: Any, dims: tuple[str, ...]) -> list[str]:
-    """b, h, ... as int64 tensors that broadcast over the values."""
+    """Lines that define b, h, ... as int64 tensors that broadcast over the values."""
     sizes = {"b": "{0}.shape[0]", "h": "{0}.shape[1]", "q_idx": "q_len", "kv_idx": "kv_len"}
     used = {s.name for i in read.index for s in i.free_symbols}
     lines = []

@@ -16,14 +16,14 @@ from attncc.ir.vocabulary import ByDistance, Read
 if TYPE_CHECKING:
     from attncc.codegen.lower import Lowering
 
-#: guards of a load that are longer have a name
+#: a longer guard of a load gets a name
 _LONG_GUARD = 85
 
 
 @dataclass(frozen=True)
 class MapTile:
-    """A tile of an input with an entry a pair, called `name`: `text` loads it by pointers, `at` says which indices its
-    dimensions but the last two stand for."""
+    """A tile, called `name`, of an input with an entry per pair. `text`: its load by pointers; `at`: the loop
+    dimensions of the input's dimensions but the last two."""
 
     name: str
     input: str
@@ -32,13 +32,13 @@ class MapTile:
 
 
 def is_map(expr: Read, graph: VariantGraph) -> bool:
-    """Whether an input is read at q_idx and kv_idx, and otherwise at the program's own indices."""
+    """Whether an input is read at q_idx and kv_idx, and in its other dimensions at the program's own indices."""
     plain = tuple(str(i) for i in expr.index) == graph.input(expr.input).pattern
     return plain and {sym.Q_IDX, sym.KV_IDX} <= set(expr.index)
 
 
 def read(scope: Lowering, expr: Read, level: Level) -> str:
-    """A load. Block edges and indices outside the tensor read 0."""
+    """A load, as text. Past the ends of a sequence, and outside the tensor, it gives the input's value `beyond`."""
     decl = scope.graph.input(expr.input)
     if scope.whole and level == Level.PAIR and _is_map(scope, expr):
         return _read_map(scope, expr)
@@ -83,7 +83,7 @@ def _is_map(scope: Lowering, expr: Read) -> bool:
 
 
 def _read_map(scope: Lowering, expr: Read) -> str:
-    """A load of a tile of a map: a pointer for each place of the block, that of the last one for those past it."""
+    """A load of a tile of a map: one pointer per index of the block's axis, clamped to the last index of the tensor."""
     decl = scope.graph.input(expr.input)
     strides = {i: f"stride_{decl.name}_{d}" for d, i in enumerate(expr.index)}
     lengths = {sym.Q_IDX: "q_len", sym.KV_IDX: "kv_len"}
@@ -110,9 +110,9 @@ def _read_map(scope: Lowering, expr: Read) -> str:
 
 
 def by_distance(scope: Lowering, expr: Any, level: Level) -> str:
-    """An entry of a table: a pointer a row, and each of its columns at a constant from there."""
+    """A load of a tile of a table by distance: one pointer per row, with constant offsets for its columns."""
     number, column, row, shift = expr.args
-    key = ByDistance(number, *[sympy.S.Zero] * 3)  # where the table has the distance 0
+    key = ByDistance(number, *[sympy.S.Zero] * 3)  # the table's entry of distance 0
     start = scope.known(key)
     if start is None:
         line = "b * heads + h" if scope.tables.by_batch else "h" if scope.tables.by_head else "0"

@@ -25,13 +25,13 @@ from attncc.ir.levels import Level, join
 from attncc.ir.vocabulary import ByDistance, Read, type_of
 from attncc.passes.distances import NO_TABLES, Tables
 
-#: longer texts have a name
+#: longer expressions get a name
 _INLINE = 48
 
 
-#: what another warp than those that compute knows of a query and of a key
+#: the indices that a warp can know which does not compute
 _INDICES = {"q_idx", "kv_idx"}
-#: what takes tens of instructions, which a warp that loads has time for
+#: functions that take tens of instructions, for which the loading warp has time
 _SLOW = (sympy.log,)
 
 
@@ -45,8 +45,8 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Streamed:
-    """A value of each index of the loop's axis: its name, its text, whether it is an "int", a "float" or a "bool", and
-    the inputs that it reads."""
+    """A value per index of the loop's axis: its name, its text, its type ("int", "float" or "bool"), and the inputs
+    that it reads."""
 
     name: str
     text: str
@@ -58,17 +58,26 @@ class Streamed:
 class Lowering:
     """Builds the statements of one kernel.
 
-    leaves: what the template provides; rows_first: pair tiles are [rows, columns] (else transposed, as the dK/dV
-    kernel holds them); own_axis: ROW or COL, along which a program's block lies, a tile's first axis if not given;
-    running: names of row values that change inside the loop; many_heads: a program visits several query heads; blank: a
-    tile of zeros. Statements go to `outer` (before the loop: what is the same for the whole program, or along its own
-    axis), to `by_head` (the same for all pairs of one query head, where there are many) or to `body`, each in an order
-    in which it can run: `outer` needs neither of the others. Where `streamed` is given, it takes what is read along the
-    axis of the loop, and what follows from that alone; `ahead` takes the loads of what is read a pair, which need no
-    score, and `maps` those of tiles that a copy could fetch. whole: the condition that a tile ends inside the tensors
-    along the axis of the loop, where there is one.
-    tables: those that the kernel is given by distance; fragments: a thread has of a tile what a warp group's matmul
-    gives it.
+    What the kernel has:
+
+    - leaves: values that the template provides;
+    - rows_first: tiles of pairs are [rows, columns]; else transposed, as in the kernel of dK and dV;
+    - own_axis: ROW or COL, the axis of a program's block; by default a tile's first axis;
+    - running: names of row values that change inside the loop;
+    - many_heads: a program visits several query heads;
+    - blank: the text of a tile of zeros;
+    - whole: the condition that a tile lies inside the tensors along the axis of the loop; "" if there is none;
+    - tables: functions of the distance that the kernel reads from tables;
+    - fragments: tiles have the layout of a wgmma's result.
+
+    Where statements go, in an order in which they can run (`outer` needs no other list):
+
+    - outer: before the loop; values of the whole program, or per index of its own axis;
+    - by_head: values per query head, if a program visits several;
+    - body: inside the loop;
+    - streamed, if not None: values read along the axis of the loop, and values that depend on these alone;
+    - ahead, if not None: loads per pair, which need no score;
+    - maps, if not None: loads of tiles that a bulk copy could fetch.
     """
 
     graph: VariantGraph
@@ -94,7 +103,7 @@ class Lowering:
     _aside: dict[Any, tuple[str, Level]] = field(default_factory=dict)
 
     def count(self, exprs: Iterable[Any]) -> None:
-        """Announce expressions before they are emitted: what occurs twice becomes a named value."""
+        """Announce expressions before they are emitted: a subexpression that occurs twice becomes a named value."""
         for expr in map(self.tables.apart, exprs):
             stack = [expr]
             while stack:
@@ -104,21 +113,20 @@ class Lowering:
                     stack.extend(e.args)
 
     def branch(self) -> Lowering:
-        """A scope inside the loop whose statements are its own, such as the body of an `if`."""
+        """A scope inside the loop with a body of its own, such as that of an `if`."""
         return replace(self, body=[], _memo=dict(self._memo))
 
     def set_aside(self, scope: Lowering) -> None:
-        """Let loops behind this one know what a branch hoisted."""
+        """Make the values that a branch hoisted before the loop known to later loops."""
         self._aside.update({e: v for e, v in scope._memo.items() if self._is_outer(e, v[1])})
 
     def after_loop(self) -> Lowering:
-        """The scope behind the loop: only what was computed before the loop still stands."""
+        """The scope after the loop: only values computed before the loop are still known."""
         kept = {e: v for e, v in self._memo.items() if self._is_outer(e, v[1])}
         return replace(self, body=[], _memo=kept)
 
     def next_sweep(self, running: frozenset[str]) -> Lowering:
-        """The scope of another loop behind this one, in which other row values change; what it needs is hoisted to
-        between the two."""
+        """The scope of a later loop, in which other row values change. Its hoisted lines run between the two loops."""
         after = self.after_loop()
         return replace(after, outer=[], running=running, _memo={**self._aside, **after._memo}, _uses=Counter())
 
@@ -128,8 +136,8 @@ class Lowering:
         return self.raised(text, own, own if at is None else join(own, at))
 
     def assign(self, name: str, expr: Any, at: Level) -> None:
-        """A statement `name = expr` in the body, and from then on `name` stands for the expression, if that is of level
-        `at` itself: what is the same for a row, or for all, is asked for before the loop, too."""
+        """Add a statement `name = expr` to the body. From then on `name` stands for the expression, if it has level
+        `at` itself: an expression of a lower level may also be needed before the loop."""
         expr = self.tables.apart(expr)
         text, own = self._memo.get(expr) or (spell(self, expr, self.level_of(expr)), self.level_of(expr))
         self.body.append(f"{name} = {unwrap(self._tile(text, own, at))}")
@@ -137,7 +145,7 @@ class Lowering:
             self._memo[expr] = (name, at)
 
     def tile(self, expr: Any) -> str:
-        """The text of an expression as a whole tile, also where it is the same for every pair."""
+        """The text of an expression as a whole tile, even if it is the same for every pair."""
         return self._tile(*self.value(self.tables.apart(expr)), Level.PAIR)
 
     def _tile(self, text: str, own: Level, at: Level) -> str:
@@ -145,7 +153,7 @@ class Lowering:
         return f"{self.blank} + {raised}" if at == Level.PAIR and own != Level.PAIR else raised
 
     def level_of(self, expr: Any) -> Level:
-        """The level of an expression, given what the leaves are."""
+        """The level of an expression, given the levels of the leaves."""
         result = Level.PROGRAM
         for s in expr.free_symbols:
             if s.name in self.leaves:
@@ -153,7 +161,7 @@ class Lowering:
         return result
 
     def known(self, expr: Any) -> str | None:
-        """The name that already stands for an expression."""
+        """The name that already stands for an expression, else None."""
         return self._memo[expr][0] if expr in self._memo else None
 
     def remember(self, expr: Any, name: str, level: Level) -> None:
@@ -168,7 +176,7 @@ class Lowering:
         return level in (Level.PROGRAM, self._block_axis) and not any(s.name in self.running for s in expr.free_symbols)
 
     def define(self, name: str, text: str, expr: Any, level: Level, to_float: bool = False) -> None:
-        """A statement `name = text`, among those of its level."""
+        """Add a statement `name = text` to the list of its level."""
         along = Level.COL if self._block_axis == Level.ROW else Level.ROW
         slow = any(self.level_of(e) == along for e in expr.atoms(Read, *_SLOW))
         if self.streamed is not None and level == along and slow and self._varies_by(expr, along) <= _INDICES:
@@ -181,11 +189,11 @@ class Lowering:
         lines.append(f"{name} = {text}")
 
     def _varies_by(self, expr: Any, level: Level) -> set[str]:
-        """What of a level an expression is made of, of all that the template provides."""
+        """The names of the leaves of this level that an expression depends on."""
         return {s.name for s in expr.free_symbols if s.name in self.leaves and self.leaves[s.name].level == level}
 
     def value(self, expr: Any) -> tuple[str, Level]:
-        """The text of an expression and its level; what is shared, loaded or long has a name."""
+        """The text of an expression and its level; a shared, loaded or long expression gets a name."""
         if expr in self._memo:
             return self._memo[expr]
         level = self.level_of(expr)
@@ -207,19 +215,19 @@ class Lowering:
         return name
 
     def forget(self, names: Set[str]) -> None:
-        """What statements made that set these names is computed anew where it is asked for again: in another function,
-        which does not see them."""
+        """Forget values that were computed from these names, so that later uses compute them again: they are in another
+        function, which does not see the names."""
         for expr in [e for e, (text, _) in self._memo.items() if names & {*free_names([text])}]:
             del self._memo[expr]
 
     def forget_rows(self, names: Set[str]) -> None:
-        """Rows' values of statements that set these names are computed anew where they are asked for again."""
+        """Forget row values that were computed from these names, so that later uses compute them again."""
         gone = [e for e, (text, level) in self._memo.items() if level == Level.ROW and names & {*free_names([text])}]
         for expr in gone:
             del self._memo[expr]
 
     def fresh(self, hint: str) -> str:
-        """A name that nothing else has."""
+        """A new name, made from `hint`."""
         taken = {leaf.name for leaf in self.leaves.values()}
         while True:
             number = self._names[hint]
@@ -250,7 +258,7 @@ class Lowering:
         return self.raised(text, own, at)
 
     def raised(self, text: str, own: Level, at: Level) -> str:
-        """A row's or a column's value as an operand of a pair's."""
+        """A value per row or column, broadcast if it is an operand at level PAIR."""
         if at != Level.PAIR or own not in (Level.ROW, Level.COL):
             return text
         along_first = (own == Level.ROW) == self.rows_first
@@ -258,8 +266,8 @@ class Lowering:
         return f"{text}{suffix}" if text.isidentifier() else f"({text}){suffix}"
 
     def as_float(self, expr: Any, at: Level) -> str:
-        """An integer expression as a float. Sums are converted term by term, which is exact below 2^24 and costs no
-        conversion a pair: a row's and a column's index are converted once each."""
+        """An integer expression as a float. Sums are converted term by term, which is exact below 2^24 and needs no
+        conversion per pair: the indices of rows and columns are converted once each."""
         key = voc.to_float(expr)
         own = self.level_of(expr)
         if key not in self._memo:

@@ -20,14 +20,14 @@ KV_IN_TILE = sympy.Symbol("kv_in_tile", integer=True)
 #: the first key of the tile less its first query
 TILE_SHIFT = sympy.Symbol("tile_shift", integer=True)
 
-#: what the symbols are in a kernel; a shift is the same for all pairs of a tile, and differs between tiles
+#: the symbols in a kernel; the shift is the same for all pairs of a tile, and differs between tiles
 LEAVES = {
     Q_IN_TILE.name: Leaf(Q_IN_TILE.name, Level.ROW),
     KV_IN_TILE.name: Leaf(KV_IN_TILE.name, Level.COL),
     TILE_SHIFT.name: Leaf(TILE_SHIFT.name, Level.PROGRAM),
 }
 RUNNING = frozenset({TILE_SHIFT.name})
-#: where a pair lies by tile: its key, its query, and what their difference lacks
+#: the position of a pair by tile: key and query in the tile, and the tile's share of their distance
 PLACE = (KV_IN_TILE, Q_IN_TILE, TILE_SHIFT)
 
 

@@ -1,5 +1,4 @@
-"""Template slots of the light passes for auxiliary outputs: what a tile adds to each reduction, and where it is
-stored."""
+"""Template slots of the light passes for auxiliary outputs: the lines that reduce a tile's values, and their stores."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ _DTYPE = {"sum": "tl.float32", "count": "tl.int32", "max": "tl.float32"}
 
 @dataclass(frozen=True)
 class Axis:
-    """A pass' own axis, along which its programs lie, and the one it loops over."""
+    """The axis along which a pass has its programs (`own`), and the axis of its loop (`inner`)."""
 
     own: str
     own_len: str
@@ -42,13 +41,14 @@ _KEY = Axis("kv_idx", "kv_len", "BLOCK_N", "BLOCK_M", "q_idx")
 
 
 def loop_of(domain: Domain) -> str:
-    """Which loop computes a domain: over the keys of a block of queries, the other way round, or along diagonals."""
+    """The loop that computes a domain: by_query (over the keys of a block of queries), by_key (over the queries of a
+    block of keys) or by_offset (along diagonals)."""
     return {"col": "by_key", "offset": "by_offset"}.get(domain.kind, "by_query")
 
 
 def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int, hopper: bool = False) -> dict[str, Any]:
-    """Slots of the pass' template. hopper: for the one in Gluon, whose tiles are [keys, queries], and where bounds that
-    need a whole block are found apart."""
+    """Slots of the pass's template. hopper: for the one in Gluon, whose tiles are [keys, queries], and whose bounds are
+    found by a separate kernel if they need a whole block."""
     kind = light.domain.kind
     axis = _KEY if kind == "col" else _QUERY
     saved = [s.name for s, _ in weight.rows] if light.uses_weight else []
@@ -108,7 +108,7 @@ def pass_slots(plan: Plan, light: Pass, weight: Weight, number: int, hopper: boo
 
 
 def _kind(entry: Named) -> str:
-    """A position is found by the maximum that it is the place of."""
+    """The kind of reduction in the kernel: argmax is computed as max."""
     return "max" if entry.reduction.op == "argmax" else entry.reduction.op
 
 
@@ -123,7 +123,8 @@ def _reduction(entry: Named, kind: str) -> dict[str, Any]:
 
 
 def _value(lowering: Lowering, entry: Named, expr: Any, condition: Any, hopper: bool) -> list[str]:
-    """Lines that make `name` the tile of values to reduce, before the mask hides any. hopper: in the scores' layout."""
+    """Lines that compute the tile of values to reduce, under the entry's name, before masking. hopper: in the layout of
+    the scores."""
     op = entry.reduction.op
     if op == "count":
         lines = [f"{entry.name} = tl.full(qk.shape, 1, tl.int32{', layout=SCORES' if hopper else ''})"]
@@ -139,7 +140,7 @@ def _value(lowering: Lowering, entry: Named, expr: Any, condition: Any, hopper: 
 
 
 def _may_lines(lowering: Lowering, mask: Any) -> list[str]:
-    """Lines that compute `may`: can the mask show any pair of the tile that block_lo.. and tile_lo.. name?"""
+    """Lines that compute `may`: whether the mask can show any pair of the block block_lo.. and the tile tile_lo.. ."""
     box = {sym.Q_IDX: Interval(OUTER_LO, OUTER_HI), sym.KV_IDX: Interval(INNER_LO, INNER_HI)}
     known = truth(mask, box, lambda read: None).may
     leaves = dict(lowering.leaves)

@@ -1,5 +1,4 @@
-"""Slots shared by all kernels that visit tiles of pairs: the values that formulas may use, the mask, and the matmuls of
-the scores."""
+"""Slots of all kernels that visit tiles of pairs: the values that formulas may use, the mask, the matmuls of scores."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from attncc.passes.tiles import hides_what_lies_past_the_keys
 
 
 def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
-    """What every kernel's formulas may use: indices, lengths, scalars, and the sums over the head dimension."""
+    """The values that formulas may use in every kernel: indices, lengths, scalars, and sums over the head dimension."""
     program = {"b": "b", "h": "h", "h_kv": "h_kv", "q_len": "q_len", "kv_len": "kv_len", "num_heads": "heads"}
     leaves = {name: Leaf(text, Level.PROGRAM) for name, text in program.items()}
     leaves["scale"] = Leaf("scale", Level.PROGRAM)
@@ -35,8 +34,8 @@ def base_leaves(plan: Plan, extra: dict[str, Leaf]) -> dict[str, Leaf]:
 
 
 def visible_lines(lowering: Lowering, mask: Any, edges: list[str], name: str = "visible") -> list[str]:
-    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts. What rows past q_len see is
-    no matter: a kernel hides them by an edge of their own, or has whole rows and stores none of those."""
+    """Lines that compute `visible` in a tile that the mask, or the edge of a tensor, cuts. Its value in rows past q_len
+    does not matter: a kernel masks them by an edge of its own, or has whole rows and does not store these."""
     scope = lowering.branch()
     needless = {edge("kv_idx", first) for first in (True, False)} if hides_what_lies_past_the_keys(mask) else set()
     conditions = [e for e in edges if e not in needless]
@@ -47,7 +46,7 @@ def visible_lines(lowering: Lowering, mask: Any, edges: list[str], name: str = "
 
 
 def shown_masks(plan: Plan) -> list[tuple[Plan, str, bool]]:
-    """Each part with the name of what its mask shows, and whether that is computed for it: equal masks share it."""
+    """Each part with the name of its mask's value, and whether the part computes it: equal masks are computed once."""
     own = len(plan.masks) > 1
     return [(part, part.own("visible") if own else "visible", own or i == 0) for i, part in enumerate(plan.parts)]
 
@@ -59,7 +58,7 @@ def edge(axis: str, rows_first: bool) -> str:
 
 
 def blank_tile(similarity: SimilaritySlots, rows_first: bool, part: Plan) -> str:
-    """A tile of zeros, beside what a part computes: a pass of one of several branches has the product of that alone."""
+    """A tile of zeros, as text. It is made from the part's own q k, because a pass of one branch has no other's."""
     if similarity.has_dot:
         return f"tl.zeros_like({part.own('qk')})"
     return f"tl.zeros([{'BLOCK_M, BLOCK_N' if rows_first else 'BLOCK_N, BLOCK_M'}], tl.float32)"
@@ -68,7 +67,7 @@ def blank_tile(similarity: SimilaritySlots, rows_first: bool, part: Plan) -> str
 def similarity_slots(
     similarity: SimilaritySlots, resident: Side, qk_chunks: tuple[Chunk, ...], kernel: Lowering, base: dict[str, Leaf]
 ) -> dict[str, Any]:
-    """The matmuls of a tile's scores. `resident` is the side whose tile stays while the other streams."""
+    """Slots of the matmuls of a tile's scores. `resident`: the side whose tile stays while the other side streams."""
     streamed = KEY if resident is QUERY else QUERY
     return {
         "has_dot": similarity.has_dot,

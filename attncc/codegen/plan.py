@@ -1,7 +1,7 @@
 """Everything that the passes derive from a variant, computed once and used by all kernels.
 
 A variant with several branches has a part for each, which is the plan of a single-branch variant. A kernel computes the
-parts side by side; values that each part has of its own (score, running maximum, lse) get the part's tag in their name.
+parts side by side; values of a single part (its score, running maximum, lse) have the part's tag in their name.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from attncc.passes.tiles import TilePlan, tile_plan_of
 
 @dataclass(frozen=True)
 class InputGradient:
-    """How the cotangent of one element read is reduced: over a program, a row, a column, a diagonal band or a tile."""
+    """The gradient of one element read: its cotangent `expr` at a pair, and the `kind` of its entries, over which the
+    cotangent is summed: one per program, row, column, diagonal (band) or pair (tile)."""
 
     read: Read
     expr: sympy.Expr
     kind: str  # program | row | col | band | tile
     number: int
     part: int = 0
-    row_only: bool = False  # is it one value a row already (a sink), rather than a sum over keys?
-    own: bool = False  # of a term of the similarity, which the kernel itself passes on
+    row_only: bool = False  # `expr` is already a value per row (as for a sink), not a sum over keys
+    own: bool = False  # the read is a term of the similarity; the kernel uses its sum for dQ or dK
 
     @property
     def name(self) -> str:
@@ -55,11 +56,11 @@ class InputGradient:
 
 
 class Plan:
-    """What is known about one graph. Each thing is computed when first asked for, so a forward pays for no backward.
+    """The results of all passes over one graph. Each is computed at its first use, so a forward pays for no backward.
     `given` is the graph as the user wrote it; `graph` has its running sums as inputs (see `passes.running`).
 
-    `tag` is that of a part among others; `extra` are further cotangents of pairs. `facts`, if they are known already,
-    are those of an equal plan.
+    `tag`: the suffix of this part's names, if the variant has several; `extra`: further cotangents of pairs; `facts`:
+    those of an equal plan, if they are known already.
     """
 
     def __init__(
@@ -81,14 +82,14 @@ class Plan:
 
     @cached_property
     def parts(self) -> tuple[Plan, ...]:
-        """The plans of the branches: this one, where there is one branch."""
+        """The plans of the branches; with one branch, this plan."""
         if self.graph.branches == 1:
             return (self,)
         return tuple(Plan(part, f"_{i}") for i, part in enumerate(self.graph.parts))
 
     @property
     def knows_facts(self) -> bool:
-        """Whether the facts are there without a pass."""
+        """Whether the facts are known without running a pass."""
         return self._facts is not None
 
     @property
@@ -112,7 +113,7 @@ class Plan:
 
     @property
     def core(self) -> VariantGraph:
-        """The variant with row and column terms of its similarity as inputs: what the kernels' pairs are made of."""
+        """The variant as the kernels of pairs see it: row and column terms of the similarity are inputs."""
         return self.similarity.core
 
     @property
@@ -129,12 +130,12 @@ class Plan:
         found = differentiate(self.core, self.online, self.extra)
         if self.core is self.graph:
             return found
-        # what terms and other matmuls add to dk must not be scaled with it
+        # dK also gets contributions of terms and other matmuls, which must not be multiplied by the scale of dqk
         return replace(found, dqk=found.dqk * found.dqk_scale, dqk_scale=sympy.S.One)
 
     @cached_property
     def has_backward(self) -> UnsupportedError | None:
-        """None, or why there is no backward."""
+        """The reason why there is no backward, or None if there is one."""
         try:
             self.gradients  # noqa: B018
         except UnsupportedError as error:
@@ -142,7 +143,7 @@ class Plan:
         return None
 
     def refuse_gradients(self) -> None:
-        """Raise why there is no backward, if there is none."""
+        """Raise the reason, if there is no backward."""
         if not self.facts.has_backward and self.has_backward is not None:
             raise self.has_backward
 
@@ -152,13 +153,13 @@ class Plan:
 
     @cached_property
     def score_tables(self) -> Tables:
-        """The tables by distance that a forward has; none where there are several branches."""
+        """The tables by distance of the forward; none with several branches."""
         found = tables_of([self.folded.score], self.core) if len(self.parts) == 1 else NO_TABLES
         return found if len(found.formulas) <= MOST_OF_A_SCORE else NO_TABLES
 
     @cached_property
     def tables(self) -> Tables:
-        """Those of a backward, which begin with the forward's."""
+        """The tables by distance of the backward, which begin with the forward's."""
         if len(self.parts) > 1 or self.has_backward is not None:
             return self.score_tables
         raw = {sym.RAW_SCORE: self.core["raw_score"].expr}
@@ -168,7 +169,7 @@ class Plan:
         )
         found = tables_of([self.folded.score, *dsums], self.core)
         more = (e for e in tables_of(dreads, self.core).formulas if e not in found.formulas and reads(e))
-        found = replace(found, formulas=(*found.formulas, *more))  # the gradients of reads are left to Triton's kernels
+        found = replace(found, formulas=(*found.formulas, *more))  # only Triton's kernels compute gradients of reads
         return found if len(found.formulas) <= MOST_TABLES else self.score_tables
 
     @cached_property
@@ -185,11 +186,11 @@ class Plan:
         return tile_plan_of(self.masks, sym.Q_IDX)
 
     def own(self, name: str) -> str:
-        """The name in a kernel of what each part has for itself."""
+        """The name, in a kernel, of this part's value of `name`."""
         return f"{name}{self.tag}"
 
     def tagged(self, expr: Any) -> Any:
-        """An expression of this part, over the names that it has in a kernel beside other parts."""
+        """An expression of this part with its own values renamed as in a kernel (see `own`)."""
         if not self.tag:
             return expr
         return expr.xreplace({s: sympy.Symbol(self.own(s.name), real=True) for s in self._own_symbols})
@@ -216,7 +217,7 @@ class Plan:
 
     @cached_property
     def only_triton(self) -> str:
-        """Why only the Triton backend has this forward, if so."""
+        """Why only the Triton backend has this forward; "" if Gluon has it, too."""
         if any(part.online.before for part in self.parts):
             return "Gluon kernels go over the keys once, and this plan has several passes"
         if any(first_at(m).name in dict(part.stored) for part in self.parts for m in part.online.max_symbols):
@@ -225,13 +226,13 @@ class Plan:
 
     @cached_property
     def whole_rows(self) -> str:
-        """Why the keys of a row cannot be dealt to several programs, if so."""
+        """Why the keys of a row cannot be split among several programs; "" if they can."""
         several = any(part.online.before for part in self.parts)
         return "each pass over the keys needs what the one before it found over all of them" if several else ""
 
     @cached_property
     def stored(self) -> tuple[tuple[str, sympy.Expr], ...]:
-        """The row statistics that the forward writes: what the weight can be told from, and lse where there is one."""
+        """The row statistics that the forward writes: those that determine the weight, and lse if there is one."""
         if len(self.parts) > 1:
             return tuple((part.own(name), e) for part in self.parts for name, e in part.stored)
         rows = [(s.name, e) for s, e in normal_form(self.online).saved]
@@ -243,7 +244,7 @@ class Plan:
 
     @property
     def has_lse(self) -> bool:
-        """Whether there is a single lse, as an output; branches have one each."""
+        """Whether there is a single lse that can be an output; several branches have one each."""
         return len(self.parts) == 1 and self.online.lse is not None
 
     @cached_property
@@ -253,9 +254,8 @@ class Plan:
 
     @cached_property
     def shares(self) -> tuple[str, ...]:
-        """Saved for the backward where branches need their own delta: what each but the first adds to `out`.
-
-        The delta of the first is that of `out` without theirs."""
+        """The names of the branches' contributions to `out`, all but the first's, which are saved for the backward if
+        it needs a delta per branch. The delta of the first branch is that of `out` minus theirs."""
         needed = len(self.parts) > 1 and self.has_backward is None and self.needs_delta
         return tuple(part.own("share") for part in self.parts[1:]) if needed else ()
 
@@ -265,7 +265,7 @@ class Plan:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The values that a sweep computes for each key, by their names in the kernels."""
+        """The names, in the kernels, of the values per key that a sweep of the backward computes."""
         return tuple(c.symbol.name for part in self.parts for c in part.backward.columns)
 
     @cached_property
@@ -275,12 +275,12 @@ class Plan:
 
     @cached_property
     def saved(self) -> tuple[str, ...]:
-        """Of the results, those that the backward reads."""
+        """The results that the backward reads."""
         return (*self.saved_names, *self.shares)
 
     @cached_property
     def gradients(self) -> tuple[InputGradient, ...]:
-        """One entry a differentiable element read."""
+        """The gradients of inputs, one per differentiable element read."""
         refuse_gradients(self.graph)
         found: list[InputGradient] = []
         for i, part in enumerate(self.parts):

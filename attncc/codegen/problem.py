@@ -62,7 +62,7 @@ def problem_of(
 
 
 def _live(plan: Plan, size: Mapping[str, int], scalars: Mapping[str, Any]) -> Callable[[int, int], LiveTiles]:
-    """The count of live tiles. The mask is looked at when first asked: a schedule that is known asks nothing."""
+    """A function that counts live tiles. It analyzes the mask at its first call; known schedules need none."""
     counts: list[Callable[[int, int], LiveTiles]] = []
 
     @cache

@@ -47,16 +47,18 @@ def render(
 ) -> str:
     """The module's source. Everything that depends on tensors' sizes or the schedule is an argument of its functions.
 
-    tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator; forward_in: the
-    language of the forward kernel, or "decode" and "gluon_decode" for those that split the keys; backward_in: that of
-    the kernel for dK and dV, which in Gluon can sum dQ, too, and weighs a tile in so many `strips`, if any, and
-    `deals` a program block after block of keys. `d_qk` is the last dimension of q; `d_k` that of k, where branches of q
-    share it; `values`: heads of v for each head of k. `about`: a sentence for the top of the file.
+    - d_qk, d_k, d_v: the last dimensions of q, k and v; d_k differs from d_qk if branches of q share one k;
+    - tma: the backward loads tiles through descriptors, for GPUs with a tensor memory accelerator;
+    - forward_in: the language of the forward kernel, or "decode" or "gluon_decode" for one that splits the keys;
+    - backward_in: the language of the kernel of dK and dV, which in Gluon can also sum dQ. It weighs a tile in `strips`
+      (0: all at once), and if it `deals`, it is persistent: a program computes one block of keys after another;
+    - values: heads of v for each head of k;
+    - about: a sentence for the top of the file.
     """
     users = plan
     plan, called = coded(plan)
     hopper, hopper_backward = "gluon" in forward_in, backward and backward_in == "gluon"
-    tma = tma and backward and not plan.similarity.loops  # a component is a column, and loaded by pointers
+    tma = tma and backward and not plan.similarity.loops  # a loop over components loads single columns, by pointers
     shape = Shape.of(plan, d_qk, d_qk if d_k is None else d_k, d_v, values)
     module = assemble(plan, shape, forward_in, backward, hopper_backward, tma, strips, deals)
     context = {
@@ -69,7 +71,7 @@ def render(
     parts = [render_template("helpers.py.j2", context, helpers=module.helpers)]
     imports = _imports(tma, "_others_may_start" in module.helpers)
     if hopper or hopper_backward:
-        imports += "\n" + render_template("gluon_compat.py.j2", context)  # its imports belong to the others
+        imports += "\n" + render_template("gluon_compat.py.j2", context)  # its first lines are imports
         parts.append(render_template("gluon_helpers.py.j2", context))
         parts.append(in_gluon(render_template("helpers.py.j2", context, helpers=module.in_warps)))
     parts += [render_template(template, context, **slots) for template, slots in module.kernels]
@@ -116,22 +118,22 @@ def _context(plan: Plan, shape: Shape, backward: bool) -> dict[str, Any]:
 
 
 def any_wide(graph: VariantGraph) -> str:
-    """Whether any input is too large for 32-bit offsets, as the host finds out."""
+    """Host code for: is any input too large for 32-bit offsets?"""
     return f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False"
 
 
 def staging(plan: Plan) -> str:
-    """What the loops over tiles say of their stages; nothing where the launch decides.
+    """The num_stages argument of the loops over tiles; "" if the launch decides.
 
-    A table that is read at a place which hangs on the score waits for a matmul. Triton's pipeliner would load it ahead
-    as it does the tiles, and then gives up on Hopper, where it cannot predicate the matmul before it.
+    A load whose index depends on the score must wait for a matmul. Triton's pipeliner would try to prefetch it like the
+    tiles, and fails on Hopper, where it cannot predicate the matmul before it.
     """
     places = (symbol.name for read in plan.core.reads for place in read.index for symbol in place.free_symbols)
     return ", num_stages=1" if any(level_of_name(name) == Level.PAIR for name in places) else ""
 
 
 def render_template(template: str, context: dict[str, Any], **slots: Any) -> str:
-    """A template's text; slots are what it has besides the module's context."""
+    """A template's text; `slots` are variables besides the module's context."""
     return environment().get_template(template).render({**context, **slots})
 
 

@@ -1,4 +1,4 @@
-"""Render the module of the light passes that compute the auxiliary outputs which one kind of call asks for."""
+"""Render the module of light passes that compute the auxiliary outputs requested by one kind of call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def saved_rows(plan: Plan, weight: Weight) -> tuple[str, ...]:
 def render_outputs(plan: Plan, d_qk: int, hopper: bool = False) -> str:
     """The module's source. Its `outputs` returns the reductions of the graph's outputs, in the order of `named`.
 
-    hopper: the passes that Gluon has kernels for are in Gluon."""
+    hopper: passes for which Gluon has a kernel use it."""
     if not (plan.graph.has_dot and plan.core is plan.graph):
         raise UnsupportedError(
             f"'{plan.graph.name}' has a similarity of its own, for which auxiliary outputs are not generated yet",

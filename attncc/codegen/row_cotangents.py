@@ -1,4 +1,4 @@
-"""Template slots of the sweep before a backward whose gradient passes through the statistics of each row."""
+"""Template slots of the sweep that precedes a backward whose gradient passes through row statistics."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from attncc.passes.differentiate import DELTA, DP
 
 
 def cotangent_slots(plan: Plan, part: Plan, qk_chunks: tuple[Chunk, ...]) -> dict[str, Any]:
-    """Slots of cotangents.py.j2: the sums that a part's gradient through row statistics needs, and the cotangents of
-    those.
+    """Slots of cotangents.py.j2: the row sums that a part's gradient through row statistics needs, and the cotangents
+    of the statistics.
 
-    exact: delta is summed there, too, from the products and weights that the gradient is made of. Where they cancel, as
-    for a row that sees one key, those of a rounded output leave a rest, which statistics may multiply: by 1 / std, if
-    scores are divided by their standard deviation. shares: and divided by the sum of those weights, which is 1 but for
-    what is rounded of exponents, that may be in the thousands then."""
+    exact: the sweep also sums delta, from the same products and weights as the gradient. Where these cancel, as in a
+    row that sees one key, the delta of a rounded output would leave an error, which statistics may amplify: by 1 / std,
+    if scores are divided by their standard deviation. shares: the sum is also divided by the sum of those weights,
+    which differs from 1 by the rounding of exponents, because these may be in the thousands."""
     folded, backward, mask = part.folded, part.backward, part.graph["mask"].expr
     similarity, base = SimilaritySlots(plan), backward_leaves(plan)
     score = part.tagged(folded.score)

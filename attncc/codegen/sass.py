@@ -21,14 +21,14 @@ _TARGET = re.compile(r"\.L_\w+")
 _REGISTER = re.compile(r"\b(U?R)(\d+)\b(\.64)?")
 _WGMMA = re.compile(r"[HQIB]GMMA\.")
 _PREDICATE = re.compile(r"!?U?P(\d|T)$")
-#: their first operands are predicates, and they write no register
+#: instructions whose first operands are predicates, and which write no register
 _PREDICATES = re.compile(r"(U?[IFHD]SETP|U?PLOP3|R2P|U?VOTE\.(?!.*\bU?R))")
 _STORES = ("ST", "RED", "LDGSTS", "BAR", "WARPSYNC", "SYNCS", "UTMA", "UBLKCP", "UBLKRED")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. guard: its predicate or ""; next: the places in the list that may follow it."""
+    """One instruction. guard: its predicate or ""; next: the indices of the instructions that may follow it."""
 
     address: int
     guard: str
@@ -41,16 +41,16 @@ class Instruction:
 
     @cached_property
     def is_wgmma(self) -> bool:
-        """Whether it is a matmul of a warpgroup."""
+        """Whether it is a warpgroup's matmul."""
         return bool(_WGMMA.match(self.name))
 
     @cached_property
     def values(self) -> tuple[str, ...]:
-        """Its operands that are no predicates, nor the barrier of a group."""
+        """Its operands without predicates and the barrier of a group."""
         skip = 0
         while skip < len(self.operands) and _PREDICATE.match(self.operands[skip]):
             skip += 1
-        # a carry behind the register: IADD3 R4, P1, R36, ...
+        # a carry may follow the register: IADD3 R4, P1, R36, ...
         rest = self.operands[skip:]
         return rest[:1] + tuple(x for x in rest[1:] if not _PREDICATE.match(x) and not x.startswith("gsb"))
 
@@ -63,7 +63,7 @@ class Instruction:
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
-        """The registers that it reads; of a wgmma not those of the sum that it adds to."""
+        """The registers that it reads; for a wgmma, without those of the accumulator that it updates."""
         sources = self.values if not self.writes else self.values[1:]
         if self.is_wgmma:
             left, begun = sources[0], sources[-1]
@@ -71,7 +71,7 @@ class Instruction:
             return own if begun == self.values[0] else own + span(begun, len(self.writes))
         found: list[str] = []
         for k, text in enumerate(sources):
-            # of a product of 32 bits by 32 what is added to it has 64
+            # a product of two 32-bit values has a 64-bit addend
             size = 1 if ".WIDE" in self.name and k < 2 else self.size
             for match in _REGISTER.finditer(text):
                 wide = 2 if match[3] else size if "[" not in text else 1
@@ -88,7 +88,7 @@ class Instruction:
 
     @property
     def size(self) -> int:
-        """Registers of a datum."""
+        """The number of registers of a value."""
         if self.is_wgmma or self.name.startswith(("HMMA", "IMMA", "QMMA")) or ".128" in self.name:
             return 4
         matrices = re.search(r"(?:LDSM|STSM)\S*\.(\d)$", self.name)
@@ -98,12 +98,12 @@ class Instruction:
 
     @property
     def columns(self) -> int:
-        """Of a wgmma: the columns of its sum."""
+        """The number of columns of a wgmma's accumulator."""
         return int(self.name.split(".")[1].split("x")[1])
 
 
 def span(register: str, count: int) -> tuple[str, ...]:
-    """A register and those behind it; nothing for RZ, an address or a number."""
+    """The names of `count` consecutive registers from `register`; () for RZ, an address or a number."""
     match = re.match(r"-?\|?(U?R)(\d+)", register)
     return tuple(f"{match[1]}{int(match[2]) + i}" for i in range(count)) if match else ()
 
@@ -111,7 +111,7 @@ def span(register: str, count: int) -> tuple[str, ...]:
 def disassemble(binary: bytes) -> list[Instruction]:
     """The instructions of a cubin with one kernel."""
     text = _printed(binary, "--no-dataflow")
-    # where a jump by a table goes is found by following values, which takes as long again
+    # the targets of a jump by a table need nvdisasm's dataflow analysis, which doubles its time
     return parse(_printed(binary) if re.search(r"\bBRX\b", text) else text)
 
 
@@ -142,7 +142,7 @@ def parse(text: str) -> list[Instruction]:
 
 def _next(i: int, x: Instruction, labels: dict[str, int], count: int) -> tuple[int, ...]:
     kind = x.name.split(".")[0]
-    # BSSY names the place where threads meet, behind the BSYNC that they go to
+    # the target of BSSY is where threads reconverge, after the BSYNC that they reach
     targets = [] if kind == "BSSY" else [labels.get(t, count) for t in _TARGET.findall(" ".join(x.operands))]
     # BRA P0, `(.L_x_1) has a condition too
     always = not x.guard and (kind in ("EXIT", "RET", "BRX") or (kind == "BRA" and len(x.operands) == 1))

@@ -14,28 +14,28 @@ from typing import Any, NamedTuple, TypeVar
 from attncc.codegen.sass import Instruction, span
 
 _MASK = 0xFFFFFFFF
-#: the table of an exclusive or, in LOP3
+#: LOP3's lookup table of an exclusive or
 _XOR = 0x3C
-#: whose results may be known, and what spills or forgets
+#: instructions whose results are followed, and those that spill, reload or clear values
 _FOLLOWED = re.compile(r"CALL|STL|LDL|CS2R|U?MOV|R2UR|IMAD|U?IADD3|VIADD|U?P?LOP3")
 State = TypeVar("State", bound=dict[Any, Any])
 
 
 class Value(NamedTuple):
-    """The exclusive or of numbers that are not known, by where they were made, and of bits."""
+    """The exclusive or of `unknown` values, named after the instructions that produced them, and of constant `bits`."""
 
     unknown: frozenset[str]
     bits: int
 
 
 ZERO = Value(frozenset(), 0)
-#: what is known of registers and spilled values; one that is not in it may hold anything
+#: the known values of registers and spill slots; any that is missing may hold anything
 Known = dict[str, Value]
 
 
 def known_before(code: list[Instruction]) -> Iterator[tuple[int, Known]]:
     """The known values before each reachable instruction, in the form of `states_before`."""
-    # most instructions are none whose result is followed: what they leave is the same at every visit
+    # the results of most instructions are not followed: they are the same unknown values at every visit
     named = {i: _named(i, x) for i, x in enumerate(code) if not (x.guard or _FOLLOWED.match(x.name))}
 
     def learn(i: int, x: Instruction, known: Known) -> None:
@@ -50,10 +50,12 @@ def known_before(code: list[Instruction]) -> Iterator[tuple[int, Known]]:
 def states_before(
     code: list[Instruction], step: Callable[[int, Instruction, State], None], join: Callable[[State, State], State]
 ) -> Iterator[tuple[int, State]]:
-    """Place by place what holds before each instruction that is reached, on all ways to it, beginning with nothing.
+    """For each reachable instruction, in order: its index, and the state that holds before it on all paths from the
+    start, where the state is empty.
 
-    `step` changes a state to what holds behind an instruction: a state that is given here is the caller's until the
-    next. Only where ways begin or meet are states kept: kernels have thousands of instructions in a hundred such runs.
+    `step` updates a state by an instruction; `join` merges the states of two paths. A yielded state is valid until the
+    next is yielded. States are stored only at the starts of runs without jumps: kernels have thousands of instructions,
+    but a hundred such runs.
     """
     starts = _starts(code)
     states: dict[int, Any] = {0: {}}
@@ -76,13 +78,13 @@ def states_before(
 
 
 def _starts(code: list[Instruction]) -> set[int]:
-    """Where a run of instructions that follow each other begins."""
+    """The indices at which runs of consecutive instructions begin."""
     jumps = (to for i, x in enumerate(code) if x.next != (i + 1,) for to in (*x.next, i + 1))
     return {0, *jumps}
 
 
 def _run(code: list[Instruction], first: int, starts: set[int]) -> Iterator[int]:
-    """The places from one start up to the next."""
+    """The indices from one start up to the next."""
     yield first
     for i in range(first + 1, len(code)):
         if i in starts:
@@ -95,7 +97,7 @@ def _agree(a: Known, b: Known) -> Known:
 
 
 def _named(i: int, x: Instruction) -> Known:
-    """The value that an instruction writes, named after its place if nothing more is known."""
+    """Unknown values for all that an instruction writes, named after the instruction's index."""
     return {name: Value(frozenset({f"{i}.{k}"}), 0) for k, name in enumerate((*x.writes, *_carries(x)))}
 
 
@@ -103,7 +105,7 @@ def _learn(i: int, x: Instruction, known: Known) -> None:
     if x.name.startswith("CALL"):
         known.clear()
     elif x.name.startswith("STL") and not x.guard:
-        # what is spilled, by where it is
+        # spilled values are stored by their address
         for k, value in enumerate([_value(name, known) for name in span(x.operands[1], x.size)]):
             _set(known, f"{x.operands[0]}+{k}", value)
     elif written := (*x.writes, *_carries(x)):
@@ -126,7 +128,7 @@ def _carries(x: Instruction) -> tuple[str, ...]:
 
 
 def _result(x: Instruction, known: Known) -> Known:
-    """The value that an instruction writes, as far as it is known."""
+    """The values that an instruction writes, as far as they are known."""
     name, values, to = x.name, x.values, x.writes[:1]
     inputs = [_value(v, known) for v in values[1:]]
     found: Known = {}
@@ -152,7 +154,7 @@ def _result(x: Instruction, known: Known) -> Known:
 
 
 def _value(text: str, known: Known) -> Value | None:
-    """A number, a zero, or what a register holds."""
+    """The value of an operand: a number, zero, or the known value of a register; None if unknown."""
     negative = text.startswith("-")
     text = text.removeprefix("-")
     if text in ("RZ", "URZ"):
@@ -166,7 +168,8 @@ def _value(text: str, known: Known) -> Value | None:
 
 
 def _added(x: Instruction, inputs: list[Value | None], known: Known) -> Known:
-    """A sum. Its carry, where it is not known: an address never leaves its 14 bits, so none but by a step back."""
+    """A sum and its carry. With an unknown address the sum is unknown, but not the carry: an address stays within its
+    14 bits, so there is a carry only if a negative number is added."""
     carry = ZERO
     if x.name.endswith(".X"):
         carry = known.get([p for p in x.operands if re.match(r"U?P\d$", p)][-1], ZERO)
@@ -186,7 +189,7 @@ def _added(x: Instruction, inputs: list[Value | None], known: Known) -> Known:
 
 
 def _added_pairs(x: Instruction, known: Known) -> Known:
-    """The upper half of a sum of 64 bits; of the lower, an address, nothing is carried."""
+    """The upper half of a 64-bit sum. The lower half, an address, gives no carry."""
     upper = []
     for text in x.values[1:]:
         register = re.match(r"(U?R)(\d+)$", text)
@@ -197,7 +200,7 @@ def _added_pairs(x: Instruction, known: Known) -> Known:
 
 
 def _looked_up(to: str, table: int, inputs: list[Value | None]) -> Known:
-    """LOP3: a function of three bits, by its table; an exclusive or is one of unknown values too."""
+    """LOP3: a function of three bits, given by its table. An exclusive or is followed for unknown values, too."""
     if None in inputs:
         return {}
     a, b, c = (v for v in inputs if v is not None)

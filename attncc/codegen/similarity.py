@@ -1,5 +1,5 @@
-"""The similarity in each kernel: operands of its matmuls, its row and column terms, and the gradients that their
-cotangents give to q, k and the vector inputs they read.
+"""The similarity in each kernel: operands of its matmuls, its row and column terms, and their contributions to the
+gradients of q, k and the vector inputs that they read.
 
 Tiles here are [rows, components] of q or k, one chunk of the head dimension at a time: a vector expression is lowered
 like any other, with the component in the role of the column.
@@ -28,7 +28,7 @@ from attncc.passes.similarity import Dot, Loop, Term
 
 @dataclass(frozen=True)
 class Side:
-    """The query's or the key's side: the names of its tile, its rows and their number in a kernel."""
+    """The query's or the key's side: the names of its tile, vector, row index, length and block size in a kernel."""
 
     tile: str  # q | k
     vector: sympy.Symbol
@@ -37,7 +37,7 @@ class Side:
     block: str
 
     def factor(self, dot: Dot) -> sympy.Expr:
-        """What this side brings to a matmul."""
+        """This side's operand of a matmul."""
         return dot.left if self.tile == "q" else dot.right
 
 
@@ -47,11 +47,12 @@ KEY = Side("k", sym.K_VEC, "kv_idx", "kv_len", "BLOCK_N")
 
 @dataclass(frozen=True)
 class VectorGradient:
-    """The cotangent of an input that a sum over the head dimension reads: `expr` at each component of each row.
+    """The gradient of an input that a sum over the head dimension reads; its cotangent is `expr` at each component.
 
-    kind: "row" or "col" where the input has an entry a query or a key, "band" where the sum of `loop` reads it by their
-    distance, else "program"; vector: has it an entry a component, too? looped: it is that of a pair, which a loop over
-    the components adds up; one that is read by distance and is not, is multiplied by `expr` in the sum, and no more.
+    kind: "row" or "col" if the input has an entry per query or per key, "band" if the sum of `loop` reads it by their
+    distance, else "program"; vector: it has an entry per component, too; looped: `expr` is the cotangent at a pair, and
+    a loop over the components sums it, else that at a row. For a band that is not looped, `expr` is the factor of the
+    input in the sum.
     """
 
     read: Read
@@ -72,8 +73,8 @@ class VectorGradient:
 
 
 class SimilaritySlots:
-    """Facts of one plan that several kernels ask for. `held`: what a kernel calls a chunk of a side's tile in float32,
-    which it has in registers."""
+    """The slots of one plan's similarity, for all kernels. `held`: the text of a chunk of a side's tile in float32, in
+    a kernel that has it in registers."""
 
     def __init__(self, plan: Plan, held: str = "{tile}_{chunk}.to(tl.float32)"):
         self.plan = plan
@@ -82,47 +83,48 @@ class SimilaritySlots:
 
     @property
     def plain_dot(self) -> bool:
-        """Is dot(q_vec, k_vec) its one matmul?"""
+        """Whether dot(q_vec, k_vec) is its only sum over the head dimension."""
         return self.has_dot and not self.found.dots and not self.found.loops
 
     @property
     def has_dot(self) -> bool:
-        """Is dot(q_vec, k_vec) computed? Each of several branches has its own."""
+        """Whether dot(q_vec, k_vec) is computed. Each of several branches has its own."""
         return self.plan.graph.branches > 1 or self.plan.graph.has_dot
 
     def terms(self, side: Side) -> tuple[Term, ...]:
-        """The row terms, or the column terms."""
+        """The row terms (QUERY) or the column terms (KEY)."""
         return self.found.q_terms if side is QUERY else self.found.k_terms
 
     def loads(self, side: Side) -> bool:
-        """Does a tile of pairs need the tile of this side itself, be it for its scores or because v is part of it?"""
+        """Whether a kernel loads this side's tile as it is, for its scores or because v is part of it."""
         if side is KEY and self.plan.graph.value is not None:
             return True
         return self.has_dot or any(side.vector in side.factor(d).free_symbols for d in self.found.dots)
 
     def wide_reads(self, side: Side) -> set[Read]:
-        """What the matmuls' factors of this side read at each component of each row."""
+        """The inputs' elements that this side's operands read at each component of each row."""
         index = {sym.COMPONENT.name, side.index}
         reads = {read for dot in self.found.dots for read in side.factor(dot).atoms(Read)}
         return {read for read in reads if index <= {s.name for s in read.free_symbols}}
 
     def passes_on(self, side: Side) -> bool:
-        """Does the gradient of this side need the side's own tile once more, after the loop?"""
+        """Whether the gradient of this side needs the side's own tile again, after the loop."""
         after = [self.vector_expr(side), *(g.expr for g in self.gradients if g.side is side and not g.looped)]
         return any(side.vector in e.free_symbols for e in after)
 
     def direct(self, side: Side, dot: Dot) -> bool:
-        """Is what this side brings its vector as it is, so that its cotangent adds to the gradient as it stands?"""
+        """Whether this side's operand is its vector as it is, so that the operand's cotangent is part of the
+        gradient."""
         return side.factor(dot) == side.vector
 
     @cached_property
     def flowing(self) -> tuple[Dot, ...]:
-        """The matmuls whose cotangent is not 0, as it is where the weight is a step function of the score."""
+        """The matmuls whose cotangent is not 0. It is 0 if the weight is a step function of the score."""
         return tuple(d for d in self.found.dots if self._flows(d.name))
 
     @cached_property
     def flowing_loops(self) -> tuple[Loop, ...]:
-        """The loops of whose sums that is true."""
+        """The loops whose sums have a cotangent that is not 0."""
         return tuple(x for x in self.found.loops if self._flows(x.name))
 
     def _flows(self, name: str) -> bool:
@@ -131,22 +133,23 @@ class SimilaritySlots:
         return all(e != 0 for symbol, e in self.plan.backward.dsums if symbol.name == name)
 
     def own_accumulators(self, side: Side) -> tuple[Dot, ...]:
-        """The matmuls whose cotangent on this side must be transformed before it is part of the gradient."""
+        """The matmuls whose operand of this side is a function of its vector: its cotangent must be accumulated, then
+        transformed, to be part of the gradient."""
         return tuple(d for d in self.flowing if not self.direct(side, d))
 
     def _total(self, side: Side) -> sympy.Expr:
-        """A component of the expression whose derivative by a side's vectors is their gradient."""
+        """One component of the expression whose derivative by the side's vector is the vector's gradient."""
         dots = [_accumulated(d) * side.factor(d) for d in self.own_accumulators(side)]
         flowing = {g.read for g in self.plan.gradients}  # the others' cotangents are 0
         return sympy.Add(*dots, *(_cotangent(t) * t.summand for t in self.terms(side) if t.read in flowing))
 
     def vector_expr(self, side: Side) -> sympy.Expr:
-        """What is added to a component of the side's gradient after the loop."""
+        """The value added, after the loop, to each component of the side's gradient."""
         return derivative(self._total(side), side.vector)
 
     @cached_property
     def gradients(self) -> tuple[VectorGradient, ...]:
-        """One entry a differentiable read inside a sum over the head dimension, and side."""
+        """The gradients of inputs read inside sums over the head dimension, one per read and side."""
         wanted = {d.name for d in self.plan.graph.inputs if d.grad}
         number = len(self.plan.gradients)
         found: list[VectorGradient] = []
@@ -168,12 +171,12 @@ class SimilaritySlots:
         return tuple(found)
 
     def _slope(self, side: Side, total: sympy.Expr, read: Read) -> sympy.Expr:
-        """The derivative of `_total` by what it reads.
+        """The derivative of `_total` by `read`.
 
-        A factor such as q exp(G) has itself for its derivative by G: there the operand stands, rounded as the matmul
-        had it. What q and k give an exponent cancels where both lie on one side of a token, pair by pair, and only if
-        each has the very product that the other has: with factors that are not rounded, dg of a sum of logs is 1.4e-2
-        off in bfloat16 beside 500 keys, with these 2.8e-3.
+        A factor such as q exp(G) is its own derivative by G. There the derivative uses the matmul's operand, rounded as
+        in the matmul. The contributions of q and k to an exponent's gradient cancel, pair by pair, if both lie on one
+        side of a token, but only if both contain exactly the same product: with factors that are not rounded, dg of a
+        sum of logs is 1.4e-2 off in bfloat16 beside 500 keys, with these 2.8e-3.
         """
         whole = {}
         for dot in self.own_accumulators(side):
@@ -184,7 +187,7 @@ class SimilaritySlots:
 
     @cached_property
     def bands(self) -> tuple[VectorGradient, ...]:
-        """One entry a differentiable table of distances, and loop that reads it."""
+        """The gradients of tables of distances, one per table and loop that reads it."""
         wanted = {d.name for d in self.plan.graph.inputs if d.grad}
         number = len(self.plan.gradients) + len(self.gradients)
         found: list[VectorGradient] = []
@@ -197,11 +200,11 @@ class SimilaritySlots:
         return tuple(found)
 
     def looped(self, side: Side) -> tuple[VectorGradient, ...]:
-        """The gradients that the loops over components add up beside that of a side."""
+        """The gradients of inputs that the loops over components sum in the kernel of this side's gradient."""
         return tuple(g for g in self.gradients if g.looped and g.side is side)
 
     def leaves(self, side: Side, chunk: Chunk, base: Mapping[str, Leaf]) -> dict[str, Leaf]:
-        """What a vector expression of this side may use: [rows, components] in the place of a tile of pairs."""
+        """The values that a vector expression of this side may use; [rows, components] take the place of pairs."""
         own = {
             sym.COMPONENT.name: Leaf(f"d_qk_{chunk.index}", Level.COL),
             side.vector.name: Leaf(self.held.format(tile=side.tile, chunk=chunk.index), Level.PAIR),
@@ -217,7 +220,7 @@ class SimilaritySlots:
         return {**base, **own}
 
     def scope(self, side: Side, chunk: Chunk, kernel: Lowering, base: Mapping[str, Leaf]) -> Lowering:
-        """A lowering of vector expressions beside that of a kernel, whose names it does not reuse."""
+        """A lowering of vector expressions, whose new names differ from those of the kernel's lowering."""
         return Lowering(
             self.plan.core,
             self.leaves(side, chunk, base),
@@ -227,7 +230,7 @@ class SimilaritySlots:
         )
 
     def operands(self, side: Side, chunks: tuple[Chunk, ...], kernel: Lowering, base: Mapping[str, Leaf]) -> list[str]:
-        """Lines that make the operands of the matmuls that are not the loaded tile itself."""
+        """Lines that compute the matmuls' operands that are not the loaded tile itself."""
         lines: list[str] = []
         for dot in self.found.dots:
             if self.direct(side, dot):
@@ -244,7 +247,7 @@ class SimilaritySlots:
         kernel: Lowering,
         base: Mapping[str, Leaf],
     ) -> list[str]:
-        """Lines that make one operand of a matmul, a function of a side's vectors."""
+        """Lines that compute one operand of a matmul, a function (`factor`) of a side's vector."""
         lines: list[str] = []
         for chunk in chunks:
             scope = self.scope(side, chunk, kernel, base)
@@ -269,7 +272,7 @@ class SimilaritySlots:
         return lines
 
     def accumulate(self, side: Side, chunks: tuple[Chunk, ...]) -> list[str]:
-        """Lines that add a tile's part to the cotangent of what each matmul got from `side`."""
+        """Lines that accumulate a tile's contribution to the cotangent of each matmul's operand of `side`."""
         other = KEY if side is QUERY else QUERY
         lines = []
         for dot in self.flowing:
@@ -282,7 +285,7 @@ class SimilaritySlots:
         return lines
 
     def accumulators(self, side: Side, chunks: tuple[Chunk, ...]) -> list[str]:
-        """Lines that start the accumulators of `accumulate`, and those of the loops over components."""
+        """Lines that set the accumulators of `accumulate`, and those of the loops over components, to 0."""
         zeros = "tl.zeros([{}], tl.float32)"
         lines = []
         names = [accumulator(side, dot) for dot in self.own_accumulators(side)]
@@ -292,8 +295,8 @@ class SimilaritySlots:
         return lines + [f"{g.name}_rows = {zeros.format(side.block)}" for g in self.looped(side) if not g.vector]
 
     def epilogue(self, side: Side, chunks: tuple[Chunk, ...], kernel: Lowering, base: Mapping[str, Leaf]) -> list[str]:
-        """Lines after the loop: what the terms and the transformed operands add to the side's gradient, and the
-        gradients of the inputs that they read."""
+        """Lines after the loop: the contributions of terms and transformed operands to the side's gradient, and the
+        gradients of the inputs that these read."""
         lines: list[str] = []
         expr = self.vector_expr(side)
         gradients = [g for g in self.gradients if g.side is side]
@@ -347,7 +350,7 @@ def _cotangent(term: Term) -> sympy.Symbol:
 
 
 def _inside(text: str, side: Side, chunk: Chunk, factor: sympy.Expr) -> str:
-    """A tile that is 0 where q or k has no entry: there it must not make anything else of a loaded 0."""
+    """The text of a tile, masked to 0 outside of q or k if its function does not map a loaded 0 to 0."""
     guards = []
     if not factor.is_polynomial(side.vector):
         guards.append(f"({side.index} < {side.length})[:, None]")
@@ -357,7 +360,7 @@ def _inside(text: str, side: Side, chunk: Chunk, factor: sympy.Expr) -> str:
 
 
 def _gradient_lines(gradient: VectorGradient, chunk: Chunk, text: str) -> list[str]:
-    """One chunk's part of an input's gradient."""
+    """Lines that store, or add up, one chunk's part of an input's gradient."""
     side, c = gradient.side, chunk.index
     rows = f"({side.index} < {side.length})"
     cols = f"(d_qk_{c} < HEAD_DIM_QK)"
@@ -376,7 +379,7 @@ def _gradient_lines(gradient: VectorGradient, chunk: Chunk, text: str) -> list[s
 
 
 def _gradient_end(gradient: VectorGradient) -> list[str]:
-    """The store of a gradient that all components share."""
+    """Lines that store a gradient that has no entry per component, after all chunks."""
     if gradient.vector:
         return []
     side, at, rows = gradient.side, f"{gradient.name.upper()}_PTR", f"{gradient.name}_rows"

@@ -1,4 +1,5 @@
-"""Write cotangents of scores as slope * dp + rest, so that fewer values per pair occupy registers until dp is there."""
+"""Write cotangents of scores as slope * (dp - delta), or similar products: then of each pair only the slope occupies
+registers until dp is ready."""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ from attncc.passes.differentiate import DELTA, DP
 from attncc.passes.fold import S
 from attncc.passes.magnitudes import SIDE, ends_with, over_side, over_weight
 
-#: the name of what dp is multiplied by in the cotangent of a score
+#: the name of the factor of dp in the cotangent of a score
 SLOPE = "slope"
 
 
 def over_raw(part: Plan, expr: Any) -> Any:
-    """A formula over the raw score in terms of q k and the kernel's score."""
+    """A formula of the raw score, rewritten in terms of q k and the kernel's score."""
     return part.folded.apply(expr.xreplace({sym.RAW_SCORE: part.core["raw_score"].expr}))
 
 
 def split_slope(dscore: Any) -> tuple[Any, Any] | None:
-    """A score's cotangent as its slope and what that is multiplied by, which has of a pair nothing but dp; None where
-    it is no such product."""
+    """A score's cotangent as a product of its slope and a factor in which dp is the only value per pair; None if it is
+    no such product."""
     late = [f for f in sympy.Mul.make_args(dscore) if {DP, DELTA} & f.free_symbols]
     if not late or any(_of_pair(f) for f in late):
         return None
@@ -41,13 +42,13 @@ def _of_pair(late: Any) -> bool:
 
 
 def _level(expr: Any) -> Level:
-    """The level of what is made of a kernel's own score, or of the IR's names."""
+    """The level of an expression of the kernel's score and the IR's names."""
     return Level.PAIR if {S, sym.QK} & expr.free_symbols else level(expr)
 
 
 def split_branch_slope(part: Plan, dscore: Any) -> tuple[Any, Any] | None:
-    """The same of a branch, whose dp has its factor and so belongs with what a row, or a key, has of its own: the slope
-    is the rest, which the score makes."""
+    """As `split_slope`, for a branch. The branch's factor multiplies dp, and so goes with the values per row or per
+    key; the slope is the rest, a function of the score."""
     late = [f for f in sympy.Mul.make_args(dscore) if DP in f.free_symbols]
     of_pairs = {S, sym.QK, *map(part.tagged, (S, sym.QK))}
     if not late or any(f.free_symbols & of_pairs for f in late):
@@ -57,14 +58,14 @@ def split_branch_slope(part: Plan, dscore: Any) -> tuple[Any, Any] | None:
 
 
 def same_slope(part: Plan, dread: Any, dscore: Any) -> bool:
-    """Whether the cotangent that is summed for an input of a branch is a multiple of the slope of its score."""
+    """Whether `dread`, the cotangent of a branch's input, is a multiple of the slope of the branch's score."""
     found, own = split_branch_slope(part, dread), split_branch_slope(part, dscore)
     return found is not None and own is not None and found[0] == own[0]
 
 
 def by_side(part: Plan, dscore: Any) -> Any | None:
-    """The cotangent of a score that asks for the sign of something of its pair as a multiple of a slope with that sign;
-    None where it does not."""
+    """If the cotangent of a score contains the sign of a value per pair: the cotangent as a multiple of a slope that
+    has this sign; else None."""
     sums = frozenset(r.symbol for r in part.online.sums if r.term.is_nonnegative)
     found = None if part.tag else over_side(dscore, sums)
     return None if found is None else over_raw(part, found[0]) * over_raw(part, found[1])
@@ -85,9 +86,11 @@ def slope_of(part: Plan) -> Any:
 def over_slope(
     part: Plan, dscore: Any, lowering: Lowering, weight: Any, others: list[Any]
 ) -> tuple[Any, str | None, list[Any]]:
-    """A score's cotangent as a multiple of its slope, which is computed here where it is not the weight, the name of
-    that, and those of `others` that are a multiple of it, too; the cotangent as it is, and what it is 0 with, or None,
-    where it is no such multiple, or what the slope is multiplied by may not be finite."""
+    """A score's cotangent as a multiple of its slope's name; that name; and `others`, those rewritten, too, that are
+    multiples of the slope. The slope is computed here, unless it is the weight.
+
+    If the cotangent is no such multiple, or the slope's factor may not be finite, all stay as they are; the name is
+    then that of a value with which the cotangent is 0, or None."""
     found = split_branch_slope(part, dscore) if part.tag else split_slope(dscore)
     if found is None:
         beside = dscore.xreplace({weight: sympy.S.One, DP: sympy.S.One})
@@ -110,14 +113,14 @@ def over_slope(
 
 
 def _apart(slope: Any) -> tuple[Any, Any]:
-    """A slope without the factors that are a key's own, and those. They take a register a row of keys, and need not be
-    in what waits, which may be the weight then, or what others are a multiple of."""
+    """A slope without its factors per key, and the product of these. They take a register per row of keys, and are not
+    needed in the value that is kept until dp is ready, which may then be the weight, or serve others."""
     of_keys = [f for f in sympy.Mul.make_args(slope) if _level(f) == Level.COL]
     return sympy.Mul(*(f for f in sympy.Mul.make_args(slope) if f not in of_keys)), sympy.Mul(*of_keys)
 
 
 def keeps_a_tile(part: Plan, cotangent: Any) -> bool:
-    """Whether this cotangent needs a value per pair to wait for dp, besides the slope of the score."""
+    """Whether this cotangent needs a value per pair to be kept until dp is ready, besides the slope of the score."""
     slope = slope_of(part)
     if slope is None:
         return True
@@ -127,7 +130,7 @@ def keeps_a_tile(part: Plan, cotangent: Any) -> bool:
 
 
 def _over(expr: Any, slope: Any) -> Any | None:
-    """`expr` divided by the slope; None if it is no multiple of it, or may not be finite."""
+    """`expr` divided by the slope; None if it is no multiple of the slope, or the quotient may not be finite."""
     factors = list(sympy.Mul.make_args(expr))
     for factor in sympy.Mul.make_args(slope):
         if factor not in factors:
@@ -138,8 +141,8 @@ def _over(expr: Any, slope: Any) -> Any | None:
 
 
 def _is_finite(expr: Any) -> bool:
-    """Whether this is finite for finite inputs, also in fully masked rows, whose stored statistics may be infinite and
-    whose denominators may be 0."""
+    """Whether the value is finite for finite inputs, even in fully masked rows, whose stored statistics may be infinite
+    and whose denominators may be 0."""
     if isinstance(expr, voc.sign | voc.step | Read) or expr.is_number:
         return True
     if expr.is_Symbol:

@@ -32,8 +32,7 @@ _CALLS = {
 
 
 def spell(scope: Lowering, expr: Any, level: Level) -> str:
-    """The text of an expression of this level, its operands placed by `scope`; UnsupportedError for what Triton has no
-    form for."""
+    """The text of an expression of this level, its operands placed by `scope`. UnsupportedError: Triton has no form."""
     if expr.is_number:
         return literal(expr, type_of(expr) == "float")
     if isinstance(expr, sympy.Symbol):
@@ -56,7 +55,7 @@ def sum_text(scope: Lowering, expr: Any, level: Level, to_float: bool) -> str:
             parts.append(joined)
         else:
             parts += sorted(group, key=lambda t: t.could_extract_minus_sign())
-    # what is subtracted comes behind: Triton negates by a subtraction from 0, which no compiler may leave out
+    # begin with a positive term: Triton negates by a subtraction from 0, which no compiler may leave out
     first = next((i for i, part in enumerate(parts) if not part.could_extract_minus_sign()), 0)
     parts.insert(0, parts.pop(first))
     text = ""
@@ -93,12 +92,12 @@ def _product(scope: Lowering, expr: Any, level: Level) -> str:
     under = [1 / f for f in sympy.Mul.make_args(rest) if _is_reciprocal(f)]
     if under and not is_float:
         raise UnsupportedError("an integer quotient must be written with //")
-    # what is the same at a lower level is multiplied there, once
+    # factors of a lower level are multiplied there, once
     lower_over = [f for f in over if scope.level_of(f) != level]
     lower_under = [f for f in under if scope.level_of(f) != level]
     own_over = [f for f in over if scope.level_of(f) == level]
     own_under = [f for f in under if scope.level_of(f) == level]
-    if LN2 in own_under:  # a constant multiplies; it is no division
+    if LN2 in own_under:  # multiply by log2(e) instead of dividing by ln(2)
         own_under.remove(LN2)
         number = sympy.Float(float(number) * voc.LOG2E)
     factors = [scope.operand(f, level, is_float) for f in own_over]
@@ -108,7 +107,8 @@ def _product(scope: Lowering, expr: Any, level: Level) -> str:
             *(f for f in lower_over if scope.level_of(f) == lv),
             *(1 / f for f in lower_under if scope.level_of(f) == lv),
         )
-        # a sign, too, where every pair would have its own negation, and there is a name that can have it
+        # the number joins the lowest part; a sign alone does if every pair would need a negation, and the part has a
+        # name
         apart = number != -1 or (level == Level.PAIR and is_float and part.free_symbols - {LN2})
         if i == len(split_levels) - 1 and number != 1 and apart:
             part, number = sympy.Mul(number, part), sympy.S.One
@@ -145,7 +145,7 @@ def _power(scope: Lowering, expr: Any, level: Level) -> str:
     exponent = wrap(scope.operand(power, level, True))
     if base.is_number and base.is_positive:
         return f"tl.exp2({exponent} * {math.log2(float(base))!r})"
-    if power.is_number or (base.is_nonnegative and not power.is_integer):  # what is negative has whole powers alone
+    if power.is_number or (base.is_nonnegative and not power.is_integer):  # a negative base has only integer powers
         return f"tl.exp2({exponent} * {_logarithm(scope, 'log2', base, level)})"
     scope.helpers |= {"_power", "_log2"}
     fast = "FAST_MATH" if scope.level_of(base) == Level.PAIR else "False"
@@ -195,7 +195,7 @@ def _log(scope: Lowering, expr: Any, level: Level) -> str:
 
 def _logarithm(scope: Lowering, name: str, expr: Any, level: Level) -> str:
     x = unwrap(scope.operand(expr, level, True))
-    if scope.level_of(expr) != Level.PAIR:  # what a row has once may as well be exact
+    if scope.level_of(expr) != Level.PAIR:  # one value per row may as well be exact
         return f"tl.{name}({x})"
     scope.helpers |= {f"_{name}", "_log2"}
     return f"_{name}({x}, FAST_MATH)"
@@ -208,7 +208,7 @@ def _softplus(scope: Lowering, expr: Any, level: Level) -> str:
 
 def _sigmoid(scope: Lowering, expr: Any, level: Level) -> str:
     power = per_ln2(lower_exp(sympy.expand(-expr.args[0])))
-    # two elements of a tile share one division; a row's may be a thread's only one
+    # two elements of a tile share one division; of a value per row, a thread may have only one
     name = "_logistic_of_pairs" if scope.level_of(power) == Level.PAIR else "_logistic"
     scope.helpers.add(name)
     return f"{name}({unwrap(scope.operand(power, level, True))}, FAST_MATH)"
@@ -245,8 +245,8 @@ def _where(scope: Lowering, expr: Any, level: Level) -> str:
 
 
 def _case(scope: Lowering, expr: Any, level: Level, is_float: bool) -> str:
-    """One of two cases; where it is the negative of what has a name, as f * sign(x) has both, it is made of that, and
-    no factor of a row or a column waits for a second product."""
+    """One of the two cases of a choice. If its negative has a name already, as in f * sign(x), it is the negation of
+    that, so that no factor per row or column is kept for a second product."""
     opposite = scope.known(-expr) if expr.is_Mul and scope.level_of(expr) == level else None
     return f"-{opposite}" if opposite and opposite.isidentifier() else scope.operand(expr, level, is_float)
 
@@ -290,7 +290,7 @@ def _bit_xor(scope: Lowering, expr: Any, level: Level) -> str:
 
 
 def _integer(scope: Lowering, operator: str, helper: str, expr: Any, level: Level) -> str:
-    """Triton's // and % truncate; they are Python's only where nothing is negative."""
+    """Python's // or %. Triton's truncate, so they are used only if nothing is negative."""
     a, b = expr.args
     left, right = scope.operand(a, level, False), scope.operand(b, level, False)
     if a.is_nonnegative and b.is_positive:
@@ -330,7 +330,7 @@ def _constant(scope: Lowering, expr: Any, level: Level) -> str:
 
 
 def _integers_first(total: Any) -> tuple[Any, ...]:
-    """The terms of a sum with its integers in one: they cancel exactly, before a fraction is added to any of them."""
+    """The terms of a sum, its integers added up as one, so that they cancel exactly before fractions are added."""
     integers = [t for t in total.args if t.is_integer and not t.is_number]
     rest = [t for t in total.args if t not in integers]
     return (sympy.Add(*integers), *rest) if len(integers) > 1 and rest else total.args
@@ -340,7 +340,7 @@ def _is_reciprocal(f: Any) -> bool:
     return bool(f.is_Pow and f.exp.is_number and f.exp.could_extract_minus_sign() and float(f.exp) == -1)
 
 
-#: sympy's own kinds, and those of the vocabulary
+#: the function for each kind of expression, of sympy and of the vocabulary
 _KINDS: dict[type, Callable[[Lowering, Any, Level], str]] = {
     sympy.Add: _sum,
     sympy.Mul: _product,

@@ -1,5 +1,5 @@
-"""Write one self-contained file: kernels, launches, autograd and the chosen schedule. It needs torch and triton
-only."""
+"""Write one self-contained file: kernels, launches, autograd and the chosen schedule. It needs torch and
+triton only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attncc.errors import UnsupportedError
 from attncc.schedule.device import Device, loads_boxes
 from attncc.schedule.problem import Dtype, Schedule
 
-#: what its exported function calls something of its own
+#: names that the exported function uses for values of its own
 _LOCAL = frozenset({"q", "k", "v", "scale", "return_lse", "results", "sizes"})
 
 
@@ -29,7 +29,7 @@ def standalone(
         )
     written, users = coded(plan)
     graph = written.graph
-    # what its caller passes is called as in the spec, though not within the kernels
+    # the exported function's parameters have the user's names, which may differ from those in the kernels
     named = {name: name if own in _LOCAL else own for name, own in users.items()}
     backward = plan.has_backward is None
     tma = backward and not plan.similarity.loops and loads_boxes(device, dtype, d_qk, d_v, graph.branches, graph.value)

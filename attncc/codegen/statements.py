@@ -8,15 +8,16 @@ from collections.abc import Iterable
 
 
 def in_gluon(text: str) -> str:
-    """Triton statements as Gluon ones: the functions have the same names there, and helpers a copy of their own.
+    """Triton statements translated to Gluon: `tl` becomes `gl`, and helpers are called by the names of their Gluon
+    copies.
 
-    Layouts are no matter here: they follow from those of q_idx and kv_idx."""
+    No layouts are needed: they follow from those of q_idx and kv_idx."""
     text = re.sub(r"\btl\.", "gl.", text).replace("@triton.jit", "@gluon.jit")
     return re.sub(r"(?<![\w.])_(\w+)\(", r"_gl_\1(", text)
 
 
 def free_names(statements: Iterable[str]) -> tuple[str, ...]:
-    """The names that the statements read before they set them, in the order of first use, functions left out."""
+    """The names, except functions, that the statements read before they set them, in the order of first use."""
     reader = _Reader()
     reader.visit(ast.parse("\n".join(statements)))
     return tuple(reader.free)

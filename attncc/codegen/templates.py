@@ -46,7 +46,7 @@ class _Translated(SourceFileLoader):
         return self._environment.compile(data.decode(), self.name, path)
 
     def path_stats(self, path: str) -> Mapping[str, Any]:
-        """What tells new from stale bytecode: besides the template Jinja's version, and what calls it."""
+        """The stamp of the bytecode: it changes with the template, with Jinja's version and with this file."""
         stats = super().path_stats(path)
         made_by = zlib.crc32(jinja2.__version__.encode()) + int(Path(__file__).stat().st_mtime)
         return {**stats, "mtime": stats["mtime"] + made_by}

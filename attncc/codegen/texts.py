@@ -36,7 +36,7 @@ def literal(expr: Any, is_float: bool) -> str:
 
 
 def wrap(text: str) -> str:
-    """In parentheses, where it is no unit already."""
+    """The text in parentheses, unless it is one unit already."""
     return (
         text
         if text.isidentifier() or (text.endswith(")") and text.startswith(("(", "tl.", "_")) and balanced(text))
@@ -45,7 +45,7 @@ def wrap(text: str) -> str:
 
 
 def unwrap(text: str) -> str:
-    """Without parentheses around the whole, for the right side of an assignment or an argument."""
+    """The text without parentheses around the whole, for an argument or the right side of an assignment."""
     return text[1:-1] if text.startswith("(") and balanced(text) else text
 
 

@@ -7,26 +7,26 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: attributes of a kernel in a cubin's `.nv.info`, whose values are pairs of a symbol and a number
+#: two attributes of a kernel in a cubin's `.nv.info`; their values are pairs of a symbol and a number
 _REGISTERS, _STACK_BYTES = 0x2F, 0x12
-#: an attribute's form: with a value behind it, of so many bytes as its head says
+#: the form of an attribute that is followed by a value, whose number of bytes is in the attribute's head
 _WITH_VALUE = 0x04
-#: what the stack is a multiple of
+#: the stack's size is a multiple of this
 _STACK_ALIGNED = 8
 _LOCAL_ARRAY = re.compile(r"^\s*\.local\b[^;\[]*\[(\d+)\];", re.M)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers a thread has, and bytes of them that it keeps in memory meanwhile: spilled ones."""
+    """Registers per thread, and bytes per thread that are spilled to memory."""
 
     registers: int
     spills: int
 
 
 def usage_of_cubin(image: bytes, ptx: str) -> Usage:
-    """That of a cubin with one kernel, and of the PTX that it was assembled from, whose own arrays (such as a cosine's,
-    of large angles) are no spills; ValueError for something else."""
+    """The usage of a cubin with one kernel; ValueError for something else. `ptx` is its source: arrays that it declares
+    in local memory, such as those for cosines of large angles, are not counted as spills."""
     found = dict(_attributes(image))
     if not {_REGISTERS, _STACK_BYTES} <= set(found):
         raise ValueError("this is not a cubin with a kernel")
@@ -36,18 +36,18 @@ def usage_of_cubin(image: bytes, ptx: str) -> Usage:
 
 
 def usage_of_amdgcn(text: str) -> Usage:
-    """That of AMD's assembly."""
+    """The usage of a kernel in AMD's assembly."""
     registers, spills = (re.search(rf"\.vgpr_{what}:\s*(\d+)", text) for what in ("count", "spill_count"))
     return Usage(int(registers[1]) if registers else 0, 4 * int(spills[1]) if spills else 0)
 
 
 def _attributes(image: bytes) -> Iterator[tuple[int, int]]:
-    """Of each attribute in `.nv.info` that has a symbol and a number: which one, and the number."""
+    """(attribute, number) of each attribute in `.nv.info` whose value is a symbol and a number."""
     if image[:4] != b"\x7fELF":
         return
     (headers,) = struct.unpack_from("<Q", image, 0x28)
     size, count, names = struct.unpack_from("<HHH", image, 0x3A)
-    # of a section header: its name, type, flags, address, offset, size
+    # a section header: name, type, flags, address, offset, size
     sections = [struct.unpack_from("<IIQQQQ", image, headers + i * size) for i in range(count)]
     texts = sections[names][4]
     for name, _, _, _, at, length in sections:

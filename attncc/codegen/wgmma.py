@@ -29,9 +29,9 @@ from attncc.codegen.sass import Instruction, disassemble
 from attncc.codegen.sass_values import Known, Value, known_before, states_before
 
 _ANY = Value(frozenset({"any"}), 0)
-#: groups in flight that are told apart
+#: the most groups in flight that are counted
 _GROUPS = 8
-#: by the place of a wgmma in flight: the groups that were closed since it began, its own among them
+#: by the index of a wgmma in flight: the number of groups closed since it was issued, including its own
 Flying = dict[int, int]
 
 
@@ -72,7 +72,8 @@ def faults_of(code: list[Instruction]) -> tuple[Fault, ...]:
 
 
 def _descriptors(x: Instruction, known: Known) -> list[str]:
-    """The upper halves of its descriptors that are no constants: of its right operand, and of a left one in memory."""
+    """Faults for the upper halves of a wgmma's descriptors that are not constants: the descriptor of its right operand,
+    and that of its left operand if this is in shared memory."""
     gdesc = next(re.match(r"gdesc\[UR(\d+)\]", v) for v in x.operands if v.startswith("gdesc"))
     if gdesc is None:  # gdesc[URZ]: what ptxas leaves to close a group of which nobody reads the sums
         return []
@@ -107,8 +108,8 @@ def _clashes(
     flying: Flying,
     registers: dict[int, tuple[frozenset[str], frozenset[str]]],
 ) -> list[str]:
-    """The registers of wgmmas in flight that an instruction must not touch, but does. `registers`: of the accumulators
-    and operands of each."""
+    """Faults for the registers of wgmmas in flight that an instruction touches but must not. `registers`: those of the
+    accumulator and of the operands, by the index of the wgmma."""
     writes, reads = frozenset(x.writes), frozenset(x.reads)
     found = []
     for i in flying:
