@@ -10,7 +10,7 @@ from attncc.ir import symbols as sym
 from attncc.ir.graph import VariantGraph
 from attncc.ir.text import formula
 
-#: what a variant has where it says nothing
+#: the formula of a stage that a variant does not give
 DEFAULTS = {
     "similarity": "dot(q_vec, k_vec)*scale",
     "score": "score",
@@ -21,9 +21,9 @@ DEFAULTS = {
 
 
 def stage_texts(graph: VariantGraph) -> dict[str, str]:
-    """similarity, score, mask, normalizer and reduction in the words of the text form; each can be pasted into a spec.
-    What differs between the branches of a variant has an entry a branch, such as `score[1]`. Where v is part of k, so
-    says "value"; "dead_rows" is there where such rows do not give 0. Of a recurrence: state and out."""
+    """similarity, score, mask, normalizer and reduction in the text form; each can be pasted into a spec. A stage that
+    differs between branches has an entry per branch, such as `score[1]`. There is an entry "value" if v is part of k,
+    and "dead_rows" if fully masked rows do not give 0. A recurrence has the entries state and out."""
     if graph.recurrent:
         return {"state": formula(graph["update"].expr), "out": formula(graph["out"].expr)}
     if graph.branches > 1:
@@ -59,6 +59,6 @@ def _branch_texts(graph: VariantGraph) -> dict[str, str]:
 
 
 def own_stages(graph: VariantGraph) -> dict[str, str]:
-    """The stages in which a variant differs from plain attention; "softmax" where there are none."""
+    """The stages in which a variant differs from plain attention; the normalizer "softmax" if there are none."""
     own = {stage: text for stage, text in stage_texts(graph).items() if text != DEFAULTS.get(stage.split("[")[0])}
     return own or {"normalizer": "softmax"}

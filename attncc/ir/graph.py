@@ -82,10 +82,14 @@ class ScalarDecl:
 
 @dataclass(frozen=True)
 class Stage:
-    """One named value. `op` is None for a pair stage; for a reduction over the visible keys of a row it is "max" or
-    "sum", or "root", of which `expr` is a `vocabulary.Root`; over the queries that see a key it is "col_max" or
-    "col_sum"; for a sum over the head dimension it is "sum_d"; for the stages of a recurrence "scan" and "read";
-    for what joins the output rows of a hybrid's parts "combine"."""
+    """One named value. Its `op` is
+
+    - None: a value per pair;
+    - "max", "sum": a reduction over the visible keys of a row; "root": a row value whose `expr` is a `vocabulary.Root`;
+    - "col_max", "col_sum": a reduction over the queries that see a key;
+    - "sum_d": a sum over the head dimension;
+    - "scan", "read": the two stages of a recurrence;
+    - "combine": the combination of the output rows of a hybrid's parts."""
 
     name: str
     expr: sympy.Basic
@@ -121,13 +125,13 @@ class VariantGraph:
         self.scalars = tuple(sorted(scalars, key=lambda d: d.name))
         self.outputs = tuple(sorted(outputs, key=lambda o: o.name))
         self._given = {stage.name: stage for stage in stages}
-        # what every call asks is settled here: torch.compile cannot follow a cached property
+        # values that every call needs are computed here, because torch.compile cannot trace a cached property
         found = [s.expr.atoms(Read) for s in self._given.values()]
         #: the inputs that are read as vectors over the head dimension
         self.vectors = frozenset(r.input for reads in found for r in reads if sym.COMPONENT in r.index)
-        #: is it a state from token to token, and no matrix of pairs?
+        #: whether the variant is a recurrence: a state from token to token, without pairs
         self.recurrent = "update" in self._given
-        #: does the similarity, or what a recurrence reads, use `scale`?
+        #: whether any stage uses `scale`
         self.has_scale = any(sym.SCALE in s.expr.free_symbols for s in self._given.values())
 
     def changed(
@@ -155,7 +159,7 @@ class VariantGraph:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy finds again what this graph noted of itself
+        # cached properties are not copied: the copy computes them again
         own = (self.inputs, self.scalars, self.cites, self.branches, self.outputs, self.value, self.dead_rows)
         return VariantGraph, (self.name, tuple(self._given.values()), *own)
 
@@ -167,7 +171,7 @@ class VariantGraph:
 
     @cached_property
     def uses(self) -> dict[str, tuple[str, ...]]:
-        """For each stage the stages that it uses."""
+        """For each stage, the names of the stages that it uses."""
         found = {}
         for name, stage in self._given.items():
             found[name] = tuple(sorted(s.name for s in stage.expr.free_symbols if s.name in self._given))
@@ -177,7 +181,7 @@ class VariantGraph:
     def dag(self) -> Any:
         """The stages as a frozen networkx.DiGraph: a node carries its `stage`, an edge runs from a definition to a
         use."""
-        import networkx as nx  # here: a call needs the order alone, and the package takes a quarter of a second
+        import networkx as nx  # imported here: calls do not need it, and it takes a quarter of a second
 
         dag = nx.DiGraph()
         for name, stage in self._given.items():

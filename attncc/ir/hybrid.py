@@ -27,7 +27,7 @@ class HybridGraph:
 
     @property
     def graphs(self) -> tuple[VariantGraph, ...]:
-        """The parts, then what combines them."""
+        """The graphs of the parts, then that of their combination."""
         return (*(graph for _, graph in self.parts), self.combine)
 
     @property
@@ -44,7 +44,7 @@ class HybridGraph:
 
     @property
     def has_scale(self) -> bool:
-        """Does any part use `scale`?"""
+        """Whether any part uses `scale`."""
         return any(graph.has_scale for _, graph in self.parts)
 
     @property
@@ -58,7 +58,7 @@ class HybridGraph:
         return hashlib.sha256(self.text(header=False).encode()).hexdigest()[:16]
 
     def text(self, header: bool = True) -> str:
-        """The parts and their combination, as `to_text` has a variant."""
+        """The parts and their combination as text, each in the form of `to_text`."""
         lines = [f'hybrid "{self.name}"  # digest {self.digest}'] if header else []
         for name, graph in self.parts:
             lines += [f"part {name}", to_text(graph, header=False)]

@@ -18,19 +18,19 @@ class Level(IntEnum):
     PAIR = 3
 
 
-#: "dp" is dot(dout, v_vec), which the backward has a pair
+#: "dp" is dot(dout, v_vec), a value per pair of the backward
 _PAIR_NAMES = {s.name for s in (sym.QK, sym.RAW_SCORE, sym.SCORE, sym.WEIGHT)} | {"dp"}
 _ROW_NAMES = {sym.Q_IDX.name, sym.Q_VEC.name, "lse", "delta", "dlse"}
 _PAIR_SUMS = re.compile(r"(dot|band|pair)_\d+")
 
 
 def join(a: Level, b: Level) -> Level:
-    """The least level that holds both."""
+    """The lowest level that is above both or equal."""
     return Level(a | b)
 
 
 def level_of_name(name: str) -> Level:
-    """The level of one symbol. Names of row reductions and of stored row statistics are rows."""
+    """The level of one symbol. Row reductions and stored row statistics have level ROW."""
     if name in _PAIR_NAMES or _PAIR_SUMS.fullmatch(name):
         return Level.PAIR
     if name in _ROW_NAMES or sym.is_row_name(name) or name.startswith("q_term_"):

@@ -1,13 +1,13 @@
-"""What a caller may read out of attention besides the output row: a pair expression, and how it is reduced.
+"""Auxiliary outputs, which a caller may request besides the output row: a pair expression, and its reduction.
 
     output    := name = expr over reductions of one domain
     reduction := domain.sum(expr) | domain.max(expr) | domain.argmax(expr) | domain.count(), over the visible pairs of
                  a cell for which a condition holds
     domain    := row | col | offset | offset(lo, hi) | block(m, n) | pair | pair(start, stop)
 
-A domain says which pairs make up a cell: those of one query, of one key, of one distance kv_idx - q_idx, of one block
-of m queries by n keys, or one pair alone (of the queries start:stop, as a slice has them). A cell without a visible
-pair has sum 0, max -inf, argmax -1 and count 0.
+A domain says which pairs form a cell: those of one query, of one key, of one distance kv_idx - q_idx, of one block of
+m queries by n keys, or each pair alone (for the queries of the slice start:stop). A cell without a visible pair has sum
+0, max -inf, argmax -1 and count 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attncc.errors import Span
 from attncc.ir import symbols as sym
 from attncc.ir import vocabulary as voc
 
-#: the reductions of each domain; a position (argmax) exists where a cell is a line of pairs
+#: the reductions of each domain; argmax exists only where a cell is a line of pairs
 OPS: dict[str, tuple[str, ...]] = {
     "row": ("sum", "max", "argmax", "count"),
     "col": ("sum", "max", "argmax", "count"),
@@ -67,14 +67,14 @@ class Domain:
         return self.kind in ("block", "pair")
 
     def first(self) -> sympy.Expr:
-        """The first query that takes part."""
+        """The first query of the domain, as an expression."""
         start = self.args[0] if self.kind == "pair" else None
         if start is None or start == 0:
             return sympy.S.Zero
         return voc.minimum(start, sym.Q_LEN) if start > 0 else voc.maximum(sym.Q_LEN + start, 0)
 
     def rows(self, q_len: int) -> tuple[int, int]:
-        """The queries that take part: the first, and one past the last."""
+        """The queries of the domain: the first, and one past the last."""
         start, stop = self.args if self.kind == "pair" else (None, None)
         begin, end = (
             default if x is None else (max(q_len + x, 0) if x < 0 else min(x, q_len))
@@ -102,7 +102,7 @@ class Domain:
         return (end - begin, kv_len)
 
     def cell(self) -> tuple[sympy.Expr, ...]:
-        """The index of a pair's cell in the output, after batch and head. It may lie outside: offset, pair."""
+        """The index of a pair's cell in the output, after batch and head. For offset and pair it may lie outside."""
         q, kv = sym.Q_IDX, sym.KV_IDX
         if self.kind == "row":
             return (q,)
@@ -132,7 +132,8 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Output:
-    """A named auxiliary output: `expr` over its reductions, the program's names, and the index of a row or column."""
+    """A named auxiliary output: `expr` is over its reductions, values of the program, and the cell's q_idx or
+    kv_idx."""
 
     name: str
     domain: Domain
@@ -142,7 +143,7 @@ class Output:
 
     @property
     def free_symbols(self) -> set[sympy.Symbol]:
-        """Every symbol that the output's formulas mention, its reductions' own among them."""
+        """Every symbol in the output's formulas, including those of its reductions."""
         parts = [self.expr, *(e for r in self.reductions for e in (r.expr, r.when))]
         return set().union(*(p.free_symbols for p in parts))
 

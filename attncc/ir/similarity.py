@@ -28,21 +28,21 @@ from attncc.ir.levels import Level, level
 from attncc.ir.text import ordered_text
 from attncc.ir.vocabulary import Read, sum_d
 
-#: the kinds of sums, as stages are named
+#: the kinds of sums; stages are named `<kind>_<number>`
 KINDS = ("q_term", "k_term", "dot", "band", "pair")
 
 _VECTORS = {sym.Q_VEC, sym.K_VEC, sym.STATE, sym.COMPONENT}
 
 
 def is_vector(expr: Any) -> bool:
-    """Does the value have a component for each place of the head dimension?"""
+    """Whether the value is a vector over the head dimension."""
     if isinstance(expr, sum_d):
         return False
     return expr in _VECTORS or any(is_vector(a) for a in expr.args)
 
 
 def by_distance(expr: sympy.Expr) -> bool:
-    """Does an expression, such as an element read, depend on q_idx and kv_idx, if at all, through their difference?"""
+    """Whether an expression, such as an element read, depends on q_idx and kv_idx only through their difference."""
     moved = {sym.Q_IDX: sym.Q_IDX + 1, sym.KV_IDX: sym.KV_IDX + 1}
     return bool(_settled(expr.subs(moved, simultaneous=True)) == _settled(expr))
 
@@ -60,9 +60,9 @@ def kind_of(stage: Stage) -> str:
 
 
 def separate(expr: sympy.Expr) -> tuple[sympy.Expr, tuple[Stage, ...]]:
-    """A similarity as an expression of qk and of stages, with those stages.
+    """A similarity as an expression of qk and of stages, and those stages.
 
-    Raises UnsupportedError for a sum over the head dimension inside another, other than as a factor of it.
+    Raises UnsupportedError if a sum over the head dimension is nested in another, except as a factor of it.
     """
     sums: dict[tuple[str, sympy.Expr], sympy.Symbol] = {}
 
@@ -97,7 +97,7 @@ def separate(expr: sympy.Expr) -> tuple[sympy.Expr, tuple[Stage, ...]]:
 
 
 def gathered(expr: sympy.Expr) -> sympy.Expr:
-    """Added sums with one coefficient as one sum: dot(q, k) + dot(w * q, k) is one matmul."""
+    """Merge added sums that have the same coefficient: dot(q, k) + dot(w * q, k) is one matmul."""
     if not expr.has(sum_d):
         return expr
     expr = expr.func(*(gathered(a) for a in expr.args))
@@ -134,7 +134,7 @@ def _terms(summand: sympy.Expr) -> Iterable[tuple[str, sympy.Expr, sympy.Expr]]:
             dots[coefficient, cols] += number * rows
         else:
             singles["k_term" if has_col else "q_term", coefficient] += number * rows * cols
-    # what several columns are multiplied by alike is one matmul with their sum
+    # products with the same row factor are merged into one matmul with the sum of their column factors
     by_rows: dict[tuple[sympy.Expr, sympy.Expr], sympy.Expr] = defaultdict(_zero)
     for (coefficient, cols), rows in dots.items():
         number, rest = rows.as_coeff_Mul()
@@ -154,7 +154,7 @@ def _terms(summand: sympy.Expr) -> Iterable[tuple[str, sympy.Expr, sympy.Expr]]:
 
 
 def sides(stage: Stage) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
-    """A sum's summand as (what the query's side makes, what the key's side makes, what both make together)."""
+    """A sum's summand as three factors: functions of the query, of the key, and of both together."""
     vectors = list(sympy.Mul.make_args(stage.expr))
     return _at(vectors, Level.PROGRAM, Level.ROW), _at(vectors, Level.COL), _at(vectors, Level.PAIR)
 
@@ -168,7 +168,7 @@ def _zero() -> sympy.Expr:
 
 
 def _factors(term: sympy.Expr) -> tuple[list[sympy.Expr], list[sympy.Expr]]:
-    """A product's factors that are the same for every component, and the others. exp(f(q) + g(k)) is two factors."""
+    """A product's factors without components, and those with components. exp(f(q) + g(k)) is split into two factors."""
     scalars, vectors = [], []
     for f in sympy.Mul.make_args(term):
         if not is_vector(f):

@@ -23,7 +23,7 @@ Q_LEN, KV_LEN, NUM_HEADS = _count("q_len"), _count("kv_len"), _count("num_heads"
 SCALE = sympy.Symbol("scale", positive=True)
 #: dot(q_vec, k_vec), before any scale
 QK = sympy.Symbol("qk", real=True)
-#: one component of the query's and of the key's vector, and that component's number; sum_d adds over it
+#: one component of the query's and of the key's vector, and its index, over which sum_d adds
 Q_VEC = sympy.Symbol("q_vec", real=True)
 K_VEC = sympy.Symbol("k_vec", real=True)
 COMPONENT = _index("d_idx")
@@ -33,14 +33,15 @@ RAW_SCORE = sympy.Symbol("raw_score", real=True)
 SCORE = sympy.Symbol("score", real=True)
 WEIGHT = sympy.Symbol("weight", real=True)
 V_VEC = sympy.Symbol("v_vec", real=True)
-#: one element of a recurrence's state, a row for each component of k_vec and a column for each of v_vec
+#: one element of a recurrence's state, which has a row per component of k_vec and a column per component of v_vec
 STATE = sympy.Symbol("state", real=True)
 
-#: the row reductions, and what kernels keep beside them: the next maximum, where it is, how often, a cotangent
+#: row reductions, and the values that kernels keep with them: the next maximum, its first position, its number of
+#: ties, a cotangent
 ROW_NAME = r"row_(max|sum|root|part)_\d+(_[a-z]+)?(\[\d+\])?|row_unknown"
-#: the reductions over the queries that see a key, a pair's share of a sum, and the mean that its gradient is less by
+#: reductions over the queries that see a key, a pair's share of such a sum, and the mean that its gradient subtracts
 COL_NAME = r"col_(max|sum|share|mean)_\d+(_[a-z]+)*"
-#: what a row.root solves for; bound inside it
+#: the unknown of a row.root's equation; bound inside it
 UNKNOWN = sympy.Symbol("row_unknown", real=True)
 
 #: indices and lengths that every stage sees, by the user's names
@@ -48,23 +49,23 @@ INDICES: dict[str, sympy.Symbol] = {s.name: s for s in (B, H, H_KV, Q_IDX, KV_ID
 
 
 def row_symbol(op: str, number: int) -> sympy.Symbol:
-    """The value of the `number`-th reduction of its kind, e.g. `row_max_0`, or `col_max_0` for the op "col_max"."""
+    """The symbol of the `number`-th reduction of its kind, e.g. `row_max_0`, or `col_max_0` for the op "col_max"."""
     return sympy.Symbol(f"{op}_{number}" if op.startswith("col_") else f"row_{op}_{number}", real=True)
 
 
 def of_branch(symbol: sympy.Symbol, branch: int) -> sympy.Symbol:
-    """A value of one branch, e.g. `weight[1]`, where a variant has several."""
+    """The symbol of a value of one branch of several, e.g. `weight[1]`."""
     return sympy.Symbol(f"{symbol.name}[{branch}]", real=True)
 
 
 def similarity_symbol(kind: str, number: int) -> sympy.Symbol:
-    """The value of the `number`-th sum over the head dimension of its kind, e.g. `k_term_0`."""
+    """The symbol of the `number`-th sum over the head dimension of its kind, e.g. `k_term_0`."""
     return sympy.Symbol(f"{kind}_{number}", real=True)
 
 
 @cache
 def is_row_name(name: str) -> bool:
-    """Whether it is the name of a row reduction, or of a value that a kernel keeps beside one."""
+    """Whether it is the name of a row reduction, or of a value that a kernel keeps with one."""
     return re.fullmatch(ROW_NAME, name) is not None
 
 

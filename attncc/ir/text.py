@@ -18,7 +18,7 @@ _VECTORS = {Q_VEC, K_VEC, STATE}
 
 
 class FormulaPrinter(StrPrinter):
-    """Expressions in the words of the text form, so that what is printed can be pasted back into a spec."""
+    """Prints expressions in the text form, so that the result can be pasted into a spec."""
 
     def _print_Read(self, expr: Any) -> str:
         index = ", ".join(self._print(i) for i in expr.index if i != COMPONENT)
@@ -83,7 +83,7 @@ class FormulaPrinter(StrPrinter):
 
 
 class ReadablePrinter(FormulaPrinter):
-    """The same with sums as people write them: `score - row.max(score)`, and no minus in front where a plus will do."""
+    """The same with positive terms of sums first, as people write them: `score - row.max(score)`."""
 
     def _as_ordered_terms(self, expr: Any, order: str | None = None) -> list[Any]:
         terms: list[Any] = super()._as_ordered_terms(expr, order=order)
@@ -94,12 +94,12 @@ _ordered, _readable = FormulaPrinter({"order": None}), ReadablePrinter({"order":
 
 
 def ordered_text(expr: Any) -> str:
-    """One expression in sympy's own order, of which digests are made and by which stages are sorted."""
+    """One expression in sympy's own order, for digests and for sorting stages."""
     return _ordered.doprint(expr)
 
 
 def formula(expr: Any) -> str:
-    """One expression in the words of the text form, for people."""
+    """One expression in the text form, for people."""
     return _readable.doprint(expr)
 
 
@@ -115,7 +115,7 @@ def _definition(stage: Stage, text: Callable[[Any], str]) -> str:
 
 
 def _each(stage: Stage) -> str:
-    """What there is one value of."""
+    """The unit that a stage has one value of: token, pair, row or column."""
     if stage.op in ("scan", "read"):
         return "token"
     if stage.op == "sum_d":
@@ -126,7 +126,7 @@ def _each(stage: Stage) -> str:
 
 
 def output_text(output: Output, text: Callable[[Any], str] = formula) -> str:
-    """An auxiliary output's definition in the words of the text form."""
+    """An auxiliary output's definition in the text form."""
     texts = {r.symbol: sympy.Symbol(_reduction(output, r, text), real=True) for r in output.reductions}
     return text(output.expr.xreplace(texts))
 
@@ -139,13 +139,13 @@ def _reduction(output: Output, reduction: Reduction, text: Callable[[Any], str])
 
 
 def to_text(graph: VariantGraph, header: bool = True) -> str:
-    """The whole graph, one definition a line, in topological order; without the header it is what a digest is of."""
+    """The whole graph, one definition per line, in topological order; without the header, the text that is digested."""
     text = formula if header else ordered_text
     lines = [f'variant "{graph.name}"  # digest {graph.digest}'] if header else []
     for d in graph.inputs:
         lines.append(f"  input  {d.name}[{', '.join(d.pattern)}] : {d.dtype}{' grad' if d.grad else ''}")
     for scalar in graph.scalars:
-        # the default is a call-time convenience, no part of the mathematics
+        # the default is a convenience of calls, not part of the mathematics
         shown = f" = {scalar.default!r}" if header else ""
         lines.append(f"  scalar {scalar.name} : {'int' if scalar.is_int else 'float'}{shown}")
     for i in range(graph.branches if graph["out"].op == "sum" else 0):  # others have no pairs

@@ -55,7 +55,7 @@ def verify(graph: VariantGraph) -> None:
 
 
 def _verify_recurrence(graph: VariantGraph) -> None:
-    """A state of a state, and a row that is read of it."""
+    """Check a recurrence: the names that the new state, and the output read from it, may use."""
     declared = {d.name for d in graph.inputs} | {s.name for s in graph.scalars}
     token = declared | set(sym.INDICES) - {"q_idx", "q_len"} | {"state", "d_idx"}
     for stage, seen in ((graph["update"], {"k_vec", "v_vec"}), (graph["out"], {"q_vec", "scale"})):
@@ -114,12 +114,13 @@ def _verify_output(out: Stage) -> None:
         )
 
 
-#: what an output's own expression may vary by, besides its reductions
+#: by domain: the index that an output's own expression may use besides its reductions
 _CELL_INDEX = {"row": sym.Q_IDX.name, "col": sym.KV_IDX.name}
 
 
 def _verify_auxiliary(graph: VariantGraph, output: Output, program: set[str]) -> None:
-    """One domain, its reductions of pair expressions, and an expression over them that no longer varies by pair."""
+    """Check an auxiliary output: reductions of pair expressions, and an expression over them that is no pair
+    expression."""
     where = f"output '{output.name}'"
     pair = program | {sym.WEIGHT.name, sym.SCORE.name}
     cells = {r.symbol.name for r in output.reductions}

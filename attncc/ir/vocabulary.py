@@ -233,7 +233,7 @@ class where(Op):
         return True if all(a.is_nonnegative for a in self.args[1:]) else None
 
     def _eval_derivative(self, s: sympy.Symbol) -> sympy.Expr:
-        # the side that is not taken may have an infinite slope, which no factor of 0 would hide
+        # the case that is not chosen may have an infinite derivative, which a factor of 0 would not hide
         return where(self.args[0], self.args[1].diff(s), self.args[2].diff(s))
 
 
@@ -336,7 +336,7 @@ class to_float(Op):
 
 
 class sum_d(Op):
-    """The sum of a vector's components, those of the head dimension. Only the similarity stage has vectors."""
+    """The sum of a vector's components over the head dimension. Only the similarity stage has vectors."""
 
     nargs = 1
 
@@ -367,9 +367,9 @@ class Root(Op):
 
 
 class cumsum(Op):
-    """The running sum of an input along the tokens: of every entry up to and including the one that is read.
+    """The running sum of an input along the tokens, up to and including the entry that is read.
 
-    Its argument is a Read with one index along the tokens. `passes.running` makes it an input of its own.
+    Its argument is a Read with one index along the tokens. `passes.running` turns it into an input.
     """
 
     nargs = 1
@@ -405,7 +405,7 @@ class Read(sympy.Function):
 
 
 class ByDistance(sympy.Function):
-    """`ByDistance(number, kv_idx, q_idx, shift)`: what a table of a kernel's own has for the distance
+    """`ByDistance(number, kv_idx, q_idx, shift)`: the entry of a kernel's table `number` for the distance
     kv_idx + shift - q_idx. No user writes it: see `passes.distances`."""
 
     is_extended_real = True
@@ -472,5 +472,5 @@ def type_of(expr: Any) -> str:
 
 
 def attached(expr: Any) -> Any:
-    """The expression without its `detach`: what it is worth, whatever is differentiated."""
+    """The expression without `detach`, which matters only to differentiation."""
     return expr.replace(detach, lambda x: x) if expr.has(detach) else expr
