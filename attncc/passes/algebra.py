@@ -1,4 +1,4 @@
-"""Algebraic questions about pair expressions: is one zero, is it another one times a factor of the row?
+"""Algebraic tests of pair expressions: whether one is zero, and whether one is another times a factor per row.
 
 A condition is treated as a symbol that is 0 or 1, which turns functions with cases into polynomials in such symbols:
 relu(x) = [x > 0] x. Evaluation at a few random points rejects most candidates before any algebra. If algebra cannot
@@ -37,8 +37,7 @@ def is_zero(expr: sympy.Expr) -> bool:
 
 
 def row_ratio(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
-    """k with a = k b, where k is the same for all keys of a row and b is not 0; None if there is none, or none is
-    found."""
+    """The factor k per row with a = k b, where b is not 0; None if there is none, or none is found."""
     if b == 0 or not _proportional(a, b):
         return None
     for short in (True, False):
@@ -54,8 +53,8 @@ def row_ratio(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
 
 
 def held_at_zero(ratio: sympy.Expr, weight: sympy.Expr) -> sympy.Expr:
-    """A ratio to the weight, or 0 in rows where a factor of the weight is 0 by which the ratio divides. That factor has
-    one value per row: relu of a statistic, say, whose slope is 0 there, too."""
+    """`ratio`, a ratio to the weight, but 0 in rows where it would divide by a factor of the weight that is 0. Such a
+    factor has one value per row, e.g. relu of a statistic, whose slope is 0 there, too."""
     forms = (weight, sympy.factor_terms(weight), sympy.factor(weight))
     factors = {f.as_base_exp() for form in forms for f in sympy.Mul.make_args(form)}
     under = sympy.factor(sympy.fraction(sympy.together(ratio))[1])
@@ -76,7 +75,7 @@ class _RowValues:
         self._symbols: dict[Any, sympy.Symbol] = {}
 
     def shortened(self, expr: Any) -> Any:
-        """The expression with its largest such parts as symbols."""
+        """The expression with its largest parts per row replaced by symbols."""
         if not expr.args or isinstance(expr, (*voc.BOOLEANS, Read)):
             return expr
         if varies_by_key(expr) or expr.is_number or isinstance(expr, sympy.exp):
@@ -88,12 +87,12 @@ class _RowValues:
         return self._symbols.setdefault(expr, sympy.Symbol(name, real=True))
 
     def spelled(self, expr: sympy.Expr) -> sympy.Expr:
-        """The parts again."""
+        """The expression with the symbols replaced by the parts again."""
         return expr.xreplace({symbol: part for part, symbol in self._symbols.items()})
 
 
 class _Cases:
-    """Conditions as symbols that are 0 or 1."""
+    """Conditions of an expression, as symbols that are 0 or 1."""
 
     def __init__(self) -> None:
         self._symbols: dict[Any, sympy.Symbol] = {}
@@ -144,12 +143,12 @@ class _Cases:
         return self._symbol(condition)
 
     def settle(self, expr: sympy.Expr) -> sympy.Expr:
-        """Powers of what is 0 or 1 are itself."""
+        """Replace positive powers of conditions, which are 0 or 1, by the conditions."""
         own = set(self._symbols.values())
         return expr.replace(lambda e: e.is_Pow and e.base in own and e.exp.is_positive, lambda e: e.base)
 
     def spelled(self, expr: sympy.Expr) -> sympy.Expr | None:
-        """The conditions again, if each is the same for a whole row; else None."""
+        """The expression with its conditions instead of symbols; None if one of them varies within a row."""
         named = {symbol: condition for condition, symbol in self._symbols.items() if symbol in expr.free_symbols}
         if any(varies_by_key(c) for c in named.values()):
             return None
@@ -163,13 +162,13 @@ class _Cases:
 
 
 def _signed(x: sympy.Expr) -> sympy.Expr:
-    """Something simpler with the sign of x: without the exponentials that all of its terms have in common."""
+    """A simpler expression with the sign of x: without the exponentials that all of its terms have in common."""
     common = sympy.factor_terms(sympy.expand(x, power_exp=True))
     return sympy.expand(sympy.Mul(*(f for f in sympy.Mul.make_args(common) if not isinstance(f, sympy.exp))))
 
 
 def _values(expr: sympy.Expr) -> np.ndarray | None:
-    """The expression at random pairs (columns) of random rows; None where it has no finite value everywhere.
+    """The expression's values at random pairs (columns) of random rows; None if any of them is not finite.
 
     A symbol has the same values in every expression.
     """
@@ -191,7 +190,7 @@ def _random(symbol: sympy.Symbol, own: Level) -> np.ndarray:
 
 
 def _magnitude(expr: sympy.Expr) -> float:
-    """How large the terms are whose sum may be zero."""
+    """The largest absolute value of a term of the expression, at the random pairs."""
     largest = 0.0
     for term in sympy.Add.make_args(expr):
         values = _values(term)

@@ -156,7 +156,7 @@ def _function(expr: Any, known: Mapping[sympy.Symbol, Extent]) -> Extent:
         return Extent(min(a.lo, b.lo), min(a.hi, b.hi), positive=a.positive and b.positive)
     if isinstance(expr, voc.where):
         _, a, b = args
-        if expr.args[0] == sympy.Gt(expr.args[1], 0):  # what is guarded by its own sign
+        if expr.args[0] == sympy.Gt(expr.args[1], 0):  # the value is chosen only where it is positive
             a = Extent(max(a.lo, 0), max(a.hi, 0), positive=True)
         return Extent(min(a.lo, b.lo), max(a.hi, b.hi), positive=a.positive and b.positive)
     if isinstance(expr, voc.relu):

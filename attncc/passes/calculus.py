@@ -18,8 +18,8 @@ def derivative(expr: sympy.Expr, wrt: sympy.Expr) -> sympy.Expr:
 
 
 def _joined(expr: sympy.Expr) -> sympy.Expr:
-    """x**p / x as x**(p - 1), which is 0 where x is, and not 0 / 0: sympy leaves the quotient where p is no number. And
-    x**p log(x), the slope by p, as 0 where x is."""
+    """x**p / x as x**(p - 1), which is 0 at x = 0 and not 0 / 0: sympy keeps the quotient if p is not a number. And
+    x**p log(x), the derivative by p, as 0 at x = 0."""
 
     def is_quotient(e: Any) -> bool:
         return e.is_Mul and any(f.is_Pow and not f.exp.is_number for f in e.args)

@@ -27,9 +27,12 @@ from attncc.passes.calculus import derivative
 
 @dataclass(frozen=True)
 class Column:
-    """A column sum in the backward. symbol: the mean over the queries that the sweep makes, of `value`; share: what a
-    pair has of the sum; by: what the mean is multiplied by, with the slope of the share, in a pair's cotangent.
-    normed: the mean is over the sum of the shares, which is 1 but for what was rounded."""
+    """A column sum in the backward.
+
+    - share: a pair's share of the sum;
+    - symbol: the mean of `value` over the queries of a key, weighted by share, which the sweep computes;
+    - by: the factor of the mean times the derivative of the share in a pair's cotangent;
+    - normed: the mean is divided by the sum of the shares, which differs from 1 only by rounding."""
 
     symbol: sympy.Symbol
     share: sympy.Expr
@@ -38,12 +41,12 @@ class Column:
     normed: bool
 
     def to(self, wrt: sympy.Expr) -> sympy.Expr:
-        """The cotangent that passes through the sum to the score, or to an element read."""
+        """The cotangent that the score, or an element read, receives through the sum."""
         return self.by * self.symbol * derivative(self.share, wrt)
 
 
 def column(number: int, cotangent: sympy.Expr, share: sympy.Expr) -> Column:
-    """A column sum, from the cotangent that each pair has of its log."""
+    """A column sum, given each pair's cotangent of its log."""
     symbol = sympy.Symbol(f"col_mean_{number}", real=True)
     ratio = sympy.powsimp(sympy.factor_terms(cotangent) / share, combine="exp")
     if sym.SCORE in ratio.free_symbols:
@@ -58,5 +61,5 @@ def column(number: int, cotangent: sympy.Expr, share: sympy.Expr) -> Column:
 
 
 def reads_of_shares(columns: tuple[Column, ...]) -> list[Read]:
-    """Element reads that the terms of sums have."""
+    """The element reads in the shares, in a fixed order."""
     return sorted(set().union(*(c.share.atoms(Read) for c in columns)), key=str)

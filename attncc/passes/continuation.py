@@ -1,9 +1,8 @@
-"""Attention that goes on: what a part of a hybrid must keep of the tokens before, so that later ones see what they
-would have seen in one call.
+"""Calls that continue earlier ones: which keys must be kept, so that later tokens see what they would see in one call.
 
-In one call over all tokens query i is token i. In a call that goes on, the keys begin with those that were kept, and
-the queries are the last of them: the query's token is q_idx + kv_len - q_len. A formula means the same in both where it
-asks only how far a key is behind its query; it may count keys from the first one as long as none is dropped.
+In one call over all tokens, query i is token i. In a call that continues, the keys begin with those that were kept, and
+the queries are the last tokens: the query's token is q_idx + kv_len - q_len. A formula has the same value in both if it
+depends only on how far a key is behind its query. It may count keys from the first one as long as none is dropped.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read
 from attncc.passes.tiles import disjunction, solve
 
-#: the token of the query in a call whose queries are the last of the keys
+#: the query's token, in a call whose queries are the last tokens
 _PLACE = sym.Q_IDX + sym.KV_LEN - sym.Q_LEN
 #: how far the key is behind the query
 _BEHIND = sympy.Symbol("behind", integer=True)
-#: the input that says which of several packed sequences a token is of
+#: the input that has, for each token, the number of its packed sequence
 SEQUENCE = "packed_sequence"
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A variant for calls that go on.
+    """A variant for calls that continue earlier ones.
 
-    reach: how many keys before its own token a query sees at most, an expression of scalars; None where it may see all,
-    so that all are kept. by_key: the inputs that have an entry for each key, and are kept with the keys.
+    reach: the largest number of keys before its own token that a query sees, an expression of scalars; None if it may
+    see all, so that all are kept. by_key: the inputs with an entry per key, which are kept with the keys.
     """
 
     graph: VariantGraph
@@ -42,7 +41,7 @@ class Continuation:
 
 
 def continuation(graph: VariantGraph) -> Continuation:
-    """How a variant of pairs goes on. Raises UnsupportedError, with the stage, where it cannot."""
+    """The continuation of a variant of pairs. UnsupportedError, with the stage, if there is none."""
     placed = _placed(graph)
     reach = _reach(placed["mask"])
     for stage in placed.stages:
@@ -55,8 +54,8 @@ def continuation(graph: VariantGraph) -> Continuation:
 
 
 def packed(graph: VariantGraph) -> VariantGraph:
-    """The variant over sequences that lie one behind the other, none of which sees another: the input SEQUENCE, one
-    integer a token, says which is whose. Raises UnsupportedError where formulas count tokens from the first."""
+    """The variant over packed sequences, of which none sees another. The input SEQUENCE has the number of each token's
+    sequence. UnsupportedError if formulas count tokens from the first."""
     placed = _placed(graph)
     for stage in placed.stages:
         _check(placed, stage, dropped=True)
@@ -71,7 +70,7 @@ def packed(graph: VariantGraph) -> VariantGraph:
 
 
 def _placed(graph: VariantGraph) -> VariantGraph:
-    """The graph with the query's token in the place of q_idx, but where an input has an entry for each query."""
+    """The graph with q_idx replaced by the query's token, except in the index of an input with an entry per query."""
     for stage in graph.stages:
         if stage.op in ("col_max", "col_sum"):
             raise _refusal(stage, "it normalizes over queries, and later ones would change what earlier ones gave")
@@ -95,7 +94,7 @@ def _placed(graph: VariantGraph) -> VariantGraph:
 
 
 def _reach(mask: Stage) -> sympy.Expr | None:
-    """How far back the mask shows keys, where scalars say it. UnsupportedError where it shows later ones."""
+    """How far back the mask shows keys, if scalars determine it, else None. UnsupportedError if it shows later keys."""
     reach: sympy.Expr = sympy.S.Zero
     for term in disjunction(mask.expr) or [()]:
         bounds = [bound for atom in term for bound in solve(atom, sym.KV_IDX) or []]
@@ -120,7 +119,7 @@ def _distance(bound: sympy.Expr) -> sympy.Expr:
 
 
 def _check(graph: VariantGraph, stage: Stage, dropped: bool) -> None:
-    """UnsupportedError where a stage means another thing once keys were `dropped`, or more have come."""
+    """UnsupportedError if a stage changes its value when keys are `dropped`, or when more keys are appended."""
     behind = {sym.Q_IDX: sym.KV_IDX + _BEHIND - sym.KV_LEN + sym.Q_LEN}
     patterns = {d.name: d.pattern for d in graph.inputs}
     for read in stage.expr.atoms(Read):
@@ -143,7 +142,7 @@ def _check_names(stage: Stage, names: set[sympy.Symbol], dropped: bool) -> None:
 
 
 def _names(expr: sympy.Basic) -> set[sympy.Symbol]:
-    """The symbols that a value depends on: those that cancel in sums and comparisons are none of them."""
+    """The symbols that a value depends on, without those that cancel in sums and comparisons."""
     if isinstance(expr, sympy.core.relational.Relational):
         return _names(expr.lhs - expr.rhs)
     if isinstance(expr, sympy.Add | sympy.Mul):

@@ -25,7 +25,7 @@ from attncc.passes.outputs import Named, Weight, named
 
 @dataclass(frozen=True)
 class Hidden:
-    """A tensor that the backward reads besides the variant's inputs: the cotangent of a reduction, or the place of a
+    """A tensor that the backward reads besides the variant's inputs: the cotangent of a reduction, or the position of a
     maximum."""
 
     decl: InputDecl
@@ -38,7 +38,7 @@ class Cotangents:
     """The backward of a graph with cotangents of some of its reductions.
 
     graph: the core with the hidden inputs; carry: the same with the one output whose light pass completes delta, or
-    None where delta gains nothing; extra: the terms that each pair gains.
+    None if delta needs no more terms; extra: the terms added to each pair's cotangents.
     """
 
     graph: VariantGraph
@@ -48,7 +48,7 @@ class Cotangents:
 
 
 def with_places(graph: VariantGraph) -> VariantGraph:
-    """The graph with the place of every maximum over a row or a column, which its gradient needs."""
+    """The graph with the position of every maximum over a row or a column, which the maximum's gradient needs."""
     added = []
     for output in graph.outputs:
         for entry in named((output,)):
@@ -61,7 +61,7 @@ def with_places(graph: VariantGraph) -> VariantGraph:
 
 
 def place_of(reduction: str) -> str:
-    """The name of the output that holds the place of a maximum."""
+    """The name of the output that holds the position of a maximum."""
     return f"{reduction}_place"
 
 
@@ -71,8 +71,8 @@ def _needs_place(domain: Domain, reduction: Reduction) -> bool:
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms that cotangents of reductions add to a pair's, over WEIGHT and SCORE: by weight, by score, by element
-    read."""
+    """The terms that cotangents of reductions add to a pair's cotangents of the weight, of the score and of element
+    reads, as expressions over WEIGHT and SCORE."""
 
     of_weight: sympy.Expr
     of_score: sympy.Expr
@@ -81,7 +81,7 @@ class Terms:
 
 
 def terms(graph: VariantGraph, given: tuple[str, ...]) -> Terms:
-    """The terms for cotangents of the reductions in `given` (names as `passes.outputs.named` has them).
+    """The terms for cotangents of the reductions in `given` (named as in `passes.outputs.named`).
 
     Raises UnsupportedError for a reduction whose gradient is not derived.
     """
@@ -105,7 +105,7 @@ def terms(graph: VariantGraph, given: tuple[str, ...]) -> Terms:
 
 
 def differentiable_outputs(graph: VariantGraph) -> dict[str, UnsupportedError | None]:
-    """The outputs that are numbers, each with None, or why no gradient through it is derived."""
+    """The float outputs, each with None, or the reason why no gradient through it is derived."""
     found: dict[str, UnsupportedError | None] = {}
     for output in graph.outputs:
         given = tuple(entry.name for entry in named((output,)) if not entry.reduction.is_int)
@@ -138,7 +138,7 @@ def cotangents(graph: VariantGraph, weight: Weight, given: tuple[str, ...]) -> C
 
 
 def _factor(domain: Domain, entry: Named, hidden: list[Hidden], taken: set[str]) -> sympy.Expr:
-    """The cotangent of the reduction at the pair's cell, where the pair takes part in it."""
+    """The cotangent of the reduction at the pair's cell; 0 if the pair is not reduced."""
     reduction = entry.reduction
     if reduction.op == "max" and domain.kind == "block":
         raise UnsupportedError(

@@ -18,22 +18,22 @@ from attncc.passes.numeric import evaluate
 from attncc.passes.tiles import OUTER_HI, OUTER_LO, BlockMax, BlockMin, Range, TilePlan
 from attncc.passes.work import LiveTiles, PairCosts
 
-# Where data decides which tiles are live, one of so many is taken to be: documents of an eighth to a half of a row.
+# If data decides which tiles are live, one in this many is assumed to be: documents of an eighth to a half of a row.
 SCANNED = 4
 
-# Integer operations that a load from a table by distance takes as long as: it comes from the first-level cache.
+# Integer operations that take as long as a load from a table by distance, which hits the L1 cache.
 TABLE_WORK = 3
-# Instructions of a division by a constant, which is a multiplication, and by what the compiler does not know.
+# Instructions of a division by a constant, which is a multiplication, and of one by a value unknown at compile time.
 CONSTANT_DIVISION, DIVISION = 4, 20
-# Instructions that give a value another's sign.
+# Instructions that copy the sign of another value.
 SIGN = 3
 
 _BOOLEAN_OPERATIONS = (sympy.And, sympy.Or, sympy.Not)
 
 
 def pair_costs(exprs: Iterable[Any], pair_names: frozenset[str]) -> PairCosts:
-    """Operations a pair, each shared value counted once. `pair_names`: symbols that vary by pair besides the IR's
-    own."""
+    """Operations per pair, with each shared value counted once. `pair_names`: symbols that vary by pair, besides the
+    IR's."""
     seen: set[Any] = set()
     fma = sfu = integer = loads = tables = 0.0
     stack = list(exprs)
@@ -82,8 +82,8 @@ def live_tiles(
 ) -> Callable[[int, int], LiveTiles]:
     """A function from (block_m, block_n) to the tiles of one head, over the blocks of the plan's outer axis.
 
-    What only the data knows is estimated: an input read once a program counts as half the keys, and a scanned mask as
-    one of `SCANNED` tiles of its closed-form hull.
+    Values that depend on data are estimated: an input read once per program counts as half the keys, and a scanned mask
+    leaves one in `SCANNED` tiles of its closed-form hull.
     """
     known: dict[str, Any] = {
         sym.Q_LEN.name: q_len,

@@ -26,7 +26,7 @@ _REMEDY = "linear are polynomials of degree 1 or 2 in a dot product, times f(que
 
 
 def refuse(graph: VariantGraph, stage: str, reason: str, remedy: str = _REMEDY) -> NoReturn:
-    """UnsupportedError with the reason why a stage has no form in linear time."""
+    """Raise UnsupportedError with the reason why a stage has no linear-time form."""
     shown = {"raw_score": "similarity", "weight": "normalizer", "out": "reduction"}.get(stage, stage)
     raise UnsupportedError(
         f"no linear-time form: {reason}",
@@ -38,8 +38,8 @@ def refuse(graph: VariantGraph, stage: str, reason: str, remedy: str = _REMEDY) 
 
 @dataclass(frozen=True)
 class Monomial:
-    """The factor of a power of a dot product, row * col * exp(D(i) - D(j)). decay: D(t) over `T`, 0 if there is none;
-    late: D(i - 1) instead of D(i)."""
+    """The factor row * col * exp(D(i) - D(j)) of a power of a dot product. decay: D(t) over `T`, 0 without decay; late:
+    with D(i - 1) instead of D(i)."""
 
     row: sympy.Expr
     col: sympy.Expr
@@ -50,7 +50,8 @@ class Monomial:
 def channel_decay(
     graph: VariantGraph, left: sympy.Expr, right: sympy.Expr, causal: bool, strict: bool
 ) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr, bool]:
-    """The features without a decay of each channel, D(t) of that decay, 0 if there is none, and whether it is late."""
+    """The features of query and key without their decay per channel; D(t) of that decay, 0 without one; whether it is
+    late."""
     exponents = []
     features = []
     for side, vector in ((_product(left), sym.Q_VEC), (_product(right), sym.K_VEC)):
@@ -82,7 +83,7 @@ def channel_decay(
 
 
 def _product(side: sympy.Expr) -> sympy.Expr:
-    """A sum whose terms have an exponential in common, (1 - exp(g)) * exp(-G) multiplied out, as a product again."""
+    """A product that was multiplied out, such as (1 - exp(g)) * exp(-G), as a product again."""
     return sympy.factor(side) if side.is_Add and side.atoms(cumsum) else side
 
 
@@ -96,7 +97,7 @@ def _is_late(graph: VariantGraph, of_query: sympy.Expr, of_key: sympy.Expr) -> b
 def monomial(
     graph: VariantGraph, exponent: sympy.Expr, row: sympy.Expr, col: sympy.Expr, causal: bool, strict: bool
 ) -> Monomial:
-    """row * col * exp(exponent), of the row and of the column; `strict`: keys before the query alone are meant."""
+    """row * col * exp(exponent) as a Monomial; `strict`: only for keys before the query."""
     if causal:
         exponent = exponent.replace(absolute, _distance)
     parts: dict[Level, sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
@@ -120,14 +121,15 @@ def monomial(
 
 
 def _in_both(of_query: sympy.Expr, of_key: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """The query's exponent as (what the key's has with the other sign, the rest); all of it where that is nothing."""
+    """The query's exponent as (the terms that the key's has with the opposite sign, the rest); if there are none, as
+    (all of it, 0)."""
     terms, others = (sympy.Add.make_args(sympy.expand(x, log=False, power_exp=False)) for x in (of_query, of_key))
     shared = sympy.Add(*(x for x in terms if -x in others))
     return (shared, of_query - shared) if T in shared.free_symbols else (of_query, sympy.S.Zero)
 
 
 def _distance(x: sympy.Expr) -> sympy.Expr:
-    """abs of a distance that a causal mask has the sign of."""
+    """abs(x), without abs if x is a distance whose sign is known from the causal mask."""
     settled = sympy.expand(x.subs(sym.Q_LEN, sym.KV_LEN))
     for sign in (1, -1):
         if settled == sign * (sym.Q_IDX - sym.KV_IDX):
@@ -136,24 +138,24 @@ def _distance(x: sympy.Expr) -> sympy.Expr:
 
 
 def token(expr: sympy.Expr, causal: bool) -> sympy.Expr:
-    """A query's expression over T, where queries and keys are the same tokens."""
+    """A query's expression over T, if causal, because queries and keys are then the same tokens."""
     if not causal:
         return expr
     return sympy.expand(expr.subs({sym.Q_LEN: sym.KV_LEN}).subs({sym.Q_IDX: T}), log=False, power_exp=False)
 
 
 def gates(graph: VariantGraph, step: sympy.Expr | None) -> frozenset[str]:
-    """The inputs whose elements are terms of a decay's `step`, and stand in exponents alone: where such a one is very
-    small nothing is left, whatever it is."""
+    """The inputs whose elements are terms of a decay's `step`, and occur only in exponents: if such an element is very
+    negative, the state is 0, whatever its exact value."""
     terms = sympy.Add.make_args(sympy.S.Zero if step is None else step)
     other = (s.expr.replace(lambda e: isinstance(e, sympy.exp), lambda _: sympy.S.One) for s in graph.stages)
     return frozenset(r.input for r in terms if isinstance(r, Read)) - {r.input for e in other for r in e.atoms(Read)}
 
 
 def decay_step(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr:
-    """The log of what token t leaves of the state, D(t) - D(t-1), finite at every token.
+    """The log of the factor by which token t decays the state, D(t) - D(t-1), finite at every token.
 
-    Where D has no value before the first token, as log(t + 1) has none, that one leaves an incoming state as it is.
+    If D has no value before the first token, e.g. log(t + 1), the first token leaves an incoming state unchanged.
     """
     step = _difference(graph, decay)
     reads: dict[Any, Any] = {r: sympy.Dummy("read", positive=True) for r in step.atoms(Read)}

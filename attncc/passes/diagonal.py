@@ -19,25 +19,25 @@ from sympy.logic.boolalg import And, Not, Or
 from attncc.ir import symbols as sym
 from attncc.ir.vocabulary import sum_d, where
 
-#: how far the key is behind the query, where it is before it
+#: how far the key is behind the query, for keys before it
 _BEHIND = sympy.Symbol("behind", integer=True, positive=True)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """past: a pair's weight where the key is before the query; own: where it is the query's own token."""
+    """past: the weight of a pair whose key is before the query; own: that of a token with itself."""
 
     past: sympy.Expr
     own: sympy.Expr
 
 
 def positions(weight: sympy.Expr) -> list[sympy.Expr]:
-    """The conditions of a weight that are of query and key together."""
+    """The conditions in a weight that depend on both q_idx and kv_idx."""
     return [w.args[0] for w in weight.atoms(where) if {sym.Q_IDX, sym.KV_IDX} <= w.args[0].free_symbols]
 
 
 def apart(weight: sympy.Expr) -> Parts | sympy.Expr:
-    """Both parts of a weight, or the condition that is of neither the token itself nor all tokens before it."""
+    """Both parts of a weight; or a condition that does not separate the token itself from all tokens before it."""
     settled: dict[int, dict[sympy.Expr, sympy.Expr]] = {0: {}, 1: {}}
     for condition in positions(weight):
         for i, behind in enumerate((sympy.S.Zero, _BEHIND)):
@@ -56,8 +56,8 @@ def apart(weight: sympy.Expr) -> Parts | sympy.Expr:
 
 
 def own_product(own: sympy.Expr | None) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """(factor, weight) where a token's own weight is weight * sum_d(factor * q_vec * k_vec), else None. What does not
-    differ by channel is in `weight`."""
+    """(factor, weight) if a token's own weight is weight * sum_d(factor * q_vec * k_vec), else None. Factors that are
+    the same for all channels are in `weight`."""
     sums = set() if own is None else own.atoms(sum_d)
     if own is None or len(sums) != 1:
         return None
@@ -73,7 +73,7 @@ def own_product(own: sympy.Expr | None) -> tuple[sympy.Expr, sympy.Expr] | None:
 
 
 def _settled(condition: sympy.Expr, behind: sympy.Expr) -> sympy.Expr:
-    """A condition on positions with the query `behind` tokens behind the key."""
+    """A condition on positions, with q_idx = kv_idx + `behind`."""
     if isinstance(condition, And | Or | Not):
         return condition.func(*(_settled(a, behind) for a in condition.args))
     if not isinstance(condition, Relational):

@@ -44,12 +44,12 @@ class Backward:
     saved: the row statistics that the forward stores, as (symbol, expression at the end of the forward);
     weight: the final weight of a pair, in terms of the score and the saved rows;
     dqk: the cotangent of dot(q, k) without `dqk_scale`, its factor that is the same for the whole program;
-    dsums: that of every other sum over the head dimension with a value a pair, whole;
+    dsums: the cotangent of every other sum over the head dimension with a value per pair, with all factors;
     dreads: for each element read whose input wants a gradient, its cotangent (a pair expression, over DP and DELTA);
-    row_dreads: the same for reads in row expressions such as a sink: one value a row;
-    parts, cotangents: where a gradient passes through row statistics, the row sums that a sweep of its own computes,
-    and the row values that it stores for the other kernels (see `passes.reverse`);
-    columns: the column sums that it passes through (see `passes.columns`).
+    row_dreads: the same for reads in row expressions such as a sink: one value per row;
+    parts, cotangents: if a gradient passes through row statistics, the row sums that a separate sweep computes, and the
+    row values that it stores for the other kernels (see `passes.reverse`);
+    columns: the column sums that a gradient passes through (see `passes.columns`).
     """
 
     saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -65,7 +65,7 @@ class Backward:
 
     @property
     def needs_delta(self) -> bool:
-        """Whether DELTA occurs in what is computed for every pair."""
+        """Whether DELTA occurs in a pair expression."""
         return any(DELTA in e.free_symbols for e in self._of_pairs())
 
     @property
@@ -75,12 +75,12 @@ class Backward:
 
     @property
     def pair_rows(self) -> tuple[str, ...]:
-        """The saved rows and stored cotangents that pair expressions use; all saved rows where nothing is swept for."""
+        """The saved rows and stored cotangents that pair expressions use; all saved rows if there is no sweep."""
         names = [s.name for s, _ in (*self.saved, *self.cotangents)]
         if not self.cotangents:
             return tuple(names)
         used = {s.name for e in (self.weight, *self._of_pairs()) for s in e.free_symbols}
-        if self.row_dreads:  # which know a row without keys by the first
+        if self.row_dreads:  # these recognize a row without keys by the first saved row
             used.add(names[0])
         return tuple(n for n in names if n in used)
 
@@ -91,7 +91,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Normal:
-    """The plan with the maximum moved to where only `saved` rows are needed."""
+    """The weight of a plan, rewritten so that it needs only the `saved` rows."""
 
     saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
     numerator: sympy.Expr
@@ -102,7 +102,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class PairCotangents:
-    """What else than `out` and lse asks of a pair: the cotangents that auxiliary outputs bring.
+    """The cotangents at a pair that come from auxiliary outputs, besides those from `out` and lse.
 
     weight: the final weight, over the score and the stored rows; of_weight, of_score, of_reads: the cotangents of the
     weight, of the score, and of element reads, as pair expressions.
@@ -114,7 +114,7 @@ class PairCotangents:
     of_reads: tuple[tuple[Read, sympy.Expr], ...]
 
     def by(self, wrt: sympy.Expr) -> sympy.Expr:
-        """The cotangent of the score, or of an element read, without what comes through the row's sums: that is a term
+        """The cotangent of the score, or of an element read, without the part through the row's sums, which is a term
         of delta."""
         return self.of_weight * _diff(self.weight, wrt) + self.direct(wrt)
 
@@ -135,19 +135,19 @@ class PairCotangents:
 
 
 def normal_form(online: Online) -> Normal:
-    """The plan over as few stored rows as the weight can be told from: lse alone where the maximum may move to it."""
+    """The plan over as few stored rows as determine the weight: only lse, if the maximum may be replaced by it."""
     settled = _at_lse(online) if not online.before and online.maxes and shift_invariant(online) else None
     return settled or _with_sums(online)
 
 
 def needs_reverse(graph: VariantGraph, online: Online) -> bool:
-    """Do the rules above fall short, because the gradient passes through a maximum or an earlier sweep's statistic, or
-    because a value is held back from it?"""
+    """Whether the rules above do not suffice, because the gradient passes through a maximum or an earlier sweep's
+    statistic, or because a value is detached."""
     return bool(online.before) or detaches(graph) or bool(online.maxes and not shift_invariant(online))
 
 
 def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | None = None) -> Backward:
-    """Derive the backward, or raise UnsupportedError that says what stands in the way.
+    """Derive the backward, or raise UnsupportedError with the reason.
 
     With `extra`, DELTA has one more term, the row's sum of weight * extra.of_weight, which the caller supplies.
     """
@@ -196,7 +196,7 @@ def differentiate(graph: VariantGraph, online: Online, extra: PairCotangents | N
     saved = found.saved
     if LSE not in dict(saved) and any(e.has(DLSE) for e in found.row_dreads.values()):
         assert online.lse is not None
-        saved = (*saved, (LSE, online.lse))  # which tells a row without keys from one whose weights are all 0
+        saved = (*saved, (LSE, online.lse))  # it distinguishes a row without keys from one whose weights are all 0
     return Backward(
         saved,
         found.weight,
@@ -238,14 +238,15 @@ def _one_pass(online: Online, wanted: set[str]) -> Adjoint:
 
 
 def _of_shift(online: Online) -> dict[Read, sympy.Expr]:
-    """How lse moves with what its shift M reads of inputs, all else held."""
+    """The derivative of lse by each read in its shift M, with everything else constant."""
     shift = online.shift if online.shift is not None else sympy.S.Zero
     return {read: attached(_diff(shift, read)) for read in reads_of(shift)}
 
 
 def _log_slope(normal: Normal, online: Online, read: Read) -> sympy.Expr | None:
-    """d log(A G) / d read, without what G itself reads, where it is the same for all keys of a row, as in exp(s -
-    given[q_idx]); else None. lse has the opposite slope, so that both of its cotangents are one multiple of DELTA."""
+    """d log(A G) / d read, without the reads of G, if it is the same for all keys of a row, as in exp(s -
+    given[q_idx]); else None. The derivative of lse is the negative of it, so that both cotangents together are a
+    multiple of DELTA."""
     if varies_by_key(read) or (normal.saved and normal.saved[0][0] == LSE):
         return None
     total = row_ratio(_diff(normal.numerator, read), normal.numerator)
@@ -268,7 +269,7 @@ def _program_factor(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """(factors that are the same for the whole program, the rest). A program of dK/dV has all query heads of a key
     head."""
     scale, rest = sympy.S.One, sympy.S.One
-    if expr == 0:  # no factor: what is 0 is the cotangent, where a score reads nothing of q and k
+    if expr == 0:  # a score that depends on neither q nor k has cotangent 0, not a factor 0
         return scale, expr
     for f in sympy.Mul.make_args(expr):
         if level(f) == Level.PROGRAM and not f.atoms(Read) and sym.H not in f.free_symbols:
@@ -279,13 +280,13 @@ def _program_factor(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
 
 
 def _positive(online: Online) -> dict[sympy.Symbol, sympy.Symbol]:
-    """Stand-ins for the sums that sympy may take as positive, so that powers of products split."""
+    """Stand-ins for the sums, declared positive, so that sympy splits powers of products."""
     return {r.symbol: sympy.Symbol(r.symbol.name, positive=True) for r in online.sums}
 
 
 @lru_cache(maxsize=256)
 def shift_invariant(online: Online) -> bool:
-    """Does A(s, m') G(L', m') = A(s, m) G(L, m), where L' is L rescaled from m to m'?"""
+    """Whether A(s, m') G(L', m') = A(s, m) G(L, m), where L' is L rescaled from m to m'."""
     positive = _positive(online)
     move = {m: renamed(m) for m in online.max_symbols}
     scale = online.scale.xreplace(positive)
@@ -304,7 +305,7 @@ def _exp_cancel(ratio: sympy.Expr) -> sympy.Expr:
 
 
 def _at_lse(online: Online) -> Normal | None:
-    """The plan with M := lse, where G = 1. Possible with one sum, if every maximum sits in a multiple of M."""
+    """The plan with M := lse, where G = 1. Possible with one sum, if every maximum occurs only in a multiple of M."""
     if online.shift is None or online.lse is None or len(online.sums) > 1 or not online.max_symbols:
         return None
     terms = (online.numerator.term, *(r.term for r in online.sums))
@@ -333,7 +334,7 @@ def _at_lse(online: Online) -> Normal | None:
 
 
 def _move_exponent(term: sympy.Expr, online: Online) -> sympy.Expr | None:
-    """The term with its maxima replaced by what they are when M is lse; None if some maximum is not part of M."""
+    """The term with its maxima replaced so that M is lse; None if some maximum is not part of M."""
     if not term.free_symbols & set(online.max_symbols):
         return term
     e = exponent(term)
@@ -361,13 +362,14 @@ def _solve_for_one(scale: sympy.Expr, symbol: sympy.Symbol) -> sympy.Expr | None
 
 
 def _cancelled(expr: sympy.Expr) -> sympy.Expr:
-    """`sympy.cancel`, which writes 1.0 * x for x where any number is no integer: then nothing is alike any more."""
+    """`sympy.cancel`, but with integral floats as integers: if any number is no integer, cancel writes 1.0 * x for x,
+    which then equals no other term."""
     found = sympy.cancel(expr)
     return found.xreplace({f: sympy.Integer(int(f)) for f in found.atoms(sympy.Float) if float(f).is_integer()})
 
 
 def _with_sums(online: Online) -> Normal:
-    """The plan as it is: the forward stores the maxima and the sums that the weight needs."""
+    """The plan unchanged: the forward stores the maxima and the sums that the weight needs."""
     symbols = [*online.max_symbols, *(r.symbol for r in online.sums)]
     for sweep in online.before:
         symbols += [*sweep.max_symbols, *(r.symbol for r in sweep.sums)]

@@ -20,18 +20,18 @@ from attncc.ir.vocabulary import ByDistance, Read, type_of
 from attncc.passes.counts import pair_costs
 from attncc.passes.fold import LN2
 
-#: operations of a pair beyond which a load of a table's entry is less: its clock of an SM's load unit is that of four
-#: of them, and it is waited for
+#: a formula with more operations per pair than this is read from a table: a load takes the load unit the clock of four
+#: operations, and has a latency
 WORK_OF_A_LOAD = 16
-#: entries that a pair of a forward reads at most, and one of a backward: each is a tile, and more were not measured
+#: the most table entries per pair, in a forward and in a backward: each is a tile; more were not measured
 MOST_OF_A_SCORE, MOST_TABLES = 2, 6
-#: operations that take as long as a load of an element of an input, with its offset and guard
+#: operations that take as long as a load of an input's element, with its offset and guard
 WORK_OF_A_READ = 16
-#: the same as one of the special-function unit
+#: operations that take as long as one of the special-function unit
 SFU_WORK = 8
 #: kv_idx - q_idx, in a table's formula
 DISTANCE = sympy.Symbol("distance", integer=True)
-#: where a pair lies by its indices, as ByDistance has it
+#: the position of a pair by its indices, as arguments of ByDistance
 INDICES = (sym.KV_IDX, sym.Q_IDX, sympy.S.Zero)
 _NAMES = frozenset({s.name for s in sym.INDICES.values()} | {LN2.name, sym.SCALE.name})
 
@@ -40,8 +40,8 @@ _NAMES = frozenset({s.name for s in sym.INDICES.values()} | {LN2.name, sym.SCALE
 class Tables:
     """The tables of some kernels: formulas over q_idx and kv_idx that depend on their difference alone.
 
-    by_batch, by_head: what else they differ by. `known` are the names of a variant's inputs and scalars; `unused` are
-    the numbers of tables that these kernels, of several that share them, do not read.
+    by_batch, by_head: whether they also differ by batch or head; known: the names of the variant's inputs and scalars;
+    unused: the numbers of tables that these kernels do not read, of those that several kernels share.
     """
 
     formulas: tuple[sympy.Expr, ...] = ()
@@ -50,13 +50,13 @@ class Tables:
 
     @property
     def count(self) -> int:
-        """How many tables there are, 0 where none is read."""
+        """The number of tables; 0 if none of them is read."""
         return len(self.formulas) if len(self.unused) < len(self.formulas) else 0
 
     @property
     def read(self) -> Tables:
-        """The same for Triton's kernels, which read only what they would read anyway: there an entry a pair goes
-        through shared memory, and takes as long as some forty operations (on an H100 1.1 of a causal dQ's 2 ms)."""
+        """The tables for Triton's kernels, which use only those whose formulas read an input: their loads per pair go
+        through shared memory, and take as long as some forty operations (on an H100 1.1 of a causal dQ's 2 ms)."""
         return replace(self, unused=frozenset(i for i, e in enumerate(self.formulas) if not reads(e)))
 
     @property
@@ -69,11 +69,11 @@ class Tables:
 
     @property
     def of_distance(self) -> tuple[sympy.Expr, ...]:
-        """The formulas over DISTANCE, which may be negative as kv_idx is not."""
+        """The formulas over DISTANCE, which unlike kv_idx may be negative."""
         return tuple(e.xreplace({sym.Q_IDX: sympy.S.Zero, sym.KV_IDX: DISTANCE}) for e in self.formulas)
 
     def apart(self, expr: Any, place: tuple[Any, Any, Any] = INDICES) -> Any:
-        """The expression with the tables' entries for what they have. place: kv_idx, q_idx and the shift of both."""
+        """The expression with the tables' formulas replaced by their entries. place: kv_idx, q_idx, and a shift."""
         numbers = {e: i for i, e in enumerate(self.formulas) if i not in self.unused}
 
         def entry(e: sympy.Expr) -> sympy.Expr | None:
@@ -86,12 +86,12 @@ NO_TABLES = Tables()
 
 
 def reads(formula: sympy.Expr) -> bool:
-    """Whether it reads an input by distance, and is not only arithmetic."""
+    """Whether it reads an input by distance, instead of only computing."""
     return any(_indices(r) for r in formula.atoms(Read))
 
 
 def tables_of(exprs: Iterable[Any], graph: VariantGraph) -> Tables:
-    """The tables worth having for kernels that compute these expressions, in the order of their first use."""
+    """The tables that pay for kernels of these expressions, in the order of their first use."""
     known = frozenset({d.name for d in graph.inputs} | {s.name for s in graph.scalars})
     found: dict[sympy.Expr, None] = {}
 
@@ -107,8 +107,8 @@ def tables_of(exprs: Iterable[Any], graph: VariantGraph) -> Tables:
 
 
 def _walk(expr: Any, known: frozenset[str], entry: Any) -> Any:
-    """The expression with the largest parts that depend on distances alone handed to `entry`, and its answers in their
-    places."""
+    """The expression with its largest parts that depend only on the distance replaced by what `entry` returns for them,
+    unless this is None."""
     if not {sym.Q_IDX, sym.KV_IDX} <= expr.free_symbols or isinstance(expr, ByDistance):
         return expr
     if _of_distance(expr, known):
@@ -127,8 +127,8 @@ def _walk(expr: Any, known: frozenset[str], entry: Any) -> Any:
 
 
 def _of_distance(expr: Any, known: frozenset[str], types: tuple[str, ...] = ("float",)) -> bool:
-    """Does it depend on q_idx and kv_idx through their difference, and else on the program alone? An integer is as good
-    as a table's entry where it is added to, or multiplied with, what is none."""
+    """Whether it depends on q_idx and kv_idx only through their difference, and otherwise only on the program. `types`:
+    an integer may be part of a table's formula if it is added to, or multiplied with, a float."""
     both = _indices(expr) == {sym.Q_IDX, sym.KV_IDX}
     return both and type_of(expr) in types and _names(expr) <= known | _NAMES and by_distance(expr)
 

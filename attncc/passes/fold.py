@@ -20,7 +20,7 @@ from attncc.passes.differentiate import Backward
 from attncc.passes.stream import Online
 
 LN2 = sympy.Symbol("ln2", positive=True)
-#: the score in the unit that kernels work in, without the positive factor `Folded.unit`
+#: the score in the unit of the kernels, without the positive factor `Folded.unit`
 S = sympy.Symbol("s", real=True)
 
 
@@ -63,7 +63,7 @@ class Folded:
         return nested(signed(lower_exp(scaled_after(result)), LN2))
 
     def maximum_of(self, expr: sympy.Expr) -> sympy.Expr:
-        """The operand of a running maximum, in the unit the forward keeps it in."""
+        """The operand of a running maximum, in the unit of the forward's maxima."""
         operand = self.apply(expr)
         return per_ln2(operand) if self.log2 else operand
 
@@ -103,8 +103,8 @@ def per_ln2(expr: sympy.Expr) -> sympy.Expr:
     if isinstance(expr, voc.where):
         return voc.where(expr.args[0], per_ln2(expr.args[1]), per_ln2(expr.args[2]))
     if expr.is_Mul and LN2 not in expr.args:
-        # A running maximum must be in one unit wherever it is read: a maximum turned back is rounded, and the factor
-        # between two equal ones would not be 1.
+        # A running maximum must have the same unit wherever it is read: a conversion rounds, and the ratio of two equal
+        # maxima would not be 1.
         for i, f in enumerate(expr.args):
             if isinstance(f, voc.maximum | voc.minimum | voc.where | voc.absolute | voc.relu) and f.has(LN2):
                 return sympy.Mul(*expr.args[:i], per_ln2(f), *expr.args[i + 1 :])
@@ -124,7 +124,7 @@ def lower_exp(expr: sympy.Basic) -> sympy.Basic:
 
 
 def signed(expr: sympy.Basic, unit: sympy.Expr = sympy.S.One) -> sympy.Basic:
-    """Every f * sign(x) as f, -f or 0 by comparing x, and as one operation of a kernel where f is made of a pair's
+    """Every f * sign(x) as f, -f or 0, selected by comparisons of x; or as `with_sign`, if f is a product of a pair's
     exponentials, which are finite. A score is compared in `unit`, which is positive."""
     if not expr.has(voc.sign):
         return expr
@@ -139,12 +139,12 @@ def signed(expr: sympy.Basic, unit: sympy.Expr = sympy.S.One) -> sympy.Basic:
     if S in rest.free_symbols and all(isinstance(f, exp2) for f in sympy.Mul.make_args(rest)):
         return with_sign(rest, _positive_factor(x)[1])
     if S in sympy.Mul.make_args(x):
-        x = x / unit  # by which exponents have the same product
+        x = x / unit  # so that x is the same product as in exponents
     return voc.where(x > 0, rest, voc.where(x < 0, -rest, sympy.S.Zero))
 
 
 def scaled_after(expr: sympy.Basic) -> sympy.Basic:
-    """Every |k * x|, with k > 0 the same for the whole program, as k * |x|: part of a multiplication."""
+    """Every |k * x|, with k > 0 the same for the whole program, as k * |x|, so that k merges with other factors."""
     if not expr.has(voc.absolute):
         return expr
     expr = expr.func(*(scaled_after(a) for a in expr.args))
@@ -155,7 +155,7 @@ def scaled_after(expr: sympy.Basic) -> sympy.Basic:
 
 
 def nested(expr: sympy.Basic) -> sympy.Basic:
-    """Every polynomial of the score as c0 + s * (c1 + s * (c2 + ...)): a fused multiply-add a degree."""
+    """Every polynomial of the score as c0 + s * (c1 + s * (c2 + ...)): one fused multiply-add per degree."""
     if S not in expr.free_symbols or not expr.args:
         return expr
     if expr.is_Add and expr.is_polynomial(S) and sympy.degree(expr, S) > 1:

@@ -32,7 +32,7 @@ ReadBounds = Callable[[Read], Interval | None]
 
 
 def interval(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
-    """The interval of an integer expression, or None where it is unknown. Symbols that are not in the box are fixed."""
+    """The interval of an integer expression, or None if it is unknown. Symbols that are not in the box are fixed."""
     if not expr.free_symbols & set(box):
         return Interval(expr, expr)
     if isinstance(expr, sympy.Symbol):
@@ -83,7 +83,7 @@ def interval(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
 
 
 def _bitwise(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
-    """Of numbers that are not negative: `&` is at most either of them, `|` and `^` are at most their sum."""
+    """The interval for nonnegative numbers: `&` is at most either of them, `|` and `^` are at most their sum."""
     if isinstance(expr, voc.bit_and):
         masks = [a for a in expr.args if a.is_Integer and a >= 0]
         if masks:
@@ -99,7 +99,7 @@ def _bitwise(expr: sympy.Expr, box: Box, reads: ReadBounds) -> Interval | None:
 
 @dataclass(frozen=True)
 class Truth:
-    """Over a box, a condition holds for all pairs if `must`, and for some only if `may`."""
+    """A condition over a box: if `must`, it holds for all pairs; unless `may`, it holds for none."""
 
     may: sympy.Basic
     must: sympy.Basic
@@ -110,7 +110,7 @@ class Truth:
         return not (self.may is sympy.true and self.must is sympy.false)
 
 
-#: what is said of a condition that intervals know nothing of
+#: returns the truth of a condition that intervals cannot decide
 Unknown = Callable[[sympy.Basic], Truth]
 
 
