@@ -50,7 +50,7 @@ _Monomials = dict[tuple[tuple[sympy.Symbol, int], ...], list[Monomial]]
 class Linear:
     """The chunk plan of a variant: the form in this module's docstring, as expressions.
 
-    left over q_vec, right over k_vec: vectors, component by component.
+    left, right: one component of the features, over q_vec and over k_vec.
     constant: c, the same for the whole call.
     row, col: factors of a token (over `T` if causal; the row's over q_idx otherwise), 1 if there are none.
     bias: (alpha, beta) or None.
@@ -58,8 +58,9 @@ class Linear:
     step: the log of the decay by a token, None without decay.
     gain, scale: G = gain * scale, where gain is a factor of a token and scale depends on TOTAL alone.
     proof: the steps of the proof, as text.
-    own: the weight of a token's own value besides, over sums of the head dimension and the token's inputs.
-    late: the state is read before the token's own step, without its own k and v; `own` is all of the token's part.
+    own: the additional weight of a token's own value, over sums over the head dimension and the token's inputs.
+    late: the state is read before the token's own step, without its own k and v; `own` is then the whole weight of the
+    token's own value.
     """
 
     causal: bool
@@ -88,13 +89,13 @@ class Linear:
 
     @property
     def alike(self) -> bool:
-        """Are all steps of a head one number?"""
+        """Whether all decay steps of a head are the same number."""
         return self.decay == "head"
 
     @property
     def diagonal(self) -> sympy.Expr | None:
-        """What the channels of a token's own product q.k are multiplied by in `own`, where each channel decays: the
-        kernels of pairs have it. Else None."""
+        """The factor per channel of a token's own product q.k in `own`, if each channel has a decay of its own: the
+        kernels of pairs apply it. Else None."""
         product = own_product(self.own) if self.decay == "channel" else None
         factor = sympy.S.Zero if product is None else sympy.Mul(*product)
         plain = self.late and factor == 1
@@ -102,18 +103,18 @@ class Linear:
 
     @property
     def product(self) -> tuple[sympy.Expr, sympy.Expr] | None:
-        """(factor, weight) of an `own` that is weight * sum_d(factor * q_vec * k_vec), which a kernel adds; None where
-        it is of another form, or `diagonal` has it, or the weight is of degree 2."""
+        """(factor, weight) if `own` is weight * sum_d(factor * q_vec * k_vec), which a kernel of its own adds; None if
+        it has another form, or `diagonal` is not None, or the weight has degree 2."""
         return own_product(self.own) if self.diagonal is None and self.powers is None else None
 
     @property
     def degree(self) -> int:
-        """Of the weight in the dot product."""
+        """The degree of the weight as a polynomial of the dot product."""
         return 1 if self.powers is None else 2
 
     @property
     def total(self) -> bool:
-        """Does the output depend on the row's sum of weights?"""
+        """Whether the output depends on the row's sum of weights."""
         return TOTAL in self.scale.free_symbols
 
 
@@ -176,7 +177,7 @@ def linearize(graph: VariantGraph) -> Linear:
         proof.append(f"of itself a token has the weight {formula(parts.own)}, one value a token")
         if late:
             proof.append("what is before it is read before its own step: D[i-1] in the place of D[i]")
-    if scale == 1 and powers is None:  # what is no part of a row sum joins the query's factor
+    if scale == 1 and powers is None:  # without a row sum, G is part of the query's factor
         more, rest = _program(gain)
         constant, row, gain = constant * more, row * rest, sympy.S.One
         bias = None if bias is None else (bias[0] * more * rest, bias[1])
@@ -188,7 +189,7 @@ def linearize(graph: VariantGraph) -> Linear:
 
 
 def _refuse_features(graph: VariantGraph) -> None:
-    """UnsupportedError: the variant has a feature that no chunk plan has, whatever its weight."""
+    """Raise UnsupportedError if the variant has a feature that no chunk plan supports, whatever its weight."""
     if graph.branches > 1:
         refuse(graph, "score", f"there are {graph.branches} branches, each with weights of its own")
     if phases(graph).made:
@@ -200,7 +201,7 @@ def _refuse_features(graph: VariantGraph) -> None:
 
 
 def _refuse_sums(graph: VariantGraph) -> None:
-    """UnsupportedError: a sum over the head dimension is neither a dot product nor a factor of one token."""
+    """Raise UnsupportedError if a sum over the head dimension is neither a dot product nor a factor of one token."""
     for stage in graph.sums_d:
         if kind_of(stage) in ("pair", "band"):
             refuse(graph, "raw_score", f"sum_d({formula(stage.expr)}) does not split into a query's and a key's part")
@@ -237,7 +238,7 @@ def _one_dot(graph: VariantGraph, weight: sympy.Expr, monomials: _Monomials) -> 
 
 
 def at_origin(graph: VariantGraph, error: UnsupportedError) -> UnsupportedError:
-    """A refusal of the weight, at the first of the stages that make it by which it does not split."""
+    """The refusal of a weight, attributed to the first stage at which the formula no longer separates."""
     core = whole(similarity(graph)).core
     raw = core["raw_score"].expr
     made = {"raw_score": raw, "score": core["score"].expr.xreplace({sym.RAW_SCORE: raw})}
@@ -250,7 +251,7 @@ def at_origin(graph: VariantGraph, error: UnsupportedError) -> UnsupportedError:
 
 
 def _splits(graph: VariantGraph, expr: sympy.Expr) -> bool:
-    """Is it a polynomial of dot products whose factors are of the query or of the key?"""
+    """Whether it is a polynomial of dot products, with factors that depend on the query or on the key."""
     try:
         monomials = _monomials(graph, expr, _mask(graph)[0], strict=False)
         for terms in monomials.values():
@@ -261,7 +262,8 @@ def _splits(graph: VariantGraph, expr: sympy.Expr) -> bool:
 
 
 def _mask(graph: VariantGraph) -> tuple[bool, bool]:
-    """(causal?, does a query see its own token?): the keys up to the query, those before it, or every key."""
+    """(causal, whether a query sees its own token), for a mask that shows the keys up to the query, those before it, or
+    every key. Raises UnsupportedError for others."""
     mask = graph["mask"].expr
     if mask is sympy.true:
         return False, True
@@ -275,7 +277,7 @@ def _mask(graph: VariantGraph) -> tuple[bool, bool]:
 
 
 def _apart(graph: VariantGraph, weight: sympy.Expr, causal: bool, itself: bool) -> tuple[sympy.Expr, Parts | None]:
-    """The weight of what is before a token, and both parts where the token itself has another."""
+    """The weight of the tokens before a token; and both parts, if the token itself has another weight, else None."""
     if not causal or (itself and not positions(weight)):
         return weight, None
     parts = apart(weight)
@@ -285,7 +287,7 @@ def _apart(graph: VariantGraph, weight: sympy.Expr, causal: bool, itself: bool) 
 
 
 def _own(parts: Parts, dots: tuple[Dot, ...], gain: sympy.Expr, late: bool) -> sympy.Expr:
-    """What a token's own value is multiplied by, beside what the sum over the keys has of it."""
+    """The weight of a token's own value, minus its weight in the sum over the keys, unless this leaves it out."""
     sums = {dot.symbol: sum_d(token(dot.left * dot.right, True)) for dot in dots}
     sums[sym.QK] = sum_d(sym.Q_VEC * sym.K_VEC)
 
@@ -296,7 +298,7 @@ def _own(parts: Parts, dots: tuple[Dot, ...], gain: sympy.Expr, late: bool) -> s
 
 
 def _without_maxima(graph: VariantGraph, online: Online) -> Online:
-    """The same output with every row maximum at 0: they are there for the range of exp alone."""
+    """The same output with every row maximum replaced by 0: they only keep exp in range."""
     if not shift_invariant(online):
         text = formula(graph["weight"].expr)
         refuse(graph, "weight", f"'{text}' depends on the row maximum, which is no sum over the keys")
@@ -310,8 +312,8 @@ def _without_maxima(graph: VariantGraph, online: Online) -> Online:
 
 
 def _counted(online: Online, causal: bool, itself: bool) -> Online:
-    """The same with the number of keys that a query sees, row.count(), from the query's place. Without a key it is 1,
-    for what is divided is 0."""
+    """The same with the number of keys that a query sees, row.count(), computed from the query's position. It is 1 for
+    a query without keys, where the dividend is 0."""
     counts = [r for r in online.sums if r.term == 1]
     count = sym.Q_IDX + sym.KV_LEN - sym.Q_LEN + int(itself) if causal else sym.KV_LEN
     seen = {r.symbol: count if causal and itself else maximum(count, 1) for r in counts}
@@ -320,15 +322,15 @@ def _counted(online: Online, causal: bool, itself: bool) -> Online:
 
 
 def _weight(core: VariantGraph, term: sympy.Expr) -> sympy.Expr:
-    """What multiplies v, over dot products and inputs."""
+    """The factor of v, as an expression over dot products and inputs."""
     score = core["score"].expr.xreplace({sym.RAW_SCORE: core["raw_score"].expr})
     return _seen_through(term.xreplace({sym.SCORE: score}))
 
 
 def _seen_through(weight: sympy.Expr) -> sympy.Expr:
-    """The same in a form that algebra sees through."""
+    """The weight rewritten for algebra: powers that vary as exponentials, without conversions of integers to float."""
     weight = weight.replace(lambda e: isinstance(e, to_float) and e.args[0].is_integer, lambda e: e.args[0])
-    # gamma ** (i - j) is a decay, too; the root of a product that is at least 0 is one of roots
+    # gamma ** (i - j) is a decay, too; the root of a nonnegative product is a product of roots
     return sympy.expand_power_base(weight).replace(
         lambda e: e.is_Pow and e.base is not sympy.E and level(e.exp) != Level.PROGRAM,
         lambda e: sympy.exp(e.exp * sympy.log(e.base)),
@@ -368,7 +370,7 @@ def _factored(graph: VariantGraph, terms: list[Monomial]) -> tuple[sympy.Expr, s
     if len(rows) == 1:
         return rows.pop(), sympy.Add(*(m.col for m in terms))
     query = sympy.Dummy("query", integer=True, nonnegative=True)
-    # a query's place is a token's where the mask is causal
+    # if the mask is causal, a query's position is over T
     place = sym.Q_IDX if any(sym.Q_IDX in m.row.free_symbols for m in terms) else T
     total = sympy.factor(sympy.Add(*(m.row.subs(place, query) * m.col for m in terms)))
     row, col = sympy.S.One, sympy.S.One
@@ -406,7 +408,7 @@ def _squared(
 
 
 def _program(row: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """A factor as (a number of the whole call, the rest)."""
+    """A factor as (the part that is the same for the whole call, the rest)."""
     constant, rest = sympy.S.One, sympy.S.One
     for f in sympy.Mul.make_args(row):
         varies = {s.name for s in f.free_symbols} & {"b", "h", "h_kv", "q_idx", "kv_idx"}
@@ -418,7 +420,7 @@ def _program(row: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
 
 
 def _base(graph: VariantGraph, online: Online) -> sympy.Expr:
-    """What TOTAL is the sum of: the term of a row sum that the output is divided by, else what multiplies v."""
+    """The summand of TOTAL: the term of the row sum in G, or the factor of v if there is none."""
     used = [r for r in online.sums if r.symbol in (online.coefficient * online.scale).free_symbols]
     for running in used:
         if _multiple(online.numerator.term, running.term) is None:
@@ -431,13 +433,13 @@ def _base(graph: VariantGraph, online: Online) -> sympy.Expr:
 
 
 def _multiple(term: sympy.Expr, of: sympy.Expr) -> sympy.Expr | None:
-    """term / of where that is the same for a whole row, else None."""
+    """term / of, if it is the same for a whole row, else None."""
     ratio = sympy.cancel(sympy.expand(term) / sympy.expand(of))
     return ratio if join(level(ratio), Level.ROW) == Level.ROW else None
 
 
 def _scale(graph: VariantGraph, online: Online, base: sympy.Expr, causal: bool) -> tuple[sympy.Expr, sympy.Expr]:
-    """G as (what is a token's, what is over TOTAL)."""
+    """G as (a factor of a token, a function of TOTAL)."""
     scale = online.coefficient * online.scale * _multiple(online.numerator.term, base)
     for running in online.sums:
         if running.symbol in scale.free_symbols:
@@ -454,7 +456,7 @@ def _scale(graph: VariantGraph, online: Online, base: sympy.Expr, causal: bool) 
 
 
 def _recurrence(plan: Linear) -> tuple[str, ...]:
-    """The recurrent form in words of the formula."""
+    """The recurrent form, as text."""
     decay = f"exp({_show(plan.step)})"
     factor = {"none": "", "channel": f"diag({decay}) "}.get(plan.decay, f"{decay} * ")
     key = "k" if plan.right == sym.K_VEC else "f(k)"

@@ -28,10 +28,10 @@ from attncc.passes.stream import stream
 from attncc.passes.tiles import tile_plan
 from attncc.passes.trials import hidden_row, reads_outside
 
-#: error: it cannot be compiled; warning: it may give what nobody wants; note: worth knowing
+#: error: the variant cannot be compiled; warning: its result may not be what is wanted; note: worth knowing
 Level = Literal["error", "warning", "note"]
 
-#: exp of more is infinite in float32
+#: exp of a larger number is infinite in float32
 MAX_EXPONENT = 88.0
 #: integers in a kernel have 32 bits
 INT_LIMIT = 2**31 - 1
@@ -41,7 +41,7 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know about a variant: what, in which stage, where, and what to do."""
+    """One finding about a variant: what is wrong, in which stage, where, and what to do."""
 
     level: Level
     reason: str
@@ -59,7 +59,7 @@ class Finding:
 
 
 def lint(graph: VariantGraph) -> tuple[Finding, ...]:
-    """Everything that is found, errors first."""
+    """All findings, errors first."""
     if graph.recurrent:
         return (*undone_recurrence(graph), *logs_of_what_is_kept(graph))
     try:
@@ -73,12 +73,12 @@ def lint(graph: VariantGraph) -> tuple[Finding, ...]:
 
 
 def _of_parts(check: Callable[[VariantGraph], Iterator[Finding]], graph: VariantGraph) -> Iterator[Finding]:
-    """What a check finds in the branches of a variant, each finding once."""
+    """A check's findings in the branches of a variant, each once."""
     yield from dict.fromkeys(finding for part in graph.parts for finding in check(part))
 
 
 def undone_recurrence(graph: VariantGraph) -> Iterator[Finding]:
-    """Has a recurrence no form by chunks?"""
+    """Recurrences without a form by chunks."""
     try:
         recur(graph)
     except UnsupportedError as error:
@@ -86,7 +86,7 @@ def undone_recurrence(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def logs_of_what_is_kept(graph: VariantGraph) -> Iterator[Finding]:
-    """May what a token leaves of the state be 0 or less? Chunks multiply it by adding its logarithms."""
+    """Decay factors that may be 0 or negative. Chunks multiply decay factors by adding their logarithms."""
     try:
         plan = recur(graph)
     except UnsupportedError:
@@ -107,7 +107,7 @@ def logs_of_what_is_kept(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def hidden_rows(graph: VariantGraph) -> Iterator[Finding]:
-    """Can the mask hide every key from a query?"""
+    """Masks that can hide every key from a query."""
     stage = graph["mask"]
     example = hidden_row(graph, more_queries=False)
     if example is not None:
@@ -130,7 +130,7 @@ def hidden_rows(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def overflowing_exponentials(graph: VariantGraph) -> Iterator[Finding]:
-    """Is there an exp of a score that nothing bounds from above?"""
+    """Exponentials of scores without an upper bound."""
     known = {**numbers(graph), sym.SCORE: _score_extent(graph)}
     operands = {sympy.Symbol(s.name, real=True): s.expr for s in graph.rows if s.op == "max"}
     seen: set[Any] = set()
@@ -140,7 +140,7 @@ def overflowing_exponentials(graph: VariantGraph) -> Iterator[Finding]:
             if exponent in seen or not exponent.free_symbols & {sym.SCORE, sym.RAW_SCORE}:
                 continue
             seen.add(exponent)
-            # a row maximum is at least what it is the maximum of, and an exponent only falls with it
+            # a row maximum is at least each of its operands, and it only lowers the exponent
             bounded = sympy.expand(exponent.xreplace({m: g for m, g in operands.items() if _falls_with(exponent, m)}))
             if any(bounded == sym.SCORE - read for read in bounded.atoms(Read) if is_column_sum(read.input)):
                 continue  # a log of a sum is at least the log of each of its terms
@@ -160,7 +160,7 @@ def _falls_with(exponent: sympy.Expr, maximum: sympy.Symbol) -> bool:
 
 
 def vanishing_denominators(graph: VariantGraph) -> Iterator[Finding]:
-    """Is something divided by a row sum that may be zero?"""
+    """Divisions by a row sum that may be zero."""
     known = {**numbers(graph), sym.SCORE: _score_extent(graph)}
     sums: dict[Any, Stage] = {}
     for stage in graph.rows:
@@ -170,7 +170,7 @@ def vanishing_denominators(graph: VariantGraph) -> Iterator[Finding]:
                 term = Extent(term.lo, term.hi, positive=True)
             symbol = sympy.Symbol(stage.name, real=True)
             sums[symbol] = stage
-            # a row that sees no key is 0 whatever it is divided by: here there is at least one term
+            # a row that sees no key gives 0 whatever it is divided by, so the sum has at least one term
             known[symbol] = Extent(0 if term.lo >= 0 else -INF, INF, positive=term.positive)
     for name in ("weight", "out"):
         stage = graph[name]
@@ -200,7 +200,7 @@ def _at_maxima(graph: VariantGraph, term: sympy.Expr) -> Iterator[sympy.Expr]:
 
 
 def overflowing_indices(graph: VariantGraph) -> Iterator[Finding]:
-    """Does an integer expression leave 32 bits at a length that occurs?"""
+    """Integer expressions that exceed 32 bits at lengths that occur."""
     seen: set[Any] = set()
     for stage in graph.stages:
         for e in sympy.preorder_traversal(stage.expr):
@@ -220,7 +220,7 @@ def overflowing_indices(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def _overflow_length(e: sympy.Expr, graph: VariantGraph) -> int | None:
-    """The shortest sequence at which |e| exceeds 32 bits, or None up to LONGEST tokens or where e's size is unknown."""
+    """The shortest sequence at which |e| exceeds 32 bits; None up to LONGEST tokens, or if the size of e is unknown."""
 
     def overflows(length: int) -> bool:
         known = {**numbers(graph), **{s: Extent(0, 1023) for s in (sym.B, sym.H, sym.H_KV)}}
@@ -239,7 +239,7 @@ def _overflow_length(e: sympy.Expr, graph: VariantGraph) -> int | None:
 
 
 def indices_out_of_range(graph: VariantGraph) -> Iterator[Finding]:
-    """Is an input read outside its dimensions for a visible pair? Such a read gives 0."""
+    """Reads outside an input's dimensions for visible pairs. Such reads give 0."""
     for read, level, reason in reads_outside(graph):
         stage = next(s for s in graph.stages if read in s.expr.atoms(type(read)))
         remedy = "a read outside an input gives 0, and no gradient" if level == "warning" else None
@@ -247,7 +247,7 @@ def indices_out_of_range(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def derivations(graph: VariantGraph) -> Iterator[Finding]:
-    """Is there a plan, and a backward?"""
+    """Reasons why there is no plan, or no backward."""
     try:
         online = stream(graph)
     except UnsupportedError as error:
@@ -260,7 +260,7 @@ def derivations(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def dense_gradients(graph: VariantGraph) -> Iterator[Finding]:
-    """Does the gradient of a small input pass through one number for every pair?"""
+    """Gradients of small inputs that need a number for every pair."""
     wanted = {d.name for d in graph.inputs if d.grad}
     for read in graph.reads:
         plain = {sym.Q_IDX, sym.KV_IDX} <= set(read.index)
@@ -281,7 +281,7 @@ def dense_gradients(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def unbounded_masks(graph: VariantGraph) -> Iterator[Finding]:
-    """Does the mask give no bounds, so that every tile is visited?"""
+    """Masks that give no bounds, so that every tile is visited."""
     stage = graph["mask"]
     if stage.expr in (sympy.true, sympy.false):
         return
@@ -292,7 +292,7 @@ def unbounded_masks(graph: VariantGraph) -> Iterator[Finding]:
 
 
 def _score_extent(graph: VariantGraph) -> Extent:
-    """What the score stage can give, for any q and k: tanh caps it, and features may be positive."""
+    """The range of the score for any q and k: tanh bounds it, and positive features make it positive."""
     known = numbers(graph)
     for stage in graph.sums_d:
         summand = extent(stage.expr, known)
@@ -303,7 +303,7 @@ def _score_extent(graph: VariantGraph) -> Extent:
 
 
 def _stage_of(stage: Stage) -> str:
-    """The stage that the user wrote."""
+    """The name of a stage as the user knows it."""
     if stage.name == "weight" or sym.is_row_name(stage.name):
         return "normalizer"
     return {"raw_score": "score", "out": "reduction"}.get(stage.name, stage.name)

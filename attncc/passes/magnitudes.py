@@ -14,13 +14,13 @@ from attncc.passes.reverse import DELTA, DP
 
 #: the final weight of a pair
 WEIGHT = sympy.Symbol("pair_weight", real=True)
-#: a slope, where what it is multiplied by asks for its sign
+#: the slope of a pair, in a factor that depends on the slope's sign
 SIDE = sympy.Symbol("pair_slope", real=True)
 
 
 def over_weight(expr: Any, weight: Any) -> Any:
-    """`expr`, which is weight * (a + b * sign(x)), as a * WEIGHT + b * |WEIGHT|, where x is what gives the weight its
-    sign, and a and b are made of nothing that a pair has but dp; None where it is no such multiple."""
+    """If `expr` is weight * (a + b * sign(x)), where sign(x) is the weight's sign, and dp is the only value per pair in
+    a and b: a * WEIGHT + b * |WEIGHT|. Else None."""
     of_weight = sympy.Mul.make_args(weight)
     signs = [f for f in of_weight if isinstance(f, voc.sign)]
     if len(signs) != 1 or not all(f.is_nonnegative for f in of_weight if f is not signs[0]):
@@ -42,9 +42,9 @@ def over_weight(expr: Any, weight: Any) -> Any:
 
 
 def over_side(expr: Any, sums: frozenset[Any]) -> tuple[Any, Any] | None:
-    """`expr`, which is f * (a * sign(x) + b * step(x)), as the slope f * sign(x) and a + b * step(SIDE), SIDE being
-    that slope, where f is not negative, and a and b are made of nothing that a pair has but dp; None where it is no
-    such product. `sums`: row sums of what is not negative."""
+    """If `expr` is f * (a * sign(x) + b * step(x)), where f is not negative, and dp is the only value per pair in a and
+    b: the slope f * sign(x), and a + b * step(SIDE), where SIDE stands for that slope. Else None. `sums`: row sums of
+    nonnegative terms."""
     late = [f for f in sympy.Mul.make_args(expr) if {DP, DELTA} & f.free_symbols]
     of_pairs = [e for f in late for e in f.atoms(voc.sign, voc.step) if level(e) == Level.PAIR]
     beside = {s: sympy.Symbol(s.name, nonnegative=True) for s in sums}
@@ -60,6 +60,6 @@ def over_side(expr: Any, sums: frozenset[Any]) -> tuple[Any, Any] | None:
 
 
 def ends_with(expr: Any, weight: Any) -> bool:
-    """Whether `expr` is 0 wherever the weight is, for finite values of everything else in it."""
+    """Whether `expr` is 0 wherever the weight is 0, if everything else in it is finite."""
     at_zero = expr.xreplace({voc.absolute(weight): sympy.S.Zero}).xreplace({weight: sympy.S.Zero})
     return expr.has(weight) and at_zero == 0

@@ -1,4 +1,4 @@
-"""Expressions of masks and indices in NumPy, for passes that try a formula at small sizes. Integers stay exact."""
+"""Evaluate expressions in NumPy, for passes that try a formula at small sizes. Integers stay exact."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _FOLDED: dict[type, Callable[[Any, Any], Any]] = {
 def evaluate(expr: Any, env: Mapping[str, Any]) -> np.ndarray:
     """The value of `expr`, of the broadcast shape of the arrays in `env` that it uses.
 
-    `env` maps each symbol's name to a number or an array, and each input's name to its array; a read outside it is 0.
+    `env` maps each symbol's name to a number or an array, and each input's name to its array. A read outside is 0.
     """
     known: dict[Any, Any] = {}
 
@@ -87,7 +87,7 @@ def evaluate(expr: Any, env: Mapping[str, Any]) -> np.ndarray:
             return np.power(args[0] if whole else np.asarray(args[0], dtype=np.float64), args[1])
         return _TABLE[type(e)](*args)
 
-    with np.errstate(all="ignore"):  # a hidden pair may divide by zero
+    with np.errstate(all="ignore"):  # masked pairs may divide by zero
         return np.asarray(value(expr))
 
 

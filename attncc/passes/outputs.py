@@ -32,7 +32,7 @@ class Weight:
 
     @property
     def log(self) -> sympy.Expr:
-        """log(weight), never below LOG_TINY; without a logarithm where the weight is an exponential."""
+        """log(weight), never below LOG_TINY; computed without a logarithm if the weight is an exponential."""
         factors = sympy.Mul.make_args(self.expr)
         rest = [f for f in factors if not isinstance(f, sympy.exp)]
         exponent = sympy.Add(*(f.args[0] for f in factors if isinstance(f, sympy.exp)))
@@ -46,7 +46,7 @@ class Weight:
 
 
 def final_weight(graph: VariantGraph) -> Weight:
-    """The weight by itself, whatever factor the reduction multiplies it by. Raises UnsupportedError as `stream`."""
+    """The weight without the reduction's factor. Raises UnsupportedError as `stream`."""
     plain = [
         replace(stage, expr=sym.WEIGHT * sym.V_VEC) if stage.name == "out" else stage for stage in graph.core.stages
     ]
@@ -56,7 +56,7 @@ def final_weight(graph: VariantGraph) -> Weight:
 
 @dataclass(frozen=True)
 class Named:
-    """One reduction of one output; no other name of a kernel begins as `name` does."""
+    """One reduction of one output. `name` is its name in kernels, where no other name starts with it."""
 
     name: str
     output: str
@@ -65,8 +65,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Pass:
-    """One light pass: all reductions over one domain. `mask` holds wherever a pair is visible and any of them counts
-    it."""
+    """One light pass: all reductions over one domain. `mask` holds for every visible pair that any of them includes."""
 
     domain: Domain
     reductions: tuple[Named, ...]

@@ -30,20 +30,20 @@ from attncc.passes.stream import stream
 
 #: the input that marks rows which see no key
 DEAD = "dead_rows"
-#: beside a column sum without a maximum, so that one whose terms are all 0 has a log, with its gradient
+#: added to a column sum without a maximum, so that a sum whose terms are all 0 has a log, with a gradient
 _TINY = sympy.Float(2.0**-100)
 _COLUMN = "col_lse_"
 _SHARE = "col_share_"
 
 
 def is_column_sum(name: str) -> bool:
-    """Is it the input that holds the log of a column sum, which no user's input is called like? Generated code gives it
-    a prefix, where the name of another input is taken there."""
+    """Whether it is the name of an input with the log of a column sum. No user's input has such a name. In generated
+    code the name may have a prefix (see `codegen.names`)."""
     return re.fullmatch(rf"(in_)?{_COLUMN}\d+", name) is not None
 
 
 def shares(graph: VariantGraph) -> tuple[tuple[Read, sympy.Expr], ...]:
-    """The column sums that a graph of `phases` reads, each by its log, with what a pair adds to one, over that."""
+    """The column sums that a graph of `phases` reads: the read of each one's log, and a pair's share of the sum."""
     stages = {s.name: s.expr for s in graph.stages if s.name.startswith(_SHARE)}
     logs = {d.name.removeprefix("in_"): d.name for d in graph.inputs if is_column_sum(d.name)}
     return tuple((_log_of(logs[n.replace(_SHARE, _COLUMN)]), stages[n]) for n in sorted(stages))
@@ -55,8 +55,8 @@ def _log_of(name: str) -> Read:
 
 @dataclass(frozen=True)
 class Made:
-    """An input that is made before the kernels run, from the lse of `graph`. `transposed`: its queries are the keys,
-    and the input is that lse; else the input is 1 where that lse is -inf."""
+    """An input that is computed before the kernels run, from the lse of `graph`. `transposed`: the queries of `graph`
+    are the keys, and the input is its lse; else the input is 1 where the lse is -inf."""
 
     name: str
     graph: VariantGraph
@@ -65,14 +65,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Phases:
-    """The graph that the kernels compute, and the inputs that it has beside the user's, in the order of making."""
+    """The graph that the kernels compute, and its inputs besides the user's, in the order in which they are made."""
 
     main: VariantGraph
     made: tuple[Made, ...] = ()
 
 
 def phases(graph: VariantGraph) -> Phases:
-    """A graph as kernels can have it. UnsupportedError for column reductions that are no such lse."""
+    """A graph in the form of the kernels. UnsupportedError for column reductions that are not such an lse."""
     if graph.dead_rows == "zero" and not graph.cols:
         return Phases(graph)
     main, made = graph.changed(dead_rows="zero"), []
@@ -86,7 +86,7 @@ def phases(graph: VariantGraph) -> Phases:
 
 
 def _opened(graph: VariantGraph) -> tuple[VariantGraph, Made]:
-    """The graph with dead rows as an input that the mask reads, and the graph that tells them."""
+    """The graph whose mask reads dead rows from an input, and the description of that input."""
     mask = graph["mask"]
     seen = [
         Stage("raw_score", sympy.S.Zero),
@@ -130,7 +130,7 @@ def _check_uniform(graph: VariantGraph) -> None:
 
 
 def _without_columns(graph: VariantGraph) -> tuple[VariantGraph, list[Made]]:
-    """The graph with every column sum as an input, and the graphs that make them."""
+    """The graph with every column sum as an input, and the descriptions of these inputs."""
     known: dict[sympy.Symbol, sympy.Expr] = {}
     made: list[Made] = []
     decls: list[InputDecl] = []
@@ -162,13 +162,13 @@ def _without_columns(graph: VariantGraph) -> tuple[VariantGraph, list[Made]]:
 
 
 def _shifted(expr: sympy.Expr) -> sympy.Expr:
-    """The expression with products of exponentials as one, in which shifts cancel."""
+    """The expression with products of exponentials merged into one, in which shifts cancel."""
     expr = expr.replace(lambda e: e.is_Mul, lambda e: sympy.powsimp(e, combine="exp"))
     return expr.replace(lambda e: isinstance(e, sympy.exp), lambda e: sympy.exp(sympy.expand(e.args[0])))
 
 
 def _column(graph: VariantGraph, stage: Stage, name: str) -> tuple[Made, sympy.Expr]:
-    """What makes the log of a column sum, and what that log is too large by: the shift of the sum's terms."""
+    """The input with the log of a column sum, and the shift of the sum's terms, by which this log is too large."""
     term = attached(stage.expr)
     scores = {sym.SCORE: sympy.Symbol(sym.SCORE.name, real=True)}
     if term != stage.expr or not (term.is_nonnegative or extent(term.xreplace(scores), numbers(graph)).lo >= 0):
@@ -229,7 +229,7 @@ def _other_axis(dim: str) -> str:
 
 
 def _swap(graph: VariantGraph) -> Callable[[Any], Any]:
-    """Queries and keys exchanged in an expression of the graph."""
+    """A function that exchanges queries and keys in an expression of the graph."""
     names = {s: sympy.Symbol(_swapped_name(s.name), real=True) for s in _sums(graph)}
 
     def swapped(expr: Any) -> Any:
@@ -248,14 +248,14 @@ def _sums(graph: VariantGraph) -> list[sympy.Symbol]:
 
 
 def _swapped_name(name: str) -> str:
-    """What a sum over the head dimension is called when queries and keys are exchanged."""
+    """The name of a sum over the head dimension after queries and keys are exchanged."""
     if name.startswith(("q_term_", "k_term_")):
         return ("k" if name[0] == "q" else "q") + name[1:]
     return name
 
 
 def _swapped_sizes(decl: InputDecl) -> Callable[[dict[str, int]], Any] | None:
-    """An input's default, from sizes in which queries and keys are exchanged."""
+    """An input's default, as a function of sizes in which queries and keys are exchanged."""
     make = decl.default
     if make is None or decl.captured:
         return None

@@ -34,7 +34,7 @@ from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, detach, sum_d
 from attncc.passes.linearize import Linear
 
-#: dot(k_vec, state): what the state has at a token's key; and dot(q_vec, state)
+#: dot(k_vec, state), the value that the state holds for a token's key; and dot(q_vec, state)
 _RECALL = sympy.Symbol("dot(k_vec, state)", real=True)
 _READ = sympy.Symbol("dot(q_vec, state)", real=True)
 _PARTS = (sym.STATE, _RECALL, _READ, sym.Q_VEC, sym.K_VEC, sym.V_VEC)
@@ -42,8 +42,8 @@ _PARTS = (sym.STATE, _RECALL, _READ, sym.Q_VEC, sym.K_VEC, sym.V_VEC)
 
 @dataclass(frozen=True)
 class Delta:
-    """The delta rule's plan: `linear` is what is read and kept, as if every token wrote what it adds; erase and write
-    are factors of tokens."""
+    """The delta rule's plan. `linear`: the plan of linear attention in which each token writes its `added` value;
+    erase, write: factors of a token."""
 
     linear: Linear
     erase: sympy.Expr
@@ -51,18 +51,18 @@ class Delta:
 
     @property
     def proof(self) -> tuple[str, ...]:
-        """The steps."""
+        """The steps of the proof, as text."""
         return self.linear.proof
 
     @property
     def rows(self) -> dict[str, sympy.Expr | None]:
-        """The formula of each factor of tokens, None where there is none."""
+        """The formula of each factor of a token; None if the plan does not have it."""
         row = None if self.linear.row == 1 else self.linear.row
         return {"row": row, "step": self.linear.step, "erase": self.erase, "write": self.write}
 
 
 def recur(graph: VariantGraph) -> Linear | Delta:
-    """The family of a recurrence, or UnsupportedError with the term that is of none."""
+    """The plan of a recurrence in its family. UnsupportedError, with the term, if a term belongs to none."""
     if any(stage.expr.has(detach) for stage in graph.stages):
         _refuse(graph, "update", "a part of it is held constant for the gradient")
     terms = _terms(graph, "update")
@@ -103,7 +103,7 @@ def _refuse(graph: VariantGraph, stage: str, reason: str) -> NoReturn:
 
 
 def _what(parts: tuple[sympy.Symbol, ...]) -> str:
-    """The fault of a product of such parts."""
+    """Why a term with this product of state and vectors is refused, as text."""
     held = [p for p in parts if p in (sym.STATE, _RECALL)]
     if len(held) > 1:
         return "is not linear in the state"
@@ -113,7 +113,7 @@ def _what(parts: tuple[sympy.Symbol, ...]) -> str:
 
 
 def _terms(graph: VariantGraph, stage: str) -> dict[tuple[sympy.Symbol, ...], sympy.Expr]:
-    """A formula multiplied out: for each product of state and vectors what it is multiplied by."""
+    """A formula multiplied out: the coefficient of each product of state and vectors."""
     found: dict[tuple[sympy.Symbol, ...], sympy.Expr] = defaultdict(lambda: sympy.S.Zero)
     for term in _sum(_summed(graph, stage, graph[stage].expr)):
         parts: list[sympy.Symbol] = []
@@ -136,7 +136,7 @@ def _sum(expr: sympy.Expr) -> tuple[sympy.Expr, ...]:
 
 
 def _summed(graph: VariantGraph, stage: str, expr: sympy.Expr) -> sympy.Expr:
-    """The formula with each sum over the components as what it is: a factor times what a vector finds in the state."""
+    """The formula with each sum over components replaced by a factor times dot(k_vec, state) or dot(q_vec, state)."""
     if not expr.has(sum_d):
         return expr
     expr = expr.func(*(_summed(graph, stage, a) for a in expr.args))
@@ -157,7 +157,7 @@ def _summed(graph: VariantGraph, stage: str, expr: sympy.Expr) -> sympy.Expr:
 
 
 def _log(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr | None:
-    """The log of what a token leaves of the state; None where it leaves all."""
+    """The log of the decay factor of a token; None without decay."""
     step = sympy.S.Zero
     for factor in sympy.Mul.make_args(sympy.factor_terms(decay)):
         if factor.is_number and not factor.is_positive:
@@ -167,7 +167,7 @@ def _log(graph: VariantGraph, decay: sympy.Expr) -> sympy.Expr | None:
 
 
 def _erased(graph: VariantGraph, coefficient: sympy.Expr, decay: sympy.Expr) -> sympy.Expr:
-    """erase, where k_vec * dot(k_vec, state) is multiplied by -decay * erase."""
+    """erase, given the coefficient of k_vec * dot(k_vec, state), which is -decay * erase."""
     erase = sympy.cancel(-coefficient / decay) if coefficient != 0 else coefficient
     if erase.atoms(sympy.exp) - coefficient.atoms(sympy.exp):
         _refuse(
@@ -180,7 +180,7 @@ def _erased(graph: VariantGraph, coefficient: sympy.Expr, decay: sympy.Expr) -> 
 
 
 def _query(graph: VariantGraph) -> tuple[sympy.Expr, sympy.Expr]:
-    """The factors of dot(q_vec, state): a number of the whole call, and a factor of the token."""
+    """The factors of dot(q_vec, state): one that is the same for the whole call, and one of the token."""
     terms = _terms(graph, "out")
     if set(terms) != {(_READ,)}:
         other = next((c * sympy.Mul(*p) for p, c in terms.items() if p != (_READ,)), sympy.S.Zero)
@@ -200,7 +200,7 @@ _INDICES = {sym.B, sym.H, sym.H_KV, sym.KV_IDX}
 def _proof(
     decay: sympy.Expr, step: sympy.Expr | None, erase: sympy.Expr, write: sympy.Expr, query: sympy.Expr
 ) -> tuple[str, ...]:
-    """The proof, in words of the formula."""
+    """The steps of the proof, as text."""
     kept = "" if step is None else f"({formula(decay)}) * "
     added = ("" if write == 1 else f"({formula(write)}) * ") + "k v'"
     read = ("" if query == 1 else f"({formula(query)}) * ") + "q state_t"

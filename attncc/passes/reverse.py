@@ -42,12 +42,12 @@ DLSE = sympy.Symbol("dlse", real=True)
 
 
 def first_at(symbol: sympy.Symbol) -> sympy.Symbol:
-    """Where a row maximum was met first: the key's index, as the forward stores it."""
+    """The index of the first key that attains a row maximum, as the forward stores it."""
     return sympy.Symbol(f"{symbol.name}_at", real=True)
 
 
 def ties(symbol: sympy.Symbol) -> sympy.Symbol:
-    """How many keys attain a row maximum."""
+    """The number of keys that attain a row maximum."""
     return sympy.Symbol(f"{symbol.name}_ties", real=True)
 
 
@@ -58,12 +58,12 @@ def cotangent_of(symbol: sympy.Symbol) -> sympy.Symbol:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """What reverse mode found.
+    """The result of reverse mode.
 
     saved: row statistics that the forward stores; parts: row sums of pair expressions over DP and saved rows, which one
     sweep of the backward computes; cotangents: row expressions over saved rows, DELTA, parts and earlier cotangents;
-    weight: of a pair, as it multiplies v; dscore, dreads: cotangents of a pair's score and of element reads;
-    row_dreads: of reads in row expressions, one value a row.
+    weight: the factor of v at a pair; dscore, dreads: the cotangents of a pair's score and of element reads;
+    row_dreads: the cotangents of reads in row expressions, one value per row.
     """
 
     saved: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -80,10 +80,10 @@ def reverse(
 ) -> Adjoint:
     """Differentiate the weight through all row statistics. `wanted` names the inputs that want a gradient.
 
-    lse: how it moves with what is read of a row and shifts all exponents of it, None where there is no lse.
-    of_weight: the cotangent of a pair's weight beside that of the output row; DELTA has its share, too. So it has that
-    of lse: where there is an lse, the weight knows its row by the factor exp(-lse) alone.
-    UnsupportedError where that cannot be shown.
+    lse: the derivative of lse by each read that shifts all exponents of a row; None if there is no lse.
+    of_weight: the cotangent of a pair's weight besides that from the output row. DELTA includes its row sum, and the
+    cotangent of lse, because with an lse the weight depends on its row only by the factor exp(-lse).
+    UnsupportedError if that cannot be proved.
     """
     return _Reverse(graph, wanted, lse, of_weight).run()
 
@@ -100,7 +100,7 @@ class _Reverse:
     lse: dict[Read, sympy.Expr] | None
     of_weight: sympy.Expr
     parts: dict[sympy.Expr, sympy.Symbol] = field(default_factory=dict)
-    #: the factor of a statistic's cotangent that multiplies its term, and the cotangents so multiplied
+    #: by statistic: the factor f of its cotangent (see `_factor`), and the product a = c f of both
     factors: dict[str, sympy.Expr] = field(default_factory=dict)
     multipliers: dict[str, sympy.Expr] = field(default_factory=dict)
 
@@ -109,7 +109,7 @@ class _Reverse:
         self.weight = self.graph["weight"].expr
         self.factor = out.diff(sym.WEIGHT)
         self.known = attached(self.weight)
-        #: what a pair's weight is to be multiplied by: dp and the factor of the reduction, and what else asks for it
+        #: the cotangent of a pair's weight: dp times the factor of the reduction, plus `of_weight`
         self.source = DP * attached(self.factor) + self.of_weight
         self.moving = self._moving()
         through: dict[str, sympy.Expr] = {}
@@ -128,7 +128,7 @@ class _Reverse:
         return self._finished(dscore, dreads, row_dreads)
 
     def _moving(self) -> set[str]:
-        """The statistics that depend on a score, or on an input that wants a gradient: not the number of keys."""
+        """The statistics that depend on a score, or on an input that wants a gradient, unlike the number of keys."""
         found: set[str] = set()
         for stage in self.graph.rows:
             exprs = stage.expr.args[:2] if stage.op == "root" else (stage.expr,)
@@ -144,7 +144,7 @@ class _Reverse:
         return [self.factor, self.weight, *(e for exprs in rows for e in exprs)]
 
     def _cotangent(self, stage: Stage, through: dict[str, sympy.Expr]) -> None:
-        """Find the multiplier of one statistic, given those of all later ones."""
+        """Compute the multiplier of one statistic, given those of all later ones."""
         symbol = _symbol(stage)
         direct = attached(diff(self.weight, symbol))
         total, later = direct, sympy.S.Zero
@@ -178,9 +178,10 @@ class _Reverse:
         return self._part(self.source * direct) if ratio is None else held_at_zero(ratio, self.known) * DELTA
 
     def _part(self, expr: sympy.Expr) -> sympy.Expr:
-        """A row sum that the backward's sweep computes; one that is a multiple of another is not computed again.
+        """A row sum that the backward's sweep computes, or a multiple of one that it computes already.
 
-        What is the same for the whole row stays outside: it may be 0 in some rows, and no multiple is of 0."""
+        Factors that are the same for the whole row are not part of the sum: they may be 0 in some rows, and no other
+        sum is a multiple of 0."""
         factors = sympy.Mul.make_args(sympy.factor_terms(expr))
         outside = sympy.Mul(*(f for f in factors if not (varies_by_key(f) or f.is_number)))
         inside = trimmed(sympy.Mul(*(f for f in factors if varies_by_key(f) or f.is_number)))
@@ -193,7 +194,7 @@ class _Reverse:
         return outside * symbol
 
     def _factor(self, stage: Stage) -> sympy.Expr:
-        """f: what a statistic's cotangent is multiplied by on its way to the statistic's term."""
+        """f: the factor between a statistic's cotangent and the cotangent of the statistic's term."""
         if stage.op != "root":
             return sympy.S.One
         term, rest = (e.xreplace({sym.UNKNOWN: _symbol(stage)}) for e in stage.expr.args[:2])
@@ -201,7 +202,7 @@ class _Reverse:
         return -voc.where(sympy.Eq(slope, 0), 0, 1 / slope)
 
     def _row_slope(self, stage: Stage, wrt: sympy.Expr) -> sympy.Expr:
-        """The derivative of a statistic's reduction by another statistic: one value a row."""
+        """The derivative of a statistic's reduction by another statistic, one value per row."""
         if stage.op == "root":
             term, rest = (e.xreplace({sym.UNKNOWN: _symbol(stage)}) for e in stage.expr.args[:2])
             return self._row_sum(attached(diff(term, wrt))) + attached(diff(rest, wrt))
@@ -211,7 +212,7 @@ class _Reverse:
         return self._row_sum(slope)
 
     def _row_sum(self, expr: sympy.Expr) -> sympy.Expr:
-        """sum_j expr_j as a row expression: a multiple of a sum that the forward has, or one more of the sweep's."""
+        """sum_j expr_j as a row expression: a multiple of a sum of the forward, or another sum of the sweep."""
         if expr == 0 or is_zero(expr):
             return sympy.S.Zero
         known = self._known_sum(expr)
@@ -222,7 +223,7 @@ class _Reverse:
         return self._part(expr) if known is None else known
 
     def _known_sum(self, expr: sympy.Expr) -> sympy.Expr | None:
-        """sum_j expr_j as a multiple of a sum that the forward has."""
+        """sum_j expr_j as a multiple of a sum of the forward; None if it is no such multiple."""
         for stage in self.graph.rows:
             if stage.op == "sum":
                 ratio = row_ratio(expr, attached(stage.expr))
@@ -233,7 +234,7 @@ class _Reverse:
     def _hits(self, stage: Stage) -> sympy.Expr:
         """1 / (number of keys that attain a maximum) at those keys, 0 elsewhere.
 
-        A score that is computed again need not have the same last bit, so a key that is alone is known by its index.
+        A score that is recomputed need not have the same last bit, so a single such key is identified by its index.
         """
         symbol, value = _symbol(stage), attached(stage.expr)
         close = voc.absolute(value - symbol) <= TIE * voc.absolute(symbol)
@@ -243,7 +244,7 @@ class _Reverse:
         )
 
     def _of_pair(self, wrt: sympy.Expr) -> sympy.Expr:
-        """The cotangent of what a pair depends on."""
+        """The cotangent of a value that a pair depends on, such as the score."""
         total = self.source * attached(diff(self.weight, wrt))
         for stage in self.graph.rows:
             if stage.name in self.multipliers:
@@ -251,16 +252,16 @@ class _Reverse:
         return sympy.factor_terms(total)
 
     def _term_slope(self, stage: Stage, wrt: sympy.Expr) -> sympy.Expr:
-        """How a statistic's term, at one pair, changes the statistic."""
+        """The derivative, by `wrt`, of a statistic through its term at one pair."""
         if stage.op == "root":
             return attached(diff(stage.expr.args[0].xreplace({sym.UNKNOWN: _symbol(stage)}), wrt))
         slope = attached(diff(stage.expr, wrt))
         return self._hits(stage) * slope if stage.op == "max" and slope != 0 else slope
 
     def _of_read(self, read: Read) -> tuple[sympy.Expr, sympy.Expr]:
-        """The cotangent of an element read: (one value a row, one value a pair)."""
+        """The cotangent of an element read: (the part per row, the part per pair)."""
         by_row, by_pair = sympy.S.Zero, sympy.S.Zero
-        # a factor of the reduction is none of the weight's, and so has no part in lse and delta
+        # a factor of the reduction is no part of the weight, and so neither of lse nor of delta
         slope = attached(diff(self.weight, read))
         ratio = None if slope == 0 or varies_by_key(read) else row_ratio(slope, self.known)
         if ratio is not None:
@@ -285,7 +286,7 @@ class _Reverse:
         return by_row, sympy.factor_terms(by_pair)
 
     def _multiplier(self, stage: Stage) -> sympy.Expr:
-        """A statistic's multiplier in pair expressions: by name where the sweep stores it, else in full."""
+        """A statistic's multiplier in pair expressions: its name if the sweep stores it, else the whole expression."""
         return cotangent_of(_symbol(stage))
 
     def _finished(
@@ -296,7 +297,7 @@ class _Reverse:
             for s in reversed(self.graph.rows)
             if s.name in self.multipliers
         )
-        if not self.parts:  # nothing to sweep for: each multiplier is arithmetic of the row
+        if not self.parts:  # without a sweep, each multiplier is arithmetic of the row
             inline = dict(cotangents)
             dscore = sympy.factor_terms(dscore.xreplace(inline))
             dreads = {r: sympy.factor_terms(e.xreplace(inline)) for r, e in dreads.items()}
@@ -314,7 +315,7 @@ class _Reverse:
 
 
 def trimmed(expr: sympy.Basic) -> sympy.Basic:
-    """relu(x) * step(x) is relu(x)."""
+    """The expression with relu(x) * step(x) simplified to relu(x)."""
     if not expr.args or isinstance(expr, Read):
         return expr
     args = [trimmed(a) for a in expr.args]

@@ -40,7 +40,7 @@ def running_sums(graph: VariantGraph) -> tuple[RunningSum, ...]:
 
 
 def without_running_sums(graph: VariantGraph) -> VariantGraph:
-    """The core: the graph where each running sum is an input of its own, with a gradient where its input has one."""
+    """The core: the graph in which each running sum is an input, with a gradient if the summed input has one."""
     sums = running_sums(graph)
     if not sums:
         return graph

@@ -25,13 +25,13 @@ from attncc.ir.similarity import by_distance, gathered, kind_of, sides
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, sum_d
 
-#: the kinds of sums that are a loop
+#: the kinds of sums that are computed by a loop
 _LOOPS = ("band", "pair")
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A matmul of the similarity: `symbol` = sum_d(left * right), of the query's side and the key's."""
+    """A matmul of the similarity: `symbol` = sum_d(left * right), functions of the query and of the key."""
 
     symbol: sympy.Symbol
     left: sympy.Expr
@@ -44,7 +44,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Term:
-    """A sum over the head dimension that has one value a row or a column: the core variant's input `read`."""
+    """A sum over the head dimension with one value per row or column: the core variant's input `read`."""
 
     symbol: sympy.Symbol
     summand: sympy.Expr
@@ -60,7 +60,7 @@ class Loop:
     """A sum over the head dimension that a tile of pairs adds up component by component: `symbol` = sum_d(summand).
 
 
-    `table`: what is read by distance, where `factor`, a function of the query, multiplies it and no more.
+    `table`: a read by distance, if the summand is the product of it and `factor`, a function of the query.
     """
 
     symbol: sympy.Symbol
@@ -75,7 +75,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Similarity:
-    """What the similarity of a variant is made of. `core` is the variant over qk, dots, loops and inputs alone."""
+    """The sums of a variant's similarity. `core` is the variant over qk, dots, loops and inputs alone."""
 
     core: VariantGraph
     q_terms: tuple[Term, ...]
@@ -85,16 +85,16 @@ class Similarity:
 
     @property
     def own(self) -> frozenset[str]:
-        """The inputs of the core that its user never sees."""
+        """The inputs of the core that the user does not pass: the terms."""
         return frozenset(t.name for t in (*self.q_terms, *self.k_terms))
 
 
 def similarity(graph: VariantGraph) -> Similarity:
-    """Split a variant into its core and what comes before it."""
+    """Split a variant into its core and the sums over the head dimension that the core reads."""
     if not graph.sums_d:
         return Similarity(graph, (), (), ())
     of_keys = [s for s in graph.sums_d if kind_of(s) == "k_term"]
-    # terms of the keys are made together: one value for all query heads of a key head, unless one tells them apart
+    # all terms of keys are computed by one kernel: per key head, or per query head if one of them depends on it
     head = sym.H if any(sym.H in s.expr.free_symbols for s in of_keys) else sym.H_KV
     q_terms = tuple(_term(s, sym.H, sym.Q_IDX) for s in graph.sums_d if kind_of(s) == "q_term")
     k_terms = tuple(_term(s, head, sym.KV_IDX) for s in of_keys)
@@ -107,15 +107,15 @@ def similarity(graph: VariantGraph) -> Similarity:
         for s in graph.stages
         if s.op != "sum_d"
     ]
-    # beyond the edge 1, by which a formula may divide
+    # past the tensor's edge they are 1, because a formula may divide by them
     own = [InputDecl(t.name, tuple(map(str, t.read.index)), grad=True, beyond=1) for t in (*q_terms, *k_terms)]
     core = graph.changed(stages=stages, inputs=[*graph.inputs, *own])
     return Similarity(core, q_terms, k_terms, dots, loops)
 
 
 def whole(found: Similarity) -> Similarity:
-    """Features with a constant in them, f(q_vec) + 1, as one dot product again: a graph has all products multiplied
-    out, so that terms of the query and of the key stand beside the matmul."""
+    """Merge terms of the query and of the key with a matmul into one dot product, if its features contain a constant,
+    such as f(q_vec) + 1: a graph has all products multiplied out."""
     if not (found.q_terms or found.k_terms):
         return found
     summands = {sym.QK: sym.Q_VEC * sym.K_VEC, **{d.symbol: d.left * d.right for d in found.dots}}
@@ -140,8 +140,8 @@ def whole(found: Similarity) -> Similarity:
 
 
 def refuse_gradients(graph: VariantGraph) -> None:
-    """UnsupportedError for an input whose gradient would need a value for every component of every pair. That of a
-    table of distances is added up along diagonals."""
+    """Raise UnsupportedError for an input whose gradient would need a value for every component of every pair. The
+    gradient of a table of distances does not: it is summed along diagonals."""
     for stage, read in _wanted_in_loops(graph):
         if level(read) == Level.PAIR and not by_distance(read):
             raise UnsupportedError(
@@ -160,7 +160,7 @@ def loops_by_key(graph: VariantGraph) -> bool:
 
 
 def _wanted_in_loops(graph: VariantGraph) -> list[tuple[Stage, Read]]:
-    """Element reads of inputs with a gradient in sums that are a loop."""
+    """Reads of inputs with a gradient, in sums that are computed by a loop."""
     wanted = {d.name for d in graph.inputs if d.grad}
     found = [(s, r) for s in graph.sums_d if kind_of(s) in _LOOPS for r in s.expr.atoms(Read) if r.input in wanted]
     return sorted(found, key=lambda entry: (entry[0].name, str(entry[1])))
@@ -178,6 +178,6 @@ def _symbol(stage: Stage) -> sympy.Symbol:
 
 
 def _term(stage: Stage, head: sympy.Symbol, along: sympy.Symbol) -> Term:
-    """A term along the queries or the keys, with a value for each query head or key head."""
+    """A term with a value per query or key (`along`), and per query head or key head (`head`)."""
     symbol = _symbol(stage)
     return Term(symbol, stage.expr, Read(sym.input_symbol(stage.name, False), sym.B, head, along))

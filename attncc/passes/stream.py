@@ -83,10 +83,10 @@ class Online:
 
     maxes: running maxima, in order; numerator: the accumulator of the output row (its term multiplies v);
     sums: the running sums; scale: G, over maxima, sums and row values;
-    coefficient: what the reduction multiplies a whole row by: out = coefficient * G * acc;
-    shift: M(m), where the weight is a(s) exp(x(s) - M) * G, else None;
-    lse: M - log G, the log of the denominator (None where the row has no statistic); proof: the steps, for `explain`;
-    before: the sweeps whose row statistics the last pass knows.
+    coefficient: the reduction's factor of the whole row: out = coefficient * G * acc;
+    shift: M(m), if the weight is a(s) exp(x(s) - M) * G, else None;
+    lse: M - log G, the log of the denominator (None if the row has no statistic); proof: the steps, for `explain`;
+    before: the sweeps before the last pass, which reads their row statistics.
     """
 
     maxes: tuple[tuple[sympy.Symbol, sympy.Expr], ...]
@@ -105,12 +105,12 @@ class Online:
 
     @property
     def passes(self) -> int:
-        """How often the forward goes over the keys."""
+        """How many times the forward goes over the keys."""
         return len(self.before) + 1
 
     def merge(self) -> dict[str, sympy.Expr]:
-        """How two partial results over different keys combine: for each accumulator, the factor of a partial whose
-        maxima were m when the joint maxima are m_new. Partials are scaled, then added."""
+        """The merge of partial results over different keys: for each accumulator, the factor of a partial whose maxima
+        are m, if the joint maxima are m_new. Partials are scaled, then added."""
         return {r.symbol.name: r.rescale for r in (self.numerator, *self.sums)}
 
 
@@ -123,7 +123,7 @@ class _Blocked(Exception):
 
 
 def stream(graph: VariantGraph) -> Online:
-    """Derive the plan with the fewest passes, or raise UnsupportedError that says which step fails and why."""
+    """Derive the plan with the fewest passes. UnsupportedError says which step fails and why."""
     stages = [Stage(s.name, attached(s.expr), s.op, s.span) for s in graph.rows]
     known: set[str] = set()
     reasons: list[str] = []
@@ -155,11 +155,12 @@ def stream(graph: VariantGraph) -> Online:
 
 
 def any_shift_serves(online: Online, stored: Iterable[sympy.Expr]) -> bool:
-    """Whether the last pass may keep a number in place of its maximum that is not the maximum. True if the row's factor
-    and everything `stored` of it do not change when that number moves and the accumulators are rescaled for it.
+    """Whether the last pass may use another number instead of its running maximum, such as one that lags behind. True
+    if the row's factor, and everything `stored` of the row, do not change when that number changes and the accumulators
+    are rescaled for it.
 
-    If the formula uses the maximum only as the larger of it and one other row value, such as a sink, the number that
-    moves is that combination; how it is made does not matter."""
+    If the formula uses the maximum only as the larger of it and one other row value, such as a sink, the number is that
+    combination."""
     if len(online.maxes) != 1 or online.before:
         return False
     (m,) = online.max_symbols
@@ -183,12 +184,12 @@ def any_shift_serves(online: Online, stored: Iterable[sympy.Expr]) -> bool:
 
 
 def _vanishes(change: sympy.Expr) -> bool:
-    """Whether it is 0. For sums of logarithms this is decided by their exponential."""
+    """Whether `change` is 0. For sums of logarithms, their exponential is compared with 1."""
     return bool(sympy.simplify(sympy.expand_log(change, force=True)) == 0 or sympy.simplify(sympy.exp(change)) == 1)
 
 
 def _with_ancestors(graph: VariantGraph, rows: set[str]) -> set[str]:
-    """Reductions, and all that they need."""
+    """These reductions, and all reductions that they need."""
     found = set(rows)
     for stage in reversed(graph.rows):
         if stage.name in found:
@@ -221,7 +222,7 @@ def _uses(stage: Stage) -> set[str]:
 def _reductions(
     stages: list[Stage], proof: list[str]
 ) -> tuple[tuple[tuple[sympy.Symbol, sympy.Expr], ...], tuple[Running, ...]]:
-    """Maxima and sums that stream together; _Blocked if one needs another whole, or sweeps of its own."""
+    """Maxima and sums that stream together; _Blocked if one needs another's final value, or sweeps of its own."""
     for stage in stages:
         _independent(stage, stages)
     maxes = tuple((sympy.Symbol(s.name, real=True), s.expr) for s in stages if s.op == "max")
@@ -279,7 +280,7 @@ def _independent(stage: Stage, among: list[Stage]) -> None:
 def _split(
     weight: sympy.Expr, sums: set[sympy.Symbol], running: set[sympy.Symbol]
 ) -> tuple[sympy.Expr | None, sympy.Expr]:
-    """The weight as (what varies by key) * (what is the row's), or (None, 1) where a sum sticks in the first part."""
+    """The weight as (part that varies by key, factor of the row); (None, 1) if a sum remains in the first part."""
     for candidate in (weight, sympy.factor_terms(weight), sympy.together(weight), sympy.factor(weight)):
         pair, scale = sympy.S.One, sympy.S.One
         for f in sympy.Mul.make_args(candidate):
@@ -294,7 +295,7 @@ def _split(
 
 
 def _row_factors(pair: sympy.Expr, running: set[sympy.Symbol]) -> tuple[sympy.Expr, sympy.Expr]:
-    """Move factors that are the same for the whole row and know no running maximum out of the accumulated term."""
+    """Move factors that are the same for the whole row, without running maxima, out of the accumulated term."""
     out, rest = sympy.S.One, sympy.S.One
     for f in sympy.Mul.make_args(pair):
         if varies_by_key(f) or f.free_symbols & running:
@@ -332,7 +333,7 @@ def _running(symbol: sympy.Symbol, term: sympy.Expr, maxes: tuple[sympy.Symbol, 
             break
     else:
         cases = row_ratio(moved, term)
-        # one exponential of a difference: of two, one may overflow
+        # merge into one exponential of a difference: one of two separate ones may overflow
         ratio = ratio if cases is None else sympy.powsimp(cases)
     if not varies_by_key(ratio):
         proof.append(f"{symbol.name}: f(s, m') / f(s, m) = {formula(ratio)}, free of s")
@@ -360,8 +361,8 @@ def _shift(pair: sympy.Expr) -> sympy.Expr | None:
 
 
 def _log_denominator(pair: sympy.Expr, scale: sympy.Expr, shift: sympy.Expr | None) -> sympy.Expr | None:
-    """log Z, where the weight is a(pair) exp(x(pair)) / Z; None where a row statistic is tied to the pair in another
-    way, or where no row statistic is part of Z."""
+    """log Z, if the weight is a(pair) exp(x(pair)) / Z; None if a row statistic is combined with the pair in another
+    way, or no row statistic is part of Z."""
     result = (shift if shift is not None else sympy.S.Zero) - _log(scale)
     for f in sympy.Mul.make_args(pair):
         if not varies_by_key(f):

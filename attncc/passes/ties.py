@@ -21,7 +21,7 @@ TIE = 1e-5
 
 
 def with_ties(graph: VariantGraph) -> VariantGraph:
-    """The graph with room for rounding wherever something is compared with what is its own maximum over the row."""
+    """The graph with a tolerance in every comparison of a value with its own maximum over the row."""
     maxima = {sympy.Symbol(s.name, real=True): s.expr for s in graph.stages if s.op == "max"}
     known = {r: _roomy(r, maxima) for s in graph.stages for r in s.expr.atoms(Relational)} if maxima else {}
     changed = {r: e for r, e in known.items() if r != e}
@@ -31,7 +31,7 @@ def with_ties(graph: VariantGraph) -> VariantGraph:
 
 
 def _roomy(relation: Any, maxima: dict[sympy.Symbol, sympy.Expr]) -> Any:
-    """The comparison as it is, or with room where its two sides are equal at the maximum that it reads."""
+    """The comparison, with a tolerance if its two sides are equal at the maximum that it reads."""
     apart = relation.lhs - relation.rhs
     for symbol, value in maxima.items():
         if symbol in apart.free_symbols and sympy.expand(apart.xreplace({symbol: value})) == 0:
@@ -39,7 +39,7 @@ def _roomy(relation: Any, maxima: dict[sympy.Symbol, sympy.Expr]) -> Any:
             if isinstance(relation, sympy.Eq | sympy.Ne):
                 close = voc.absolute(apart) <= room
                 return close if isinstance(relation, sympy.Eq) else sympy.Not(close)
-            # what holds of equals has the room
+            # a comparison that holds for equal sides is widened, any other narrowed
             above = isinstance(relation, sympy.Le | sympy.Gt)
             return relation.func(apart, room if above else -room)
     return relation

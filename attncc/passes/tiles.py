@@ -1,10 +1,9 @@
-"""Which tiles a mask leaves whole, cuts, or empties, as closed forms in the box of a block of rows (or of keys).
+"""Which tiles a mask leaves whole, cuts, or empties, as closed forms over the ends of a block of queries (or of keys).
 
-For a block of the outer axis the pairs that the mask shows lie in a few ranges of the inner axis. A mask in indices and
-scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D
-integer inputs (documents, token types) is scanned, each term for itself: the same interval arithmetic, on each block's
-minimum and maximum.
-A condition on other inputs along one axis (a gate that is not 0) is scanned as the integer that it comes to, 0 or 1.
+For a block of the outer axis, the pairs that the mask shows lie in a few ranges of the inner axis. A mask of indices
+and scalars gives those ranges in closed form, one for each term of its disjunctive normal form. A mask that reads 1-D
+integer inputs (documents, token types) is scanned, term by term, with the same interval arithmetic on the minimum and
+maximum of each block. A condition on other inputs along one axis (a gate that is not 0) is scanned as 0 or 1.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Segment:
-    """Inner indices that may be visible to some of the block (`live`), and those visible to all of it (`full`, or
-    None). scan: conditions on one tile's box that narrow both, where they read inputs along the inner axis."""
+    """The inner indices that may be visible to some of the block (`live`), and those visible to all of it (`full`, or
+    None). scan: conditions on a single tile that narrow both, if the mask reads inputs along the inner axis."""
 
     live: Range
     full: Range | None
@@ -65,7 +64,7 @@ class Segment:
 class TilePlan:
     """The tiles of one block of the outer axis.
 
-    segments: at most a few ranges, whose union holds every visible pair; what they scan is over the block minima and
+    segments: a few ranges whose union contains every visible pair; their scans are conditions over the block minima and
     maxima of `summaries` (reads and conditions along the inner axis) and of `outer_reads`.
     """
 
@@ -88,7 +87,7 @@ class TilePlan:
 
 
 def tile_plan_of(masks: Sequence[sympy.Basic], inner: sympy.Symbol) -> TilePlan:
-    """`tile_plan` of what any of the masks shows. Where they differ no tile counts as whole: each masks for itself."""
+    """`tile_plan` of the union of the masks. If they differ, no tile counts as whole, because each masks for itself."""
     if len(masks) == 1:
         return tile_plan(masks[0], inner)
     plan = tile_plan(sympy.Or(*masks), inner)
@@ -111,7 +110,7 @@ def tile_plan(mask: sympy.Basic, inner: sympy.Symbol) -> TilePlan:
     full_box = {**box, inner: Interval(INNER_LO, INNER_HI)}
     reads, unknown = _block_bounds(outer, inner), _block_truth(outer, inner)
     scans = [truth(sympy.And(*term), full_box, reads, unknown) for term in terms or [(mask,)]]
-    # closed forms say all that interval arithmetic could, but of inputs along the inner axis
+    # interval arithmetic adds to the closed forms only for inputs along the inner axis
     segments = tuple(
         replace(s, scan=scan if _reads_along([scan], inner) else None) for s, scan in zip(segments, scans, strict=True)
     )
@@ -165,7 +164,7 @@ def _block_truth(*axes: sympy.Symbol) -> Unknown:
 
 
 def disjunction(mask: sympy.Basic) -> list[tuple[sympy.Basic, ...]] | None:
-    """The mask as an OR of ANDs of atoms; an empty AND holds everywhere. None where that would take too many terms."""
+    """The mask as an OR of ANDs of atoms; an empty AND holds everywhere. None if that would take too many terms."""
     expanded = _distribute(sympy.to_nnf(mask, simplify=False))
     return [(sympy.false,)] if expanded == [] else expanded
 
@@ -237,8 +236,8 @@ def _segment(
 
 
 def _divisors(atom: sympy.Basic) -> dict[sympy.Symbol, sympy.Dummy]:
-    """The divisors in a condition that are symbols of unknown sign, such as a call's scalars, each with one that is
-    positive: what follows from those holds where the divisor is positive."""
+    """The divisors in a condition that are symbols of unknown sign, such as a call's scalars, each with a positive
+    stand-in. Bounds derived with the stand-ins hold only if the divisors are positive."""
     divisors = {f.args[1] for f in atom.atoms(voc.floordiv) if f.args[1].is_Symbol and not f.args[1].is_positive}
     return {d: sympy.Dummy(d.name, integer=True, positive=True) for d in sorted(divisors, key=str)}
 
@@ -248,7 +247,7 @@ def _where(given: sympy.Basic, bound: sympy.Expr, otherwise: sympy.Expr) -> symp
 
 
 def _fold(op: type[sympy.Function], bounds: list[sympy.Expr], limit: sympy.Expr) -> sympy.Expr:
-    """The bounds together, kept inside the axis."""
+    """The bounds combined by `op`, and clamped to the axis by `limit`."""
     result = limit
     for b in dict.fromkeys(bounds):
         result = op(result, b)

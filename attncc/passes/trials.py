@@ -1,4 +1,4 @@
-"""A graph's mask and indices at small sizes, for checks that need an example: what a query sees, what is read where."""
+"""Evaluate a graph's mask and indices at small sizes, for checks that need an example of a hidden row or a bad read."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from attncc.passes.numeric import evaluate
 
 _BATCH, _HEADS, _KV_HEADS = 2, 4, 2
 _FREE = 32
-#: all lengths up to this, and those around the mask's own constants
+#: all lengths up to this are tried, and lengths around the mask's constants
 _SMALL = 6
 _LARGE = 1 << 16
-#: pairs that one trial evaluates at most; longer ones take a sample of rows
+#: the most pairs of one trial; longer sequences use a sample of rows
 _PAIRS = 1 << 21
-#: what inputs may hold: ids along the sequence (lengths: all keys), random values, zeros
+#: the contents of inputs: ids along the sequence (for lengths, all keys), random values, zeros
 _FILLS = ("typical", "random", "zero")
 
 
 def hidden_row(graph: VariantGraph, more_queries: bool) -> str | None:
-    """The smallest example of a query that sees no key, in words; None if none was found.
+    """The smallest example of a query that sees no key, as text; None if none was found.
 
-    A query that a condition of its own hides, such as a closed gate, is meant to see none: it is no example."""
+    A query that is hidden by a condition on itself, such as a closed gate, is meant to see none, and is no example."""
     terms = sympy.And.make_args(graph["mask"].expr)
     mask = sympy.And(*(t for t in terms if sym.KV_IDX in t.free_symbols))
     own = sympy.And(*(t for t in terms if sym.KV_IDX not in t.free_symbols))
@@ -47,7 +47,7 @@ def hidden_row(graph: VariantGraph, more_queries: bool) -> str | None:
 
 
 def reads_outside(graph: VariantGraph) -> Iterator[tuple[Read, Literal["warning", "note"], str]]:
-    """Reads of visible pairs outside their input, and the sizes that free dimensions need: (read, level, words)."""
+    """Reads outside of an input at visible pairs, and the sizes that free dimensions need: (read, level, text)."""
     for read in graph.reads:
         decl = graph.input(read.input)
         for number, (dim, index) in enumerate(zip(decl.pattern, read.index, strict=True)):

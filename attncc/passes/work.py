@@ -1,4 +1,4 @@
-"""How much work a variant is, as values: what the cost model reads, and what is kept of a variant on disk."""
+"""The work of a variant, as values that the cost model reads and that are cached on disk."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class LiveTiles:
 
 @dataclass(frozen=True)
 class PairCosts:
-    """What the stages of a variant cost for one (query, key) pair, in operations beside the matmuls.
+    """The operations of a variant's stages for one (query, key) pair, besides the matmuls.
 
     fma: float32 adds, multiplies, fused multiply-adds, comparisons, selects; sfu: exp2, log2, tanh, rcp, sqrt, sin
     (the special-function unit); int: 32-bit integer and boolean operations; loads: elements read from inputs that are
-    indexed by both the query and the key (a dense bias), which no row or column vector can serve; tables: entries of
-    those that Triton's kernels have by distance, whose time is among int's.
-    The conversion of a weight to the matmul's dtype is among them; the rescaling of the accumulator is not.
+    indexed by both the query and the key (a dense bias), which no row or column vector can serve; tables: entries
+    that Triton's kernels read from tables by distance; their time is included in int.
+    The conversion of a weight to the matmul's dtype is included; the rescaling of the accumulator is not.
     """
 
     fma: float = 0.0
@@ -40,6 +40,6 @@ class PairCosts:
     tables: float = 0.0
 
     def plus(self, other: PairCosts, times: float) -> PairCosts:
-        """These, and so many times the others."""
+        """The sum of these costs and `times` the others."""
         mine, theirs = astuple(self), astuple(other)
         return PairCosts(*(a + times * b for a, b in zip(mine, theirs, strict=True)))
