@@ -177,7 +177,7 @@ def tile_slots(
       function of the query, or a loop over components;
     - boxes: tiles are loaded through descriptors, also those of inputs with an entry per pair where possible (`maps`).
     """
-    tables = plan.tables if hopper else plan.tables.read
+    tables, place = plan.tables if hopper else plan.tables.read, PLACE if by_tile else INDICES
     by_k = of_k(plan, wanted) if hopper and in_loop and not rows_first else {}
     wanted = [g for g in wanted if g not in by_k]
     similarity = SimilaritySlots(plan, *([HELD] if hopper else []))
@@ -197,7 +197,7 @@ def tile_slots(
     lowering.streamed = [] if streams else None
     shown = [s for i, s in enumerate(shown_masks(plan)) if in_loop or any(g.part == i for g in wanted)]
     own = [[g for g in wanted if plan.parts[g.part] is part] for part, _, _ in shown]
-    # where v is part of k, one accumulator takes dk and dv
+    # if v is part of k, one accumulator sums dk and dv, so that ds must contain its scale
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
     computed = [
         _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables, hopper)
@@ -205,28 +205,11 @@ def tile_slots(
     ]
     settles = []
     for (part, _, _), e, gradients in zip(shown, computed, own, strict=True):
-        moved = [g for g in gradients if not g.row_only and g.expr.has(DELTA)] if settle else []
-        for gradient in moved:
-            slope = tables.apart(over_raw(part, gradient.expr.diff(DELTA)), PLACE if by_tile else INDICES)
-            e.dreads.append(part.tagged(slope.xreplace(e.inlined)))
-            e.names.append(f"{gradient.name}_by_delta_tile")
+        moved = tuple(g for g in gradients if not g.row_only and g.expr.has(DELTA)) if settle else ()
         if moved:
-            share = share_of(part) if grows_with_place(part) else None
-            shares = "" if share is None else part.own("weight_sum")
-            settles.append(
-                Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), shares, tuple(moved))
-            )
-            e.dreads.append(e.weight * DP)
-            e.names.append(settles[-1].tile)
-            if share is not None:
-                e.dreads.append(part.tagged(part.folded.apply(share).xreplace(e.inlined)))
-                e.names.append(f"{shares}_tile")
-    for (part, _, _), e, gradients in zip(shown, computed, own, strict=True):
-        for gradient in gradients if hopper else ():
-            ratio = over_ds(plan, gradient)
-            if ratio is not None:
-                place = PLACE if by_tile else INDICES
-                e.dreads[e.names.index(f"{gradient.name}_tile")] = tables.apart(over_raw(part, ratio), place) * DS
+            settles.append(_settle(part, e, moved, tables, place))
+        if hopper:
+            _write_over_ds(plan, part, e, gradients, tables, place)
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside, hopper)
@@ -244,18 +227,12 @@ def tile_slots(
     else:
         chains = [a | b for a, b in zip([w.weight() for w in weighs], [w.gradients() for w in weighs], strict=True)]
     after = lowering.after_loop()
-    final_lines, row_lines, sums_of_k = [], [], []
+    final_lines, row_lines, sums_of_k = [], list[str](), []
     for chain, (part, _, _), gradients in zip(chains, shown, own, strict=True):
         chain["dqk_scale"] = after.emit(part.tagged(part.backward.dqk_scale)) if one_scale else "1"
         final_lines += take(after)
         sums_of_k = [(g.name, after.emit(over_raw(part, rest), Level.COL)) for g, rest in by_k.items()]
-        row_only = [g for g in gradients if g.row_only]
-        if row_only:
-            row_lines.append(f"{part.own('alive')} = {saw_a_key(part)}")
-        for gradient in row_only:
-            text = after.emit(part.tagged(part.folded.apply(gradient.expr)), Level.ROW)
-            row_lines += take(after)
-            row_lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
+        row_lines += _row_lines(part, [g for g in gradients if g.row_only], after)
     deltas = [part.own("delta") for part, _, _ in shown] if plan.needs_delta else []
     saved = [part.own(name) for part, _, _ in shown for name in part.backward.pair_rows]
     resident = QUERY if rows_first else KEY
@@ -322,6 +299,51 @@ class Settles:
     tile: str
     shares: str
     gradients: tuple[InputGradient, ...]
+
+
+def _settle(
+    part: Plan, exprs: _Cotangents, moved: tuple[InputGradient, ...], tables: Tables, place: tuple[Any, Any, Any]
+) -> Settles:
+    """The correction of the gradients `moved` to the exact delta. The sums that it needs are added to `exprs`: each
+    gradient's derivative by delta, the exact delta, and the weights that it may be divided by."""
+    for gradient in moved:
+        slope = tables.apart(over_raw(part, gradient.expr.diff(DELTA)), place)
+        exprs.dreads.append(part.tagged(slope.xreplace(exprs.inlined)))
+        exprs.names.append(f"{gradient.name}_by_delta_tile")
+    share = share_of(part) if grows_with_place(part) else None
+    shares = "" if share is None else part.own("weight_sum")
+    found = Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), shares, moved)
+    exprs.dreads.append(exprs.weight * DP)
+    exprs.names.append(found.tile)
+    if share is not None:
+        exprs.dreads.append(part.tagged(part.folded.apply(share).xreplace(exprs.inlined)))
+        exprs.names.append(f"{shares}_tile")
+    return found
+
+
+def _write_over_ds(
+    plan: Plan,
+    part: Plan,
+    exprs: _Cotangents,
+    gradients: list[InputGradient],
+    tables: Tables,
+    place: tuple[Any, Any, Any],
+) -> None:
+    """Write the cotangents of `gradients` as multiples of ds, if they are (see `over_ds`)."""
+    for gradient in gradients:
+        ratio = over_ds(plan, gradient)
+        if ratio is not None:
+            exprs.dreads[exprs.names.index(f"{gradient.name}_tile")] = tables.apart(over_raw(part, ratio), place) * DS
+
+
+def _row_lines(part: Plan, gradients: list[InputGradient], after: Lowering) -> list[str]:
+    """Lines, after the loop, for gradients that are a value per row: 0 in rows that have seen no key."""
+    lines = [f"{part.own('alive')} = {saw_a_key(part)}"] if gradients else []
+    for gradient in gradients:
+        text = after.emit(part.tagged(part.folded.apply(gradient.expr)), Level.ROW)
+        lines += take(after)
+        lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
+    return lines
 
 
 @dataclass(frozen=True)

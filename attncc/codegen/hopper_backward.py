@@ -79,7 +79,14 @@ def hopper_backward_slots(
       branch, whose slots are the kernel's;
     - `passed_on`: for each chunk of k, lines that add the contribution of the similarity's terms to dK. They run after
       all queries of a head, or after all heads where `sums_of_k` gives the terms' sums as multiples of k . dK;
-    - `bands`: gradients with an entry per distance that the kernel sums, `band_queries` queries at once.
+    - `bands`: gradients with an entry per distance that the kernel sums, `band_queries` queries at once;
+    - `wants_q_idx`, `wants_kv_idx`: whether tiles that the mask leaves whole need the indices of their pairs, too;
+    - `keeps_kv_idx`, `keeps_kv_in_tile`: whether these indices of keys stay in registers through the loop;
+    - `held`: keys and values stay in registers, as left operands;
+    - `frugal`: registers are scarce: the loading warp also stores dK and dV, and indices of keys are recomputed per
+      tile;
+    - `registers`: registers per thread at launch, with two and three warpgroups;
+    - `stages_beside_keys`: the most tiles of queries in shared memory that leave room for a second tile of keys.
     """
     _refuse(plan, d_qk, d_v)
     qk_chunks = chunks(d_qk, len(plan.parts), shared_key)
@@ -99,17 +106,14 @@ def hopper_backward_slots(
     chains = k.pop("chains")
     branches = _branches(plan, chains, qk_chunks) if len(chains) > 1 else []
     stages = _Stages.of(chains)
-    asked = keyed_values(
-        *(plan, k.pop("streamed"), [*k["outer"], *k["by_head"]]), [*stages.lines, *stages.hide], stages.show
-    )
-    outside = [*k["outer"], *k["by_head"], *(line for lines in k["passed_on"] for line in lines), *k["final_lines"]]
+    before = [*k["outer"], *k["by_head"]]
+    asked = keyed_values(plan, k.pop("streamed"), before, [*stages.lines, *stages.hide], stages.show)
+    outside = [*before, *(line for lines in k["passed_on"] for line in lines), *k["final_lines"]]
     around = free_names(outside)
+    computed = [*stages.lines, *outside, *(f"n = {chain['dqk_scale']}" for chain in chains)]
     slots = {key: translated(value) for key, value in {**k, **chains[0]}.items()}
     slots.update(
-        **_argument_slots(
-            *(plan, k, bands, shares, asked),
-            [*stages.lines, *outside, *(f"n = {chain['dqk_scale']}" for chain in chains)],
-        ),
+        **_argument_slots(plan, k, bands, shares, asked, computed),
         **tile_slots(k["bounds"]),
         **_strip_slots(k, chains[0], stages, asked, strips),
         **_division_slots(plan, d_qk, d_v, strips, deals and not (branches or bands)),
