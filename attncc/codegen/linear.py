@@ -31,7 +31,7 @@ from attncc.passes.calculus import derivative
 from attncc.passes.fold import lower_exp
 from attncc.passes.linearize import TOTAL, Linear
 
-#: names that the maps of tiles take first, numbered beyond those of the tiles of q and k
+#: first numbers of the names in maps of tiles, above those in the tiles of q and k
 _NAMES = {"choice": 8, "power": 8, "smaller": 8, "larger": 8, "product": 8, "shifted": 8}
 
 
@@ -113,7 +113,7 @@ class Role:
 
     @property
     def alpha_count(self) -> str:
-        """The same in the column of the constant value 1, as text."""
+        """The term of the constant feature in the column of the constant value 1, as text."""
         return f"{self.alpha} * count"
 
 
@@ -168,7 +168,7 @@ class LinearSlots:
         }
 
     def features(self) -> dict[str, MappedTile]:
-        """Those of q and k that have a feature map, with the lines that compute it."""
+        """The tiles of q and k that have a feature map, with the lines that compute it."""
         names: Counter[str] = Counter()
         sides = (("q", self.plan.left, sym.Q_VEC), ("k", self.plan.right, sym.K_VEC))
         return {n: self._mapped(self.tiles()[n], map_, vector, names) for n, map_, vector in sides if map_ != vector}
@@ -214,7 +214,7 @@ class LinearSlots:
 
     @property
     def strides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """How the state lies in memory: as the forward's scan has it, with a row per feature, and transposed, with a
+        """The strides of the state in memory: as in the forward's scan, with a row per feature, and transposed, with a
         column per feature, for scans whose result has features."""
         size_q, size_v = self.state_shape
         common: dict[str, Any] = {

@@ -75,7 +75,7 @@ def _own_names() -> frozenset[str]:
     """Every identifier of the templates in which inputs occur by name; X stands for the text of a slot."""
     found: set[str] = set()
     for template in path("templates").rglob("*.j2"):
-        if re.match("linear_|delta_|square", template.name):  # those kernels know inputs as factors of tokens
+        if re.match("linear_|delta_|square", template.name):  # these have no parameters named after inputs
             continue
         text = re.sub(r"\{#.*?#\}|\{%.*?%\}|\"\"\".*?\"\"\"", "", template.read_text(encoding="utf-8"), flags=re.S)
         text = re.sub(r"\{\{.*?\}\}", "X", text)

@@ -118,7 +118,7 @@ def _context(plan: Plan, shape: Shape, backward: bool) -> dict[str, Any]:
 
 
 def any_wide(graph: VariantGraph) -> str:
-    """Host code for: is any input too large for 32-bit offsets?"""
+    """Host code of the condition that any input is too large for 32-bit offsets."""
     return f"_is_wide({', '.join(d.name for d in graph.inputs)})" if graph.inputs else "False"
 
 
