@@ -6,33 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
-
 from attncc.codegen.bounds import bound_lines
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.components import band_slots, gradient_slots
 from attncc.codegen.loads import MapTile
 from attncc.codegen.lower import Leaf, Lowering
-from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, split_distances, uses_tiles
+from attncc.codegen.offsets import LEAVES, PLACE, RUNNING, uses_tiles
+from attncc.codegen.pair_exprs import DS, PairExprs, of_k, pair_exprs, settle_delta, write_over_ds
 from attncc.codegen.pairs import base_leaves, blank_tile, edge, shown_masks, similarity_slots, take, visible_lines
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import KEY, QUERY, Side, SimilaritySlots, VectorGradient
-from attncc.codegen.slopes import SLOPE, by_side, over_raw, over_slope, same_slope
+from attncc.codegen.slopes import SLOPE, over_raw, over_slope, same_slope
 from attncc.codegen.statements import set_names
-from attncc.ir import symbols as sym
-from attncc.ir.levels import Level, level
+from attncc.ir.levels import Level
 from attncc.ir.text import formula
-from attncc.ir.vocabulary import Read, attached
 from attncc.passes.differentiate import DELTA, DP
-from attncc.passes.distances import INDICES, Tables
-from attncc.passes.fold import S
-from attncc.passes.magnitudes import WEIGHT, over_weight
+from attncc.passes.distances import INDICES
 from attncc.passes.reverse import DLSE
 from attncc.passes.stream import LSE
 from attncc.passes.tiles import TilePlan
 
-#: the cotangent of the score's dot product, by its name in a kernel
-DS = sympy.Symbol("ds", real=True)
 #: the name of a tile that a Gluon kernel holds in registers
 HELD = "float_{tile}_{chunk}"
 #: the condition that a tile lies inside the tensors, in a loop that visits cut tiles first (phase 0)
@@ -81,53 +74,6 @@ def _boxed(tile: MapTile) -> dict[str, Any]:
     """A map's tile as the templates load it; `at`: offsets along all dimensions but the last two."""
     at = [f"_entry({index}, stride_{tile.input}_{d})" for d, index in enumerate(tile.at)]
     return {"name": tile.name, "input": tile.input, "upper": tile.input.upper(), "text": tile.text, "at": at}
-
-
-def over_ds(plan: Plan, gradient: InputGradient) -> Any | None:
-    """The ratio of a gradient's cotangent to ds, for a read with an entry per key or per distance; None if there is
-    none that is the same for all pairs of a query, or of a key. For a sum per key the ratio may have a factor q k.
-
-    There is no ratio either if ds has a factor that the cotangent lacks and that may be 0, such as a head's
-    temperature: ds would be 0 where the cotangent is not."""
-    own = gradient.own and gradient.kind != "col"
-    if gradient.kind not in ("band", "col") or own or len(plan.parts) > 1 or plan.backward.dqk == 0:
-        return None
-    over, under = list(sympy.Mul.make_args(gradient.expr)), []
-    for factor in sympy.Mul.make_args(plan.backward.dqk):
-        if factor in over:
-            over.remove(factor)
-        elif -factor in over:  # delta - dp, for dp - delta
-            over.remove(-factor)
-            over.append(sympy.S.NegativeOne)
-        else:
-            under.append(factor)
-    ratio = sympy.Mul(*over) / sympy.Mul(*under)
-    beside = ratio.xreplace({sym.QK: sympy.S.One}) if gradient.kind == "col" and ratio.is_Mul else ratio
-    return ratio if all(_never_zero(plan, f) for f in under) and level(beside) != Level.PAIR else None
-
-
-def _never_zero(plan: Plan, factor: Any) -> bool:
-    """Whether `factor` is a number, or the reciprocal of a value that depends only on positions, lengths and terms of
-    the similarity. The reciprocal of an input may be 0, because an input may be infinite."""
-    inputs = {r.input for r in factor.atoms(Read)} - plan.similarity.own
-    return bool(factor.is_number or (factor.is_Pow and factor.exp.is_number and factor.exp < 0 and not inputs))
-
-
-def of_k(plan: Plan, gradients: Sequence[InputGradient]) -> dict[InputGradient, Any]:
-    """For gradients of terms of the similarity, which are passed on to dK: the factor by which each sum over all
-    queries is a multiple of k . dK. A cotangent has such a factor if it is q k times ds times a value per key. {}
-    unless all of them have one."""
-    own = [g for g in gradients if g.own]
-    ratios = [over_ds(plan, g) for g in own]
-    found = {
-        g: ratio / sym.QK
-        for g, ratio in zip(own, ratios, strict=True)
-        if ratio is not None and sym.QK in sympy.Mul.make_args(ratio) and sym.H not in g.read.free_symbols
-    }
-    by_key = all(
-        level(rest) in (Level.PROGRAM, Level.COL) and sym.H not in rest.free_symbols for rest in found.values()
-    )
-    return found if len(found) == len(own) and by_key else {}
 
 
 def backward_leaves(plan: Plan) -> dict[str, Leaf]:
@@ -200,16 +146,16 @@ def tile_slots(
     # if v is part of k, one accumulator sums dk and dv, so that ds must contain its scale
     one_scale = len({part.backward.dqk_scale for part in plan.parts}) == 1 and plan.graph.value is None
     computed = [
-        _backward_exprs(part, gradients, in_loop, one_scale, by_tile, tables, hopper)
+        pair_exprs(part, gradients, in_loop, one_scale, by_tile, tables, hopper)
         for (part, _, _), gradients in zip(shown, own, strict=True)
     ]
     settles = []
     for (part, _, _), e, gradients in zip(shown, computed, own, strict=True):
         moved = tuple(g for g in gradients if not g.row_only and g.expr.has(DELTA)) if settle else ()
         if moved:
-            settles.append(_settle(part, e, moved, tables, place))
+            settles.append(settle_delta(part, e, moved, tables, place))
         if hopper:
-            _write_over_ds(plan, part, e, gradients, tables, place)
+            write_over_ds(plan, part, e, gradients, tables, place)
     for (part, _, _), e in zip(shown, computed, strict=True):
         lowering.count([*e.score, part.graph["mask"].expr, e.weight, *e.dsums.values(), *e.dreads])
     bounds = bound_lines(tile, lowering, block, inside, hopper)
@@ -264,78 +210,6 @@ def tile_slots(
     }
 
 
-def share_of(part: Plan) -> Any | None:
-    """The weight of a pair without the reduction's factor, if the weights of a row sum to 1 because they are a function
-    of the pair divided by its row sum; else None."""
-    weight, sums = part.core["weight"].expr, [stage for stage in part.core.stages if stage.op == "sum"]
-    if not any(weight == stage.expr / sympy.Symbol(stage.name, real=True) for stage in sums):
-        return None
-    factors = list(sympy.Mul.make_args(part.backward.weight))
-    for factor in sympy.Mul.make_args(attached(part.core["out"].expr.coeff(sym.V_VEC).diff(sym.WEIGHT))):
-        if factor != 1 and factor not in factors:
-            return None
-        factors = [f for f in factors if f != factor]
-    return sympy.Mul(*factors)
-
-
-def grows_with_place(part: Plan) -> bool:
-    """Whether the score has powers of positions above 1. Then even the largest weights may have exponents in the
-    thousands."""
-    score = part.core["score"].expr
-    alone = score.xreplace({read: sympy.Dummy() for read in score.atoms(Read)})
-    powers = (p for p in alone.atoms(sympy.Pow) if p.exp.is_number and p.exp > 1)
-    return any({sym.Q_IDX, sym.KV_IDX} & p.base.free_symbols for p in powers)
-
-
-@dataclass(frozen=True)
-class Settles:
-    """How a part's `gradients` are corrected from the stored to the exact delta: the names of the stored `delta`, of
-    the `exact` one, and of the `tile` whose row sum is the exact one. `shares`: the name of the sum of weights that the
-    exact delta is divided by, or "". That sum differs from 1 by the rounding of exponents, which may be in the
-    thousands if they grow with positions (`grows_with_place`)."""
-
-    delta: str
-    exact: str
-    tile: str
-    shares: str
-    gradients: tuple[InputGradient, ...]
-
-
-def _settle(
-    part: Plan, exprs: _Cotangents, moved: tuple[InputGradient, ...], tables: Tables, place: tuple[Any, Any, Any]
-) -> Settles:
-    """The correction of the gradients `moved` to the exact delta. The sums that it needs are added to `exprs`: each
-    gradient's derivative by delta, the exact delta, and the weights that it may be divided by."""
-    for gradient in moved:
-        slope = tables.apart(over_raw(part, gradient.expr.diff(DELTA)), place)
-        exprs.dreads.append(part.tagged(slope.xreplace(exprs.inlined)))
-        exprs.names.append(f"{gradient.name}_by_delta_tile")
-    share = share_of(part) if grows_with_place(part) else None
-    shares = "" if share is None else part.own("weight_sum")
-    found = Settles(part.own("delta"), part.own("exact_delta"), part.own("out_dot_tile"), shares, moved)
-    exprs.dreads.append(exprs.weight * DP)
-    exprs.names.append(found.tile)
-    if share is not None:
-        exprs.dreads.append(part.tagged(part.folded.apply(share).xreplace(exprs.inlined)))
-        exprs.names.append(f"{shares}_tile")
-    return found
-
-
-def _write_over_ds(
-    plan: Plan,
-    part: Plan,
-    exprs: _Cotangents,
-    gradients: list[InputGradient],
-    tables: Tables,
-    place: tuple[Any, Any, Any],
-) -> None:
-    """Write the cotangents of `gradients` as multiples of ds, if they are (see `over_ds`)."""
-    for gradient in gradients:
-        ratio = over_ds(plan, gradient)
-        if ratio is not None:
-            exprs.dreads[exprs.names.index(f"{gradient.name}_tile")] = tables.apart(over_raw(part, ratio), place) * DS
-
-
 def _row_lines(part: Plan, gradients: list[InputGradient], after: Lowering) -> list[str]:
     """Lines, after the loop, for gradients that are a value per row: 0 in rows that have seen no key."""
     lines = [f"{part.own('alive')} = {saw_a_key(part)}"] if gradients else []
@@ -344,73 +218,6 @@ def _row_lines(part: Plan, gradients: list[InputGradient], after: Lowering) -> l
         lines += take(after)
         lines.append(f"{gradient.name}_row = tl.where({part.own('alive')}, {text}, 0.0)")
     return lines
-
-
-@dataclass(frozen=True)
-class _Cotangents:
-    """The expressions that a backward kernel computes for one part, in the unit of its score.
-
-    - `score`: one expression, or none if it is inlined in the weight;
-    - `dsums`: cotangents of qk (`ds`) and of other sums over the head dimension, by their names in the kernel;
-    - `dreads`, `names`: cotangents of reads that are summed, and the names of their tiles;
-    - `inlined`: substitutions that other expressions of this kernel need to match these."""
-
-    score: list[Any]
-    weight: Any
-    dsums: dict[str, Any]
-    dreads: list[Any]
-    names: list[str]
-    inlined: dict[Any, Any]
-
-
-def _backward_exprs(
-    part: Plan,
-    gradients: list[InputGradient],
-    in_loop: bool,
-    one_scale: bool,
-    by_tile: bool,
-    tables: Tables,
-    slope_apart: bool,
-) -> _Cotangents:
-    """The expressions of one part. one_scale: all parts have the same scale of dqk, so that ds leaves it out, and the
-    parts may share an accumulator. slope_apart: as in `_Weighed`."""
-    folded, backward = part.folded, part.backward
-    weight = folded.apply(backward.weight)
-    place = PLACE if by_tile else INDICES
-    score = tables.apart(folded.score, place)
-    score = split_distances(score) if by_tile else score
-    sums = {f"d{s.name}": e for s, e in backward.dsums}
-    if SimilaritySlots(part).has_dot:
-        sums = {part.own("ds"): backward.dqk if one_scale else backward.dqk * backward.dqk_scale, **sums}
-    names = list(sums) if in_loop else []
-    summed = [g for g in gradients if not g.row_only]
-
-    def cotangent(expr: Any) -> Any:
-        over = over_weight(expr, backward.weight)
-        return tables.apart(over_raw(part, expr if over is None else over), place).xreplace({WEIGHT: weight})
-
-    def of_score(expr: Any) -> Any:
-        signed = by_side(part, expr) if slope_apart else None
-        return cotangent(expr) if signed is None else tables.apart(signed, place)
-
-    dsums, dreads = [of_score(sums[name]) for name in names], [cotangent(g.expr) for g in summed]
-    weight_alone = sympy.Dummy("weight")
-    outer = weight
-    others = [e.xreplace({weight: weight_alone}) for e in (*dsums, *dreads)]
-    inlined = in_loop and score.is_Add and not any(S in e.free_symbols for e in others)
-    if inlined:
-        # only the weight reads the score: their values per row, or per column, can be added before the broadcast
-        whole = weight.xreplace({S: score})
-        weight, *others = (whole, *(e.xreplace({weight_alone: whole}) for e in others))
-        dsums, dreads = others[: len(names)], others[len(names) :]
-    return _Cotangents(
-        [] if inlined else [part.tagged(score)],
-        part.tagged(weight),
-        dict(zip(names, map(part.tagged, dsums), strict=True)),
-        [part.tagged(e) for e in dreads],
-        [f"{g.name}_tile" for g in summed],
-        {outer: weight, S: score} if inlined else {outer: weight},
-    )
 
 
 @dataclass
@@ -423,7 +230,7 @@ class _Weighed:
     """
 
     part: Plan
-    exprs: _Cotangents
+    exprs: PairExprs
     lowering: Lowering
     blank: str
     visible: str

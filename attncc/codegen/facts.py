@@ -164,7 +164,7 @@ def _warps(plan: Plan, has_backward: bool) -> WarpWork:
 
 def _is_apart(plan: Plan, gradient: InputGradient) -> bool:
     """Whether a gradient that is summed per key needs a further value of each pair to be kept until dp is ready."""
-    from attncc.codegen.backward import of_k, over_ds
+    from attncc.codegen.pair_exprs import of_k, over_ds
     from attncc.codegen.slopes import keeps_a_tile
 
     if gradient in of_k(plan, [g for g in plan.gradients if g.kind == "col"]):

@@ -7,11 +7,12 @@ from typing import Any
 
 import sympy
 
-from attncc.codegen.backward import dkdv_slots, over_ds, saw_a_key, summed_by_key
+from attncc.codegen.backward import dkdv_slots, saw_a_key, summed_by_key
 from attncc.codegen.chunks import Chunk, chunks
 from attncc.codegen.hopper import KeyedValues, kernel_arguments, keyed_values, refuse, tile_slots, translated
 from attncc.codegen.launch import EVEN_REGISTERS
 from attncc.codegen.lower import Lowering
+from attncc.codegen.pair_exprs import over_ds
 from attncc.codegen.pairs import base_leaves
 from attncc.codegen.plan import InputGradient, Plan
 from attncc.codegen.similarity import SimilaritySlots

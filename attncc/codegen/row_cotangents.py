@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from attncc.codegen.backward import backward_leaves, saw_a_key, share_of
+from attncc.codegen.backward import backward_leaves, saw_a_key
 from attncc.codegen.bounds import bound_lines
 from attncc.codegen.chunks import Chunk
 from attncc.codegen.lower import Lowering
+from attncc.codegen.pair_exprs import share_of
 from attncc.codegen.pairs import blank_tile, edge, similarity_slots, take, visible_lines
 from attncc.codegen.plan import Plan
 from attncc.codegen.similarity import QUERY, SimilaritySlots
