@@ -28,7 +28,7 @@ _COMMON = ("scale", "heads", "group", "q_len", "kv_len", "WIDE", "FAST_MATH")
 #: plain q k. On an H200 the branch saves a tenth of a tile's time at 256 columns, up to a twentieth at 128; ALiBi took
 #: a fiftieth more at 128
 _WIDE_OUTPUT, _WIDE_OF_PLAIN = 192, 128
-#: the release of Triton that compiles what is generated
+#: the release of Triton, which compiles the kernels
 _TRITON = tuple(int(n) for n in triton.__version__.split(".")[:2])
 
 

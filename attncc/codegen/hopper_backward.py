@@ -248,8 +248,8 @@ def _division_slots(plan: Plan, d_qk: int, d_v: int, strips: int, deals: bool) -
 
 
 def _branches(plan: Plan, chains: list[dict[str, Any]], qk_chunks: tuple[Chunk, ...]) -> list[dict[str, Any]]:
-    """The slots of each branch, in Gluon. Branches with the same mask compute it each for itself: its value from one
-    branch is not available in the others, because it is computed only in tiles that the mask cuts."""
+    """The slots of each branch, in Gluon. Each branch computes its mask, even if another has the same: the value from
+    one branch is not available in the others, because it is computed only in tiles that the mask cuts."""
     shown = {chain["visible"]: chain["show"] for chain in reversed(chains)}
     found = []
     for part, chain in zip(plan.parts, chains, strict=True):

@@ -343,7 +343,7 @@ class LinearSlots:
 
     def _to_vector(self, role: Role, side: str, vector: sympy.Symbol, factor: str) -> Role:
         """The gradient of q or k (`side`) from that of its features: through its factor of tokens and its feature map.
-        With a decay or a factor, also the products with the vector, of which their gradients are made."""
+        With a decay or a factor, also the products with the vector, from which their gradients are computed."""
         plan = self.plan
         map_ = plan.left if side == "q" else plan.right
         own = self._mapped(MappedTile("own", self.d_qk, self.tiles()[side].head), map_, vector, Counter(_NAMES), "own")

@@ -143,7 +143,7 @@ def widths(pieces: Iterable[Chunk]) -> str:
 
 
 def _header(plan: Plan, d_qk: int, d_v: int, about: str, base_2: bool) -> str:
-    """The module's docstring: the formula, and what was derived from it."""
+    """The module's docstring: the formula, and the online form derived from it."""
     body = textwrap.indent(to_text(plan.graph), "    ")
     proof = "\n\n".join("\n".join(f"    {line}" for line in part.online.proof) for part in plan.parts)
     quotes = '"""'

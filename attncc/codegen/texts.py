@@ -81,7 +81,7 @@ HINTS = {
 
 
 def hinted(expr: Any) -> str:
-    """A name that says what a value is."""
+    """A descriptive name for a value."""
     if isinstance(expr, Read):
         return f"{expr.input}_value"
     if isinstance(expr, ByDistance):

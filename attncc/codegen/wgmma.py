@@ -75,7 +75,7 @@ def _descriptors(x: Instruction, known: Known) -> list[str]:
     """Faults for the upper halves of a wgmma's descriptors that are not constants: the descriptor of its right operand,
     and that of its left operand if this is in shared memory."""
     gdesc = next(re.match(r"gdesc\[UR(\d+)\]", v) for v in x.operands if v.startswith("gdesc"))
-    if gdesc is None:  # gdesc[URZ]: what ptxas leaves to close a group of which nobody reads the sums
+    if gdesc is None:  # gdesc[URZ]: only closes a group whose sums are never read
         return []
     first = int(gdesc[1])
     halves = {"right": first + 3} if x.operands[1].startswith("R") else {"left": first + 1, "right": first + 3}

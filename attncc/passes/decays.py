@@ -19,7 +19,7 @@ from attncc.ir.levels import Level, level
 from attncc.ir.text import formula
 from attncc.ir.vocabulary import Read, absolute, cumsum, maximum, where
 
-#: a token, query and key at once, where the mask is causal
+#: the index of a token; if the mask is causal, queries and keys are the same tokens
 T = sym.KV_IDX
 
 _REMEDY = "linear are polynomials of degree 1 or 2 in a dot product, times f(query) * g(key)"

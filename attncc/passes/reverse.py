@@ -33,11 +33,11 @@ from attncc.passes.algebra import held_at_zero, is_zero, row_ratio
 from attncc.passes.calculus import derivative as diff
 from attncc.passes.ties import TIE
 
-#: do . v, one value a pair
+#: do . v, one value per pair
 DP = sympy.Symbol("dp", real=True)
-#: do . o - dlse, one value a row
+#: do . o - dlse, one value per row
 DELTA = sympy.Symbol("delta", real=True)
-#: the cotangent of lse, one value a row
+#: the cotangent of lse, one value per row
 DLSE = sympy.Symbol("dlse", real=True)
 
 
