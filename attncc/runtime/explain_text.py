@@ -35,7 +35,8 @@ def text_of(found: Mapping[str, Any]) -> str:
         "shipped": "measured, and shipped with attncc",
         "user": "as given",
     }[found["origin"]]
-    parts += [_kernel_text(name, kernel, found["sizes"]) for name, kernel in found["kernels"].items()]
+    with_dq = not found["dq_passed_on"]
+    parts += [_kernel_text(name, kernel, found["sizes"], with_dq) for name, kernel in found["kernels"].items()]
     if found["dq_apart"] is not None:
         if found["dq_of_rows"]:
             wanted = " and ".join(found["dq_apart"])
@@ -126,14 +127,15 @@ def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
     return _assigned(rows)
 
 
-def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int], with_dq: bool) -> str:
+    """A kernel's candidates; `with_dq`: does dkdv make dQ, too, where it is in Gluon?"""
     tiles = kernel["tiles"]
     live = tiles["full"] + tiles["mixed"]
     chosen = KernelSchedule(**kernel["chosen"])
     reason = f" ({kernel['why_backend']})" if kernel["why_backend"] else ""
     written = f"{name}{', in Triton' + reason if reason else ''}"
     if chosen.backend == "gluon":
-        written = f"{name}, in Gluon{reason}{', with dQ' if name == 'dkdv' else ''}"
+        written = f"{name}, in Gluon{reason}{', with dQ' if name == 'dkdv' and with_dq else ''}"
     if chosen.splits and name == "dkdv":
         written += ", a program for each query head of a group; they add up dK and dV in turns"
     elif chosen.splits:
@@ -149,7 +151,7 @@ def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int])
     more = kernel["considered"] - len(kernel["candidates"])
     lines += [f"    ... and {more} more"] if more > 0 else []
     languages = {KernelSchedule(**c["schedule"]).backend for c in kernel["candidates"]}
-    if name == "dkdv" and chosen.backend == "gluon" and "triton" in languages:
+    if name == "dkdv" and with_dq and chosen.backend == "gluon" and "triton" in languages:
         lines.append("    those in Gluon make dQ, too; beside those in Triton there is the kernel dq")
     return "\n".join(lines)
 

@@ -191,6 +191,14 @@ def test_what_sums_dq_in_a_fixed_order(nothing_shipped, name, said):
     assert "free order" not in text
 
 
+def test_dkdv_in_gluon_is_not_said_to_make_a_dq_that_dq_makes(nothing_shipped, attncc):
+    cosine, causal = (attncc("explain", name, "--target", "h100").stdout for name in ("cosine", "causal"))
+    assert "dq makes dQ, with what terms of the similarity pass on to it" in cosine
+    for said in (", with dQ", "those in Gluon make dQ, too"):
+        assert said not in cosine
+        assert said in causal
+
+
 def test_heads_of_a_group_that_have_programs_of_their_own_add_up_in_turns(nothing_shipped, attncc):
     grouped = ("--target", "h100", "--q-len", "4096", "--batch", "4", "--heads", "28", "--kv-heads")
     shared, apart = (attncc("explain", "causal", *grouped, kv_heads).stdout for kv_heads in ("4", "28"))
