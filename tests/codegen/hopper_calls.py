@@ -129,7 +129,18 @@ SHIFTED = (
     ac.Variant(name="shifted", score=lambda score: score - 0.5, mask=ac.causal),
     ac.Variant(name="shifted_by_head", score=shifted_by_head, inputs={"shift": ac.Input("h", grad=True)}),
 )
-OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, CUT_BIAS, SHARING, *BRANCHES, *SHIFTED)}
+
+
+def rising(score, kv_idx):
+    return score + kv_idx / 4
+
+
+#: the weight of a key past the end would be more than 16 bits hold
+RISING = (
+    ac.Variant(name="rising", score=rising),
+    ac.Variant(name="two_rising", branches=2, score=rising, reduction=mixed, inputs=TILT),
+)
+OWN = {own.name: own for own in (TWO_NORM, GATED_KEYS, CUT_BIAS, SHARING, *BRANCHES, *SHIFTED, *RISING)}
 
 
 def variant(name):

@@ -172,7 +172,7 @@ def test_what_has_an_entry_a_distance_is_summed_with_dk_and_dv(name, shape, opti
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (" | (block_lo + BLOCK_N > kv_len)", ""),
+        ("gl.where(block_lo + BLOCK_N <= kv_len, ", "gl.where(block_lo >= 0, "),
         ("gl.where(ahead, ", "gl.where(key >= 0, "),
         ("far[i + 1]", "far[i]"),
         ("row + 8 - 8 * which", "row + 8 + 8 * which"),

@@ -81,6 +81,21 @@ def test_rows_that_see_nothing_give_zeros():
     assert not dq[:, :, :140].any()
 
 
+@pytest.mark.parametrize(
+    ("name", "d", "options"),
+    [
+        ("rising", 64, {}),
+        ("rising", 64, {"deals": True}),
+        ("rising", 128, {"strips": 2}),
+        ("two_rising", 64, {}),
+    ],
+)
+def test_keys_past_the_end_add_nothing_to_dq_whatever_their_weight_would_be(name, d, options):
+    run = Run(name, Shape(1, 1, 1, 130, 150, d, d), **options)
+    assert not run.failures(run.backward())
+    assert not run.failures(run.backward(sums=False))
+
+
 def test_an_infinite_cotangent_of_the_lse_of_a_row_that_sees_nothing_goes_nowhere():
     run = Run("causal", Shape(1, 1, 1, 210, 70, 64, 64))
     dlse = torch.zeros(1, 1, 210)
