@@ -5,8 +5,9 @@ matmul still reads it, a barrier that is waited for in the wrong phase, a fence 
 is asynchronous. Every partition of warps is a thread, one of which runs at a time; at every barrier chance says which
 goes on. Copies and matmuls take place at a random moment between their issue and the wait for them, a warpgroup's
 matmuls in their order. A tile that is stored is read first, and lies in memory for sure when that was waited for.
-Shared memory begins as NaN. Reading a result that was not waited for, writing by threads what the asynchronous units
-read with no fence in between, telling others of a store that is still on its way, and waiting for ever are errors.
+Shared memory begins as NaN, and a load from it may take until its result is used. Reading a result that was not waited
+for, writing by threads what the asynchronous units read with no fence in between, copying to where a load may still
+read, telling others of a store that is still on its way, and waiting for ever are errors.
 
 Layouts are not modelled, nor registers, nor the threads within a warpgroup; `cross_compile` has a say in those.
 """
@@ -34,6 +35,7 @@ from tests.codegen.machine_tensors import (
     Block,
     Box,
     MachineError,
+    Memory,
     Pending,
     Pointer,
     Shared,
@@ -163,7 +165,7 @@ def _allocate(kind: Type, shape: Sequence[int], layout: Any) -> Any:
         found = Barriers(shape[0])
         current().barriers += found.all
         return found
-    memory = SimpleNamespace(unfenced=set())
+    memory = Memory()
     current().memories.append(memory)
     filled = torch.full(tuple(shape), float("nan") if kind.torch.is_floating_point else -1, dtype=kind.torch)
     return Shared(filled, memory)
@@ -193,6 +195,7 @@ def _arrive(barrier: Barrier, *, count: int = 1, pred: Any = True) -> None:
 def _copy_in(box: Box, at: Sequence[Any], barrier: Barrier, to: Shared, pred: Any = True) -> None:
     place = [int(x) for x in at]
     target = to.asynchronous()
+    to.memory.copied_to(target)
 
     def happen() -> None:
         inside, where = box.part(place)

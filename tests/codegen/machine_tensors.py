@@ -81,6 +81,22 @@ class Block:
         return Block(-self.v)
 
 
+class Loaded(Block):
+    """What a thread loads from shared memory, which is there for sure when something uses it. `late`: a copy was issued
+    to that place before."""
+
+    def __init__(self, value: Tensor):
+        self.used = self.late = False
+        self._value = value
+
+    @property
+    def v(self) -> Tensor:  # type: ignore[override]
+        if self.late:
+            raise MachineError("a copy is issued to where a load may still read")
+        self.used = True
+        return self._value
+
+
 def plain(x: Any) -> Any:
     """The tensor or number that an operand stands for."""
     if isinstance(x, Pending):
@@ -176,10 +192,35 @@ class Box:
         return self.view[tuple(inner)], tuple(place)
 
 
-class Shared:
-    """A view of shared memory. `memory` knows who wrote it with no fence since."""
+class Memory:
+    """An allocation of shared memory: who wrote it with no fence since, and loads from it that may be on their way."""
 
-    def __init__(self, view: Tensor, memory: Any):
+    def __init__(self) -> None:
+        self.unfenced: set[threading.Thread] = set()
+        self.loads: list[tuple[tuple[int, int], Loaded]] = []
+
+    def load(self, view: Tensor) -> Loaded:
+        found = Loaded(view.clone())
+        self.loads = [*((places, x) for places, x in self.loads if not x.used), (_places(view), found)]
+        return found
+
+    def copied_to(self, view: Tensor) -> None:
+        """A copy to this is issued: loads of a part of it that may still be on their way are late."""
+        low, high = _places(view)
+        for (first, last), found in self.loads:
+            found.late |= not found.used and first < high and low < last
+
+
+def _places(view: Tensor) -> tuple[int, int]:
+    """The addresses between which a view lies."""
+    last = sum((n - 1) * step for n, step in zip(view.shape, view.stride(), strict=True))
+    return view.data_ptr(), view.data_ptr() + (last + 1) * view.element_size()
+
+
+class Shared:
+    """A view of shared memory."""
+
+    def __init__(self, view: Tensor, memory: Memory):
         self.view, self.memory = view, memory
         self.dtype = OF[view.dtype]
 
@@ -198,7 +239,7 @@ class Shared:
         return Shared(self.view.narrow(dim, start, length), self.memory)
 
     def load(self, layout: Any = None) -> Block:
-        return Block(self.view.clone())
+        return self.memory.load(self.view)
 
     def store(self, block: Block) -> None:
         if block.v.shape != self.view.shape:

@@ -72,3 +72,13 @@ def test_whole_tiles_come_first_where_that_spills_nothing(monkeypatch, release, 
     monkeypatch.setattr(hopper, "_TRITON", release)
     text = render(Plan(variant("causal").graph), 128, 128, False, forward_in="gluon")
     assert ("i >= full_tiles)" in text, "i < mixed_tiles)" in text) == (first, not first)
+
+
+def test_the_model_notices_queries_that_a_load_may_still_read_when_the_next_come():
+    """With so few keys a block, the warp that loads waits for them at once."""
+    shape, load = Shape(1, 2, 1, 700, 700, 128, 128), "left_0 = left_0.load(gl.DotOperandLayout(0, SCORES, 2))\n"
+    text = source("document", 128, 128)
+    assert (text.count(load), text.count("if Q_HELD and OUT_APART:")) == (1, 1)
+    early = f"{load}            mbarrier.arrive(q_empty.index(slot // LEAVERS), count=1)\n"
+    with pytest.raises(machine.MachineError, match="where a load may still read"):
+        Run("document", shape, lambda text: text.replace("if Q_HELD and OUT_APART:", "if False:").replace(load, early))
