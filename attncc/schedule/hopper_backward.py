@@ -58,47 +58,49 @@ FIT = model().gluon_backward
 
 
 def wide(d_qk: int, d_v: int) -> bool:
-    """Are dK and dV of 64 keys so many that dQ has a kernel of its own?"""
+    """Whether dK and dV of 64 keys take so many registers that dQ needs a kernel of its own."""
     return max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) > 2 * NARROW
 
 
 def shares_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
-    """Of wide heads, have both warpgroups the same 64 keys, one dK and the other dV? Else each has both of keys of its
-    own, for which a quarter less goes through shared memory. Beside those one value a pair may wait for dp, no more."""
+    """Whether, for wide heads, both warpgroups have the same 64 keys: one accumulates dK, the other dV. Otherwise
+    each has dK and dV of its own keys, which moves a quarter less through shared memory but leaves registers for only
+    one value per pair that waits for dp."""
     both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
     return wide(d_qk, d_v) and (both > OWN_KEYS or not warps.slope or warps.columns > 0)
 
 
 def summed_apart(d_qk: int, d_v: int, warps: WarpWork) -> bool:
-    """Does a third warpgroup have dQ? Else it is shared out between the two that have the keys: where their heads are
-    too wide, or not narrow and a second value waits for dp beside the slope, or a third does, which all spilled."""
+    """Whether a third warpgroup computes dQ. Otherwise the two that have the keys share its columns: for wider heads,
+    for heads that are not narrow if two values per pair wait for dp, and for all heads if three do; those spilled."""
     both = sum(head_chunks(d_qk)) + sum(head_chunks(d_v))
     widest = next((width for waiting, width in ((1, SUMMED_APART), (2, 2 * NARROW)) if _waiting(warps) <= waiting), 0)
     return both <= widest and not wide(d_qk, d_v) and warps.branches == 1
 
 
 def _waiting(warps: WarpWork) -> int:
-    """Values of a pair that wait for dp."""
+    """Values per pair that are kept until dp is there."""
     return (1 if warps.slope else 2) + warps.columns_apart
 
 
 def holds_keys(d_qk: int, d_v: int, warps: WarpWork) -> bool:
-    """Are a warpgroup's keys and values in registers, as left operands of scores and dp? Shared memory, which the
-    kernel waits for, then gives a sixth less. A slope with a row's factor takes their room."""
+    """Whether a warpgroup holds its keys and values in registers, as left operands of the matmuls of scores and dp.
+    That saves a sixth of the shared-memory reads, which bound the kernel. A slope with a factor of the row needs
+    these registers itself."""
     narrow = max(sum(head_chunks(d_qk)), sum(head_chunks(d_v))) <= NARROW
     return narrow and summed_apart(d_qk, d_v, warps) and _waiting(warps) == 1 and not warps.slope_by_row
 
 
 def both_branches(d_qk: int, d_v: int, warps: WarpWork) -> bool:
-    """Has a kernel both branches of a variant with two? Each has its columns of q as one operand, of which a warpgroup
-    has dQ, and one value a pair waits for dp."""
+    """Whether one kernel can compute both branches of a variant with two: the columns of q of each branch must form one
+    operand, whose dQ one warpgroup computes, and one value per pair waits for dp."""
     own = d_qk // 2
     return warps.branches == 2 and head_chunks(own) == (own,) and own <= NARROW and not wide(own, d_v) and warps.slope
 
 
 def queries(d_qk: int, d_v: int, warps: WarpWork) -> int | None:
-    """Queries of a tile; None where there is no kernel: two warpgroups cannot share the columns of dQ where they are 64
-    or fewer, and operands of one are cut at 64 alone; but of two branches each has those of one."""
+    """Queries per tile; None if there is no kernel. Two warpgroups cannot share 64 or fewer columns of dQ, and
+    operands are split at multiples of 64 only; with two branches, each warpgroup has the columns of one."""
     if warps.branches > 1:
         return ROWS if both_branches(d_qk, d_v, warps) else None
     qk = head_chunks(d_qk)
@@ -107,7 +109,8 @@ def queries(d_qk: int, d_v: int, warps: WarpWork) -> int | None:
 
 
 def dq_stages(d_qk: int, d_v: int) -> tuple[int, int]:
-    """Tiles of 64 keys, and of values, that the kernel of dQ has room for beside 128 queries and their dout."""
+    """The stages of 64 keys and of 64 values for which the dQ kernel has shared memory beside 128 queries and their
+    dout."""
     qk, v = (2 * sum(head_chunks(dim)) for dim in (d_qk, d_v))
     return next(
         (keys, values)
@@ -117,8 +120,9 @@ def dq_stages(d_qk: int, d_v: int) -> tuple[int, int]:
 
 
 def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
-    """The tilings there are, none for sums a key that two warpgroups would share. The query heads of a group may be one
-    program's, or have a program each, which then add up dK and dV in float32, in turns."""
+    """All tilings, before registers and shared memory are checked; none for sums per key that two warpgroups would
+    have to share. A program processes all query heads of a group, or one of them; then the programs of a group add dK
+    and dV in float32, in turn."""
     heads = (problem.d_qk, problem.d_v)
     block_m, shares = queries(*heads, problem.costs.warps), shares_keys(*heads, problem.costs.warps)
     if block_m is None or (shares and problem.costs.warps.columns):
@@ -134,10 +138,10 @@ def tried(problem: Problem) -> tuple[KernelSchedule, ...]:
 
 
 def deals(ks: KernelSchedule, problem: Problem) -> bool:
-    """Has a program block after block of keys, the next one's tiles under way while the last of this one's are
-    multiplied? Not of wide heads or of branches, which gained nothing or spilled, nor with the heads of a group, which
-    spilled; strips leave dK and dV to the warp that loads. A second tile of keys must fit, the next block's; and loops
-    that are not narrow heads' must be short, or what each of their tiles takes more is more than what that hides."""
+    """Whether a program is persistent and processes block after block, loading the next block while it finishes one.
+    Not for wide heads or branches, which gained nothing or spilled, nor for groups of heads, which spilled; in strips
+    the loading warp stores dK and dV. A second tile of keys must fit. Heads that are not narrow must have short
+    loops: otherwise each tile's extra time exceeds what overlapping blocks saves."""
     if problem.group > 1 or problem.branches > 1 or ks.strips or wide(problem.d_qk, problem.d_v):
         return False
     if problem.costs.warps.passes_on:  # dQ has its own kernel
@@ -151,8 +155,8 @@ def deals(ks: KernelSchedule, problem: Problem) -> bool:
 
 
 def stages_beside_keys(d_qk: int, d_v: int, values: int) -> int:
-    """The most tiles of queries, of which each has so many `values` of 4 bytes, beside which there is room for a second
-    tile of keys, the next block's."""
+    """The most stages of queries, each with `values` values of 4 bytes per query, that leave shared memory for the
+    tile of keys of the next block."""
     qk, v = sum(head_chunks(d_qk)), sum(head_chunks(d_v))
     beside = (KEYS * (2 * qk + v) + 2 * KEYS * ROWS) * ENTRY_BYTES + ROWS * 4 * (qk if qk > NARROW else 2 * qk)
 
@@ -163,7 +167,7 @@ def stages_beside_keys(d_qk: int, d_v: int, values: int) -> int:
 
 
 def has_strips(problem: Problem) -> bool:
-    """Can a tile be weighed in strips? That of one branch, where dQ has no kernel of its own."""
+    """Whether a tile can be processed in strips: with one branch, and dQ in the same kernel."""
     return problem.branches == 1 and not wide(problem.d_qk, problem.d_v)
 
 
@@ -179,7 +183,8 @@ def in_strips(ks: KernelSchedule, problem: Problem) -> tuple[KernelSchedule, ...
 
 
 def shared_memory(ks: KernelSchedule, problem: Problem, reserved: int) -> int:
-    """Bytes of a program's tiles, and what is reserved beside them: less where two tiles of keys just fit."""
+    """Bytes of shared memory per program: its tiles and the reserve; capped at SHARED_BYTES if a second tile of keys
+    just fits."""
     if deals(ks, problem):
         second = ks.block_n * sum(head_chunks(problem.d_qk)) * problem.dtype_bytes
         return min(_tile_bytes(ks, problem) + second + reserved, SHARED_BYTES)
@@ -187,7 +192,8 @@ def shared_memory(ks: KernelSchedule, problem: Problem, reserved: int) -> int:
 
 
 def _tile_bytes(ks: KernelSchedule, problem: Problem) -> int:
-    """Bytes of tiles: k and v, a ring of q, dout and what a row has, two of ds, two of p or dQ of each warpgroup."""
+    """Bytes of tiles: k and v; the stages of q, dout and row values; two tiles of ds; and for each warpgroup its tile
+    of dQ, or for wide heads of p."""
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     resident = ks.block_n * (qk + v) * problem.dtype_bytes
     apart, shares = wide(problem.d_qk, problem.d_v), shares_keys(problem.d_qk, problem.d_v, problem.costs.warps)
@@ -200,8 +206,8 @@ def _tile_bytes(ks: KernelSchedule, problem: Problem) -> int:
 
 
 def registers(ks: KernelSchedule, problem: Problem) -> int:
-    """dK and dV of 64 keys, or one of them, scores and dp of a tile, the weights as an operand where they are that
-    early, and what the stages keep beside them."""
+    """Registers per thread: dK and dV of 64 keys, or one of them; scores and dp of a tile; the weights as a 16-bit
+    operand, if they are needed at the same time; and the values per pair that wait for dp."""
     costs = problem.costs
     qk, v = sum(head_chunks(problem.d_qk)), sum(head_chunks(problem.d_v))
     apart, shares = wide(problem.d_qk, problem.d_v), shares_keys(problem.d_qk, problem.d_v, costs.warps)
@@ -214,12 +220,12 @@ def registers(ks: KernelSchedule, problem: Problem) -> int:
 
 
 def efficiency(problem: Problem) -> float:
-    """The share of their peak that the tensor cores reach."""
+    """The fraction of peak throughput that the tensor cores reach."""
     return FIT.wide_efficiency if wide(problem.d_qk, problem.d_v) else FIT.tensor_efficiency
 
 
 def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
-    """The time of dK, dV and dQ in microseconds, and each unit's own."""
+    """The predicted time of dK, dV and dQ in microseconds, and that of each unit by itself."""
     lines, splits = problem.batch * problem.heads, max(ks.splits, 1)
     live = problem.costs.live(ks.block_m, ks.block_n)
     tiles, pairs = live.live * lines, ks.block_m * ks.block_n

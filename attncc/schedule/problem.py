@@ -30,11 +30,15 @@ MAX_CHUNK = 256
 
 @dataclass(frozen=True)
 class SimilarityWork:
-    """What makes a tile of raw scores: `dots` matmuls over the head dimension of q and k, the plain one among them or
-    not; `made_q` and `made_k` operands of them are computed from q's and k's tile, and have gradients of their own.
-    `wide_q` and `wide_k` inputs with an entry a component of each query or key come with the tile, as float32.
-    `looped`: where more is added up component by component, which is part of a pair's work, the tiles of pairs that are
-    kept for it; inputs of such sums that have a gradient are among the operands."""
+    """How a kernel computes a tile of raw scores.
+
+    `dots`: matmuls over the head dimension of q and k; `plain_dot`: q @ k^T is one of them.
+    `made_q`, `made_k`: operands of these matmuls that are computed from the tile of q or k and have their own
+    gradients.
+    `wide_q`, `wide_k`: inputs with an entry per component of each query or key, loaded with the tile as float32.
+    `looped`: tiles of pairs that a sum over components, computed in a loop, keeps in registers, including operands of
+    inputs that have gradients. The arithmetic of that loop counts as work per pair.
+    """
 
     dots: int = 1
     plain_dot: bool = True
@@ -50,13 +54,19 @@ PLAIN_DOT = SimilarityWork()
 
 @dataclass(frozen=True)
 class WarpWork:
-    """What the warps of a Gluon kernel keep in registers besides their tiles. `vanishes`: a score of -inf is all that
-    hides a pair in the forward; `slope`: one value a pair waits for dp in the backward, else two; `slope_by_row`: it is
-    no function of the weight and the score alone, but has a row's factor; `columns`: gradients that are summed there a
-    key; `columns_apart`: those of them for which a further value a pair waits; `maps`: inputs of the score with an
-    entry a pair, of which a tile is loaded at once; `tables`: what is read by distance; `asked`: what is read a query;
-    `branches`: scores of a pair; `passes_on`: dK has a part that is made of k at last; `means`: does a pair's gradient
-    ask for its key's means over the queries? `no_backward`: why only the Triton backend has this backward, if so."""
+    """What the warps of a Gluon kernel keep in registers besides their tiles.
+
+    `vanishes`: a score of -inf suffices to hide a pair in the forward.
+    `slope`: the backward keeps one value per pair until dp is there; otherwise two.
+    `slope_by_row`: that value has a factor of the row, so it is no function of the weight and the score alone.
+    `columns`: gradients that the backward sums per key; `columns_apart`: those that keep a further value per pair.
+    `maps`: inputs of the score with an entry per pair, loaded as tiles.
+    `tables`: inputs read by distance; `asked`: values read per query.
+    `branches`: scores per pair.
+    `passes_on`: dK includes a multiple of k, added after the last query.
+    `means`: the gradient of a pair needs means over the queries of its key.
+    `no_backward`: why only the Triton backend has this backward; empty if Gluon has it, too.
+    """
 
     vanishes: bool = True
     slope: bool = True
@@ -77,16 +87,19 @@ PLAIN_WARPS = WarpWork()
 
 @dataclass(frozen=True)
 class KernelCosts:
-    """The work of a variant: `forward` and `backward` (in each of dkdv, dq) on live pairs, `mask` on mixed tiles.
+    """The work of a variant: `forward` and `backward` (each of dkdv and dq) per live pair, `mask` per pair of a
+    partially masked tile.
 
-    `live(block_m, block_n)` counts the tiles of that size which the mask leaves at the real lengths. `vectors` counts
-    the inputs that are read by key alone, such as document numbers: each travels with the streamed tiles. `rows` counts
-    what dkdv streams for each query: its stored statistics, and delta. `distances`: the backward computes distances
-    between queries and keys by tile. `nested`: the query heads that share a key head have a loop each in dkdv, for
-    their bounds or sums are their own. `sweeps` says how often the forward goes over the keys before its last pass,
-    each time with a matmul of q and k; the work of a pair in those is part of `forward`. `only_triton`: why only the
-    Triton backend has this forward, if so. `packs_heads`: query heads that share a key head may be rows of one tile;
-    `whole_rows`: why the keys of a row cannot be dealt to several programs, if so.
+    `live(block_m, block_n)`: the tiles of that size that the mask leaves at the real lengths.
+    `vectors`: inputs read by key alone, such as document numbers; each is loaded with the streamed tiles.
+    `rows`: values that dkdv streams per query: its stored statistics, and delta.
+    `distances`: the backward computes the distances between queries and keys of each tile.
+    `nested`: in dkdv, the query heads that share a key head have a loop each, because their bounds or sums differ.
+    `sweeps`: passes of the forward over the keys before its last one, each with a matmul of q and k; their work per
+    pair is part of `forward`.
+    `only_triton`: why only the Triton backend has this forward; empty if Gluon has it, too.
+    `packs_heads`: query heads that share a key head may be rows of one tile.
+    `whole_rows`: why the keys of a row cannot be split over several programs; empty if they can.
     """
 
     forward: PairCosts
@@ -113,12 +126,14 @@ class KernelCosts:
 class Problem:
     """One attention call as the scheduler sees it: dtypes, sizes and the variant's work; InputError if they clash.
 
-    `precision` says how float32 operands meet in a matmul, "ieee" (no tensor cores) or "tf32"; 16-bit dtypes ignore it.
-    `digest` is the variant's IR digest; with none, no tuned schedule is looked up. `branches`: how many scores a pair
-    has, each over its own part of d_qk. `pairs`: some input has a gradient with an entry a pair, so there is a pair
-    kernel to schedule. `values`: heads of v that each weight meets; `value_of_key`: v is the first part of k, and is
-    not loaded for itself. `ordered`: every sum has a fixed order. `spills`: tilings of which compiled kernels were seen
-    to spill, with the bytes a thread; those that are alike are named once (`alike`).
+    `precision`: how matmuls multiply float32 operands, "ieee" (no tensor cores) or "tf32"; ignored for 16-bit dtypes.
+    `digest`: the variant's IR digest; if empty, no tuned schedule is looked up.
+    `branches`: scores per pair, each over its own part of d_qk.
+    `pairs`: an input has a gradient with an entry per pair, so there is a pair kernel to schedule.
+    `values`: heads of v per weight; `value_of_key`: v is the first part of k and not loaded separately.
+    `ordered`: all sums are in a fixed order, as deterministic mode asks.
+    `spills`: (kernel, tiling, bytes per thread) of compiled kernels that spilled; one entry for tilings that are
+    `alike`.
     """
 
     dtype: Dtype
@@ -151,19 +166,19 @@ class Problem:
             raise InputError(f"{self.heads} query heads are no multiple of {self.kv_heads} key/value heads")
 
     def spilled(self, kernel: Kernel, ks: KernelSchedule) -> int:
-        """Bytes a thread that this tiling of a kernel was seen to spill; 0 where nobody saw any."""
+        """Bytes per thread that a kernel was seen to spill in this tiling; 0 if no spill was recorded."""
         return next((count for name, known, count in self.spills if name == kernel and known == alike(ks)), 0)
 
     @property
     def qk_chunks(self) -> tuple[int, ...]:
-        """The head dimension of q and k as tiles, those of each branch, and of a value, for themselves."""
+        """The head dimension of q and k, cut into tiles; no tile spans two branches, or v and the rest of a key."""
         if self.value_of_key and self.d_v < self.d_qk:
             return head_chunks(self.d_v) + head_chunks(self.d_qk - self.d_v)
         return head_chunks(self.d_qk // self.branches) * self.branches
 
     @property
     def v_chunks(self) -> tuple[int, ...]:
-        """The head dimension of v as tiles, those of each head that a weight meets."""
+        """The head dimension of v, cut into tiles, for each of the `values` heads."""
         return head_chunks(self.d_v) * self.values
 
     @property
