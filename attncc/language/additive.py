@@ -39,7 +39,7 @@ def cancelled(expr: Any, graded: Collection[str] = ()) -> Any:
 
 
 def _switches(term: Any, graded: Collection[str]) -> bool:
-    """Is it a number times what inputs or conditions say, such as 0 or 1?"""
+    """Whether the expression is a number times a value of an input or a condition, such as 0 or 1."""
     reads = {str(r.input) for r in term.atoms(voc.Read)}
     counted = any(_condition(a) is not None for a in term.atoms(voc.to_int, voc.to_float))
     return not reads & set(graded) and (bool(reads) or counted)

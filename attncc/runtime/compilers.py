@@ -54,7 +54,7 @@ def compilers(count: int | None = None) -> Iterator[int]:
 
 
 def running() -> bool:
-    """Are there such processes now?"""
+    """Whether such processes are running."""
     return _executor is not None
 
 

@@ -312,7 +312,7 @@ def _made(make: Callable[[], Any]) -> Any:
 
 
 def _has_state(op: AttentionOp | LinearOp) -> bool:
-    """Has the op of a part a state of its own?"""
+    """Whether the op of a part has a state of its own."""
     return isinstance(op, RecurrenceOp) or (isinstance(op, LinearOp) and op.linear.causal)
 
 

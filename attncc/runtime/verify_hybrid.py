@@ -1,4 +1,4 @@
-"""Is a hybrid right? Its output and all gradients by the rules of `verify`, in one call and in two that go on."""
+"""Verification of a hybrid: output and all gradients by the rules of `verify`, in one call and in two with a state."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _tuned(problem: Problem, device: Device, cache: Cache | None) -> Schedule | 
 
 
 def _measured_here(value: dict[str, Any], problem: Problem) -> bool:
-    """Was the entry measured at these sizes, up to a number of keys that is scheduled alike?"""
+    """Whether the entry was measured at these sizes, or at a number of keys with the same schedule."""
     here, there = sizes_of(problem), value.get("sizes")
     if not isinstance(there, dict) or set(there) != set(here):
         return False
@@ -203,7 +203,7 @@ def _shipped(problem: Problem, device: Device, backend: Backend | None) -> tuple
 
 
 def _in_gluon(schedule: Mapping[str, Any]) -> bool:
-    """Is a kernel of a row's schedule in Gluon?"""
+    """Whether a schedule in the table has a Gluon kernel."""
     return any(kernel is not None and kernel.get("backend") == "gluon" for kernel in map(schedule.get, _IN_GLUON))
 
 

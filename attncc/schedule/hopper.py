@@ -43,7 +43,7 @@ FIT = model().gluon_forward
 
 
 def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
-    """Why there is no Gluon kernel for this problem, or None where there is one."""
+    """Why there is no Gluon kernel for this problem; None if there is one."""
     if device.target != "sm_90":
         return f"Gluon kernels are for sm_90, and this is {device.target}"
     if kernel not in ("forward", "dkdv"):
@@ -85,13 +85,13 @@ def refusal(kernel: Kernel, problem: Problem, device: Device) -> str | None:
 
 
 def whole_branches(d_qk: int, branches: int) -> bool:
-    """Do a branch's columns of q fill its tiles? What a tile has beyond them would be the next branch's."""
+    """Whether the columns of q of each branch fill whole tiles; otherwise a tile would reach into the next branch."""
     return branches == 1 or sum(head_chunks(d_qk // branches)) == d_qk // branches
 
 
 def template(kernel: Kernel, problem: Problem) -> str:
-    """The Gluon kernel that would run, as device files call it: wide heads have a backward of their own, and keys that
-    hold their values a forward that splits them."""
+    """The name of the Gluon kernel in device files: wide heads have their own backward kernel, and keys that contain
+    their values a forward that splits the keys."""
     if kernel == "forward" and problem.value_of_key:
         return "decode"
     wide = kernel == "dkdv" and hopper_backward.wide(problem.d_qk, problem.d_v)
@@ -99,12 +99,12 @@ def template(kernel: Kernel, problem: Problem) -> str:
 
 
 def tilings(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSchedule, ...]:
-    """The tilings of a Gluon kernel whose programs own their rows; none where it does not serve the problem."""
+    """The tilings of a Gluon kernel in which one program computes a whole row; none if there is no such kernel."""
     return () if problem.value_of_key or refusal(kernel, problem, device) else _fitting(kernel, problem, device)
 
 
 def has_backward(ks: KernelSchedule, problem: Problem, device: Device) -> bool:
-    """Is this a tiling of the Gluon backward, of whole tiles or in strips?"""
+    """Whether this is a tiling of the Gluon backward, whole or in strips."""
     strips = not ks.strips or (ks.strips in hopper_backward.STRIPS and hopper_backward.has_strips(problem))
     whole = {replace(each, strips=0) for each in tilings("dkdv", problem, device)}
     return strips and replace(ks, strips=0) in whole
@@ -129,14 +129,14 @@ def _fitting(kernel: Kernel, problem: Problem, device: Device) -> tuple[KernelSc
 
 
 def register_limit(ks: KernelSchedule) -> int:
-    """Registers of a thread that computes. Of a backward's three warpgroups two weigh the tiles: the third, which has
-    dQ, leaves them 208, and takes the 32 off them in which they would have a part of it."""
+    """Registers per thread of a computing warpgroup. In a backward with a third warpgroup, which computes dQ, the
+    other two have 208 registers, but do not need the 32 for their share of dQ."""
     return REGISTERS[3 if ks.block_m == 3 * ROWS else 2]
 
 
 def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
-    """Bytes of shared memory of a program: tiles of q, a ring of k, v and maps, and of out where they fit, of three
-    warpgroups also the next q; and in the forward what is read a key, four bytes each."""
+    """Bytes of shared memory per program: the tile of q, the stages of k, v and maps, and 4 bytes for each value read
+    per key; if they fit, also a tile of out, and with three warpgroups the next tile of q."""
     if kernel == "dkdv":
         return hopper_backward.shared_memory(ks, problem, RESERVED_BYTES)
     if problem.value_of_key:
@@ -153,7 +153,7 @@ def shared_memory(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
 
 
 def out_in_q(d_qk: int, d_v: int, branches: int = 1) -> bool:
-    """Can a tile of out take the place of the tile of q? Its chunks must be the first of q's."""
+    """Whether a tile of out can reuse the shared memory of the tile of q: its chunks must be the first chunks of q."""
     qk, v = head_chunks(d_qk // branches) * branches, head_chunks(d_v)
     return qk[: len(v)] == v
 
@@ -173,8 +173,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem) -> int:
 
 
 def waits_for_arithmetic(kernel: Kernel, terms: dict[str, float], problem: Problem) -> bool:
-    """Do exponentials and other arithmetic of a tile, one after the other in a warpgroup, take longer than the
-    matmuls at the rate that they reach?"""
+    """Whether the exponentials and other arithmetic of a tile, which a warpgroup executes one after the other, take
+    longer than the matmuls at the throughput they reach."""
     matmuls = terms["tensor"] / (hopper_backward.efficiency(problem) if kernel == "dkdv" else FIT.tensor_efficiency)
     return terms["sfu"] + terms["alu"] > max(matmuls, terms["memory"], terms["launch"])
 

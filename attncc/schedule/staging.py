@@ -10,7 +10,7 @@ AMD_ROWS = 64
 
 
 def stages_compile(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Device) -> bool:
-    """Does a tiling's number of stages compile? Of a forward that reads an input at each pair, as a dense bias is, not
-    in short blocks for AMD: what is left of its layouts is no LLVM IR."""
+    """Whether Triton can compile this number of stages. For AMD it cannot pipeline short blocks of a forward that
+    reads an input per pair, such as a dense bias: a layout conversion remains that has no LLVM IR."""
     ahead = kernel == "forward" and ks.num_stages > 1 and problem.costs.forward.loads > 0
     return not (ahead and device.backend == "hip" and ks.block_m < AMD_ROWS)
