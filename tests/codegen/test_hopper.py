@@ -142,17 +142,17 @@ def test_the_backward_spills_nothing_and_adds_by_tma(name, dims, dtype, group):
     counted = hopper.shared_memory("dkdv", tiling, sized)
     assert counted - hopper.RESERVED_BYTES < kernel.shared <= counted
     assert "cp.reduce.async.bulk.tensor" in kernel.ptx
-    assert "red.global" not in kernel.ptx
     # blocks are dealt where a group has one head; who comes first to a tile of dQ claims it, and says when it is there
     assert dealt == (group == 1)
     # and two warps round dQ of a head once its blocks have been counted
-    deals = {"atom.global.gpu.relaxed.add.u32"} if dealt else set()
+    deals = {"global.gpu.relaxed.add.u32"} if dealt else set()
     if dealt and not hopper_backward.summed_apart(*dims, plan(name).facts.warps):
-        deals |= {"atom.global.gpu.release.add.u32"}
+        deals |= {"global.gpu.release.add.u32"}
         assert "ld.global.gpu.acquire.b32" in kernel.ptx
-    claims = {"atom.global.acquire.gpu.cas.b32", "atom.global.gpu.release.exch.b32"}
+    claims = {"global.acquire.gpu.cas.b32", "global.gpu.release.exch.b32"}
     third = hopper_backward.summed_apart(*dims, plan(name).facts.warps)
-    assert set(re.findall(r"atom\.global\S*", kernel.ptx)) == deals | (set() if third else claims)
+    # no other atomics: TMA adds the sums of dQ. Triton 3.9 emits red if the result is unused
+    assert set(re.findall(r"\b(?:atom|red)\.(global\S*)", kernel.ptx)) == deals | (set() if third else claims)
     # one instruction for each 16 of a matmul's depth: scores, twice, dp, dV and dK of both warpgroups, dQ in pieces
     qk, v = (sum(head_chunks(dim)) for dim in dims)
     keys = tiling.block_m // 16
