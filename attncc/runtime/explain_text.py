@@ -128,7 +128,7 @@ def _backward_lines(backward: Mapping[str, Any]) -> list[str]:
 
 
 def _kernel_text(name: str, kernel: Mapping[str, Any], sizes: Mapping[str, int], with_dq: bool) -> str:
-    """A kernel's candidates; `with_dq`: does dkdv make dQ, too, where it is in Gluon?"""
+    """A kernel's candidates; `with_dq`: in Gluon, dkdv computes dQ, too."""
     tiles = kernel["tiles"]
     live = tiles["full"] + tiles["mixed"]
     chosen = KernelSchedule(**kernel["chosen"])

@@ -20,8 +20,8 @@ class Prepared:
     kernels.
 
     `chosen_for`: the problem and device of a schedule that was chosen by the model, neither given nor measured here.
-    `started`: kernels that are compiled or being compiled, each with its companions. `ran`: those that a call has run,
-    or is about to."""
+    `started`: kernels that are compiled or being compiled, each with its companions. `ran`: the kernels that a call
+    has run or is about to run."""
 
     module: ModuleType
     schedule: Schedule

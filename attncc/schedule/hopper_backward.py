@@ -173,8 +173,8 @@ def has_strips(problem: Problem) -> bool:
 
 def in_strips(ks: KernelSchedule, problem: Problem) -> tuple[KernelSchedule, ...]:
     """The same tile in strips, for a formula of which the whole tile was seen to spill, or is expected to: with a
-    further sum per key, or means over the queries, strips took 0.80 to 0.87 of Triton's time. Of other formulas whose
-    two values wait for dp they took 1.08 and 1.67, because they spill, too."""
+    further sum per key, or means over the queries, strips took 0.80 to 0.87 of Triton's time. For other
+    formulas that keep two values per pair until dp is there they took 1.08 and 1.67, because strips spill, too."""
     warps = problem.costs.warps
     expected = warps.means or warps.columns_apart > 0
     if not has_strips(problem) or not (expected or problem.spilled("dkdv", ks)):
