@@ -48,7 +48,7 @@ STRIPS = (2, 4, 8)
 STRIPS_BESIDE = 2
 #: tiles of registers that strips save: of what lives between scores and slope, and with more of them dp
 STRIP_TILES, LATE_TILES = 0.5, 1.5
-#: bytes of an entry of dQ in its passes through memory: zeroed, read as float32, written in 16 bits
+#: bytes of an entry of dQ in its passes through memory: summed and read as float32, written in 16 bits
 SUM_BYTES = 10
 #: and of one of dK or dV that several programs add up in turns: float32, written and read; between programs it is in L2
 TURN_BYTES = 8
@@ -225,7 +225,8 @@ def efficiency(problem: Problem) -> float:
 
 
 def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float, dict[str, float]]:
-    """The predicted time of dK, dV and dQ in microseconds, and that of each unit by itself."""
+    """The predicted time of dK, dV and dQ in microseconds, and that of each unit by itself; of dK and dV alone where
+    terms of the similarity are passed on, since dQ then has a kernel of its own in either language."""
     lines, splits = problem.batch * problem.heads, max(ks.splits, 1)
     live = problem.costs.live(ks.block_m, ks.block_n)
     tiles, pairs = live.live * lines, ks.block_m * ks.block_n
@@ -235,7 +236,8 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     share = live.mixed / live.live if live.live else 0.0
     flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     apart = wide(problem.d_qk, problem.d_v)
-    matmuls = WIDE_MATMULS_QK * qk + WIDE_MATMULS_V * v if apart else MATMULS_QK * qk + MATMULS_V * v
+    sums = not apart and not problem.costs.warps.passes_on
+    matmuls = WIDE_MATMULS_QK * qk + WIDE_MATMULS_V * v if apart else (MATMULS_QK - 1 + sums) * qk + MATMULS_V * v
     tensor = 2 * pairs * matmuls / flops
     sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
     alu = (work.fma + share * mask.fma) * pairs / device.fma_per_clk_sm
@@ -248,7 +250,7 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)
     spread = rounds / waves / device.sms / (device.clock_ghz * 1e3)
-    rows = lines * problem.q_len * ((0 if apart else SUM_BYTES) * problem.d_qk + 4 * problem.d_v)
+    rows = lines * problem.q_len * ((SUM_BYTES if sums else 0) * problem.d_qk + 4 * problem.d_v)
     if splits > 1:
         rows += problem.batch * problem.kv_heads * problem.kv_len * TURN_BYTES * (problem.d_qk + problem.d_v)
     memory = rows / (device.dram_gbps * 1e3)

@@ -99,6 +99,18 @@ def test_shipped_variants_that_are_left_to_triton(kernel, left):
     assert not {name: reasons[name] for name, begins in left.items() if not reasons[name].startswith(begins)}
 
 
+@pytest.mark.parametrize("length", [1024, 2048, 8192])
+def test_terms_that_are_passed_on_leave_dq_to_its_own_kernel_in_either_language(length):
+    sizes = {"b": 32768 // length, "h": 16, "h_kv": 16, "q_idx": length, "kv_idx": length, "d_qk": 128, "d_v": 128}
+    plans = [Plan(ac.variants.get(name).graph) for name in ("squared_distance", "causal")]
+    passed_on, plain = (problem_of(plan, sizes, "bf16", "ieee", {}) for plan in plans)
+    tile = KernelSchedule(64, 128, 8, 2, "gluon")
+    alone, _ = hopper.predict("dkdv", tile, passed_on, MEASURED)
+    with_dq, _ = hopper.predict("dkdv", tile, plain, MEASURED)
+    assert alone < 0.9 * with_dq  # a matmul of five and dQ's sums less
+    assert backend_of("dkdv", passed_on, MEASURED)[0] == "gluon"
+
+
 def test_reasons():
     costs = problem().costs
     heavy = replace(problem(), costs=replace(costs, warps=WarpWork(slope=False, columns_apart=2)))
