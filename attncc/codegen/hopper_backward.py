@@ -237,7 +237,7 @@ def _division_slots(plan: Plan, d_qk: int, d_v: int, strips: int, deals: bool) -
         "third": third,
         "shares": shares_keys(d_qk, d_v, plan.facts.warps),
         "alike": alike,
-        "rotates": not is_wide and not third and alike,
+        "rotates": not is_wide and alike,
         "in_turn": takes_turns(plan, d_qk, d_v),
         "claims": not is_wide and not third,
         "deals": dealt,
