@@ -48,8 +48,9 @@ STRIPS = (2, 4, 8)
 STRIPS_BESIDE = 2
 #: tiles of registers that strips save: of what lives between scores and slope, and with more of them dp
 STRIP_TILES, LATE_TILES = 0.5, 1.5
-#: bytes of an entry of dQ in its passes through memory: summed and read as float32, written in 16 bits
-SUM_BYTES = 10
+#: bytes of an entry of dQ in its passes through memory: read as float32, written in 16 bits; and those of the zeros that
+#: are written first, for a third warpgroup to add to: other kernels store an entry before they add to it
+SUM_BYTES, ZERO_BYTES = 6, 4
 #: and of one of dK or dV that several programs add up in turns: float32, written and read; between programs it is in L2
 TURN_BYTES = 8
 #: launches: what goes before and after sums of dQ
@@ -237,6 +238,7 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     flops = device.matmul_tflops(problem.dtype, problem.precision) * 1e3 / device.clock_ghz / device.sms
     apart = wide(problem.d_qk, problem.d_v)
     sums = not apart and not problem.costs.warps.passes_on
+    zeroed = summed_apart(problem.d_qk, problem.d_v, problem.costs.warps)
     matmuls = WIDE_MATMULS_QK * qk + WIDE_MATMULS_V * v if apart else (MATMULS_QK - 1 + sums) * qk + MATMULS_V * v
     tensor = 2 * pairs * matmuls / flops
     sfu = (work.sfu + share * mask.sfu) * pairs / device.sfu_per_clk_sm
@@ -250,7 +252,8 @@ def predict(ks: KernelSchedule, problem: Problem, device: Device) -> tuple[float
     # blocks of unlike lengths end one by one: about a block after the last SM could
     rounds = waves + 1 if live.live < live.total else ceil(waves)
     spread = rounds / waves / device.sms / (device.clock_ghz * 1e3)
-    rows = lines * problem.q_len * ((SUM_BYTES if sums else 0) * problem.d_qk + 4 * problem.d_v)
+    sum_bytes = SUM_BYTES + zeroed * ZERO_BYTES if sums else 0
+    rows = lines * problem.q_len * (sum_bytes * problem.d_qk + 4 * problem.d_v)
     if splits > 1:
         rows += problem.batch * problem.kv_heads * problem.kv_len * TURN_BYTES * (problem.d_qk + problem.d_v)
     memory = rows / (device.dram_gbps * 1e3)
