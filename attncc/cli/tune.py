@@ -83,11 +83,12 @@ def command(
       attncc tune spec.toml --q-len 4096 --head-dim 64 --limit 40
       attncc tune softcap --shapes "B8 H32/8 M1 N8192" --forward
     """
+    seconds = written.seconds(budget) if budget else float("inf")
+    written.shapes(shapes or (), {})  # what is mistyped is said before anything starts
     with compilers() as count:  # start now, while this process imports torch and asks for the GPU
         err.print(f"starting torch{f', and {count} processes that compile' if count else ''}")
         given = (q_len, kv_len, batch, heads, kv_heads, head_dim, head_dim_v)
         found = jobs(specs, (similarity, score, mask, normalizer), shapes, settings, given)
-        seconds = written.seconds(budget) if budget else float("inf")
         limit = 16 if limit is None and budget is None else limit
         asked = backend.value if backend is not None else None
         _races(found, dtype, limit, time.monotonic() + seconds, against, asked, forward)

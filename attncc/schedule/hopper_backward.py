@@ -48,8 +48,8 @@ STRIPS = (2, 4, 8)
 STRIPS_BESIDE = 2
 #: tiles of registers that strips save: of what lives between scores and slope, and with more of them dp
 STRIP_TILES, LATE_TILES = 0.5, 1.5
-#: bytes of an entry of dQ in its passes through memory: read as float32, written in 16 bits; and those of the zeros that
-#: are written first, for a third warpgroup to add to: other kernels store an entry before they add to it
+#: bytes of an entry of dQ in its passes through memory: read as float32, written in 16 bits; and those of the zeros
+#: that are written first, for a third warpgroup to add to: other kernels store an entry before they add to it
 SUM_BYTES, ZERO_BYTES = 6, 4
 #: and of one of dK or dV that several programs add up in turns: float32, written and read; between programs it is in L2
 TURN_BYTES = 8

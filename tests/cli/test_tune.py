@@ -166,6 +166,15 @@ def test_sizes_and_times_of_another_form_are_refused(attncc, stick, words, said)
     assert said in result.stderr
 
 
+def test_what_is_mistyped_is_said_before_anything_starts(attncc, monkeypatch):
+    monkeypatch.setattr("attncc.cli.tune.compilers", lambda: pytest.fail("processes were started"))
+    for words in (("--shapes", "4x16x4096x128"), ("--budget", "soon")):
+        result = attncc("tune", "causal", *words)
+        assert result.exit_code == 2
+        assert "starting torch" not in result.stderr
+        assert words[1] in result.stderr
+
+
 def test_what_a_shape_leaves_out():
     defaults = {"b": 3, "h": 6, "h_kv": 2, "q_idx": 5, "kv_idx": 7, "d_qk": 16, "d_v": 8}
     assert sizes.shapes(["H4 M9", "n11 d32/64"], defaults) == [
