@@ -30,8 +30,8 @@ from attncc.cli.options import (
     Set,
     Similarity,
 )
-from attncc.cli.output import err, out
-from attncc.errors import UnsupportedError
+from attncc.cli.output import REFUSED, err, out, report
+from attncc.errors import AttnccError, InputError, UnsupportedError
 from attncc.runtime.compilers import compilers
 
 #: the exit code of a command that Ctrl-C ended, as shells have it
@@ -103,18 +103,26 @@ def _races(
     backend: Any,
     forward: bool,
 ) -> None:
-    """Run the races one after the other, dividing the time until `end` (of time.monotonic) evenly."""
+    """Run the races one after the other, dividing the time until `end` (of time.monotonic) evenly. One of several that
+    ends with an error does not end the others, unless it leaves the GPU unusable."""
     from attncc.runtime.binaries import drop_waiting
+    from attncc.runtime.race import LostDeviceError
     from attncc.runtime.tune import gpu
     from attncc.schedule.cache import Cache
 
-    where, cache = gpu(), Cache()
+    where, cache, failed = gpu(), Cache(), []
     for name, why in _by_rule(found).items():
         err.print(f"{name}: {why}")
     try:
         for number, job in enumerate(found):
             share = (end - time.monotonic()) / (len(found) - number)
-            _tune(job, dtype, where, limit, share, against, backend, forward, cache)
+            try:
+                _tune(job, dtype, where, limit, share, against, backend, forward, cache)
+            except AttnccError as error:
+                if len(found) == 1 or isinstance(error.__cause__, LostDeviceError):
+                    raise
+                report(error)
+                failed.append(f"{job.graph.name} {job.shape}")
     except KeyboardInterrupt:
         drop_waiting()
         if not cache.unwritten:
@@ -125,6 +133,9 @@ def _races(
             err.print(
                 f"results are lost: {cache.directory} cannot be written. Set ATTNCC_CACHE_DIR to a folder that can be"
             )
+    if failed:
+        err.print(f"{len(failed)} of {len(found)} ended with an error: {'; '.join(failed)}")
+        raise typer.Exit(REFUSED)
 
 
 def _by_rule(found: Sequence[Job]) -> dict[str, str]:
@@ -156,7 +167,9 @@ def _tune(
     forward: bool,
     cache: Cache,
 ) -> None:
-    """Tune one variant at one shape, and print the results."""
+    """Tune one variant at one shape, and print the results. InputError: its tensors do not fit."""
+    import torch
+
     from attncc.codegen.plan import Plan
     from attncc.codegen.problem import problem_of
     from attncc.runtime.explain import kernels_of
@@ -171,7 +184,10 @@ def _tune(
     kernels: tuple[Any, ...] = ("forward",) if forward else kernels_of(plan)
     what = f"{graph.name} {shape} {dtype} on {device.title}"
     err.print(f"{what}: the model's first choices compile")
-    track = Track(graph, shape, dtype.value, where, job.values)
+    try:
+        track = Track(graph, shape, dtype.value, where, job.values)
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the tensors of {graph.name} {shape} do not fit in the memory of {device.title}") from error
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
     with Progress(*columns, console=err.console) as bar:
         task = bar.add_task("the model's first choices", total=None, left="")

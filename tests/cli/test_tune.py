@@ -6,7 +6,7 @@ import torch
 
 from attncc.cli import sizes
 from attncc.runtime import tune
-from attncc.runtime.race import TrialError
+from attncc.runtime.race import LostDeviceError, TrialError
 from attncc.schedule import device as devices
 from attncc.schedule.cache import Cache
 from attncc.schedule.choose import read_table
@@ -98,6 +98,34 @@ def test_several_specs_at_several_shapes_beside_pytorch(attncc, stick):
         assert f"{name}  B2 H8 M512 N512 D64 bf16" in result.stdout
     assert result.stdout.count("cuDNN (plain softmax)") == 4
     assert "split" in result.stdout
+
+
+def test_one_of_several_that_fails_does_not_end_the_others(attncc, stick, monkeypatch):
+    made = Stick.__init__
+
+    def full(self, graph, shape, *rest):
+        if shape.q_len == 4096:
+            raise torch.OutOfMemoryError
+        made(self, graph, shape, *rest)
+
+    monkeypatch.setattr(Stick, "__init__", full)
+    shapes = ("--shapes", "H8 M4096 D64, H8 M512 D64", "--limit", "2")
+    result = attncc("tune", "causal", "alibi", *shapes)
+    assert result.exit_code == 2
+    assert result.stderr.count("do not fit in the memory of NVIDIA H100") == 2
+    assert "2 of 4 ended with an error: causal B1 H8 M4096 N4096 D64; alibi B1 H8 M4096 N4096 D64" in result.stderr
+    for name in ("causal", "alibi"):
+        assert f"{name}  B1 H8 M512 N512 D64 bf16" in result.stdout
+
+
+def test_a_lost_gpu_ends_all(attncc, stick, monkeypatch):
+    def lost(self, kernel, schedule, best_us):
+        raise LostDeviceError("an illegal access")
+
+    monkeypatch.setattr(Stick, "time", lost)
+    result = attncc("tune", "causal", "alibi", "--q-len", "512", "--limit", "2")
+    assert result.exit_code == 2
+    assert result.stderr.count("took the GPU with it") == 1
 
 
 def test_what_is_cut_by_rule_is_said(attncc, stick):
