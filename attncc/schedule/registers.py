@@ -58,6 +58,8 @@ COMPONENT = 3
 # Where a loop over components leaves few registers: weights that are an operand of a matmul in a second layout, that of
 # a narrow piece of the values, for warps side by side. In copies of the weights.
 NARROW, NARROW_COPIES = 64, 3
+# Multiply-adds of dK and dV in pieces, one of them narrow: pairs of a thread beyond which it holds operands of both.
+FMA_PAIRS, FMA_NARROW = 4, 12
 # Where operands pass through registers on their way to a warp's own matmul.
 OPERANDS = 60
 OPERANDS_A_STAGE = 10
@@ -132,6 +134,8 @@ def registers(kernel: Kernel, ks: KernelSchedule, problem: Problem, device: Devi
         # Each thread computes a small square of the result, and holds its operands along the head dimension.
         side = (pairs / threads) ** 0.5
         wanted += 2 * side * tiles.chunk / 3
+        if kernel == "dkdv" and min(*problem.qk_chunks, *problem.v_chunks) < NARROW < both / 2:
+            wanted += FMA_NARROW * max(pairs / threads - FMA_PAIRS, 0)
     elif op == "mma":
         wanted += OPERANDS + OPERANDS_A_STAGE * max(ks.num_stages - 2, 0)
     return round(wanted)

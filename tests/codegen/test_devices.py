@@ -44,3 +44,17 @@ def test_first_choices_fit_and_spill_nothing(name, dim):
         assert fact.shared <= shared_memory(kernel, schedule.of(kernel), problem, device) <= device.smem_per_block
         assert 0 < fact.registers <= device.regs_per_thread_max
         assert (fact.spills, fact.faults) == (0, ()), f"{kernel} {schedule.of(kernel)}"
+
+
+@pytest.mark.parametrize("name", ["a100", "h100"])
+@pytest.mark.parametrize("dim", [80, 96])
+def test_the_backward_of_narrow_pieces_in_float32_spills_nothing(name, dim):
+    """Heads in two pieces, multiplied without tensor cores: larger tiles spilled kilobytes a thread."""
+    graph, device = ac.variants.get("causal").graph, load_device(name)
+    plan = Plan(graph)
+    sizes = {"b": 4, "h": 16, "h_kv": 16, "q_idx": 2048, "kv_idx": 2048, "d_qk": dim, "d_v": dim}
+    problem = problem_of(plan, sizes, "fp32", "ieee", {})
+    schedule = Schedule(*(first_choice(kernel, problem, device) for kernel in KERNELS))
+    module = load_source(render(plan, dim, dim, True, loads_boxes(device, "fp32", dim, dim)), f"narrow_{dim}")
+    compiled = cross_compile(module, graph, schedule, device, "fp32", only=("dkdv_kernel",))["dkdv_kernel"]
+    assert compiled.spills == 0, schedule.dkdv
