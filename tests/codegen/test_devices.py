@@ -30,15 +30,22 @@ def test_every_device_is_compiled_for():
     assert set(WIDTHS) == set(device_names())
 
 
+def first_choices(device, dim, length, dtype, kernels):
+    """The problem, what the model chooses first for it, and those kernels compiled for the device."""
+    graph = ac.variants.get("causal").graph
+    plan = Plan(graph)
+    sizes = {"b": 4, "h": 16, "h_kv": 16, "q_idx": length, "kv_idx": length, "d_qk": dim, "d_v": dim}
+    problem = problem_of(plan, sizes, dtype, "ieee", {})
+    schedule = Schedule(*(first_choice(kernel, problem, device) for kernel in KERNELS))
+    module = load_source(render(plan, dim, dim, True, loads_boxes(device, dtype, dim, dim)), f"devices_{dtype}_{dim}")
+    compiled = cross_compile(module, graph, schedule, device, dtype, only=tuple(f"{k}_kernel" for k in kernels))
+    return problem, schedule, compiled
+
+
 @pytest.mark.parametrize(("name", "dim"), WIDTHS.items())
 def test_first_choices_fit_and_spill_nothing(name, dim):
-    graph, device = ac.variants.get("causal").graph, load_device(name)
-    plan = Plan(graph)
-    sizes = {"b": 4, "h": 16, "h_kv": 16, "q_idx": 4096, "kv_idx": 4096, "d_qk": dim, "d_v": dim}
-    problem = problem_of(plan, sizes, "bf16", "ieee", {})
-    schedule = Schedule(*(first_choice(kernel, problem, device) for kernel in KERNELS))
-    module = load_source(render(plan, dim, dim, True, loads_boxes(device, "bf16", dim, dim)), f"devices_{dim}")
-    compiled = cross_compile(module, graph, schedule, device, "bf16", only=tuple(f"{k}_kernel" for k in KERNELS))
+    device = load_device(name)
+    problem, schedule, compiled = first_choices(device, dim, 4096, "bf16", KERNELS)
     for kernel in KERNELS:
         fact = compiled[f"{kernel}_kernel"]
         assert fact.shared <= shared_memory(kernel, schedule.of(kernel), problem, device) <= device.smem_per_block
@@ -50,11 +57,5 @@ def test_first_choices_fit_and_spill_nothing(name, dim):
 @pytest.mark.parametrize("dim", [80, 96])
 def test_the_backward_of_narrow_pieces_in_float32_spills_nothing(name, dim):
     """Heads in two pieces, multiplied without tensor cores: larger tiles spilled kilobytes a thread."""
-    graph, device = ac.variants.get("causal").graph, load_device(name)
-    plan = Plan(graph)
-    sizes = {"b": 4, "h": 16, "h_kv": 16, "q_idx": 2048, "kv_idx": 2048, "d_qk": dim, "d_v": dim}
-    problem = problem_of(plan, sizes, "fp32", "ieee", {})
-    schedule = Schedule(*(first_choice(kernel, problem, device) for kernel in KERNELS))
-    module = load_source(render(plan, dim, dim, True, loads_boxes(device, "fp32", dim, dim)), f"narrow_{dim}")
-    compiled = cross_compile(module, graph, schedule, device, "fp32", only=("dkdv_kernel",))["dkdv_kernel"]
-    assert compiled.spills == 0, schedule.dkdv
+    _, schedule, compiled = first_choices(load_device(name), dim, 2048, "fp32", ("dkdv",))
+    assert compiled["dkdv_kernel"].spills == 0, schedule.dkdv
